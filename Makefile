@@ -1,0 +1,63 @@
+# Everything sets itself up: the first target that needs it makes .venv with the pinned dependencies.
+# Recipes are plain POSIX sh.
+
+PYTHON ?= python3
+VENV ?= .venv
+STAMP = $(VENV)/.installed
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+
+PYTEST_ARGS ?=
+
+# The command refuses a directory that is not empty, so every run gets a new one.
+DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
+DEMO_ARGS ?= --sparsity 0.2 --shots 4 --samples 32 --seq-len 512
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  PYTEST_ARGS='-m \"not slow\"'  DEMO_OUT=DIR  DEMO_ARGS='...'"
+
+setup: $(STAMP)  ## make .venv with pinned dependencies (the other targets do it themselves)
+
+demo: $(STAMP)  ## prune the embedded model and write a report (DEMO_OUT, DEMO_ARGS)
+	$(VENV)/bin/llm-surgeon prune demo --out "$(DEMO_OUT)" $(DEMO_ARGS)
+
+test: $(STAMP)  ## run the tests (PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: lint types  ## lint and types
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict, on the package
+	$(VENV)/bin/mypy
+
+format: $(STAMP)  ## let ruff fix and format the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove .venv, caches and builds (runs/ stays)
+	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes exactly as constraints.txt pins it: an open range may take gigabytes of CUDA packages.
+# The build backend is installed first and used without isolation, so that it is pinned as well.
+# The oracle goes last, without its dependencies (requirements-oracle.txt says why).
+$(STAMP): pyproject.toml constraints.txt requirements-oracle.txt
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "error: '$(PYTHON)' not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); llm-surgeon needs Python 3.11 or newer" >&2; \
+	  echo "       name another one: make PYTHON=python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	$(PIP) install --quiet -c constraints.txt hatchling editables
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --quiet --no-deps -r requirements-oracle.txt
+	@if $(PIP) --quiet show torchvision >/dev/null 2>&1; then \
+	  echo "error: torchvision is in $(VENV) and breaks transformers there; run 'make clean' and try again" >&2; exit 1; fi
+	@touch $@

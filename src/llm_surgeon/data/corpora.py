@@ -1,0 +1,286 @@
+"""Where text comes from: the embedded demo, a local file or a data set of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llm_surgeon.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# Enough for 1,000 calibration samples of 2,048 tokens in English, and for the whole training split of WikiText-2.
+HUB_DOCUMENTS = 50_000
+HUB_CHARACTERS = 12_000_000
+
+PARAGRAPH = "\n\n"
+FILE_TYPES = (".txt", ".jsonl", ".parquet")
+HUB_DEFAULT_CONFIGS = {"Salesforce/wikitext": "wikitext-2-raw-v1"}
+_USE_LOCAL = "Give a local .txt, .jsonl or .parquet file, or `demo`, which needs no hub."
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text made of documents.
+
+    Attributes:
+        documents: The documents, in order.
+        source: Where they come from, in words; goes into reports.
+        separator: What stands between two documents in ``text``.
+    """
+
+    documents: tuple[str, ...]
+    source: str
+    separator: str = PARAGRAPH
+
+    def __post_init__(self) -> None:
+        """Refuse a corpus without text.
+
+        Raises:
+            DataError: If no document holds anything but white space.
+        """
+        if not any(document.strip() for document in self.documents):
+            raise DataError(f"{self.source} holds no text.", "Give a source with text in it.")
+
+    @property
+    def text(self) -> str:
+        """All documents, joined."""
+        return self.separator.join(self.documents)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of ``text`` in UTF-8, as hexadecimal digits."""
+        return hashlib.sha256(self.text.encode("utf8")).hexdigest()
+
+    def split(self, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
+        """Set the last part of the text aside; always at the same place.
+
+        Several documents are parted between two of them; a single one is cut at a paragraph, a line or a word.
+
+        Args:
+            held_out: Fraction to hold out: of the documents, or of the characters of a single one.
+
+        Returns:
+            The first part, and the part held out.
+
+        Raises:
+            DataError: If ``held_out`` is not between 0 and 1, or either part would hold no text.
+        """
+        if not 0.0 < held_out < 1.0:
+            raise DataError(f"The fraction to hold out is {held_out}.", "Use a fraction between 0 and 1.")
+        parts: tuple[tuple[str, ...], tuple[str, ...]]
+        total = len(self.documents)
+        if total == 1:
+            text = self.documents[0]
+            cut = _cut_position(text, held_out)
+            parts, unit, total = ((text[:cut],), (text[cut:],)), "characters", len(text)
+        else:
+            cut = min(max(1, total - round(total * held_out)), total - 1)
+            parts, unit = (self.documents[:cut], self.documents[cut:]), "documents"
+        if not all(any(document.strip() for document in part) for part in parts):
+            raise DataError(
+                f"{self.source} is too short to hold out {held_out:.0%} of it.",
+                "Give a longer text, or name a text of its own to evaluate on.",
+            )
+        return (
+            Corpus(parts[0], f"{self.source}, {unit} 1-{cut} of {total}", self.separator),
+            Corpus(parts[1], f"{self.source}, {unit} {cut + 1}-{total} of {total} (held out)", self.separator),
+        )
+
+
+def load_corpus(spec: str) -> Corpus:
+    """Load the text that a specification names. Only a hub data set is looked for on the network.
+
+    Args:
+        spec: ``demo`` or ``demo:en|fr|es``; the path of a .txt (one document, byte-exact), .jsonl (one object with
+            the key ``text``, or one string, per line) or .parquet file (column ``text``); else a hub data set as
+            ``name``, ``name:config`` or ``name:config:split`` (its first documents, see ``HUB_DOCUMENTS`` and
+            ``HUB_CHARACTERS``). A file or folder called ``demo`` is named ``./demo``.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        DataError: If the text is missing, unreadable or empty.
+        DownloadError: If the demo text is not in the cache and cannot be fetched.
+    """
+    if spec == "demo" or spec.startswith("demo:"):
+        return _load_demo(spec)
+    path = os.path.expanduser(spec)
+    if path.lower().endswith(FILE_TYPES) or os.path.exists(path):
+        return _load_file(Path(path))
+    return _load_hub(spec)
+
+
+def _load_demo(spec: str) -> Corpus:
+    # demo.py needs Corpus from this module, so this module can only import it late.
+    from llm_surgeon.data.demo import LANGUAGES, demo_corpus
+
+    language = spec.partition(":")[2] if ":" in spec else "en"
+    # The loop, and not a membership test, so that the type checker sees one of the literals.
+    for known in LANGUAGES:
+        if language == known:
+            return demo_corpus(known)
+    raise DataError(f"The demo text has no language {language!r}.", f"Use one of demo:{', demo:'.join(LANGUAGES)}.")
+
+
+def _load_file(path: Path) -> Corpus:
+    """Read a local file by its suffix."""
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.is_dir():
+        raise DataError(f"The text {path} is a folder.", f"Name one {', '.join(FILE_TYPES)} file.")
+    if not path.exists():
+        raise DataError(f"The text file {path} does not exist.", "Check the path.")
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"The text {path} has an unknown type.", f"Give a {', '.join(FILE_TYPES)} file.")
+    try:
+        documents = tuple(reader(path))
+    except OSError as error:
+        raise DataError(f"The text file {path} cannot be read: {_one_line(error)}.", "Check the file.") from None
+    return Corpus(documents, str(path))
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    # Bytes, not text mode: that would translate line ends.
+    yield _decode(path.read_bytes(), str(path))
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    """Yield the text of each line; lines without content are passed over."""
+    with path.open("rb") as file:
+        # A binary file splits at \n only; str.splitlines would also split at U+2028, which JSON strings may hold.
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                value = json.loads(_decode(line, place))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place} is not JSON: {error}.", "Write one JSON value per line.") from None
+            yield _checked_text(value.get("text") if isinstance(value, dict) else value, place)
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    """Yield the values of the column ``text``."""
+    # Late, because it takes a while and most runs read no parquet.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if "text" not in columns:
+                raise DataError(
+                    f"{path} has no column `text`; its columns are {', '.join(columns)}.",
+                    "Rename the column that holds the text to `text`.",
+                )
+            row = 0
+            for batch in file.iter_batches(columns=["text"]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _checked_text(value, f"{path}, row {row}")
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}.", "Write it again.") from None
+
+
+def _load_hub(spec: str) -> Corpus:
+    """Stream the first documents of a hub data set."""
+    parts = spec.split(":")
+    if len(parts) > 3 or not all(part.strip() for part in parts):
+        raise DataError(
+            f"The text {spec!r} is neither a file nor a data set.",
+            f"Write a hub data set as name, name:config or name:config:split. {_USE_LOCAL}",
+        )
+    name = parts[0]
+    config = parts[1] if len(parts) > 1 else HUB_DEFAULT_CONFIGS.get(name)
+    split = parts[2] if len(parts) > 2 else "train"
+    source = ":".join(part for part in (name, config, split) if part)
+    try:
+        documents, complete = _take(_stream(name, config, split))
+    except DataError:
+        raise
+    # Loading runs code for many file formats and network clients, which raise errors of every kind.
+    except Exception as error:
+        raise DataError(
+            f"The data set {source} could not be loaded: {type(error).__name__}: {_one_line(error)}.", _USE_LOCAL
+        ) from error
+    if not complete:
+        log.info("Took the first %d documents of %s.", len(documents), source)
+        source = f"{source}, first {len(documents)} documents"
+    return Corpus(documents, source)
+
+
+def _stream(name: str, config: str | None, split: str) -> Iterator[str]:
+    """Yield the texts of a hub data set; rows whose text is null are passed over."""
+    # Late, because it takes a while and only hub data sets need it.
+    from datasets import load_dataset
+
+    for row in load_dataset(name, config, split=split, streaming=True):
+        if "text" not in row:
+            raise DataError(
+                f"The data set {name} has no column `text`; its columns are {', '.join(row)}.",
+                "Use a data set with such a column, or save the text as a local .jsonl.",
+            )
+        if row["text"] is not None:
+            yield _checked_text(row["text"], f"The data set {name}")
+
+
+def _take(texts: Iterable[str]) -> tuple[tuple[str, ...], bool]:
+    """Take texts up to the limits of a hub data set; also say whether those were all."""
+    taken: list[str] = []
+    characters = 0
+    texts = iter(texts)
+    for text in islice(texts, HUB_DOCUMENTS):
+        taken.append(text)
+        characters += len(text)
+        if characters >= HUB_CHARACTERS:
+            break
+    return tuple(taken), next(texts, None) is None
+
+
+def _cut_position(text: str, held_out: float) -> int:
+    """Where the held-out part of a single document starts: after the boundary nearest to its fraction."""
+    target = len(text) - round(len(text) * held_out)
+    # No farther than half of the smaller part, so that a lone blank line near an end is not taken.
+    reach = int(len(text) * min(held_out, 1.0 - held_out) / 2)
+    for boundary in (PARAGRAPH, "\n", " "):
+        before = text.rfind(boundary, max(0, target - reach), target)
+        after = text.find(boundary, target, target + reach)
+        cuts = [found + len(boundary) for found in (before, after) if found >= 0]
+        if cuts:
+            return min(cuts, key=lambda cut: abs(cut - target))
+    return target
+
+
+def _decode(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is not UTF-8 text: {error}.", "Save it as UTF-8.") from None
+
+
+def _checked_text(value: Any, place: str) -> str:
+    """Return ``value`` if it is text that a tokenizer can take."""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place} holds no text but {type(value).__name__}.", "Each entry needs a string, in a field called `text`."
+        )
+    try:
+        value.encode("utf8")
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair, which is no character; tokenizers fail on it.
+        raise DataError(f"{place} holds a broken character (half a surrogate pair).", "Remove it.") from None
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error on one line, shortened."""
+    return " ".join(str(error).split())[:300].rstrip(".") or "no message"

@@ -1,0 +1,171 @@
+"""From text to blocks of tokens: calibration windows drawn at random, and one sequence to evaluate on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_surgeon.data.corpora import Corpus
+from llm_surgeon.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLING_RULE = "random.Random(seed).sample(range(0, tokens - seq_len), samples) gives the first token of each window"
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationTokens:
+    """Token sequences to estimate curvature on, and where they come from.
+
+    Attributes:
+        input_ids: int64, shape [samples, seq_len].
+        attention_mask: bool, shape [samples, seq_len], True where the token is real; None where nothing is padding.
+        provenance: What is needed to draw the same tokens again; holds JSON values only.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check shapes and types.
+
+        Raises:
+            DataError: If ``input_ids`` or ``attention_mask`` has the wrong shape or type, or all tokens are padding.
+        """
+        ids, mask = self.input_ids, self.attention_mask
+        if ids.dtype != torch.int64 or ids.ndim != 2 or ids.numel() == 0:
+            raise DataError(
+                f"Calibration input_ids are {ids.dtype} of shape {tuple(ids.shape)}.",
+                "Give a non-empty int64 tensor of shape [samples, seq_len].",
+            )
+        if mask is None:
+            return
+        if mask.dtype != torch.bool or mask.shape != ids.shape:
+            raise DataError(
+                f"The attention mask is {mask.dtype} of shape {tuple(mask.shape)}.",
+                f"Give a bool tensor of shape {tuple(ids.shape)}, True for real tokens, or None.",
+            )
+        if not mask.any():
+            raise DataError("The attention mask calls every token padding.", "Use True for real tokens.")
+
+    @property
+    def n_samples(self) -> int:
+        """Number of sequences."""
+        return self.input_ids.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence, padding included."""
+        return self.input_ids.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of real tokens, padding left out."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Cut the sequences into batches, in order; the last one may be smaller.
+
+        Args:
+            batch_size: Sequences per batch, at least 1.
+
+        Yields:
+            ``input_ids`` [batch, seq_len] and the ``attention_mask`` of the same shape, or None.
+
+        Raises:
+            DataError: If ``batch_size`` is below 1.
+        """
+        if batch_size < 1:
+            raise DataError(f"The batch size is {batch_size}.", "Use a batch size of at least 1.")
+        for start in range(0, self.n_samples, batch_size):
+            rows = slice(start, start + batch_size)
+            yield self.input_ids[rows], None if self.attention_mask is None else self.attention_mask[rows]
+
+
+def sample_calibration(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, samples: int, seq_len: int, seed: int
+) -> CalibrationTokens:
+    """Draw calibration windows at random places of the corpus, which is tokenised as one sequence.
+
+    The windows may overlap, but no two start at the same token.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        corpus: Text to draw from.
+        samples: Number of windows.
+        seq_len: Tokens per window.
+        seed: Seed of the draw; equal to ``random.seed(seed); random.sample(...)``, without touching the global state.
+
+    Returns:
+        The windows, ``input_ids`` [samples, seq_len], without padding.
+
+    Raises:
+        DataError: If the corpus has fewer tokens than ``samples * seq_len``, or too few for so many windows.
+    """
+    if samples < 1 or seq_len < 1:
+        raise DataError(f"{samples} samples of {seq_len} tokens were asked for.", "Ask for at least one of each.")
+    ids = _tokenise(tokenizer, corpus)
+    # A window needs a first token that no other has, so the smallest requests need a little more than their product.
+    needed = max(samples * seq_len, seq_len + samples)
+    if len(ids) < needed:
+        raise DataError(
+            f"The calibration text {corpus.source} has {len(ids):,} tokens; "
+            f"{samples:,} samples of {seq_len:,} tokens need {needed:,}.",
+            "Give a longer text, or lower samples or seq_len.",
+        )
+    starts = random.Random(seed).sample(range(0, len(ids) - seq_len), samples)
+    provenance = {
+        "source": corpus.source,
+        "sha256": corpus.sha256,
+        "documents": len(corpus.documents),
+        "characters": len(corpus.text),
+        "tokens_available": len(ids),
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "sampling": SAMPLING_RULE,
+    }
+    windows = torch.stack([ids[start : start + seq_len] for start in starts])
+    return CalibrationTokens(input_ids=windows, attention_mask=None, provenance=provenance)
+
+
+def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window: int, max_tokens: int) -> torch.Tensor:
+    """Take the first tokens of the corpus, which is tokenised as one sequence.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        corpus: Text to evaluate on.
+        window: Tokens per evaluation window; at least one must fit.
+        max_tokens: Tokens to take, at most.
+
+    Returns:
+        Token ids, int64, shape [tokens].
+
+    Raises:
+        DataError: If there are fewer tokens than one window, in the text or in ``max_tokens``.
+    """
+    if max_tokens < window:
+        raise DataError(
+            f"At most {max_tokens:,} evaluation tokens are fewer than one window of {window:,}.",
+            "Raise the number of evaluation tokens, or lower the window.",
+        )
+    ids = _tokenise(tokenizer, corpus)
+    if len(ids) < window:
+        raise DataError(
+            f"The evaluation text {corpus.source} has {len(ids):,} tokens, fewer than one window of {window:,}.",
+            "Give a longer text, or lower the window.",
+        )
+    # A copy, so that the ids of a large corpus are not kept alive by a small view of them.
+    return ids[:max_tokens].clone()
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> torch.Tensor:
+    """Tokenise the whole corpus as one sequence, int64 [tokens]."""
+    # verbose=False: a sequence longer than the model's maximum is on purpose here, windows are cut from it.
+    return torch.tensor(tokenizer(corpus.text, verbose=False).input_ids, dtype=torch.int64)

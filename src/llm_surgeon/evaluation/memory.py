@@ -1,0 +1,63 @@
+"""Peak memory of the process, in bytes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+# Linux keeps the high-water mark of the resident set here, and lowers it when asked to.
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER_MARK = "5"
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process so far, or since ``reset_peak``, in bytes.
+
+    Pages of memory-mapped files (safetensors) count while they are resident. Memory of a GPU does not count, see
+    ``peak_device_bytes``.
+    """
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 if found else _peak_from_rusage()
+
+
+def peak_device_bytes(device: torch.device | str) -> int:
+    """Largest memory that tensors held on a CUDA device so far, or since ``reset_peak(device)``, in bytes; else 0."""
+    return torch.cuda.max_memory_allocated(device) if _uses_cuda(device) else 0
+
+
+def reset_peak(device: torch.device | str = "cpu") -> bool:
+    """Start measuring anew: the peaks become what is held now.
+
+    Args:
+        device: A CUDA device whose peak starts anew as well.
+
+    Returns:
+        Whether the resident peak was reset; only Linux can, and a sandbox may forbid it. If not, later peaks count
+        from the start of the process.
+    """
+    if _uses_cuda(device):
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK, encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _uses_cuda(device: torch.device | str) -> bool:
+    # Asking an idle CUDA for its peak would start it, and take hundreds of megabytes.
+    return torch.device(device).type == "cuda" and torch.cuda.is_initialized()
+
+
+def _peak_from_rusage() -> int:
+    import resource  # here, because Windows has no such module
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

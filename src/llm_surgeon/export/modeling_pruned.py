@@ -1,0 +1,93 @@
+"""Linear layers without their removed rows and columns.
+
+This text travels inside every exported checkpoint, so it needs torch and transformers only, and nothing of the
+package that wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PrunedLinear(nn.Module):
+    """A linear layer that stores its kept rows and columns only, and still has the shape its neighbours expect.
+
+    A removed column ignores that input; a removed row, bias included, outputs zero.
+
+    Args:
+        in_features: Width of the input that the neighbours hand over.
+        out_features: Width of the output that the neighbours expect.
+        kept_in: Number of kept columns, or None if the input is as narrow as the matrix.
+        kept_out: Number of kept rows, or None if the output is as narrow as the matrix.
+        bias: Whether the layer has a bias.
+    """
+
+    input_index: Tensor | None
+    output_index: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kept_in: int | None,
+        kept_out: int | None,
+        bias: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        rows = out_features if kept_out is None else kept_out
+        columns = in_features if kept_in is None else kept_in
+        self.core = empty_linear(columns, rows, bias, device, dtype)
+        self.register_buffer("input_index", None if kept_in is None else _index(kept_in, device))
+        self.register_buffer("output_index", None if kept_out is None else _index(kept_out, device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        if self.input_index is not None:
+            x = x.index_select(-1, self.input_index)
+        y = self.core(x)
+        if self.output_index is not None:
+            y = y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.output_index, y)
+        return y
+
+    def extra_repr(self) -> str:
+        """Outer shape, for ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _index(size: int, device: torch.device | None) -> Tensor:
+    return torch.arange(size, device=device)
+
+
+def empty_linear(
+    columns: int, rows: int, bias: bool, device: torch.device | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    """A linear layer whose values are about to be loaded: no time is spent on random ones."""
+    return nn.utils.skip_init(nn.Linear, columns, rows, bias=bias, device=device or "cpu", dtype=dtype)
+
+
+def shrink_linears(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
+    """Replace the named linear layers by layers of the pruned shapes, values still to be loaded.
+
+    Args:
+        model: The architecture; the layers may be dense or pruned before.
+        shapes: Per layer name: ``in_features``, ``out_features``, and ``kept_in``, ``kept_out``, which are null where
+            the neighbours are as narrow as the matrix.
+    """
+    for name, shape in shapes.items():
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        before = getattr(parent, child)
+        core = before.core if isinstance(before, PrunedLinear) else before
+        bias, where = core.bias is not None, {"device": core.weight.device, "dtype": core.weight.dtype}
+        pruned: nn.Module
+        if shape["kept_in"] is None and shape["kept_out"] is None:
+            pruned = empty_linear(shape["in_features"], shape["out_features"], bias, **where)
+        else:
+            pruned = PrunedLinear(**shape, bias=bias, **where)
+        setattr(parent, child, pruned.requires_grad_(core.weight.requires_grad).train(before.training))

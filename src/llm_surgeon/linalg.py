@@ -1,0 +1,65 @@
+"""Damped Cholesky decompositions that escalate before they give up, and what is computed from them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.errors import NonFiniteError, NotPositiveDefiniteError
+
+logger = logging.getLogger(__name__)
+
+# Each escalation multiplies the damping by ten: 0.01 of the mean diagonal ends at 100 times that mean.
+ESCALATION = 10.0
+MAX_ESCALATIONS = 4
+
+
+def damping_of(matrix: Tensor, fraction: float) -> float:
+    """The damping lambda of a factor: ``fraction`` of the mean of its diagonal."""
+    # A factor that is zero throughout (inputs that are never active) has no scale of its own.
+    return fraction * (float(matrix.diagonal().mean()) or 1.0)
+
+
+def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
+    """Lower Cholesky factor of a damped factor: as it is, in float64, then with more damping, with a warning.
+
+    Args:
+        matrix: Symmetric ``[n, n]``.
+        damping: Lambda, which is added to the diagonal.
+        name: What the matrix is, for messages.
+
+    Returns:
+        Lower triangular ``[n, n]`` in the type of ``matrix``.
+
+    Raises:
+        NonFiniteError: If the matrix holds NaN or infinity.
+        NotPositiveDefiniteError: If ``MAX_ESCALATIONS`` tenfold increases of the damping do not help.
+    """
+    # A sum is finite only if every term is, and costs one pass without a temporary.
+    if not bool(matrix.sum().isfinite()):
+        raise NonFiniteError(
+            f"The curvature factor of {name} holds NaN or infinity.",
+            "Run with --precision float32, or look for overflowing activations in the model or damaged weights.",
+        )
+    for escalation in range(MAX_ESCALATIONS + 1):
+        level = damping * ESCALATION**escalation
+        for dtype in (matrix.dtype, torch.float64):
+            candidate = matrix.to(dtype, copy=True)
+            candidate.diagonal().add_(level)
+            factor, info = torch.linalg.cholesky_ex(candidate)
+            if int(info) == 0:
+                if escalation:
+                    logger.warning("%s needed a damping of %g instead of %g", name, level, damping)
+                return factor.to(matrix.dtype)
+    raise NotPositiveDefiniteError(
+        f"The curvature factor of {name} is not positive definite with a damping of {level:g}.",
+        "Use more calibration samples, or a larger --dampening-a (inputs) or --dampening-g (gradients).",
+    )
+
+
+def inverse_diagonal(cholesky: Tensor) -> Tensor:
+    """Diagonal ``[n]`` of ``(L L^T)^-1`` from the lower factor ``L [n, n]``: the column norms of ``L^-1``, squared."""
+    identity = torch.eye(cholesky.shape[0], dtype=cholesky.dtype, device=cholesky.device)
+    return torch.linalg.solve_triangular(cholesky, identity, upper=False).square().sum(0)

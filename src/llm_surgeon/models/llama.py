@@ -1,0 +1,20 @@
+"""Llama and what shares its layout (SmolLM2, ...): gated feed-forward, rotary grouped-query attention."""
+
+from llm_surgeon.models.family import Attention, Family, FeedForward
+
+LLAMA = Family(
+    model_type="llama",
+    model_class="LlamaForCausalLM",
+    config_class="LlamaConfig",
+    blocks="model.layers",
+    attention=Attention(
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.o_proj",
+        rotary=True,
+    ),
+    feed_forward=FeedForward(
+        inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj", activation="hidden_act"
+    ),
+)

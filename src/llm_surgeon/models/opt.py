@@ -1,0 +1,18 @@
+"""OPT: biases throughout, LayerNorm, learned positions, ReLU."""
+
+from llm_surgeon.models.family import Attention, Family, FeedForward
+
+OPT = Family(
+    model_type="opt",
+    model_class="OPTForCausalLM",
+    config_class="OPTConfig",
+    blocks="model.decoder.layers",
+    attention=Attention(
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.out_proj",
+        rotary=False,
+    ),
+    feed_forward=FeedForward(inputs=("fc1",), output="fc2", activation="activation_function"),
+)

@@ -1,0 +1,138 @@
+"""What a run reports: plain records with a JSON form, no behaviour beyond arithmetic on their own fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Base of the records: frozen and serialisable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Size(Record):
+    """Parameter counts of a model. ``prunable`` counts weights without biases, ``total`` every parameter once."""
+
+    prunable: int
+    total: int
+
+
+class Perplexity(Record):
+    """Token perplexity, and how it was measured.
+
+    ``tokens`` counts the scored targets; ``nll`` is their mean negative log-likelihood in nats, averaged over windows.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    window: int
+    stride: int
+    data: str
+    precision: str
+
+
+class LayerRecord(Record):
+    """What is left of one linear layer: kept and original rows and columns."""
+
+    name: str
+    block: int
+    kind: str
+    rows: int
+    columns: int
+    rows_dense: int
+    columns_dense: int
+
+    @property
+    def kept(self) -> float:
+        """Kept fraction of the layer's weights."""
+        return self.rows * self.columns / (self.rows_dense * self.columns_dense)
+
+
+class ShotRecord(Record):
+    """One shot: what it aimed at, what it removed, what it cost. Times are seconds."""
+
+    shot: int
+    target_sparsity: float
+    sparsity: float
+    size: Size
+    threshold: float
+    structures_removed: int
+    structures_implied: int
+    loss: float
+    curvature_seconds: float
+    selection_seconds: float
+    update_seconds: float
+    evaluation_seconds: float
+    perplexity: Perplexity | None
+
+    @property
+    def seconds(self) -> float:
+        """Time of the shot itself, without the evaluation that reports on it."""
+        return self.curvature_seconds + self.selection_seconds + self.update_seconds
+
+
+class Speed(Record):
+    """Tokens per second of one model: prefill of ``prompt`` tokens, then decoding with its cache; medians."""
+
+    prefill: float
+    decode: float
+    prompt: int
+    generated: int
+    batch: int
+    repeats: int
+    device: str
+    dtype: str
+
+
+class SpeedComparison(Record):
+    """Dense and pruned model timed in alternating pairs; the ratios are medians over the pairs."""
+
+    dense: Speed
+    pruned: Speed
+    prefill_ratio: float
+    decode_ratio: float
+
+
+class Memory(Record):
+    """Peak resident bytes of the process, and the floor that no run of this kind can go below."""
+
+    peak: int
+    model: int
+    factors: int
+
+    @property
+    def floor(self) -> int:
+        """Weights of the dense model plus the largest set of factors held at once."""
+        return self.model + self.factors
+
+
+class ExportRecord(Record):
+    """Where the export is, how large it is, and how far its reloaded logits are from the model in memory."""
+
+    path: str
+    weight_bytes: int
+    dense_weight_bytes: int
+    max_logit_difference: float
+    logit_scale: float
+
+
+class PruneReport(Record):
+    """Everything a run measured. ``report.json`` is this record."""
+
+    model: str
+    family: str
+    config: dict[str, Any]
+    calibration: dict[str, Any]
+    dense_size: Size
+    dense_perplexity: Perplexity | None
+    shots: tuple[ShotRecord, ...]
+    layers: tuple[LayerRecord, ...]
+    memory: Memory
+    versions: dict[str, str]
+    command: str | None = None
+    export: ExportRecord | None = None
+    speed: SpeedComparison | None = None

@@ -1,0 +1,138 @@
+"""The model card: the README.md of an exported checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_surgeon.records import PruneReport
+from llm_surgeon.report.table import markdown_table, scaled
+
+LOADING = """\
+## Loading
+
+Plain `transformers` loads it; `llm-surgeon` is not needed. The rows and columns that were removed are gone from the
+files, layer by layer, so the checkpoint brings its own modelling file: hence `trust_remote_code`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DIR = "path/to/this/directory"
+model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(DIR)
+```
+"""
+
+LIMITS = """\
+## Limits
+
+- What to remove, and how to correct the rest, was decided on the calibration data below. Text unlike it (other
+  languages, code, dialogue) may have lost more than the table shows.
+- Only the linear layers of the decoder blocks were pruned. Embeddings, norms and the output head are those of the
+  original model, so the whole model shrinks by less than its prunable weights.
+- Perplexity measures the prediction of one text. It says little about reasoning, instruction following or safety:
+  evaluate on your own task before use. It compares only with numbers of the same data, window and stride.
+- Speed holds for the machine, the type and the lengths in the table.
+- Biases, limits of use and the licence of the original model apply.
+"""
+
+CITATION = """\
+## Citation
+
+```bibtex
+@inproceedings{vanderouderaa2024llmsurgeon,
+  title     = {The {LLM} Surgeon},
+  author    = {van der Ouderaa, Tycho F. A. and Nagel, Markus and van Baalen, Mart and
+               Asano, Yuki M. and Blankevoort, Tijmen},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2312.17244}
+}
+```
+"""
+
+
+def model_card(report: PruneReport) -> str:
+    """Write the README.md of the exported checkpoint: how to load it, what was done, measured and left open."""
+    sections = [
+        f"---\n{_yaml(_front_matter(report))}---\n",
+        f"# {_name(report.model)}, pruned\n",
+        LOADING,
+        _what_was_done(report),
+        f"## Measured\n\n{markdown_table(report)}{_checks(report)}",
+        LIMITS,
+        _origin(report),
+        CITATION,
+    ]
+    return "\n".join(sections)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name is ``owner/name`` as the hub has them, and not a path on this machine."""
+    part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+    return re.fullmatch(f"{part}/{part}", model) is not None and not Path(model).exists()
+
+
+def _front_matter(report: PruneReport) -> dict[str, Any]:
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llm-surgeon", "pruned", "structured-pruning", report.family],
+    }
+    return front | ({"base_model": report.model} if is_hub_id(report.model) else {})
+
+
+def _name(model: str) -> str:
+    """The last part of a hub id or of a path: a card is published, the directories of its author are not."""
+    return Path(model).name or model
+
+
+def _what_was_done(report: PruneReport) -> str:
+    kept = report.shots[-1].size.prunable / report.dense_size.prunable if report.shots else 1.0
+    return (
+        "## What was done\n\n"
+        f"Whole rows and columns of the linear layers were removed in {len(report.shots)} shot(s) with the method of "
+        f"*The LLM Surgeon*:\nKronecker-factored curvature of the loss ranks them, one threshold over all layers "
+        f"selects them, and the remaining weights\nare updated to make up for the loss. "
+        f"{100 * kept:.1f} % of the prunable weights were kept. The recipe:\n\n"
+        f"{_fenced('yaml', _yaml(_plain(report)['config']))}"
+    )
+
+
+def _checks(report: PruneReport) -> str:
+    seconds = sum(shot.seconds for shot in report.shots)
+    notes = [
+        f"- Pruning took {seconds:,.0f} s, with a peak of {scaled(report.memory.peak, 'kMGT', gap=' ')}B resident."
+    ]
+    if report.export is not None:
+        notes.append(
+            f"- Loaded again from disk, its logits differ from the pruned model's by "
+            f"{report.export.max_logit_difference:.1e} at most, on a scale of {report.export.logit_scale:.3g}."
+        )
+    return "\n".join(notes) + "\n"
+
+
+def _origin(report: PruneReport) -> str:
+    command = report.command or "# called from Python: llm_surgeon.prune with the recipe above"
+    versions = "".join(f"- {package} {version}\n" for package, version in report.versions.items())
+    return (
+        f"## Origin\n\nThe command:\n\n{_fenced('bash', command)}\n"
+        f"The calibration data:\n\n{_fenced('yaml', _yaml(_plain(report)['calibration']))}\n"
+        f"The versions:\n\n{versions}"
+    )
+
+
+def _plain(report: PruneReport) -> dict[str, Any]:
+    """The report with JSON's types only, which safe YAML can write: no tuples, no paths."""
+    return report.model_dump(mode="json")
+
+
+def _yaml(values: Any) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```\n"

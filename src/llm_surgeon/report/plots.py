@@ -1,0 +1,122 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from llm_surgeon.records import LayerRecord, PruneReport
+from llm_surgeon.report.table import scaled
+
+# Two colours of the palette by Okabe and Ito, which colour-blind readers can tell apart; viridis is safe as it is.
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+
+
+def kept_fraction_png(report: PruneReport, path: Path) -> None:
+    """Draw what each layer kept, by depth and kind (paper, Fig. 4), beside perplexity against size.
+
+    Args:
+        report: The run.
+        path: Where the PNG goes.
+    """
+    # The object interface: pyplot would keep every figure in a global list and pick a backend for the process.
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    layers, perplexities = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    _draw_kept(figure, layers, report.layers)
+    _draw_perplexity(perplexities, report)
+    figure.suptitle(_title(report), fontsize=14)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _title(report: PruneReport) -> str:
+    dense = report.dense_size.prunable
+    kept = report.shots[-1].size.prunable if report.shots else dense
+    return f"{report.model}: {scaled(kept)} of {scaled(dense)} prunable weights kept ({100 * kept / dense:.1f} %)"
+
+
+def kept_by_kind(layers: tuple[LayerRecord, ...]) -> tuple[list[str], np.ndarray]:
+    """Kept fraction of the weights as a matrix of kinds by blocks.
+
+    Several layers of one kind in a block (experts) are taken together; NaN where a block has no such layer.
+
+    Returns:
+        The kinds in the order in which a block has them, and one row of fractions per kind.
+    """
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    shape = (len(kinds), 1 + max(layer.block for layer in layers))
+    kept, dense = np.zeros(shape), np.zeros(shape)
+    for layer in layers:
+        cell = kinds.index(layer.kind), layer.block
+        kept[cell] += layer.rows * layer.columns
+        dense[cell] += layer.rows_dense * layer.columns_dense
+    return kinds, np.divide(kept, dense, out=np.full(shape, np.nan), where=dense > 0)
+
+
+def _draw_kept(figure: Figure, axes: Axes, layers: tuple[LayerRecord, ...]) -> None:
+    kinds, kept = kept_by_kind(layers)
+    axes.set_facecolor("0.85")  # shows through where a block has no layer of the kind
+    image = axes.imshow(100 * kept, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds)
+    blocks = kept.shape[1]
+    axes.set_xticks(range(0, blocks, math.ceil(blocks / 16)))
+    # White lines between the cells: neighbours of nearly the same colour stay countable.
+    axes.set_xticks(np.arange(blocks + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(kinds) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+    axes.set_xlabel("block")
+    axes.set_title("Weights kept in each layer")
+    figure.colorbar(image, ax=axes, label="kept (%)", pad=0.015)
+
+
+def _draw_perplexity(axes: Axes, report: PruneReport) -> None:
+    measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
+    points = [
+        (kept, perplexity.perplexity)
+        for kept, perplexity in zip(_kept_percent(report), measured, strict=True)
+        if perplexity is not None and math.isfinite(perplexity.perplexity)
+    ]
+    axes.set_title("Perplexity after each shot")
+    if not points:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", linewidth=2, label="pruned")
+    if report.dense_perplexity is not None and math.isfinite(report.dense_perplexity.perplexity):
+        axes.plot(*points[0], color=VERMILION, marker="D", markersize=9, linestyle="none", label="dense")
+    crowded = len(points) > 11
+    for kept, perplexity in (points[0], points[-1]) if crowded else points:
+        axes.annotate(f"{perplexity:.4g}", (kept, perplexity), (-6, 6), textcoords="offset points", ha="right")
+    _label_perplexity(axes, [perplexity for _, perplexity in points])
+
+
+def _label_perplexity(axes: Axes, values: list[float]) -> None:
+    axes.set_yscale("log")
+    # Powers of ten alone would leave an axis of less than some decades nearly unlabelled.
+    spread = max(values) / min(values)
+    axes.yaxis.set_major_locator(
+        MaxNLocator(7) if spread < 3 else LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,))
+    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.18, y=0.15)  # room for the numbers, which stand to the left of their points
+    axes.invert_xaxis()  # a run goes from left to right
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("prunable weights kept (%)")
+    axes.set_ylabel("perplexity (log scale)")
+    axes.legend(loc="upper left", frameon=False)
+
+
+def _kept_percent(report: PruneReport) -> list[float]:
+    """Share of the prunable weights in per cent: of the dense model, then after each shot."""
+    sizes = [report.dense_size, *(shot.size for shot in report.shots)]
+    return [100 * size.prunable / report.dense_size.prunable for size in sizes]

@@ -1,0 +1,166 @@
+"""The summary of a run as a table: one set of rows, drawn for the terminal and written as Markdown."""
+
+from __future__ import annotations
+
+import re
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from llm_surgeon.records import Perplexity, PruneReport, Size, SpeedComparison
+
+HEADINGS = (
+    "state",
+    "size kept",
+    "prunable weights",
+    "all parameters",
+    "bytes on disk",
+    "perplexity",
+    "prefill tokens/s",
+    "decode tokens/s",
+)
+UNKNOWN = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+Row = tuple[str, ...]
+
+
+def summary_table(report: PruneReport) -> Table:
+    """Draw the run for a terminal of 100 columns, one row per state and the way of measuring below it."""
+    caption = Text("\n".join(footnotes(report)))
+    table = Table(
+        title=Text(f"{report.model} ({report.family})"),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+    )
+    for number, heading in enumerate(HEADINGS):
+        # Two short lines of heading leave the width to the numbers.
+        table.add_column(heading.replace(" ", "\n", 1), justify="right" if number else "left", no_wrap=True)
+    for row in table_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(report: PruneReport) -> str:
+    """Write the run as a Markdown table, followed by the way of measuring as a list."""
+    alignment = ("---", *("---:" for _ in HEADINGS[1:]))
+    lines = ["| " + " | ".join(row) + " |" for row in (HEADINGS, alignment, *table_rows(report))]
+    notes = [f"- {_escape(note)}" for note in footnotes(report)]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def table_rows(report: PruneReport) -> list[Row]:
+    """Every cell as text, in the order of ``HEADINGS``: the dense model first, then the model after each shot.
+
+    Bytes on disk and speed are known of the dense and of the final model only.
+    """
+    export, speed = report.export, report.speed
+    rows = [
+        _row(
+            "dense",
+            report.dense_size,
+            report.dense_size,
+            None if export is None else export.dense_weight_bytes,
+            report.dense_perplexity,
+            (UNKNOWN, UNKNOWN) if speed is None else (f"{speed.dense.prefill:,.0f}", f"{speed.dense.decode:,.1f}"),
+        )
+    ]
+    for shot in report.shots:
+        final = shot is report.shots[-1]
+        rows.append(
+            _row(
+                f"shot {shot.shot}",
+                shot.size,
+                report.dense_size,
+                export.weight_bytes if final and export is not None else None,
+                shot.perplexity,
+                _pruned_speed(speed) if final and speed is not None else (UNKNOWN, UNKNOWN),
+            )
+        )
+    return rows
+
+
+def footnotes(report: PruneReport) -> list[str]:
+    """Say what the columns count and how they were measured, one sentence or two a line."""
+    notes = [
+        "Size kept is the share of the prunable weights; embeddings and lm_head are not pruned and not in the "
+        "prunable count.",
+        _pruned_layers(report),
+    ]
+    measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
+    # All states are measured alike, so this is one line; were they not, the reader must see it.
+    notes += dict.fromkeys(_perplexity_note(perplexity) for perplexity in measured if perplexity is not None)
+    if report.speed is not None:
+        notes.append(_speed_note(report.speed))
+    return notes
+
+
+def _row(
+    state: str, size: Size, dense: Size, weight_bytes: int | None, perplexity: Perplexity | None, speed: tuple[str, str]
+) -> Row:
+    return (
+        state,
+        f"{100 * size.prunable / dense.prunable:.1f} %",
+        scaled(size.prunable),
+        scaled(size.total),
+        UNKNOWN if weight_bytes is None else f"{scaled(weight_bytes, 'kMGT', gap=' ')}B",
+        UNKNOWN if perplexity is None else _perplexity_cell(perplexity.perplexity),
+        *speed,
+    )
+
+
+def scaled(value: float, units: str = "kMBT", gap: str = "") -> str:
+    """Write a count with four digits and a letter per factor of 1,000: ``134.5M``, or ``269.1 M`` with a gap."""
+    letter = ""
+    for unit in units:
+        # Compared after rounding to four digits, so that 999,999 is 1M and not 1000k.
+        if float(f"{value:.4g}") < 1000:
+            break
+        value, letter = value / 1000, unit
+    digits = f"{value:#.4g}" if letter else f"{value:.4g}"
+    return f"{digits}{gap}{letter}"
+
+
+def _perplexity_cell(perplexity: float) -> str:
+    return f"{perplexity:,.2f}" if perplexity < 10_000 else f"{perplexity:.2e}"
+
+
+def _pruned_speed(speed: SpeedComparison) -> tuple[str, str]:
+    return (
+        f"{speed.pruned.prefill:,.0f} ({speed.prefill_ratio:.2f}{TIMES})",
+        f"{speed.pruned.decode:,.1f} ({speed.decode_ratio:.2f}{TIMES})",
+    )
+
+
+def _pruned_layers(report: PruneReport) -> str:
+    kinds = list(dict.fromkeys(layer.kind for layer in report.layers))
+    blocks = {layer.block for layer in report.layers}
+    patterns = [f"'{pattern}'" for pattern in report.config.get("ignore", ()) if pattern != "lm_head"]
+    left_out = f" Left alone by request: {', '.join(patterns)}." if patterns else ""
+    return f"Pruned: {len(report.layers)} linear layers in {len(blocks)} blocks ({', '.join(kinds)}).{left_out}"
+
+
+def _perplexity_note(perplexity: Perplexity) -> str:
+    return (
+        f"Perplexity: {perplexity.data}; windows of {perplexity.window:,} tokens, stride {perplexity.stride:,}, "
+        f"{perplexity.tokens:,} tokens scored, {perplexity.precision} arithmetic."
+    )
+
+
+def _speed_note(speed: SpeedComparison) -> str:
+    dense, pruned = speed.dense, speed.pruned
+    dtypes = " and ".join(dict.fromkeys((dense.dtype, pruned.dtype)))
+    return (
+        f"Speed: {dense.device}, {dtypes}, batch {dense.batch}; prefill of {dense.prompt:,} tokens, then "
+        f"{dense.generated:,} decoded with the cache. Medians of {dense.repeats} alternating pairs; {TIMES} is pruned "
+        "to dense."
+    )
+
+
+def _escape(text: str) -> str:
+    """Keep the names of data and patterns of layers from being read as Markdown."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)

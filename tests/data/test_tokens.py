@@ -1,0 +1,167 @@
+"""Calibration windows and evaluation tokens, with a tokenizer of one word per token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from llm_surgeon.data.corpora import Corpus
+from llm_surgeon.data.tokens import CalibrationTokens, evaluation_tokens, sample_calibration
+from llm_surgeon.errors import DataError
+
+WORDS = 200
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Word ``wN`` is token N; the maximal length is short, so that long texts would cause a warning."""
+    vocabulary = {f"w{number}": number for number in range(WORDS)} | {"?": WORDS}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", model_max_length=8)
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    """Tokens 0 to 199 in order, in two documents."""
+    words = [f"w{number}" for number in range(WORDS)]
+    return Corpus((" ".join(words[:50]), " ".join(words[50:])), "words", "\n\n")
+
+
+def test_windows_start_where_the_global_generator_would_put_them(tokenizer, corpus):
+    random.seed(7)
+    starts = random.sample(range(0, WORDS - 16), 5)
+    tokens = sample_calibration(tokenizer, corpus, samples=5, seq_len=16, seed=7)
+    assert tokens.input_ids.dtype == torch.int64
+    assert tokens.input_ids.tolist() == [list(range(start, start + 16)) for start in starts]
+    assert tokens.attention_mask is None
+    assert (tokens.n_samples, tokens.seq_len, tokens.n_tokens) == (5, 16, 80)
+
+
+def test_sampling_leaves_the_global_generator_alone(tokenizer, corpus):
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    sample_calibration(tokenizer, corpus, samples=2, seq_len=4, seed=0)
+    assert random.random() == expected
+
+
+def test_seed_decides_the_windows(tokenizer, corpus):
+    first, again, other = (sample_calibration(tokenizer, corpus, 4, 8, seed).input_ids for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_provenance_describes_the_draw_and_is_json(tokenizer, corpus):
+    provenance = sample_calibration(tokenizer, corpus, samples=3, seq_len=8, seed=5).provenance
+    assert json.loads(json.dumps(provenance)) == provenance
+    assert provenance["sha256"] == hashlib.sha256(corpus.text.encode()).hexdigest()
+    assert provenance["characters"] == len(corpus.text)
+    described = {key: provenance[key] for key in ("source", "documents", "tokens_available", "samples", "seq_len")}
+    assert described == {
+        "source": "words", "documents": 2, "tokens_available": WORDS, "samples": 3, "seq_len": 8
+    }  # fmt: skip
+    assert provenance["seed"] == 5
+
+
+@pytest.mark.parametrize(("samples", "seq_len"), [(26, 8), (1, WORDS), (1, WORDS + 1), (WORDS, 1)])
+def test_too_few_tokens_are_an_error_with_the_numbers(tokenizer, corpus, samples, seq_len):
+    with pytest.raises(DataError, match=rf"words has 200 tokens; {samples} samples of {seq_len} tokens need \d+"):
+        sample_calibration(tokenizer, corpus, samples, seq_len, seed=0)
+
+
+@pytest.mark.parametrize(("samples", "seq_len"), [(25, 8), (1, WORDS - 1), (WORDS - 1, 1), (2, 100)])
+def test_just_enough_tokens_are_enough(tokenizer, corpus, samples, seq_len):
+    assert sample_calibration(tokenizer, corpus, samples, seq_len, seed=0).input_ids.shape == (samples, seq_len)
+
+
+@pytest.mark.parametrize(("samples", "seq_len"), [(0, 8), (4, 0)])
+def test_asking_for_nothing_is_an_error(tokenizer, corpus, samples, seq_len):
+    with pytest.raises(DataError, match="at least one"):
+        sample_calibration(tokenizer, corpus, samples, seq_len, seed=0)
+
+
+def test_no_warning_about_a_long_sequence(tokenizer, corpus):
+    # transformers' loggers do not propagate to the root, so caplog would miss the warning.
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        sample_calibration(tokenizer, corpus, samples=2, seq_len=4, seed=0)
+        evaluation_tokens(tokenizer, corpus, window=4, max_tokens=100)
+        assert messages == []
+        tokenizer(corpus.text)
+        assert any("longer than" in message for message in messages), "the handler would not have seen the warning"
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_evaluation_takes_the_first_tokens(tokenizer, corpus):
+    tokens = evaluation_tokens(tokenizer, corpus, window=16, max_tokens=100)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == list(range(100))
+    assert tokens.untyped_storage().nbytes() == 100 * 8
+
+
+def test_evaluation_takes_all_of_a_shorter_text(tokenizer, corpus):
+    assert evaluation_tokens(tokenizer, corpus, window=WORDS, max_tokens=1_000).tolist() == list(range(WORDS))
+
+
+def test_evaluation_text_shorter_than_a_window_is_an_error(tokenizer, corpus):
+    with pytest.raises(DataError, match="words has 200 tokens, fewer than one window of 201"):
+        evaluation_tokens(tokenizer, corpus, window=WORDS + 1, max_tokens=1_000)
+
+
+def test_fewer_evaluation_tokens_than_a_window_are_an_error(tokenizer, corpus):
+    with pytest.raises(DataError, match="At most 15 evaluation tokens"):
+        evaluation_tokens(tokenizer, corpus, window=16, max_tokens=15)
+
+
+def test_batches_cover_everything_in_order():
+    ids = torch.arange(20).reshape(5, 4)
+    mask = ids % 4 < 3
+    tokens = CalibrationTokens(ids, mask, {})
+    batches = list(tokens.batches(2))
+    assert [batch.shape[0] for batch, _ in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), ids)
+    assert torch.equal(torch.cat([part for _, part in batches]), mask)
+    assert tokens.n_tokens == 15
+
+
+def test_batches_without_padding_have_no_mask():
+    batches = list(CalibrationTokens(torch.zeros(3, 4, dtype=torch.int64), None, {}).batches(8))
+    assert len(batches) == 1
+    assert batches[0][1] is None
+
+
+def test_batch_size_zero_is_an_error():
+    tokens = CalibrationTokens(torch.zeros(3, 4, dtype=torch.int64), None, {})
+    with pytest.raises(DataError, match="batch size is 0"):
+        list(tokens.batches(0))
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(2, 3), None, "float32"),
+        (torch.zeros(6, dtype=torch.int64), None, r"shape \(6,\)"),
+        (torch.zeros(0, 3, dtype=torch.int64), None, r"shape \(0, 3\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), "mask is torch.int64"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool), r"shape \(2, 4\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool), "every token padding"),
+    ],
+)
+def test_wrong_tensors_are_errors(ids, mask, message):
+    with pytest.raises(DataError, match=message):
+        CalibrationTokens(ids, mask, {})

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from llm_surgeon.records import LayerRecord
+from llm_surgeon.report import plots
+from llm_surgeon.report.plots import kept_by_kind, kept_fraction_png
+from report.test_table import perplexity, sample_report, shot
+
+
+def layer(block: int, kind: str, rows: int, columns: int = 10) -> LayerRecord:
+    return LayerRecord(
+        name=f"{block}.{kind}", block=block, kind=kind, rows=rows, columns=columns, rows_dense=10, columns_dense=10
+    )
+
+
+def test_kept_by_kind_has_a_row_per_kind_and_a_column_per_block() -> None:
+    kinds, kept = kept_by_kind((layer(0, "q_proj", 5), layer(0, "fc", 10, 3), layer(2, "fc", 2, 5)))
+    assert kinds == ["q_proj", "fc"]
+    np.testing.assert_allclose(kept, [[0.5, np.nan, np.nan], [0.3, np.nan, 0.1]])
+
+
+def test_experts_of_a_block_are_taken_together() -> None:
+    _, kept = kept_by_kind((layer(0, "up_proj", 2), layer(0, "up_proj", 8)))
+    np.testing.assert_allclose(kept, [[0.5]])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_png_shows_something(tmp_path: Path, measured: bool) -> None:
+    path = tmp_path / "kept.png"
+    changes = {} if measured else {"dense_perplexity": None, "shots": (shot(1, 0.5, None),)}
+    kept_fraction_png(sample_report(**changes), path)
+    picture = imread(path)
+    assert picture.shape[0] > 500
+    assert picture.shape[1] > 1500
+    left, right = np.array_split(picture[..., :3], 2, axis=1)
+    assert len(np.unique(left.reshape(-1, 3), axis=0)) > 20  # the colours of the map
+    has_line = bool((np.abs(right - np.array([0x00, 0x72, 0xB2]) / 255).max(axis=-1) < 0.01).any())
+    assert has_line == measured
+
+
+def test_plots_leave_pyplot_alone() -> None:
+    code = "import sys, llm_surgeon.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("number_of_shots", "numbers"), [(2, ["16", "17", "20"]), (40, ["16", "1616"])])
+def test_numbers_stand_at_all_points_or_at_the_ends_of_a_long_run(number_of_shots: int, numbers: list[str]) -> None:
+    shots = tuple(shot(number, 1 - number / 50, perplexity(16.0 + number**2)) for number in range(1, 41))
+    axes = Figure().subplots()
+    plots._draw_perplexity(axes, sample_report(dense_perplexity=perplexity(16), shots=shots[:number_of_shots]))
+    assert [text.get_text() for text in axes.texts] == numbers
+    assert axes.get_yscale() == "log"
+    assert axes.xaxis_inverted()
