@@ -75,11 +75,20 @@ class Coupling:
     on the network any more. Followers do not kill the group in turn.
 
     Example: neuron j of a gated MLP has the sides row j of ``gate``, row j of ``up`` and column j of ``down``.
+
+    Attributes:
+        kind: What a group is.
+        sides: The sides, with equally many groups each.
+        followers: What dies with a group without being able to kill it.
+        candidate: Whether a group may be removed as a whole. The cost of a side is the sum of its members' costs,
+            which is far too low for many correlated members (a whole head: perplexity 40.4 instead of 29.9 on
+            SmolLM2-135M at 80 % in one shot), so large groups only die by implication.
     """
 
     kind: str
     sides: tuple[Side, ...]
     followers: tuple[Side, ...] = ()
+    candidate: bool = True
 
 
 @dataclass(frozen=True)
@@ -215,8 +224,8 @@ def score_groups(
         [(costs[side.layer].axis(side.axis).double()[side.index] * _alive(keep, side)).sum(1) for side in coupling.sides]
     )
     score = _score(side_costs.amin(dim=0), freed, per_weight)
-    # A group that is dead already is no candidate.
-    return Group(coupling, side_costs, score.masked_fill(_dead_sides(keep, coupling).any(0), float("inf")))
+    excluded = _dead_sides(keep, coupling).any(0) if coupling.candidate else torch.ones_like(score, dtype=torch.bool)
+    return Group(coupling, side_costs, score.masked_fill(excluded, float("inf")))
 
 
 def _removed_at(

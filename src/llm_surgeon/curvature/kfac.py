@@ -97,7 +97,7 @@ class _Collector:
 
     def _labelled(self, x: Tensor) -> Tensor:
         """The rows of ``[batch, length, size]`` that have a label, ``[n, size]``."""
-        x = x.reshape(-1, x.shape[-1])
+        x = x.flatten(0, -2)
         assert self.positions is not None
         return x if len(self.positions) == len(x) else x.index_select(0, self.positions)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -228,6 +228,7 @@ def _attention_couplings(config: Any, attention: Attention, block: nn.Module, pr
             "query head",
             (Side(prefix + attention.output, "columns", whole_heads),),
             followers=(Side(prefix + attention.query, "rows", whole_heads),),
+            candidate=False,
         ),
     ]
 
@@ -252,7 +253,7 @@ def _restrict(couplings: list[Coupling], layers: dict[str, LinearLayer]) -> tupl
     def known(sides: Sequence[Side]) -> tuple[Side, ...]:
         return tuple(side for side in sides if side.layer in layers)
 
-    kept = (Coupling(c.kind, known(c.sides), known(c.followers)) for c in couplings)
+    kept = (replace(c, sides=known(c.sides), followers=known(c.followers)) for c in couplings)
     return tuple(c for c in kept if c.sides and len(c.sides) + len(c.followers) > 1)
 
 

@@ -1,0 +1,162 @@
+"""The command: a thin shell over the public API."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from llm_surgeon.errors import SurgeonError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+_DEMO = "demo"
+
+
+def main() -> None:
+    """Entry point of the ``llm-surgeon`` command."""
+    app()
+
+
+@app.callback()
+def _root() -> None:
+    """Make a pretrained language model really smaller: on disk, in memory, in time per token."""
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A local Hugging Face directory, a hub id, or the word demo.")],
+    out: Annotated[Path, typer.Option(help="Directory to make; must not exist, or be empty.")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; the command line overrides.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the prunable linear weights to remove; embeddings and lm_head excluded. [0.5]"),
+    ] = None,
+    structure: Annotated[str | None, typer.Option(help="What is removed as a unit. [rows-columns]")] = None,
+    shots: Annotated[int | None, typer.Option(help="Shots on a linear schedule. [5]")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="cost-per-weight, or the paper's raw cost. [cost-per-weight]")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Hub data set id, a .txt/.jsonl/.parquet, or demo[:en|fr|es]. [demo]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. [512]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Calibration sequences per pass. [2]")] = None,
+    dampening_a: Annotated[
+        float | None, typer.Option(help="Damping of the input factor, a fraction of its mean diagonal. [0.01]")
+    ] = None,
+    dampening_g: Annotated[
+        float | None, typer.Option(help="Damping of the gradient factor, a fraction of its mean diagonal. [0.1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. [0]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16. [auto]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Arithmetic of the passes: bfloat16 or float32; sums are float32. [bfloat16]")
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(help="Text for perplexity, as for --calibration, or none. [held-out part of the calibration text]"),
+    ] = None,
+    eval_window: Annotated[int | None, typer.Option(help="Tokens per evaluation window. [1024]")] = None,
+    eval_stride: Annotated[int | None, typer.Option(help="Tokens between windows. [the window]")] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Evaluation tokens, at most. [20480]")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers never pruned: regular expression on the end of the name; repeat.")
+    ] = None,
+) -> None:
+    """Remove rows and columns of MODEL's linear layers with the LLM Surgeon method, and export a smaller model."""
+    given = {name: value for name, value in locals().items() if name not in ("model", "out", "recipe")}
+    with _errors_as_messages():
+        from llm_surgeon.config import PruneConfig, read_recipe
+        from llm_surgeon.export.save import check_output
+
+        check_output(out)
+        options: dict[str, Any] = read_recipe(recipe) if recipe else {}
+        options |= {name: value for name, value in given.items() if value is not None}
+        config = PruneConfig.from_mapping(options)
+        # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.
+        from llm_surgeon.pipeline.run import prune_checkpoint
+        from llm_surgeon.report.progress import RichProgress
+        from llm_surgeon.report.table import summary_table
+
+        errors = _log_to_stderr()
+        report = prune_checkpoint(
+            model, out, config, progress=RichProgress(errors), command=shlex.join(["llm-surgeon", *sys.argv[1:]])
+        )
+        console = Console()
+        console.print(summary_table(report))
+        console.print(f"The reloaded export agrees with the model in memory. Report: {out / 'report.json'}, "
+                      f"model card: {out / 'README.md'}, picture: {out / 'kept_fraction.png'}", soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An export, a Hugging Face directory, a hub id, or the word demo.")],
+    data: Annotated[str, typer.Option(help="Hub data set id, a .txt/.jsonl/.parquet, or demo[:en|fr|es].")] = _DEMO,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows. [the window]")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 20_480,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
+) -> None:
+    """Measure the token perplexity of MODEL on a text. Runs modelling code that the export brings along."""
+    with _errors_as_messages():
+        from llm_surgeon.models.loading import load
+        from llm_surgeon.pipeline.run import evaluate as measure
+        from llm_surgeon.report.progress import RichProgress
+
+        network, tokenizer = load(model, dtype, device)
+        result = measure(
+            network,
+            tokenizer,
+            data,
+            window=window,
+            stride=stride,
+            max_tokens=tokens,
+            precision=precision,
+            progress=RichProgress(_log_to_stderr()),
+        )
+        Console().print(
+            f"perplexity {result.perplexity:.3f} on {result.data}: {result.tokens:,} tokens scored, window "
+            f"{result.window}, stride {result.stride}, {result.precision}",
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """A user's mistake is two sentences and an exit status, not a stack trace."""
+    try:
+        yield
+    except SurgeonError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(error.cause)}\n{_escape(error.remedy)}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was written")
+        raise typer.Exit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _log_to_stderr() -> Console:
+    """Send this package's log to standard error, and quiet the loading bars of transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    console = Console(stderr=True)
+    logger = logging.getLogger("llm_surgeon")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [RichHandler(console=console, show_time=False, show_path=False, show_level=False)]
+    return console

@@ -1,0 +1,30 @@
+"""Run in a fresh process: load an export as a stranger would, and compute what the exporter wants compared.
+
+Usage: ``python reload_check.py DIRECTORY PROBE DEVICE``. PROBE is a safetensors file with ``input_ids [1, n]``; the
+logits are written beside it. This package is made unimportable first: the export must not need it.
+"""
+
+import sys
+
+sys.modules["llm_surgeon"] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+
+def main(directory: str, probe: str, device: str) -> None:
+    """Write the logits of one full pass, of a cached step, and a few generated tokens."""
+    ids = load_file(probe)["input_ids"].to(device)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto").to(device).eval()
+    with torch.inference_mode():
+        logits = model(ids).logits
+        prefill = model(ids[:, :-1], use_cache=True)
+        step = model(ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True).logits
+        generated = model.generate(ids[:, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    result = {"logits": logits, "step": step, "generated": generated}
+    save_file({name: tensor.cpu().clone().contiguous() for name, tensor in result.items()}, probe + ".out")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,92 @@
+"""The reload check: a fresh process without this package loads the export, and its logits are compared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.errors import ExportMismatchError
+
+PROBE_TOKENS = 64
+
+# Largest difference allowed, as a fraction of the largest logit: the same arithmetic on the same device, but kernels
+# may be chosen anew, and a cached step takes another path than a full pass.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class ReloadCheck:
+    """Largest absolute difference of the reloaded logits, and the largest logit it is measured against."""
+
+    difference: float
+    scale: float
+
+
+def verify_export(model: PreTrainedModel, directory: Path) -> ReloadCheck:
+    """Compare the export with the model in memory.
+
+    A fresh process, in which ``llm_surgeon`` cannot be imported and no hub can be asked, loads the directory with
+    ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)``, computes the logits of a probe in
+    one pass and with the key/value cache, and generates.
+
+    Args:
+        model: The pruned model in memory.
+        directory: The export.
+
+    Raises:
+        ExportMismatchError: If the process fails or its logits differ.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    with torch.inference_mode():
+        expected = model(ids.to(device)).logits.float().cpu()
+    with tempfile.TemporaryDirectory() as scratch:
+        reloaded = _reload(directory, ids, device, Path(scratch))
+    scale = float(expected.abs().max())
+    difference = _difference(expected, reloaded["logits"])
+    cached = _difference(expected[:, -1:], reloaded["step"])
+    allowed = TOLERANCE.get(model.dtype, 1e-4) * scale
+    # Written so that a NaN fails.
+    if not (difference <= allowed and cached <= allowed):
+        raise ExportMismatchError(
+            f"The reloaded export differs from the model in memory by {difference:.3g} in its logits ({cached:.3g} with "
+            f"the key/value cache), and {allowed:.3g} is allowed.",
+            "Nothing was written. Please report this with the versions of torch and transformers.",
+        )
+    return ReloadCheck(difference, scale)
+
+
+def _difference(expected: Tensor, actual: Tensor) -> float:
+    return float((expected - actual.float()).abs().max())
+
+
+def _reload(directory: Path, ids: Tensor, device: torch.device, scratch: Path) -> dict[str, Tensor]:
+    probe = scratch / "probe.safetensors"
+    save_file({"input_ids": ids}, probe)
+    # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).with_name("reload_check.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(directory), str(probe), str(device)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise ExportMismatchError(
+            f"The export cannot be loaded in a fresh process: {last[0]}.",
+            "Nothing was written. Please report this with the versions of torch and transformers.",
+        )
+    return load_file(f"{probe}.out")

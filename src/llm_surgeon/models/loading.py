@@ -1,0 +1,125 @@
+"""Finding and loading models and tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llm_surgeon.data.demo import demo_model
+from llm_surgeon.errors import ConfigError, ModelError
+
+DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+
+
+def resolve_source(model: str) -> str:
+    """``demo`` as the directory of the demo model, fetched if need be; anything else as it is."""
+    return str(demo_model()) if model == "demo" else model
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` as CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: If the device does not exist here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"The device {device!r} cannot be used: {str(error).splitlines()[0]}.", "Use --device cpu or --device auto."
+        ) from None
+    return torch.device(device)
+
+
+def load_config(source: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a local directory or a hub id.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except _FAILURES as error:
+        raise _not_loaded(source, "configuration", error) from None
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or a hub id.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        return tokenizer
+    except _FAILURES as error:
+        raise _not_loaded(source, "tokenizer", error) from None
+
+
+def load_model(
+    source: str, dtype: str = "auto", device: str | torch.device = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    Args:
+        source: A local directory or a hub id.
+        dtype: A name of ``DTYPES``.
+        device: Where to put it.
+        trust_remote_code: Whether to run modelling code of the checkpoint; exports of this package need it.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        )
+    except _FAILURES as error:
+        raise _not_loaded(source, "model", error) from None
+    return model.to(device).eval()
+
+
+def load(
+    path: str | Path, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an export of this package, or any causal language model, with its tokenizer.
+
+    The modelling code in the export is run, as it is with ``trust_remote_code=True`` in transformers; only load
+    exports that you trust.
+
+    Args:
+        path: A directory, a hub id, or ``demo``.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ModelError: If there is no model to load.
+        ConfigError: If the device does not exist.
+    """
+    source, where = resolve_source(str(path)), resolve_device(device)
+    return load_model(source, dtype, where, trust_remote_code=True), load_tokenizer(source)
+
+
+def _not_loaded(source: str, what: str, error: BaseException) -> ModelError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ModelError(
+        f"The {what} of {source!r} cannot be loaded: {reason.rstrip('.')}.",
+        "Give a directory that holds a Hugging Face checkpoint, a hub id that can be reached, or the word demo.",
+    )

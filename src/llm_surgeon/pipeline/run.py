@@ -1,0 +1,353 @@
+"""A whole run: what is checked before, the shots, what is measured, and the export."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.data.corpora import Corpus, load_corpus
+from llm_surgeon.data.tokens import CalibrationTokens, evaluation_tokens, sample_calibration
+from llm_surgeon.evaluation.memory import peak_device_bytes, peak_resident_bytes, reset_peak
+from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.evaluation.speed import compare_speed
+from llm_surgeon.export.save import check_disk_space, check_output, directory_in_place, save_model, weight_bytes
+from llm_surgeon.export.verify import verify_export
+from llm_surgeon.models import Anatomy, examine, family_of
+from llm_surgeon.models.loading import (
+    DTYPES,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_source,
+)
+from llm_surgeon.pipeline.shots import ShotResult, run_shots
+from llm_surgeon.records import (
+    ExportRecord,
+    LayerRecord,
+    Memory,
+    Perplexity,
+    PruneReport,
+    ShotRecord,
+    Size,
+    SpeedComparison,
+)
+from llm_surgeon.report.card import model_card
+from llm_surgeon.report.plots import kept_fraction_png
+from llm_surgeon.report.progress import Progress, SilentProgress
+from llm_surgeon.selection import KeepMask, count_weights
+
+logger = logging.getLogger(__name__)
+
+# Files of an export beside its weights: tokenizer, report, picture, modelling file.
+_SMALL_FILES = 32 * 2**20
+_PACKAGES = ("llm-surgeon", "torch", "transformers", "safetensors", "tokenizers", "datasets")
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PruneConfig,
+    *,
+    progress: Progress | None = None,
+    source: str = "",
+) -> PruneReport:
+    """Prune a model in place.
+
+    Args:
+        model: A dense causal language model of a supported family.
+        tokenizer: Its tokenizer.
+        config: The recipe; its ``device`` and ``dtype`` are of use when a checkpoint is loaded, not here: the model is
+            pruned where it is and as it is.
+        progress: Where progress is shown; nowhere if None.
+        source: The model's name, for the report.
+
+    Returns:
+        What was measured. The model's layers are smaller afterwards; ``prune_checkpoint`` also exports.
+
+    Raises:
+        UnsupportedModelError: If there is no entry for the architecture.
+        DataError: If there is too little text.
+        NonFiniteError: If activations, gradients or costs are not finite.
+        NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
+    """
+    anatomy = examine(model, family_of(model.config), config.ignore)
+    texts = _prepare_texts(tokenizer, config)
+    report, _keep = _prune(model, anatomy, texts, config, progress or SilentProgress(), source)
+    return report
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str = "demo",
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_tokens: int = 20_480,
+    precision: str = "bfloat16",
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Token perplexity of a model on a text.
+
+    Args:
+        model: Dense or pruned.
+        tokenizer: Its tokenizer.
+        data: As in ``PruneConfig.evaluation``; of demo texts the part held out from calibration is taken.
+        window: Tokens per window.
+        stride: Tokens between windows; the window if None.
+        max_tokens: Tokens of the text that are used, at most.
+        precision: ``bfloat16`` or ``float32``.
+        progress: Where progress is shown; nowhere if None.
+
+    Raises:
+        DataError: If the text cannot be read or is shorter than a window.
+    """
+    tokens = evaluation_tokens(tokenizer, _part(data, 1, split=False), window, max_tokens)
+    return _evaluate(model, tokens, data, window, stride, precision, progress or SilentProgress(), f"perplexity, {data}")
+
+
+def prune_checkpoint(
+    model: str,
+    out: Path,
+    config: PruneConfig,
+    *,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> PruneReport:
+    """Prune a checkpoint, export it, check the export in a fresh process, and measure both.
+
+    Whatever fails, nothing is left at ``out``.
+
+    Args:
+        model: A local directory, a hub id, or ``demo``.
+        out: The directory to make; must not exist, or be empty.
+        config: The recipe.
+        progress: Where progress is shown; nowhere if None.
+        command: The command line, for the report.
+
+    Raises:
+        OutputError: If ``out`` cannot be used or the disk is too full.
+        ExportMismatchError: If the reloaded export computes something else.
+        SurgeonError: Whatever ``prune`` raises.
+    """
+    progress = progress or SilentProgress()
+    check_output(out)
+    device = resolve_device(config.device)
+    source = resolve_source(model)
+    _check_before_loading(source, out, config)
+    tokenizer = load_tokenizer(source)
+    texts = _prepare_texts(tokenizer, config)
+    network = load_model(source, config.dtype, device)
+    anatomy = examine(network, family_of(network.config), config.ignore)
+    dense_bytes = _parameter_bytes(network)
+    report, keep = _prune(network, anatomy, texts, config, progress, model)
+    with directory_in_place(out) as beside:
+        logger.info("writing the export and reloading it in a fresh process")
+        save_model(network, tokenizer, anatomy, keep, beside)
+        check = verify_export(network, beside)
+        export = ExportRecord(
+            path=str(out),
+            weight_bytes=weight_bytes(beside),
+            dense_weight_bytes=dense_bytes,
+            max_logit_difference=check.difference,
+            logit_scale=check.scale,
+        )
+        speed = _compare_speed(source, network, config, device)
+        report = report.model_copy(update={"command": command, "export": export, "speed": speed})
+        _write_report(report, config, beside)
+    return report
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Tokens of a run: for calibration, and for evaluation if there is one."""
+
+    calibration: CalibrationTokens
+    evaluation: Tensor | None
+    evaluation_name: str
+
+
+def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
+    """Find out from the configuration alone whether the model is supported and its export fits on the disk."""
+    settings = load_config(source)
+    family = family_of(settings)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(settings)
+    anatomy = examine(skeleton, family, config.ignore)
+    dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
+    kept = count_parameters(skeleton) - config.sparsity * anatomy.prunable_weights
+    check_disk_space(out, int(kept * dtype.itemsize) + _SMALL_FILES)
+
+
+def _prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> _Texts:
+    """Tokenise both texts before anything expensive."""
+    spec = config.evaluation or config.calibration
+    same = spec == config.calibration
+    calibration = sample_calibration(
+        tokenizer, _part(config.calibration, 0, split=same), config.samples, config.seq_len, config.seed
+    )
+    if spec == "none":
+        return _Texts(calibration, None, spec)
+    tokens = evaluation_tokens(tokenizer, _part(spec, 1, split=same), config.eval_window, config.eval_tokens)
+    return _Texts(calibration, tokens, f"{spec} (held-out part)" if same else spec)
+
+
+def _part(spec: str, part: int, *, split: bool) -> Corpus:
+    """A text, or what of it is for calibration (0) or evaluation (1): demo texts are always split."""
+    corpus = load_corpus(spec)
+    return corpus.split()[part] if split or spec.split(":")[0] == "demo" else corpus
+
+
+def _prune(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    texts: _Texts,
+    config: PruneConfig,
+    progress: Progress,
+    source: str,
+) -> tuple[PruneReport, dict[str, KeepMask]]:
+    """The shots, with an evaluation before the first and after each."""
+    device = next(model.parameters()).device
+
+    def measure(description: str) -> Perplexity | None:
+        if texts.evaluation is None:
+            return None
+        return _evaluate(
+            model,
+            texts.evaluation,
+            texts.evaluation_name,
+            config.eval_window,
+            config.eval_stride,
+            config.precision,
+            progress,
+            description,
+        )
+
+    reset_peak(device)
+    dense_size = _size(model, anatomy.prunable_weights)
+    model_bytes = _parameter_bytes(model)
+    dense_perplexity = measure("dense: perplexity")
+    shots: list[ShotRecord] = []
+    factor_bytes, keep = 0, anatomy.dense_masks()
+    for result in run_shots(model, anatomy, texts.calibration, config, progress):
+        keep = result.selection.keep
+        factor_bytes = max(factor_bytes, result.factor_bytes)
+        record = _shot_record(
+            result, model, anatomy, lambda shot=result.shot: measure(f"shot {shot}/{config.shots}: perplexity")
+        )
+        shots.append(record)
+        logger.info("shot %d/%d: %.1f %% of the prunable weights left", record.shot, config.shots, 100 * (1 - record.sparsity))
+    peak = peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
+    report = PruneReport(
+        model=source or model.config.name_or_path or type(model).__name__,
+        family=anatomy.family.model_type,
+        config=config.model_dump(mode="json"),
+        calibration=texts.calibration.provenance,
+        dense_size=dense_size,
+        dense_perplexity=dense_perplexity,
+        shots=tuple(shots),
+        layers=tuple(_layer_records(anatomy, keep)),
+        memory=Memory(peak=peak, model=model_bytes, factors=factor_bytes),
+        versions=_versions(),
+    )
+    return report, keep
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    data: str,
+    window: int,
+    stride: int | None,
+    precision: str,
+    progress: Progress,
+    description: str,
+) -> Perplexity:
+    with progress.phase(description, len(tokens)) as phase:
+        return perplexity(
+            model, tokens, window=window, stride=stride, precision=precision, data=data, advance=phase.advance
+        )
+
+
+def _shot_record(
+    result: ShotResult, model: PreTrainedModel, anatomy: Anatomy, measure: Callable[[], Perplexity | None]
+) -> ShotRecord:
+    weights = count_weights(result.selection.keep)
+    start = perf_counter()
+    measured = measure()
+    return ShotRecord(
+        shot=result.shot,
+        target_sparsity=result.target_sparsity,
+        sparsity=1 - weights / anatomy.prunable_weights,
+        size=_size(model, weights),
+        threshold=result.selection.threshold,
+        structures_removed=result.selection.structures_chosen,
+        structures_implied=result.selection.structures_implied,
+        loss=result.loss,
+        curvature_seconds=result.seconds["curvature"],
+        selection_seconds=result.seconds["selection"],
+        update_seconds=result.seconds["update"],
+        evaluation_seconds=perf_counter() - start,
+        perplexity=measured,
+    )
+
+
+def _layer_records(anatomy: Anatomy, keep: dict[str, KeepMask]) -> list[LayerRecord]:
+    return [
+        LayerRecord(
+            name=name,
+            block=layer.block,
+            kind=layer.kind,
+            rows=int(keep[name].rows.sum()),
+            columns=int(keep[name].columns.sum()),
+            rows_dense=layer.rows,
+            columns_dense=layer.columns,
+        )
+        for name, layer in anatomy.layers.items()
+    ]
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _parameter_bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _size(model: torch.nn.Module, prunable: int) -> Size:
+    return Size(prunable=prunable, total=count_parameters(model))
+
+
+def _compare_speed(
+    source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device
+) -> SpeedComparison:
+    """Time the dense model, loaded once more, against the pruned one."""
+    logger.info("measuring the speed of the dense and the pruned model")
+    dense = load_model(source, config.dtype, device)
+    longest = getattr(dense.config, "max_position_embeddings", None) or 544
+    generate = min(32, max(1, longest // 4))
+    return compare_speed(dense, pruned, prompt=min(512, longest - generate), generate=generate)
+
+
+def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> None:
+    (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
+    (directory / "recipe.yaml").write_text(config.to_yaml(), encoding="utf8")
+    (directory / "README.md").write_text(model_card(report), encoding="utf8")
+    kept_fraction_png(report, directory / "kept_fraction.png")
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from llm_surgeon.curvature import gram
+from llm_surgeon.curvature.gram import GramSum
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 6, 17])
+def test_sum_equals_the_dense_product_whatever_the_strips(size, monkeypatch):
+    monkeypatch.setattr(gram, "STRIP", 5)
+    generator = torch.Generator().manual_seed(size)
+    parts = [torch.randn(n, size, generator=generator) for n in (3, 1, 8)]
+    total = GramSum(size, "cpu")
+    for part in parts:
+        total.add(part)
+    x = torch.cat(parts).double()
+    torch.testing.assert_close(total.dense().double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(total.dense(), total.dense().T)
+
+
+def test_sums_are_float32_for_bfloat16_inputs():
+    """Summing ones in bfloat16 would stop at 256."""
+    total = GramSum(2, "cpu")
+    for _ in range(4):
+        total.add(torch.ones(200, 2, dtype=torch.bfloat16))
+    assert torch.equal(total.dense(), torch.full((2, 2), 800.0))
+
+
+def test_half_of_the_matrix_is_stored(monkeypatch):
+    monkeypatch.setattr(gram, "STRIP", 8)
+    assert GramSum(64, "cpu").nbytes == 4 * 8 * sum(range(8, 65, 8))

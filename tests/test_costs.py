@@ -1,0 +1,46 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_surgeon.costs import column_costs, row_costs
+from llm_surgeon.linalg import damped_cholesky, damping_of, inverse_diagonal
+from oracles import constrained_minimum, fisher, random_factor, removed_mask
+
+EMPTY = torch.tensor([], dtype=torch.long)
+
+
+def problem(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return weight, random_factor(columns, generator), random_factor(rows, generator)
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(2, 6), columns=st.integers(2, 7), seed=st.integers(0, 1000))
+def test_row_and_column_costs_equal_constrained_least_squares(rows, columns, seed):
+    weight, a, g = problem(rows, columns, seed)
+    by_row = row_costs(weight, a, inverse_diagonal(torch.linalg.cholesky(g)))
+    by_column = column_costs(weight, g, inverse_diagonal(torch.linalg.cholesky(a)))
+    hessian, theta = fisher(a, g), weight.flatten()
+    for r in range(rows):
+        expected, _ = constrained_minimum(hessian, theta, removed_mask(rows, columns, torch.tensor([r]), EMPTY))
+        assert abs(float(by_row[r]) - expected) <= 1e-8 * max(1, abs(expected))
+    for c in range(columns):
+        expected, _ = constrained_minimum(hessian, theta, removed_mask(rows, columns, EMPTY, torch.tensor([c])))
+        assert abs(float(by_column[c]) - expected) <= 1e-8 * max(1, abs(expected))
+
+
+def test_dead_rows_and_columns_cost_nothing():
+    weight, a, g = problem(4, 5, 0)
+    weight[1] = 0
+    weight[:, 3] = 0
+    assert float(row_costs(weight, a, inverse_diagonal(torch.linalg.cholesky(g)))[1]) == 0
+    assert float(column_costs(weight, g, inverse_diagonal(torch.linalg.cholesky(a)))[3]) == 0
+
+
+def test_damping_enters_the_inverse_and_not_the_numerator():
+    weight, a, g = problem(3, 4, 1)
+    lam = damping_of(g, 0.1)
+    inverse = inverse_diagonal(damped_cholesky(g, lam, "g"))
+    expected = 0.5 * (weight @ a @ weight.T).diagonal() / torch.linalg.inv(g + lam * torch.eye(3, dtype=g.dtype)).diagonal()
+    torch.testing.assert_close(row_costs(weight, a, inverse), expected, rtol=1e-10, atol=0)

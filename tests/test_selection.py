@@ -1,0 +1,191 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_surgeon.selection import Coupling, KeepMask, Side, StructureCosts, count_weights, select
+
+ROWS, COLUMNS, NEURONS = 4, 3, 5
+
+
+def network(seed=0, couple=True):
+    """Layer ``up [NEURONS, COLUMNS]`` feeds layer ``down [ROWS, NEURONS]``."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {"up": KeepMask.dense(NEURONS, COLUMNS), "down": KeepMask.dense(ROWS, NEURONS)}
+    costs = {
+        name: StructureCosts(
+            torch.rand(len(mask.rows), generator=generator), torch.rand(len(mask.columns), generator=generator)
+        )
+        for name, mask in keep.items()
+    }
+    index = torch.arange(NEURONS).view(-1, 1)
+    couplings = [Coupling("neuron", (Side("up", "rows", index), Side("down", "columns", index)))] if couple else []
+    return keep, costs, couplings
+
+
+def brute_force(keep, costs, couple, per_weight, threshold):
+    """Plain loops: drop what scores at most the threshold, then what this implies."""
+    after = {name: mask.copy() for name, mask in keep.items()}
+    for name, mask in keep.items():
+        for axis, other in (("rows", "columns"), ("columns", "rows")):
+            freed = int(mask.axis(other).sum())
+            for i in range(len(mask.axis(axis))):
+                score = float(costs[name].axis(axis)[i].double()) / (freed if per_weight else 1)
+                if mask.axis(axis)[i] and score <= threshold:
+                    after[name].axis(axis)[i] = False
+    if couple:
+        for j in range(NEURONS):
+            freed = int(keep["up"].columns.sum()) + int(keep["down"].rows.sum())
+            cost = min(float(costs["up"].rows[j].double()), float(costs["down"].columns[j].double()))
+            score = cost / (freed if per_weight else 1)
+            if score <= threshold or not after["up"].rows[j] or not after["down"].columns[j]:
+                after["up"].rows[j] = after["down"].columns[j] = False
+    return after
+
+
+def thresholds(keep, costs, couple, per_weight):
+    values = set()
+    for name, mask in keep.items():
+        for axis, other in (("rows", "columns"), ("columns", "rows")):
+            freed = int(mask.axis(other).sum()) if per_weight else 1
+            values |= {float(value) / freed for value in costs[name].axis(axis).double()}
+    if couple:
+        freed = COLUMNS + ROWS if per_weight else 1
+        for j in range(NEURONS):
+            values.add(min(float(costs["up"].rows[j].double()), float(costs["down"].columns[j].double())) / freed)
+    return sorted(values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    target=st.integers(0, NEURONS * (ROWS + COLUMNS)),
+    per_weight=st.booleans(),
+    couple=st.booleans(),
+)
+def test_the_largest_admissible_threshold_wins(seed, target, per_weight, couple):
+    keep, costs, couplings = network(seed, couple)
+    result = select(keep, costs, couplings, target, per_weight)
+    best = {name: mask.copy() for name, mask in keep.items()}
+    for threshold in thresholds(keep, costs, couple, per_weight):
+        after = brute_force(keep, costs, couple, per_weight, threshold)
+        if count_weights(after) < target:
+            break
+        best = after
+    for name in keep:
+        assert torch.equal(result.keep[name].rows, best[name].rows)
+        assert torch.equal(result.keep[name].columns, best[name].columns)
+    assert count_weights(result.keep) >= target
+
+
+def test_overlap_of_rows_and_columns_is_counted_exactly():
+    mask = KeepMask.dense(6, 8)
+    mask.rows[:2] = False
+    mask.columns[:3] = False
+    assert 6 * 8 - mask.weights == 2 * 8 + 3 * 6 - 2 * 3
+
+
+def test_the_cheapest_side_kills_a_neuron_and_the_other_is_implied():
+    keep, costs, couplings = network()
+    for layer in costs.values():
+        layer.rows.fill_(100.0)
+        layer.columns.fill_(100.0)
+    costs["down"].columns[2] = 0.5
+    result = select(keep, costs, couplings, count_weights(keep) - COLUMNS - ROWS)
+    assert not result.keep["up"].rows[2]
+    assert not result.keep["down"].columns[2]
+    assert result.chosen["down"].columns.nonzero().flatten().tolist() == [2]
+    assert not result.chosen["up"].rows.any()
+    assert (result.structures_chosen, result.structures_implied) == (1, 1)
+    assert result.loss == pytest.approx(0.5)
+    assert 0.5 / (COLUMNS + ROWS) <= result.threshold < 100 / NEURONS
+
+
+def test_an_implied_gain_can_make_an_expensive_structure_the_better_choice():
+    """Per weight freed, a neuron that frees 7 weights at cost 5 beats a row that frees 5 at cost 4."""
+    keep, costs, couplings = network()
+    for layer in costs.values():
+        layer.rows.fill_(100.0)
+        layer.columns.fill_(100.0)
+    costs["down"].columns[1], costs["down"].rows[0] = 5.0, 4.0
+    target = count_weights(keep) - 7
+    by_weight = select(keep, costs, couplings, target)
+    assert not by_weight.keep["up"].rows[1]
+    assert by_weight.keep["down"].rows.all()
+    by_cost = select(keep, costs, couplings, target, per_weight=False)
+    assert by_cost.keep["up"].rows.all()
+    assert not by_cost.keep["down"].rows[0]
+
+
+def test_members_that_die_one_by_one_kill_their_group():
+    """Two columns share a row's fate; each is cheap alone, so the row is implied."""
+    keep = {"v": KeepMask.dense(1, 4), "o": KeepMask.dense(4, 2)}
+    costs = {
+        "v": StructureCosts(torch.tensor([9.0]), torch.full((4,), 9.0)),
+        "o": StructureCosts(torch.full((4,), 9.0), torch.tensor([0.1, 0.2])),
+    }
+    coupling = Coupling("v", (Side("v", "rows", torch.tensor([[0]])), Side("o", "columns", torch.tensor([[0, 1]]))))
+    result = select(keep, costs, [coupling], 0, per_weight=False)
+    assert count_weights(result.keep) == 0
+    result = select(keep, {**costs, "o": StructureCosts(costs["o"].rows, torch.tensor([0.1, 8.0]))}, [coupling], 8)
+    assert result.keep["o"].columns.tolist() == [False, True]
+    assert result.keep["v"].rows.all()
+
+
+def test_followers_die_with_a_group_and_do_not_kill_it():
+    keep = {"o": KeepMask.dense(1, 2), "q": KeepMask.dense(2, 3)}
+    index = torch.tensor([[0, 1]])
+    coupling = Coupling("head", (Side("o", "columns", index),), (Side("q", "rows", index),), candidate=False)
+    cheap_queries = {
+        "o": StructureCosts(torch.tensor([9.0]), torch.tensor([9.0, 9.0])),
+        "q": StructureCosts(torch.tensor([0.1, 0.1]), torch.full((3,), 9.0)),
+    }
+    result = select(keep, cheap_queries, [coupling], 2, per_weight=False)
+    assert result.keep["o"].columns.all()
+    assert not result.keep["q"].rows.any()
+    cheap_output = {
+        "o": StructureCosts(torch.tensor([9.0]), torch.tensor([0.1, 0.2])),
+        "q": StructureCosts(torch.tensor([8.0, 8.0]), torch.full((3,), 9.0)),
+    }
+    result = select(keep, cheap_output, [coupling], 0, per_weight=False)
+    assert not result.keep["q"].rows.any()
+    assert not result.chosen["q"].rows.any()
+    assert result.chosen["o"].columns.all()
+
+
+def test_what_is_not_a_candidate_is_not_removed_as_a_whole():
+    keep, costs, couplings = network()
+    for layer in costs.values():
+        layer.rows.fill_(100.0)
+        layer.columns.fill_(100.0)
+    costs["down"].columns.fill_(1.0)
+    coupling = couplings[0]
+    whole = Coupling("all", (Side("down", "columns", torch.arange(NEURONS).view(1, -1)),), candidate=False)
+    group = Coupling("all", (Side("down", "columns", torch.arange(NEURONS).view(1, -1)),), candidate=True)
+    costs["down"].columns[0] = 50.0
+    target = 1
+    assert select(keep, costs, [coupling, whole], target).keep["down"].columns[0]
+    # As a group its sum is below what four cheap and one expensive column need one by one.
+    assert count_weights(select(keep, costs, [coupling, group], 0).keep) == 0
+
+
+def test_ties_go_together_and_never_overshoot():
+    keep, costs, couplings = network()
+    for layer in costs.values():
+        layer.rows.fill_(1.0)
+        layer.columns.fill_(1.0)
+    result = select(keep, costs, couplings, count_weights(keep) - 1)
+    assert count_weights(result.keep) == count_weights(keep)
+    assert result.threshold == float("-inf")
+    assert result.structures_chosen == result.structures_implied == 0
+
+
+def test_later_shots_only_remove():
+    keep, costs, couplings = network(5)
+    first = select(keep, costs, couplings, 25).keep
+    second = select(first, costs, couplings, 12).keep
+    for name, axis in itertools.product(keep, ("rows", "columns")):
+        assert not (second[name].axis(axis) & ~first[name].axis(axis)).any()
+    assert 12 <= count_weights(second) <= 25
