@@ -1,15 +1,22 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``, ``load``,
-``PruneConfig``, ``PruneReport``, and the errors.
+``PruneConfig``, ``PruneReport``, ``Perplexity``, and ``SurgeonError``, the base of all errors.
 """
 
-from llm_surgeon.config import PruneConfig
-from llm_surgeon.errors import SurgeonError
-from llm_surgeon.models.loading import load
-from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
-from llm_surgeon.records import Perplexity, PruneReport
+from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_surgeon.config import PruneConfig
+    from llm_surgeon.errors import SurgeonError
+    from llm_surgeon.models.loading import load
+    from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
+    from llm_surgeon.records import Perplexity, PruneReport
+
+__version__ = "0.1.0"
 __all__ = [
     "Perplexity",
     "PruneConfig",
@@ -20,4 +27,21 @@ __all__ = [
     "prune",
     "prune_checkpoint",
 ]
-__version__ = "0.1.0"
+
+# Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
+_HOMES = {
+    "Perplexity": "records",
+    "PruneConfig": "config",
+    "PruneReport": "records",
+    "SurgeonError": "errors",
+    "evaluate": "pipeline.run",
+    "load": "models.loading",
+    "prune": "pipeline.run",
+    "prune_checkpoint": "pipeline.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,83 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from llm_surgeon.cli import app
+
+runner = CliRunner()
+SMALL = ["--samples", "8", "--seq-len", "32", "--eval-window", "64", "--eval-tokens", "256", "--shots", "1"]
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+def test_prune_then_eval(checkpoint, text_file, tmp_path):
+    out = tmp_path / "out"
+    done = runner.invoke(
+        app, ["prune", str(checkpoint), "--out", str(out), "--calibration", str(text_file), "--sparsity", "0.2", *SMALL]
+    )
+    assert done.exit_code == 0, done.output
+    assert "dense" in done.output
+    assert str(out / "report.json") in flat(done.output).replace(" ", "") + done.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["config"]["sparsity"] == 0.2
+    done = runner.invoke(app, ["eval", str(out), "--data", str(text_file), "--window", "32", "--tokens", "128"])
+    assert done.exit_code == 0, done.output
+    assert "124 tokens scored, window 32, stride 32" in flat(done.output)
+
+
+def test_the_command_line_overrides_the_recipe(checkpoint, text_file, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"sparsity: 0.3\nseq-len: 32\nsamples: 4\nshots: 1\neval_window: 64\ncalibration: {text_file}\n")
+    out = tmp_path / "out"
+    done = runner.invoke(app, ["prune", str(checkpoint), "--out", str(out), "--recipe", str(recipe), "--sparsity", "0.1"])
+    assert done.exit_code == 0, done.output
+    settings = json.loads((out / "report.json").read_text())["config"]
+    assert (settings["sparsity"], settings["seq_len"], settings["samples"]) == (0.1, 32, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "1.5"], "sparsity"),
+        (["--sparsity", "0"], "sparsity"),
+        (["--structure", "diagonals"], "structure"),
+        (["--shots", "0"], "shots"),
+        (["--rank-by", "luck"], "rank_by"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--recipe", "missing.yaml"], "missing.yaml"),
+        (["--calibration", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_mistakes_are_messages_not_stack_traces(checkpoint, tmp_path, arguments, message):
+    done = runner.invoke(app, ["prune", str(checkpoint), "--out", str(tmp_path / "out"), *arguments])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_a_message(tmp_path, text_file):
+    done = runner.invoke(
+        app, ["prune", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), "--calibration", str(text_file)]
+    )
+    assert done.exit_code == 1
+    assert "cannot be loaded" in flat(done.output)
+
+
+def test_unknown_recipe_keys_are_named(checkpoint, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparcity: 0.3\n")
+    done = runner.invoke(app, ["prune", str(checkpoint), "--out", str(tmp_path / "out"), "--recipe", str(recipe)])
+    assert done.exit_code == 1
+    assert "sparcity" in done.output
+
+
+def test_help_is_quick_because_it_loads_neither_torch_nor_transformers():
+    code = "import sys; import llm_surgeon.cli; assert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
