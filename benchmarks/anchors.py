@@ -27,13 +27,14 @@ import yaml
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llm_surgeon import PruneConfig, PruneReport, load
+from llm_surgeon import PruneConfig, PruneReport
 from llm_surgeon.curvature.kfac import arithmetic, frozen
 from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.data.tokens import CalibrationTokens, sample_calibration
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
 from llm_surgeon.pipeline.run import prune_checkpoint
 from llm_surgeon.report.progress import RichProgress
+from llm_surgeon.runtime import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = [26.08, 37.93, 48.83, 70.97, 94.38]
@@ -124,19 +125,16 @@ def main() -> None:
     options = PROTOCOL | {"calibration": arguments.calibration, "evaluation": arguments.evaluation} | changes
     config = PruneConfig.from_mapping(options)
 
+    keep_freed_memory()
     source = resolve_source("demo")
     tokenizer = load_tokenizer(source)
-    tokens = sample_calibration(
-        tokenizer, load_corpus(config.calibration), config.samples, config.seq_len, config.seed
-    )
+    tokens = sample_calibration(tokenizer, load_corpus(config.calibration), config.samples, config.seq_len, config.seed)
     dense = load_model(source)
     plain_pass(dense, CalibrationTokens(tokens.input_ids[:1], None, {}))
     plain = [plain_pass(dense, tokens), plain_pass(dense, tokens)]
     del dense
     report = prune_checkpoint("demo", arguments.out, config, progress=RichProgress())
     plain.append(plain_pass(load_model(source), tokens))
-    load(arguments.out)
-
     unit = statistics.median(plain)
     assert report.export is not None
     assert report.speed is not None

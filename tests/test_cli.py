@@ -34,7 +34,9 @@ def test_the_command_line_overrides_the_recipe(checkpoint, text_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"sparsity: 0.3\nseq-len: 32\nsamples: 4\nshots: 1\neval_window: 64\ncalibration: {text_file}\n")
     out = tmp_path / "out"
-    done = runner.invoke(app, ["prune", str(checkpoint), "--out", str(out), "--recipe", str(recipe), "--sparsity", "0.1"])
+    done = runner.invoke(
+        app, ["prune", str(checkpoint), "--out", str(out), "--recipe", str(recipe), "--sparsity", "0.1"]
+    )
     assert done.exit_code == 0, done.output
     settings = json.loads((out / "report.json").read_text())["config"]
     assert (settings["sparsity"], settings["seq_len"], settings["samples"]) == (0.1, 32, 4)

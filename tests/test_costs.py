@@ -42,5 +42,7 @@ def test_damping_enters_the_inverse_and_not_the_numerator():
     weight, a, g = problem(3, 4, 1)
     lam = damping_of(g, 0.1)
     inverse = inverse_diagonal(damped_cholesky(g, lam, "g"))
-    expected = 0.5 * (weight @ a @ weight.T).diagonal() / torch.linalg.inv(g + lam * torch.eye(3, dtype=g.dtype)).diagonal()
+    expected = (
+        0.5 * (weight @ a @ weight.T).diagonal() / torch.linalg.inv(g + lam * torch.eye(3, dtype=g.dtype)).diagonal()
+    )
     torch.testing.assert_close(row_costs(weight, a, inverse), expected, rtol=1e-10, atol=0)

@@ -18,8 +18,12 @@ def problems(draw):
     rows, columns = draw(st.integers(2, 6)), draw(st.integers(2, 7))
     r = draw(st.sets(st.integers(0, rows - 1), max_size=rows - 1))
     c = draw(st.sets(st.integers(0, columns - 1), max_size=columns - 1))
-    return rows, columns, torch.tensor(sorted(r), dtype=torch.long), torch.tensor(sorted(c), dtype=torch.long), draw(
-        st.integers(0, 1000)
+    return (
+        rows,
+        columns,
+        torch.tensor(sorted(r), dtype=torch.long),
+        torch.tensor(sorted(c), dtype=torch.long),
+        draw(st.integers(0, 1000)),
     )
 
 
@@ -79,7 +83,9 @@ def test_what_died_by_implication_is_left_out_of_the_kept_block():
     g = random_factor(5, generator)
     removed, kept = torch.tensor([1]), torch.tensor([0, 2, 4])
     without = torch.tensor([0, 1, 2, 4])
-    expected = remove_rows(weight[without], g[without][:, without], torch.tensor([1]), torch.tensor([0, 2, 3]), 0.1, "g")
+    expected = remove_rows(
+        weight[without], g[without][:, without], torch.tensor([1]), torch.tensor([0, 2, 3]), 0.1, "g"
+    )
     torch.testing.assert_close(remove_rows(weight, g, removed, kept, 0.1, "g"), expected)
 
 

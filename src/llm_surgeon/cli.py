@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from llm_surgeon.errors import SurgeonError
+from llm_surgeon.runtime import keep_freed_memory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _DEMO = "demo"
@@ -22,6 +23,7 @@ _DEMO = "demo"
 
 def main() -> None:
     """Entry point of the ``llm-surgeon`` command."""
+    keep_freed_memory()
     app()
 
 
@@ -41,7 +43,9 @@ def prune(
     ] = None,
     structure: Annotated[str | None, typer.Option(help="What is removed as a unit. [rows-columns]")] = None,
     shots: Annotated[int | None, typer.Option(help="Shots on a linear schedule. [5]")] = None,
-    rank_by: Annotated[str | None, typer.Option(help="cost-per-weight, or the paper's raw cost. [cost-per-weight]")] = None,
+    rank_by: Annotated[
+        str | None, typer.Option(help="cost-per-weight, or the paper's raw cost. [cost-per-weight]")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Hub data set id, a .txt/.jsonl/.parquet, or demo[:en|fr|es]. [demo]")
     ] = None,
@@ -64,7 +68,9 @@ def prune(
     ] = None,
     evaluation: Annotated[
         str | None,
-        typer.Option(help="Text for perplexity, as for --calibration, or none. [held-out part of the calibration text]"),
+        typer.Option(
+            help="Text for perplexity, as for --calibration, or none. [held-out part of the calibration text]"
+        ),
     ] = None,
     eval_window: Annotated[int | None, typer.Option(help="Tokens per evaluation window. [1024]")] = None,
     eval_stride: Annotated[int | None, typer.Option(help="Tokens between windows. [the window]")] = None,
@@ -94,8 +100,11 @@ def prune(
         )
         console = Console()
         console.print(summary_table(report))
-        console.print(f"The reloaded export agrees with the model in memory. Report: {out / 'report.json'}, "
-                      f"model card: {out / 'README.md'}, picture: {out / 'kept_fraction.png'}", soft_wrap=True)
+        console.print(
+            f"The reloaded export agrees with the model in memory. Report: {out / 'report.json'}, "
+            f"model card: {out / 'README.md'}, picture: {out / 'kept_fraction.png'}",
+            soft_wrap=True,
+        )
 
 
 @app.command(name="eval")
@@ -139,7 +148,9 @@ def _errors_as_messages() -> Iterator[None]:
     try:
         yield
     except SurgeonError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(error.cause)}\n{_escape(error.remedy)}", soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {_escape(error.cause)}\n{_escape(error.remedy)}", soft_wrap=True
+        )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; nothing was written")

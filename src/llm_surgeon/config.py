@@ -36,7 +36,7 @@ class PruneConfig(BaseModel):
     )
     samples: int = Field(128, ge=1, description="Calibration sequences.")
     seq_len: int = Field(512, ge=2, description="Tokens per calibration sequence.")
-    batch_size: int = Field(4, ge=1, description="Calibration sequences per forward and backward pass.")
+    batch_size: int = Field(2, ge=1, description="Calibration sequences per forward and backward pass.")
     dampening_a: float = Field(
         0.01, gt=0.0, description="Damping of the input factor A, as a fraction of its mean diagonal."
     )
@@ -45,7 +45,9 @@ class PruneConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N.")
-    dtype: Dtype = Field("auto", description="Type the weights are loaded and exported in; auto keeps the checkpoint's.")
+    dtype: Dtype = Field(
+        "auto", description="Type the weights are loaded and exported in; auto keeps the checkpoint's."
+    )
     precision: Precision = Field(
         "bfloat16", description="Arithmetic of the calibration and evaluation passes; sums are float32 in any case."
     )

@@ -60,6 +60,5 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
 
 
 def inverse_diagonal(cholesky: Tensor) -> Tensor:
-    """Diagonal ``[n]`` of ``(L L^T)^-1`` from the lower factor ``L [n, n]``: the column norms of ``L^-1``, squared."""
-    identity = torch.eye(cholesky.shape[0], dtype=cholesky.dtype, device=cholesky.device)
-    return torch.linalg.solve_triangular(cholesky, identity, upper=False).square().sum(0)
+    """Diagonal ``[n]`` of ``(L L^T)^-1`` from the lower factor ``L [n, n]``."""
+    return torch.cholesky_inverse(cholesky).diagonal()

@@ -221,7 +221,10 @@ def score_groups(
     for part in coupling.sides + coupling.followers:
         freed += _alive(keep, part).sum(1) * int(keep[part.layer].axis(_other(part.axis)).sum())
     side_costs = torch.stack(
-        [(costs[side.layer].axis(side.axis).double()[side.index] * _alive(keep, side)).sum(1) for side in coupling.sides]
+        [
+            (costs[side.layer].axis(side.axis).double()[side.index] * _alive(keep, side)).sum(1)
+            for side in coupling.sides
+        ]
     )
     score = _score(side_costs.amin(dim=0), freed, per_weight)
     excluded = _dead_sides(keep, coupling).any(0) if coupling.candidate else torch.ones_like(score, dtype=torch.bool)

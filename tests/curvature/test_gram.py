@@ -5,9 +5,10 @@ from llm_surgeon.curvature import gram
 from llm_surgeon.curvature.gram import GramSum
 
 
-@pytest.mark.parametrize("size", [0, 1, 5, 6, 17])
+@pytest.mark.parametrize("size", [0, 1, 3, 5, 6, 17])
 def test_sum_equals_the_dense_product_whatever_the_strips(size, monkeypatch):
     monkeypatch.setattr(gram, "STRIP", 5)
+    monkeypatch.setattr(gram, "MULTIPLE", 3)
     generator = torch.Generator().manual_seed(size)
     parts = [torch.randn(n, size, generator=generator) for n in (3, 1, 8)]
     total = GramSum(size, "cpu")

@@ -18,9 +18,7 @@ def calibration(input_ids, mask=None):
 def factors(model, input_ids, mask=None, batch_size=3):
     anatomy = examine(model, family_of(model.config))
     keep = anatomy.dense_masks()
-    curvature = estimate(
-        model, anatomy, keep, calibration(input_ids, mask), batch_size=batch_size, precision="float32"
-    )
+    curvature = estimate(model, anatomy, keep, calibration(input_ids, mask), batch_size=batch_size, precision="float32")
     return anatomy, {
         name: (curvature.input_factor(layer, keep[name]), curvature.gradient_factor(layer))
         for name, layer in anatomy.layers.items()
@@ -88,9 +86,9 @@ def test_independent_inputs_and_gradients_give_the_exact_fisher():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     gradients = torch.randn(5, 2, generator=generator, dtype=torch.float64)
-    exact = sum(
-        torch.outer(v := torch.outer(g, a).flatten(), v) for a in inputs for g in gradients
-    ) / (len(inputs) * len(gradients))
+    exact = sum(torch.outer(v := torch.outer(g, a).flatten(), v) for a in inputs for g in gradients) / (
+        len(inputs) * len(gradients)
+    )
     a, g = inputs.T @ inputs / len(inputs), gradients.T @ gradients / len(gradients)
     torch.testing.assert_close(torch.kron(g, a), exact, rtol=1e-12, atol=1e-12)
 
@@ -140,9 +138,9 @@ def test_chunked_head_gives_the_loss_and_gradient_of_the_whole_model(family, mon
     total, gradient = head_loss_and_gradient(model, flat, labels)
     logits = model(input_ids).logits.flatten(0, 1)[positions]
     assert total == pytest.approx(float(F.cross_entropy(logits, labels, reduction="sum")), rel=1e-5)
-    expected = torch.autograd.grad(
-        F.cross_entropy(model.get_output_embeddings()(flat), labels, reduction="sum"), flat
-    )[0]
+    expected = torch.autograd.grad(F.cross_entropy(model.get_output_embeddings()(flat), labels, reduction="sum"), flat)[
+        0
+    ]
     torch.testing.assert_close(gradient, expected)
 
 
@@ -198,7 +196,10 @@ def test_bfloat16_arithmetic_gives_nearly_the_same_factors_and_they_stay_definit
         for precision in ("float32", "bfloat16")
     )
     for name, layer in anatomy.layers.items():
-        for read in (lambda c, n=name, la=layer: c.input_factor(la, keep[n]), lambda c, la=layer: c.gradient_factor(la)):
+        for read in (
+            lambda c, n=name, la=layer: c.input_factor(la, keep[n]),
+            lambda c, la=layer: c.gradient_factor(la),
+        ):
             x, y = read(exact), read(reduced)
             assert y.dtype == torch.float32
             assert float((x - y).norm() / x.norm()) < 0.05

@@ -52,7 +52,9 @@ def test_end_to_end(checkpoint, text_file, tmp_path):
     assert report.memory.peak > report.memory.floor > 0
 
     assert json.loads((out / "report.json").read_text()) == report.model_dump(mode="json")
-    assert PruneConfig.from_mapping(yaml.safe_load((out / "recipe.yaml").read_text())) == config(text_file, sparsity=0.4)
+    assert PruneConfig.from_mapping(yaml.safe_load((out / "recipe.yaml").read_text())) == config(
+        text_file, sparsity=0.4
+    )
     model, reloaded_tokenizer = load(out, device="cpu")
     assert sum(p.numel() for p in model.parameters()) == final.size.total
     measured = evaluate(model, reloaded_tokenizer, str(text_file), window=64, max_tokens=512, precision="float32")
@@ -68,9 +70,7 @@ def test_the_report_measures_the_model_in_memory(text_file):
     again = run_module._evaluate
     texts = run_module._prepare_texts(tokenizer(), config(text_file, sparsity=0.3))
     assert texts.evaluation is not None
-    now = again(
-        model, texts.evaluation, "x", 64, None, "float32", run_module.SilentProgress(), "x"
-    ).perplexity
+    now = again(model, texts.evaluation, "x", 64, None, "float32", run_module.SilentProgress(), "x").perplexity
     assert report.shots[-1].perplexity is not None
     assert now == pytest.approx(report.shots[-1].perplexity.perplexity, rel=1e-6)
     assert report.shots[-1].size.total == sum(p.numel() for p in model.parameters())
@@ -117,7 +117,7 @@ def test_correlated_updates_do_better_than_none(text_file):
 class TestRefusals:
     """Each is raised before any expensive work and leaves nothing behind."""
 
-    def refuse(self, error, match, checkpoint, out, settings, monkeypatch=None):
+    def refuse(self, error, match, checkpoint, out, settings):
         with pytest.raises(error, match=match):
             prune_checkpoint(str(checkpoint), out, settings)
 
@@ -133,7 +133,7 @@ class TestRefusals:
 
     def test_too_few_tokens(self, checkpoint, text_file, tmp_path):
         settings = config(text_file, samples=1000)
-        self.refuse(DataError, "1000", checkpoint, tmp_path / "out", settings)
+        self.refuse(DataError, "1,000 samples of 32 tokens need 32,000", checkpoint, tmp_path / "out", settings)
         assert not (tmp_path / "out").exists()
 
     def test_text_too_short(self, checkpoint, tmp_path):

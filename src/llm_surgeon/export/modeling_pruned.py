@@ -67,8 +67,13 @@ def _index(size: int, device: torch.device | None) -> Tensor:
 def empty_linear(
     columns: int, rows: int, bias: bool, device: torch.device | None, dtype: torch.dtype | None
 ) -> nn.Linear:
-    """A linear layer whose values are about to be loaded: no time is spent on random ones."""
-    return nn.utils.skip_init(nn.Linear, columns, rows, bias=bias, device=device or "cpu", dtype=dtype)
+    """A linear layer whose values are about to be loaded: no random ones are drawn."""
+    linear = nn.Linear(1, 1, bias=bias, device="meta")
+    linear.in_features, linear.out_features = columns, rows
+    linear.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
+    if bias:
+        linear.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+    return linear
 
 
 def shrink_linears(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:

@@ -14,7 +14,5 @@ LLAMA = Family(
         output="self_attn.o_proj",
         rotary=True,
     ),
-    feed_forward=FeedForward(
-        inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj", activation="hidden_act"
-    ),
+    feed_forward=FeedForward(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj", activation="hidden_act"),
 )

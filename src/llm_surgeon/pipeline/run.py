@@ -114,7 +114,9 @@ def evaluate(
         DataError: If the text cannot be read or is shorter than a window.
     """
     tokens = evaluation_tokens(tokenizer, _part(data, 1, split=False), window, max_tokens)
-    return _evaluate(model, tokens, data, window, stride, precision, progress or SilentProgress(), f"perplexity, {data}")
+    return _evaluate(
+        model, tokens, data, window, stride, precision, progress or SilentProgress(), f"perplexity, {data}"
+    )
 
 
 def prune_checkpoint(
@@ -247,7 +249,9 @@ def _prune(
             result, model, anatomy, lambda shot=result.shot: measure(f"shot {shot}/{config.shots}: perplexity")
         )
         shots.append(record)
-        logger.info("shot %d/%d: %.1f %% of the prunable weights left", record.shot, config.shots, 100 * (1 - record.sparsity))
+        logger.info(
+            "shot %d/%d: %.1f %% of the prunable weights left", record.shot, config.shots, 100 * (1 - record.sparsity)
+        )
     peak = peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
     report = PruneReport(
         model=source or model.config.name_or_path or type(model).__name__,
@@ -331,9 +335,7 @@ def _size(model: torch.nn.Module, prunable: int) -> Size:
     return Size(prunable=prunable, total=count_parameters(model))
 
 
-def _compare_speed(
-    source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device
-) -> SpeedComparison:
+def _compare_speed(source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
     dense = load_model(source, config.dtype, device)

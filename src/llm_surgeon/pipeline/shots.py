@@ -57,9 +57,10 @@ def run_shots(
     keep = anatomy.dense_masks()
     for number, sparsity in enumerate(config.sparsity_schedule, start=1):
         seconds: dict[str, float] = {}
-        with _timed(seconds, "curvature"), progress.phase(
-            f"shot {number}/{config.shots}: curvature", tokens.input_ids.numel()
-        ) as phase:
+        with (
+            _timed(seconds, "curvature"),
+            progress.phase(f"shot {number}/{config.shots}: curvature", tokens.input_ids.numel()) as phase,
+        ):
             curvature = estimate(
                 model,
                 anatomy,
@@ -158,5 +159,3 @@ def updated_matrix(
 def _positions(before: Tensor, after: Tensor, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept and chosen positions within what was left before the shot."""
     return to_index(after[before]).to(device), to_index(chosen[before]).to(device)
-
-
