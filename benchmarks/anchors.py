@@ -94,22 +94,27 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['selection_s']} | {row['update_s']} | {row['ratio_to_plain_pass']} |"
         )
     speed, memory = result["speed"], result["memory"]
+    plain = ", ".join(f"{seconds:.1f}" for seconds in result["plain_pass_s"])
     lines += [
         "",
-        f"Dense perplexity {result['dense_perplexity']}. Plain forward and backward pass of the dense model over the same "
-        f"tokens: {', '.join(f'{s:.1f}' for s in result['plain_pass_s'])} s (before, before, after); the ratios use the "
-        f"median. Mean shot: **{result['mean_ratio']} times** the plain pass (published code: 5.5 times).",
+        f"Dense perplexity {result['dense_perplexity']}. Plain forward and backward pass of the dense model over the "
+        f"same tokens: {plain} s (before, before, after); the ratios use the median. Mean shot: "
+        f"**{result['mean_ratio']} times** the plain pass (published code: 5.5 times).",
         "",
         f"At 50 %: prefill {speed['prefill_ratio']:.2f} times and decoding {speed['decode_ratio']:.2f} times the dense "
         f"model's tokens per second (512-token prompt, batch 1, {speed['dense']['dtype']}); weight files "
-        f"{result['weight_bytes'] / 2**20:.0f} MiB instead of {result['dense_weight_bytes'] / 2**20:.0f} MiB, parameters "
+        f"{_mib(result['weight_bytes'])} instead of {_mib(result['dense_weight_bytes'])}, parameters "
         f"{result['parameters']:,} instead of {result['dense_parameters']:,}.",
         "",
-        f"Peak resident memory {memory['peak'] / 2**20:.0f} MiB; floor (model {memory['model'] / 2**20:.0f} MiB + factors "
-        f"{memory['factors'] / 2**20:.0f} MiB): {(memory['model'] + memory['factors']) / 2**20:.0f} MiB.",
+        f"Peak resident memory {_mib(memory['peak'])}; floor {_mib(memory['model'] + memory['factors'])} (model "
+        f"{_mib(memory['model'])} + factors {_mib(memory['factors'])}).",
         "",
     ]
     return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
 
 
 def main() -> None:

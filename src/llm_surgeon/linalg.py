@@ -61,4 +61,5 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
 
 def inverse_diagonal(cholesky: Tensor) -> Tensor:
     """Diagonal ``[n]`` of ``(L L^T)^-1`` from the lower factor ``L [n, n]``."""
-    return torch.cholesky_inverse(cholesky).diagonal()
+    inverse: Tensor = torch.cholesky_inverse(cholesky)
+    return inverse.diagonal()

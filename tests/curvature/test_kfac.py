@@ -16,7 +16,7 @@ def calibration(input_ids, mask=None):
 
 
 def factors(model, input_ids, mask=None, batch_size=3):
-    anatomy = examine(model, family_of(model.config))
+    anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
     curvature = estimate(model, anatomy, keep, calibration(input_ids, mask), batch_size=batch_size, precision="float32")
     return anatomy, {
@@ -146,7 +146,7 @@ def test_chunked_head_gives_the_loss_and_gradient_of_the_whole_model(family, mon
 
 def test_shared_inputs_share_one_sum():
     model = build("llama")
-    anatomy = examine(model, family_of(model.config))
+    anatomy = examine(model, family_of(model.config.model_type))
     curvature = estimate(
         model, anatomy, anatomy.dense_masks(), calibration(tokens()), batch_size=4, precision="float32"
     )
@@ -189,7 +189,7 @@ def test_frozen_restores_mixed_states():
 
 def test_bfloat16_arithmetic_gives_nearly_the_same_factors_and_they_stay_definite():
     model = build("llama")
-    anatomy = examine(model, family_of(model.config))
+    anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
     exact, reduced = (
         estimate(model, anatomy, keep, calibration(tokens(16, 32)), batch_size=4, precision=precision)

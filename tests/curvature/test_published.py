@@ -27,7 +27,7 @@ class Logits(nn.Module):
 def test_factors_equal_those_of_curvlinops(family):
     """Both factors of every layer, and one constant between the two conventions of scale for all of them."""
     model, ids = build(family), tokens(6, 9)
-    anatomy = examine(model, family_of(model.config))
+    anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
     ours = estimate(model, anatomy, keep, CalibrationTokens(ids, None, {}), batch_size=2, precision="float32")
     wrapped = Logits(model)

@@ -14,7 +14,9 @@ from llm_surgeon.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.pipeline import run as run_module
+from llm_surgeon.pipeline.texts import prepare_texts
 from tiny import build, tokenizer
 
 SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 512, "shots": 2, "precision": "float32"}
@@ -67,13 +69,22 @@ def test_the_report_measures_the_model_in_memory(text_file):
     model = build("llama")
     report = prune(model, tokenizer(), config(text_file, sparsity=0.3))
     assert report.dense_perplexity is not None
-    again = run_module._evaluate
-    texts = run_module._prepare_texts(tokenizer(), config(text_file, sparsity=0.3))
-    assert texts.evaluation is not None
-    now = again(model, texts.evaluation, "x", 64, None, "float32", run_module.SilentProgress(), "x").perplexity
+    text = prepare_texts(tokenizer(), config(text_file, sparsity=0.3)).evaluation
+    assert text is not None
+    now = perplexity(model, text).perplexity
     assert report.shots[-1].perplexity is not None
     assert now == pytest.approx(report.shots[-1].perplexity.perplexity, rel=1e-6)
     assert report.shots[-1].size.total == sum(p.numel() for p in model.parameters())
+
+
+def test_calibration_and_evaluation_never_share_text(text_file):
+    """Unless two texts are named, the last tenth is held out."""
+    words = text_file.read_text().split()
+    texts = prepare_texts(tokenizer(), config(text_file))
+    held_out = [f"w{int(i)}" for i in texts.evaluation.tokens]
+    assert " ".join(held_out) in " ".join(words[-len(words) // 10 - 50 :])
+    assert texts.calibration.provenance["tokens_available"] < 0.92 * len(words)
+    assert prepare_texts(tokenizer(), config(text_file, evaluation="none")).evaluation is None
 
 
 def test_same_seed_same_result(text_file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,75 +12,88 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.kfac import arithmetic, frozen
 from llm_surgeon.curvature.loss import CHUNK
-from llm_surgeon.errors import DataError, NonFiniteError
+from llm_surgeon.errors import ConfigError, DataError, NonFiniteError
 from llm_surgeon.records import Perplexity
 
 
-def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """Start of each whole window, and its first target that no earlier window scored.
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to measure perplexity on, and how.
 
-    With a stride below the window, windows overlap, and a later window scores the tokens that are new to it only.
+    Attributes:
+        tokens: ``[n]`` token ids of the text as one sequence; what does not fill a window is left out.
+        name: Name of the text, for the record.
+        window: Tokens per window; the first token of a window is context only.
+        stride: Tokens from one window's start to the next one's.
+        precision: ``bfloat16`` (autocast) or ``float32``.
     """
-    starts = range(0, tokens - window + 1, stride)
-    return [(start, 1 if start == 0 else max(1, window - stride)) for start in starts]
+
+    tokens: Tensor
+    name: str
+    window: int
+    stride: int
+    precision: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < self.window:
+            raise DataError(
+                f"The evaluation text has {len(self.tokens)} tokens, fewer than one window of {self.window}.",
+                "Give a longer text or a smaller window.",
+            )
+        if self.stride > self.window:
+            raise ConfigError(
+                f"A stride of {self.stride} skips tokens between windows of {self.window}.",
+                "Give a stride of at most the window.",
+            )
+
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """Start of each whole window, and its first target that no earlier window scored.
+
+        With a stride below the window, windows overlap, and a later window scores the tokens new to it only.
+        """
+        starts = range(0, len(self.tokens) - self.window + 1, self.stride)
+        return [(start, 1 if start == 0 else max(1, self.window - self.stride)) for start in starts]
 
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    *,
-    window: int,
-    stride: int | None = None,
-    precision: str = "bfloat16",
-    data: str = "",
-    advance: Callable[[int], None] = lambda _tokens: None,
+    model: PreTrainedModel, text: EvaluationText, advance: Callable[[int], None] = lambda _tokens: None
 ) -> Perplexity:
     """Exponential of the mean over windows of the windows' mean negative log-likelihood.
 
     Args:
         model: A causal language model.
-        tokens: ``[n]`` token ids of the text as one sequence; what does not fill a window is left out.
-        window: Tokens per window; the first token of a window is context only.
-        stride: Tokens from one window's start to the next one's; the window if None.
-        precision: ``bfloat16`` (autocast) or ``float32``.
-        data: Name of the text, for the record.
+        text: What to measure on.
         advance: Called with the number of tokens after each window.
 
     Raises:
-        DataError: If the text does not fill one window.
         NonFiniteError: If the model's loss is not finite.
     """
-    stride = stride or window
-    places = windows(len(tokens), window, stride)
-    if not places:
-        raise DataError(
-            f"The evaluation text has {len(tokens)} tokens, fewer than one window of {window}.",
-            "Give a longer text or a smaller window.",
-        )
     device = next(model.parameters()).device
     means, scored = 0.0, 0
-    with frozen(model), arithmetic(device, precision):
-        for start, first in places:
-            ids = tokens[start : start + window].to(device)
+    with frozen(model), arithmetic(device, text.precision):
+        for start, first in text.windows:
+            ids = text.tokens[start : start + text.window].to(device)
             total = _window_loss(model, ids, first)
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"The loss of the evaluation window at token {start} is not finite.",
                     "Evaluate with --precision float32, or check the model's weights.",
                 )
-            means += total / (window - first)
-            scored += window - first
-            advance(window)
-    nll = means / len(places)
+            means += total / (text.window - first)
+            scored += text.window - first
+            advance(text.stride)
+    nll = means / len(text.windows)
     return Perplexity(
+        # A loss that large is a broken model; what matters is that the table can be printed.
         perplexity=math.exp(min(nll, 700.0)),
         nll=nll,
         tokens=scored,
-        window=window,
-        stride=stride,
-        data=data,
-        precision=precision,
+        window=text.window,
+        stride=text.stride,
+        data=text.name,
+        precision=text.precision,
     )
 
 

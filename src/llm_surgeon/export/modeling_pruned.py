@@ -50,7 +50,7 @@ class PrunedLinear(nn.Module):
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         if self.input_index is not None:
             x = x.index_select(-1, self.input_index)
-        y = self.core(x)
+        y: Tensor = self.core(x)
         if self.output_index is not None:
             y = y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.output_index, y)
         return y
@@ -89,10 +89,10 @@ def shrink_linears(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
         parent = model.get_submodule(parent_name)
         before = getattr(parent, child)
         core = before.core if isinstance(before, PrunedLinear) else before
-        bias, where = core.bias is not None, {"device": core.weight.device, "dtype": core.weight.dtype}
+        bias, device, dtype = core.bias is not None, core.weight.device, core.weight.dtype
         pruned: nn.Module
         if shape["kept_in"] is None and shape["kept_out"] is None:
-            pruned = empty_linear(shape["in_features"], shape["out_features"], bias, **where)
+            pruned = empty_linear(shape["in_features"], shape["out_features"], bias, device, dtype)
         else:
-            pruned = PrunedLinear(**shape, bias=bias, **where)
+            pruned = PrunedLinear(**shape, bias=bias, device=device, dtype=dtype)
         setattr(parent, child, pruned.requires_grad_(core.weight.requires_grad).train(before.training))

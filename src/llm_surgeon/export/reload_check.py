@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 def main(directory: str, probe: str, device: str) -> None:
     """Write the logits of one full pass, of a cached step, and a few generated tokens."""
     ids = load_file(probe)["input_ids"].to(device)
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto").eval()
+    model.to(device)
     with torch.inference_mode():
         logits = model(ids).logits
         prefill = model(ids[:, :-1], use_cache=True)

@@ -59,8 +59,8 @@ def verify_export(model: PreTrainedModel, directory: Path) -> ReloadCheck:
     # Written so that a NaN fails.
     if not (difference <= allowed and cached <= allowed):
         raise ExportMismatchError(
-            f"The reloaded export differs from the model in memory by {difference:.3g} in its logits ({cached:.3g} with "
-            f"the key/value cache), and {allowed:.3g} is allowed.",
+            f"The reloaded export differs from the model in memory by {difference:.3g} in its logits, and by "
+            f"{cached:.3g} with the key/value cache; {allowed:.3g} is allowed.",
             "Nothing was written. Please report this with the versions of torch and transformers.",
         )
     return ReloadCheck(difference, scale)

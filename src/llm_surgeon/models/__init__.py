@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.family import Anatomy, Family, LinearLayer, examine
 from llm_surgeon.models.llama import LLAMA
@@ -14,13 +12,12 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, O
 __all__ = ["FAMILIES", "Anatomy", "Family", "LinearLayer", "examine", "family_of"]
 
 
-def family_of(config: Any) -> Family:
-    """The family of a model configuration.
+def family_of(model_type: str) -> Family:
+    """The family of ``config.model_type``.
 
     Raises:
         UnsupportedModelError: If there is no entry for its ``model_type``.
     """
-    model_type = str(getattr(config, "model_type", None))
     if model_type.startswith("llm_surgeon_"):
         raise UnsupportedModelError(
             "This checkpoint has been pruned by llm-surgeon already.",

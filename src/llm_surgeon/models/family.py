@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,12 +150,12 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
     Raises:
         UnsupportedModelError: If the model breaks an assumption of the entry.
     """
-    blocks = model.get_submodule(family.blocks)
+    blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
     layers: dict[str, LinearLayer] = {}
     couplings: list[Coupling] = []
     narrow: set[tuple[str, str]] = set()
     _check_activation(model.config, family)
-    for number, block in enumerate(blocks):  # type: ignore[arg-type]
+    for number, block in enumerate(blocks):
         prefix = f"{family.blocks}.{number}."
         for group in family.shared_inputs:
             for kind in group:
@@ -189,6 +189,10 @@ def _linear_layer(block: nn.Module, name: str, kind: str, number: int, group: st
     return LinearLayer(name, number, kind.rpartition(".")[2], rows, columns, module.bias is not None, group)
 
 
+def _shape(block: nn.Module, kind: str) -> torch.Size:
+    return cast(nn.Linear, block.get_submodule(kind)).weight.shape
+
+
 def _attention_couplings(config: Any, attention: Attention, block: nn.Module, prefix: str) -> list[Coupling]:
     """Value dimensions, query/key pairs, and query heads that nothing reads any more.
 
@@ -198,7 +202,7 @@ def _attention_couplings(config: Any, attention: Attention, block: nn.Module, pr
     """
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = block.get_submodule(attention.query).weight.shape[0] // heads  # type: ignore[index,union-attr]
+    width = _shape(block, attention.query)[0] // heads
     shared = heads // kv_heads
     query = torch.arange(heads * width).view(kv_heads, shared, width)
     key = torch.arange(kv_heads * width).view(kv_heads, width)
@@ -234,7 +238,7 @@ def _attention_couplings(config: Any, attention: Attention, block: nn.Module, pr
 
 
 def _neuron_coupling(feed_forward: FeedForward, block: nn.Module, prefix: str) -> Coupling:
-    neurons = torch.arange(block.get_submodule(feed_forward.output).weight.shape[1]).view(-1, 1)  # type: ignore[index,union-attr]
+    neurons = torch.arange(_shape(block, feed_forward.output)[1]).view(-1, 1)
     inputs = tuple(Side(prefix + name, "rows", neurons) for name in feed_forward.inputs)
     return Coupling("neuron", (*inputs, Side(prefix + feed_forward.output, "columns", neurons)))
 

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,14 +49,29 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_config(source: str, trust_remote_code: bool = False) -> Any:
+def model_type_of(source: str) -> str:
+    """``model_type`` of a local directory or a hub id, read without running code of the checkpoint.
+
+    Raises:
+        ModelError: If there is no configuration.
+    """
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except _FAILURES as error:
+        raise _not_loaded(source, "configuration", error) from None
+    if not settings:
+        raise _not_loaded(source, "configuration", ModelError("there is no config.json.", ""))
+    return str(settings.get("model_type"))
+
+
+def load_config(source: str) -> Any:
     """The configuration of a local directory or a hub id.
 
     Raises:
         ModelError: If there is none.
     """
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source)
     except _FAILURES as error:
         raise _not_loaded(source, "configuration", error) from None
 
@@ -93,7 +109,8 @@ def load_model(
         )
     except _FAILURES as error:
         raise _not_loaded(source, "model", error) from None
-    return model.to(device).eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]  # the decorator hides nn.Module's signature
+    return model.eval()
 
 
 def load(

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.data.corpora import Corpus, load_corpus
-from llm_surgeon.data.tokens import CalibrationTokens, evaluation_tokens, sample_calibration
 from llm_surgeon.evaluation.memory import peak_device_bytes, peak_resident_bytes, reset_peak
-from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.save import check_disk_space, check_output, directory_in_place, save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
@@ -28,10 +23,12 @@ from llm_surgeon.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    model_type_of,
     resolve_device,
     resolve_source,
 )
 from llm_surgeon.pipeline.shots import ShotResult, run_shots
+from llm_surgeon.pipeline.texts import Texts, evaluation_text, prepare_texts
 from llm_surgeon.records import (
     ExportRecord,
     LayerRecord,
@@ -52,6 +49,7 @@ logger = logging.getLogger(__name__)
 # Files of an export beside its weights: tokenizer, report, picture, modelling file.
 _SMALL_FILES = 32 * 2**20
 _PACKAGES = ("llm-surgeon", "torch", "transformers", "safetensors", "tokenizers", "datasets")
+_PROMPT, _GENERATED = 512, 32
 
 
 def prune(
@@ -81,8 +79,8 @@ def prune(
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
-    anatomy = examine(model, family_of(model.config), config.ignore)
-    texts = _prepare_texts(tokenizer, config)
+    anatomy = examine(model, family_of(model.config.model_type), config.ignore)
+    texts = prepare_texts(tokenizer, config)
     report, _keep = _prune(model, anatomy, texts, config, progress or SilentProgress(), source)
     return report
 
@@ -103,7 +101,8 @@ def evaluate(
     Args:
         model: Dense or pruned.
         tokenizer: Its tokenizer.
-        data: As in ``PruneConfig.evaluation``; of demo texts the part held out from calibration is taken.
+        data: A hub data set id, a local file, or ``demo[:en|fr|es]``, of which the part that calibration never sees
+            is taken.
         window: Tokens per window.
         stride: Tokens between windows; the window if None.
         max_tokens: Tokens of the text that are used, at most.
@@ -112,11 +111,12 @@ def evaluate(
 
     Raises:
         DataError: If the text cannot be read or is shorter than a window.
+        ConfigError: If the stride exceeds the window.
     """
-    tokens = evaluation_tokens(tokenizer, _part(data, 1, split=False), window, max_tokens)
-    return _evaluate(
-        model, tokens, data, window, stride, precision, progress or SilentProgress(), f"perplexity, {data}"
+    text = evaluation_text(
+        tokenizer, data, window=window, stride=stride, max_tokens=max_tokens, precision=precision
     )
+    return _measure(model, text, progress or SilentProgress(), "perplexity")
 
 
 def prune_checkpoint(
@@ -149,9 +149,9 @@ def prune_checkpoint(
     source = resolve_source(model)
     _check_before_loading(source, out, config)
     tokenizer = load_tokenizer(source)
-    texts = _prepare_texts(tokenizer, config)
+    texts = prepare_texts(tokenizer, config)
     network = load_model(source, config.dtype, device)
-    anatomy = examine(network, family_of(network.config), config.ignore)
+    anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     dense_bytes = _parameter_bytes(network)
     report, keep = _prune(network, anatomy, texts, config, progress, model)
     with directory_in_place(out) as beside:
@@ -171,19 +171,10 @@ def prune_checkpoint(
     return report
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """Tokens of a run: for calibration, and for evaluation if there is one."""
-
-    calibration: CalibrationTokens
-    evaluation: Tensor | None
-    evaluation_name: str
-
-
 def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
     """Find out from the configuration alone whether the model is supported and its export fits on the disk."""
+    family = family_of(model_type_of(source))
     settings = load_config(source)
-    family = family_of(settings)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(settings)
     anatomy = examine(skeleton, family, config.ignore)
@@ -192,65 +183,35 @@ def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
     check_disk_space(out, int(kept * dtype.itemsize) + _SMALL_FILES)
 
 
-def _prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> _Texts:
-    """Tokenise both texts before anything expensive."""
-    spec = config.evaluation or config.calibration
-    same = spec == config.calibration
-    calibration = sample_calibration(
-        tokenizer, _part(config.calibration, 0, split=same), config.samples, config.seq_len, config.seed
-    )
-    if spec == "none":
-        return _Texts(calibration, None, spec)
-    tokens = evaluation_tokens(tokenizer, _part(spec, 1, split=same), config.eval_window, config.eval_tokens)
-    return _Texts(calibration, tokens, f"{spec} (held-out part)" if same else spec)
-
-
-def _part(spec: str, part: int, *, split: bool) -> Corpus:
-    """A text, or what of it is for calibration (0) or evaluation (1): demo texts are always split."""
-    corpus = load_corpus(spec)
-    return corpus.split()[part] if split or spec.split(":")[0] == "demo" else corpus
-
-
 def _prune(
     model: PreTrainedModel,
     anatomy: Anatomy,
-    texts: _Texts,
+    texts: Texts,
     config: PruneConfig,
     progress: Progress,
     source: str,
 ) -> tuple[PruneReport, dict[str, KeepMask]]:
     """The shots, with an evaluation before the first and after each."""
     device = next(model.parameters()).device
-
-    def measure(description: str) -> Perplexity | None:
-        if texts.evaluation is None:
-            return None
-        return _evaluate(
-            model,
-            texts.evaluation,
-            texts.evaluation_name,
-            config.eval_window,
-            config.eval_stride,
-            config.precision,
-            progress,
-            description,
-        )
-
     reset_peak(device)
     dense_size = _size(model, anatomy.prunable_weights)
     model_bytes = _parameter_bytes(model)
-    dense_perplexity = measure("dense: perplexity")
+    dense_perplexity = _measure(model, texts.evaluation, progress, "dense: perplexity") if texts.evaluation else None
     shots: list[ShotRecord] = []
     factor_bytes, keep = 0, anatomy.dense_masks()
     for result in run_shots(model, anatomy, texts.calibration, config, progress):
         keep = result.selection.keep
         factor_bytes = max(factor_bytes, result.factor_bytes)
-        record = _shot_record(
-            result, model, anatomy, lambda shot=result.shot: measure(f"shot {shot}/{config.shots}: perplexity")
-        )
-        shots.append(record)
+        description = f"shot {result.shot}/{config.shots}: perplexity"
+        start = perf_counter()
+        measured = _measure(model, texts.evaluation, progress, description) if texts.evaluation else None
+        shots.append(_shot_record(result, model, anatomy, measured, perf_counter() - start))
         logger.info(
-            "shot %d/%d: %.1f %% of the prunable weights left", record.shot, config.shots, 100 * (1 - record.sparsity)
+            "shot %d/%d: %.1f %% of the prunable weights left%s",
+            result.shot,
+            config.shots,
+            100 * (1 - shots[-1].sparsity),
+            f", perplexity {measured.perplexity:.2f}" if measured else "",
         )
     peak = peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
     report = PruneReport(
@@ -263,33 +224,20 @@ def _prune(
         shots=tuple(shots),
         layers=tuple(_layer_records(anatomy, keep)),
         memory=Memory(peak=peak, model=model_bytes, factors=factor_bytes),
-        versions=_versions(),
+        versions={"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
     )
     return report, keep
 
 
-def _evaluate(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    data: str,
-    window: int,
-    stride: int | None,
-    precision: str,
-    progress: Progress,
-    description: str,
-) -> Perplexity:
-    with progress.phase(description, len(tokens)) as phase:
-        return perplexity(
-            model, tokens, window=window, stride=stride, precision=precision, data=data, advance=phase.advance
-        )
+def _measure(model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str) -> Perplexity:
+    with progress.phase(description, len(text.windows) * text.stride) as phase:
+        return perplexity(model, text, phase.advance)
 
 
 def _shot_record(
-    result: ShotResult, model: PreTrainedModel, anatomy: Anatomy, measure: Callable[[], Perplexity | None]
+    result: ShotResult, model: PreTrainedModel, anatomy: Anatomy, measured: Perplexity | None, seconds: float
 ) -> ShotRecord:
     weights = count_weights(result.selection.keep)
-    start = perf_counter()
-    measured = measure()
     return ShotRecord(
         shot=result.shot,
         target_sparsity=result.target_sparsity,
@@ -302,7 +250,7 @@ def _shot_record(
         curvature_seconds=result.seconds["curvature"],
         selection_seconds=result.seconds["selection"],
         update_seconds=result.seconds["update"],
-        evaluation_seconds=perf_counter() - start,
+        evaluation_seconds=seconds,
         perplexity=measured,
     )
 
@@ -335,13 +283,15 @@ def _size(model: torch.nn.Module, prunable: int) -> Size:
     return Size(prunable=prunable, total=count_parameters(model))
 
 
-def _compare_speed(source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device) -> SpeedComparison:
+def _compare_speed(
+    source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device
+) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
     dense = load_model(source, config.dtype, device)
-    longest = getattr(dense.config, "max_position_embeddings", None) or 544
-    generate = min(32, max(1, longest // 4))
-    return compare_speed(dense, pruned, prompt=min(512, longest - generate), generate=generate)
+    longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
+    generate = min(_GENERATED, max(1, longest // 4))
+    return compare_speed(dense, pruned, prompt=min(_PROMPT, longest - generate), generate=generate)
 
 
 def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> None:
@@ -349,7 +299,3 @@ def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> 
     (directory / "recipe.yaml").write_text(config.to_yaml(), encoding="utf8")
     (directory / "README.md").write_text(model_card(report), encoding="utf8")
     kept_fraction_png(report, directory / "kept_fraction.png")
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}

@@ -1,0 +1,75 @@
+"""The two texts of a run: one to calibrate on, one to evaluate on, never the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.data.corpora import Corpus, load_corpus
+from llm_surgeon.data.tokens import CalibrationTokens, evaluation_tokens, sample_calibration
+from llm_surgeon.evaluation.perplexity import EvaluationText
+
+CALIBRATION, EVALUATION = 0, 1
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens of a run; ``evaluation`` is None if the recipe wants none."""
+
+    calibration: CalibrationTokens
+    evaluation: EvaluationText | None
+
+
+def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Texts:
+    """Read and tokenise both texts.
+
+    Unless the recipe names another text to evaluate on, the last tenth of the calibration text is held out for it.
+
+    Raises:
+        DataError: If a text cannot be read or is too short.
+        ConfigError: If the windows make no sense.
+    """
+    spec = config.evaluation or config.calibration
+    same = spec == config.calibration
+    corpus = _part(config.calibration, CALIBRATION, split=same)
+    calibration = sample_calibration(tokenizer, corpus, config.samples, config.seq_len, config.seed)
+    if spec == "none":
+        return Texts(calibration, None)
+    evaluation = evaluation_text(
+        tokenizer,
+        spec,
+        window=config.eval_window,
+        stride=config.eval_stride,
+        max_tokens=config.eval_tokens,
+        precision=config.precision,
+        split=same,
+    )
+    return Texts(calibration, evaluation)
+
+
+def evaluation_text(
+    tokenizer: PreTrainedTokenizerBase,
+    spec: str,
+    *,
+    window: int,
+    stride: int | None,
+    max_tokens: int,
+    precision: str,
+    split: bool = False,
+) -> EvaluationText:
+    """Read and tokenise a text to evaluate on; ``split`` takes its held-out part, as is always done of demo texts."""
+    corpus = _part(spec, EVALUATION, split=split)
+    tokens = evaluation_tokens(tokenizer, corpus, window, max_tokens)
+    name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
+    return EvaluationText(tokens, name, window, stride or window, precision)
+
+
+def _part(spec: str, part: int, *, split: bool) -> Corpus:
+    corpus = load_corpus(spec)
+    return corpus.split()[part] if split or _is_demo(spec) else corpus
+
+
+def _is_demo(spec: str) -> bool:
+    return spec.split(":")[0] == "demo"

@@ -1,0 +1,63 @@
+import pytest
+import yaml
+
+from llm_surgeon import PruneConfig
+from llm_surgeon.config import read_recipe
+from llm_surgeon.errors import ConfigError
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan"), "half"])
+def test_sparsity_outside_the_open_interval_is_refused(sparsity):
+    with pytest.raises(ConfigError, match="sparsity"):
+        PruneConfig.from_mapping({"sparsity": sparsity})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shots", 0),
+        ("samples", 0),
+        ("seq_len", 1),
+        ("dampening_a", 0.0),
+        ("dampening_g", -1.0),
+        ("structure", "blocks"),
+        ("precision", "int8"),
+        ("eval_stride", 0),
+        ("speed", 9),
+    ],
+)
+def test_bad_values_are_named(key, value):
+    with pytest.raises(ConfigError, match=key):
+        PruneConfig.from_mapping({key: value})
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(ConfigError, match=r"sparsity.*shots"):
+        PruneConfig.from_mapping({"sparsity": 2, "shots": 0})
+
+
+def test_schedule_is_linear_and_ends_at_the_target():
+    schedule = PruneConfig(sparsity=0.5, shots=5).sparsity_schedule
+    assert schedule == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_a_recipe_survives_the_round_trip():
+    config = PruneConfig(sparsity=0.3, ignore=("lm_head", "layers.0.*"), eval_stride=128)
+    assert PruneConfig.from_mapping(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_recipes_take_hyphens_and_may_be_empty(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seq-len: 64\n")
+    assert read_recipe(path) == {"seq_len": 64}
+    path.write_text("# nothing yet\n")
+    assert read_recipe(path) == {}
+
+
+@pytest.mark.parametrize("content", ["- a\n- list\n", "a: [unclosed\n", None])
+def test_unreadable_recipes_are_refused(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+        read_recipe(path)
