@@ -30,6 +30,34 @@ def test_row_and_column_costs_equal_constrained_least_squares(rows, columns, see
         assert abs(float(by_column[c]) - expected) <= 1e-8 * max(1, abs(expected))
 
 
+def test_the_loss_really_rises_as_predicted_while_the_removal_is_small():
+    """Finite differences of a true loss: the expected loss of a softmax layer under its own predictions.
+
+    Its gradient vanishes and its Hessian is the Fisher ``G (x) a a^T``, ``G = diag(p) - p p^T``, so shrinking row r
+    by a fraction e raises it by ``e^2`` times the row's cost, up to higher orders.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    token = torch.randn(3, generator=generator, dtype=torch.float64)
+    p = torch.softmax(weight @ token, 0)
+    g, a = torch.diag(p) - torch.outer(p, p), torch.outer(token, token)
+
+    def loss(w):
+        return float(-(p * torch.log_softmax(w @ token, 0)).sum())
+
+    # Nothing else moves, so the cost is that of independent structures: [G^-1]_rr becomes 1 / G_rr.
+    costs = row_costs(weight, a, 1 / g.diagonal())
+    for row in range(4):
+        errors = []
+        for fraction in (1e-2, 1e-3):
+            shrunk = weight.clone()
+            shrunk[row] *= 1 - fraction
+            rise = (loss(shrunk) - loss(weight)) / fraction**2
+            errors.append(abs(rise - float(costs[row])) / float(costs[row]))
+        assert errors[1] < 1e-2
+        assert errors[1] < 0.2 * errors[0]
+
+
 def test_dead_rows_and_columns_cost_nothing():
     weight, a, g = problem(4, 5, 0)
     weight[1] = 0

@@ -52,7 +52,8 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
             if int(info) == 0:
                 if escalation:
                     logger.warning("%s needed a damping of %g instead of %g", name, level, damping)
-                return factor.to(matrix.dtype)
+                lower: Tensor = factor.to(matrix.dtype)
+                return lower
     raise NotPositiveDefiniteError(
         f"The curvature factor of {name} is not positive definite with a damping of {level:g}.",
         "Use more calibration samples, or a larger --dampening-a (inputs) or --dampening-g (gradients).",

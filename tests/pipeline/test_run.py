@@ -149,7 +149,10 @@ class TestRefusals:
 
     def test_text_too_short(self, checkpoint, tmp_path):
         (tmp_path / "short.txt").write_text("w1 w2\nw3 w4\n")
-        self.refuse(DataError, "tokens", checkpoint, tmp_path / "out", config(tmp_path / "short.txt"))
+        settings = config(tmp_path / "short.txt")
+        self.refuse(DataError, "too short to hold out", checkpoint, tmp_path / "out", settings)
+        settings = config(tmp_path / "short.txt", evaluation="none")
+        self.refuse(DataError, "has 4 tokens", checkpoint, tmp_path / "out", settings)
 
     def test_unreadable_text(self, checkpoint, tmp_path):
         self.refuse(DataError, "missing.txt", checkpoint, tmp_path / "out", config(tmp_path / "missing.txt"))

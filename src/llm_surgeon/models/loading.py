@@ -110,7 +110,8 @@ def load_model(
     except _FAILURES as error:
         raise _not_loaded(source, "model", error) from None
     model.to(torch.device(device))  # type: ignore[arg-type]  # the decorator hides nn.Module's signature
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load(

@@ -113,9 +113,7 @@ def evaluate(
         DataError: If the text cannot be read or is shorter than a window.
         ConfigError: If the stride exceeds the window.
     """
-    text = evaluation_text(
-        tokenizer, data, window=window, stride=stride, max_tokens=max_tokens, precision=precision
-    )
+    text = evaluation_text(tokenizer, data, window=window, stride=stride, max_tokens=max_tokens, precision=precision)
     return _measure(model, text, progress or SilentProgress(), "perplexity")
 
 
@@ -283,9 +281,7 @@ def _size(model: torch.nn.Module, prunable: int) -> Size:
     return Size(prunable=prunable, total=count_parameters(model))
 
 
-def _compare_speed(
-    source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device
-) -> SpeedComparison:
+def _compare_speed(source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
     dense = load_model(source, config.dtype, device)
