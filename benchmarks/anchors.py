@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llm_surgeon import PruneConfig, PruneReport
-from llm_surgeon.curvature.kfac import arithmetic, frozen
 from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.data.tokens import CalibrationTokens, sample_calibration
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
+from llm_surgeon.models.modes import arithmetic, frozen
 from llm_surgeon.pipeline.run import prune_checkpoint
 from llm_surgeon.report.progress import RichProgress
 from llm_surgeon.runtime import keep_freed_memory

@@ -98,7 +98,8 @@ def prune(
         report = prune_checkpoint(
             model, out, config, progress=RichProgress(errors), command=shlex.join(["llm-surgeon", *sys.argv[1:]])
         )
-        console = Console()
+        # A log file has no width of its own; the table needs 100 columns.
+        console = Console() if sys.stdout.isatty() else Console(width=100)
         console.print(summary_table(report))
         console.print(
             f"The reloaded export agrees with the model in memory. Report: {out / 'report.json'}, "

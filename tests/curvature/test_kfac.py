@@ -3,11 +3,11 @@ import torch
 from torch.nn import functional as F
 
 from llm_surgeon.curvature import estimate
-from llm_surgeon.curvature.kfac import frozen
-from llm_surgeon.curvature.loss import head_loss_and_gradient, label_positions
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.models import examine, family_of
+from llm_surgeon.models.head import head_loss, label_positions
+from llm_surgeon.models.modes import frozen
 from tiny import BUILDERS, build, tokens
 
 
@@ -129,14 +129,16 @@ def test_label_positions_leave_out_the_last_token_and_padding():
 
 @pytest.mark.parametrize("family", BUILDERS)
 def test_chunked_head_gives_the_loss_and_gradient_of_the_whole_model(family, monkeypatch):
-    monkeypatch.setattr("llm_surgeon.curvature.loss.CHUNK", 5)
+    monkeypatch.setattr("llm_surgeon.models.head.CHUNK", 5)
     model = build(family)
     input_ids = tokens(2, 7)
     positions, labels = label_positions(input_ids, None)
     hidden = model.base_model(input_ids=input_ids).last_hidden_state.detach()
     flat = hidden.flatten(0, 1)[positions].requires_grad_()
-    total, gradient = head_loss_and_gradient(model, flat, labels)
-    logits = model(input_ids).logits.flatten(0, 1)[positions]
+    gradient = torch.empty_like(flat)
+    total = head_loss(model, flat, labels, gradient)
+    assert head_loss(model, flat, labels) == pytest.approx(total)
+    logits = model(input_ids).logits.detach().flatten(0, 1)[positions]
     assert total == pytest.approx(float(F.cross_entropy(logits, labels, reduction="sum")), rel=1e-5)
     expected = torch.autograd.grad(F.cross_entropy(model.get_output_embeddings()(flat), labels, reduction="sum"), flat)[
         0

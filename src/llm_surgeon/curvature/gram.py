@@ -24,6 +24,7 @@ class GramSum:
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.size = size
+        self._device = device
         self._padded = -(-size // MULTIPLE) * MULTIPLE
         self._strips = [
             torch.zeros(min(STRIP, self._padded - start), self._padded - start, dtype=torch.float32, device=device)
@@ -44,7 +45,7 @@ class GramSum:
     def dense(self) -> Tensor:
         """The whole matrix, ``[size, size]`` float32."""
         if not self._strips:
-            return torch.zeros(0, 0)
+            return torch.zeros(0, 0, device=self._device)
         full = self._strips[0].new_empty(self._padded, self._padded)
         for number, strip in enumerate(self._strips):
             start, height = number * STRIP, strip.shape[0]

@@ -8,7 +8,6 @@ gradient.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -19,10 +18,11 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.factors import Curvature, InputSum
 from llm_surgeon.curvature.gram import GramSum
-from llm_surgeon.curvature.loss import head_loss_and_gradient, label_positions
 from llm_surgeon.errors import NonFiniteError
-from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.models.family import Anatomy, LinearLayer
+from llm_surgeon.models.head import head_loss, label_positions
+from llm_surgeon.models.matrix import core_of
+from llm_surgeon.models.modes import arithmetic, frozen
 from llm_surgeon.selection import KeepMask
 
 
@@ -68,15 +68,13 @@ class _Collector:
     def _watch_input(self, group: str, readers: list[LinearLayer], keep: Mapping[str, KeepMask]) -> None:
         """Watch a shared input where it is still whole, an input with one reader where only its columns are left."""
         first = readers[0]
-        module = self._model.get_submodule(first.name)
+        core = core_of(self._model, first)
         if len(readers) > 1:
             self.full_width.add(group)
-            size = first.columns
+            module, size = self._model.get_submodule(first.name), first.columns
         else:
-            module = _core(module)
-            size = int(keep[first.name].columns.sum())
-        device = next(_core(module).parameters()).device
-        total = InputSum(size, any(layer.bias for layer in readers), device)
+            module, size = core, int(keep[first.name].columns.sum())
+        total = InputSum(size, any(layer.bias for layer in readers), core.weight.device)
         self.inputs[group] = total
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -85,56 +83,21 @@ class _Collector:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def _watch_gradient(self, layer: LinearLayer, keep: KeepMask) -> None:
-        module = _core(self._model.get_submodule(layer.name))
-        total = GramSum(int(keep.rows.sum()), module.weight.device)
+        core = core_of(self._model, layer)
+        total = GramSum(int(keep.rows.sum()), core.weight.device)
         self.gradients[layer.name] = total
 
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
                 output.register_hook(lambda gradient: total.add(self._labelled(gradient)))
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._handles.append(core.register_forward_hook(hook))
 
     def _labelled(self, x: Tensor) -> Tensor:
         """The rows of ``[batch, length, size]`` that have a label, ``[n, size]``."""
         x = x.flatten(0, -2)
         assert self.positions is not None
         return x if len(self.positions) == len(x) else x.index_select(0, self.positions)
-
-
-def _core(module: nn.Module) -> nn.Linear:
-    return module.core if isinstance(module, PrunedLinear) else module  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; restores both."""
-    training = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """Reduced precision for the model pass and inside the factors' products, or full precision for both.
-
-    The products' results stay float32: a *sum* rounded to bfloat16 would be indefinite, rounded *inputs* are not.
-    """
-    before = torch.get_float32_matmul_precision()
-    reduced = precision == "bfloat16"
-    try:
-        torch.set_float32_matmul_precision("medium" if reduced else "highest")
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def estimate(
@@ -187,7 +150,9 @@ def _backward(
     mask = None if attention_mask is None else attention_mask.long()
     hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, gradient = head_loss_and_gradient(model, flat.detach().index_select(0, positions), labels)
+    last = flat.detach().index_select(0, positions)
+    gradient = torch.empty_like(last)
+    loss = head_loss(model, last, labels, gradient)
     whole = torch.zeros_like(flat).index_copy_(0, positions, gradient)
     torch.autograd.backward(flat, whole)
     return loss

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.curvature.kfac import arithmetic, frozen
-from llm_surgeon.curvature.loss import CHUNK
 from llm_surgeon.errors import ConfigError, DataError, NonFiniteError
+from llm_surgeon.models.head import head_loss
+from llm_surgeon.models.modes import arithmetic, frozen
 from llm_surgeon.records import Perplexity
 
 
@@ -75,7 +75,8 @@ def perplexity(
     with frozen(model), arithmetic(device, text.precision):
         for start, first in text.windows:
             ids = text.tokens[start : start + text.window].to(device)
-            total = _window_loss(model, ids, first)
+            hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            total = head_loss(model, hidden[first - 1 : -1], ids[first:])
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"The loss of the evaluation window at token {start} is not finite.",
@@ -95,14 +96,3 @@ def perplexity(
         data=text.name,
         precision=text.precision,
     )
-
-
-def _window_loss(model: PreTrainedModel, ids: Tensor, first: int) -> float:
-    """Summed negative log-likelihood of targets ``first`` to the end of one window ``[window]``."""
-    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, first - 1 : -1]
-    head, total = model.get_output_embeddings(), 0.0
-    for start in range(0, len(hidden), CHUNK):
-        logits = head(hidden[start : start + CHUNK]).float()
-        labels = ids[first + start : first + start + CHUNK]
-        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-    return total

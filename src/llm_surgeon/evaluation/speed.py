@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ConfigError, ModelError
+from llm_surgeon.models.modes import frozen
 from llm_surgeon.records import Speed, SpeedComparison
 
 
@@ -99,7 +100,9 @@ def _time_in_turn(models: Sequence[PreTrainedModel], work: Workload, device: tor
     seeded = torch.Generator().manual_seed(0)
     token_ids = torch.randint(vocabulary, (work.batch, work.prompt), generator=seeded).to(device)
     rates: list[list[_Rates]] = [[] for _ in models]
-    with _evaluation_mode(models), torch.inference_mode():
+    with ExitStack() as modes, torch.inference_mode():
+        for model in models:
+            modes.enter_context(frozen(model))
         for model in models:  # memory is allocated and kernels are chosen in the first run
             _run(model, token_ids, work.generate)
         for _ in range(work.repeats):
@@ -139,19 +142,6 @@ def _check(model: PreTrainedModel, work: Workload, device: torch.device) -> None
             f"{work.prompt} prompt and {work.generate} generated tokens exceed the model's {positions} positions.",
             "Time a shorter prompt or fewer generated tokens.",
         )
-
-
-@contextmanager
-def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Switch dropout and the like off, and give every module its own flag back."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _synchronise(device: torch.device) -> None:

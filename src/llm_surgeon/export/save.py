@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Template
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.errors import DiskSpaceError, OutputError
@@ -130,9 +131,10 @@ def save_model(
         tokenizer.save_pretrained(directory)
         _write_config(anatomy, keep, directory)
         (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
-    except OSError as error:
+    # safetensors has an error of its own for a full disk.
+    except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"The export cannot be written: {error.strerror or error}.", "Free some space or give another --out."
+            f"The export cannot be written: {error}.", "Free some space, or give an --out on another disk."
         ) from None
 
 

@@ -81,7 +81,10 @@ def run_shots(
                 matrix = updated_matrix(model, layer, keep[name], selection, curvature, config)
                 write_matrix(model, anatomy, layer, selection.keep[name], matrix)
         keep = selection.keep
-        yield ShotResult(number, sparsity, selection, curvature.nbytes, curvature.loss, seconds)
+        result = ShotResult(number, sparsity, selection, curvature.nbytes, curvature.loss, seconds)
+        # Or this shot's factors would stay until the next shot's are complete.
+        del curvature
+        yield result
 
 
 @contextmanager

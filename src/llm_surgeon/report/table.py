@@ -39,7 +39,7 @@ def summary_table(report: PruneReport) -> Table:
     )
     for number, heading in enumerate(HEADINGS):
         # Two short lines of heading leave the width to the numbers.
-        table.add_column(heading.replace(" ", "\n", 1), justify="right" if number else "left", no_wrap=True)
+        table.add_column(heading.replace(" ", "\n", 1), justify="right" if number else "left")
     for row in table_rows(report):
         table.add_row(*row)
     return table

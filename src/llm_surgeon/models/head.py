@@ -1,4 +1,4 @@
-"""The summed negative log-likelihood of a batch and its gradient, without keeping the logits of a whole batch."""
+"""The language-model head: labels, summed negative log-likelihood and its gradient, a few logits at a time."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[T
     return positions, input_ids.flatten()[positions + 1]
 
 
-def head_loss_and_gradient(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Sum of the negative log-likelihoods of some positions, and its gradient at their last hidden states.
+def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
+    """Sum of the negative log-likelihoods of some positions, and if asked its gradient at their last hidden states.
 
     Args:
         model: A causal language model whose logits are ``get_output_embeddings()`` of its last hidden state.
         hidden: ``[n, width]`` last hidden states.
         labels: ``[n]`` next tokens.
+        gradient: ``[n, width]``, filled with the gradient; None computes none.
 
     Returns:
-        The sum in nats, and ``[n, width]`` in the type of ``hidden``.
+        The sum in nats.
     """
-    head = model.get_output_embeddings()
-    total = 0.0
-    gradient = torch.empty_like(hidden)
+    head, total = model.get_output_embeddings(), 0.0
     for start in range(0, len(labels), CHUNK):
         part = slice(start, start + CHUNK)
-        states = hidden[part].detach().requires_grad_()
-        loss = F.cross_entropy(head(states).float(), labels[part], reduction="sum")
-        (gradient[part],) = torch.autograd.grad(loss, states)
+        with torch.set_grad_enabled(gradient is not None):
+            states = hidden[part].detach().requires_grad_(gradient is not None)
+            loss = F.cross_entropy(head(states).float(), labels[part], reduction="sum")
+        if gradient is not None:
+            (gradient[part],) = torch.autograd.grad(loss, states)
         total += float(loss.detach())
-    return total, gradient
+    return total

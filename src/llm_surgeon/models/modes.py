@@ -1,0 +1,40 @@
+"""How a model is run while it is measured: evaluation mode, no weight gradients, chosen arithmetic; all restored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without parameter gradients; restores both."""
+    training = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """Reduced precision for the model pass and inside the factors' products, or full precision for both.
+
+    The products' results stay float32: a *sum* rounded to bfloat16 would be indefinite, rounded *inputs* are not.
+    """
+    before = torch.get_float32_matmul_precision()
+    reduced = precision == "bfloat16"
+    try:
+        torch.set_float32_matmul_precision("medium" if reduced else "highest")
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
