@@ -215,3 +215,18 @@ def test_version_is_that_of_the_package():
     from importlib.metadata import version
 
     assert llm_surgeon.__version__ == version("llm-surgeon")
+
+
+def test_a_model_in_memory_can_be_exported(text_file, tmp_path):
+    model, out = build("opt"), tmp_path / "out"
+    report = prune(model, tokenizer(), config(text_file, sparsity=0.2, shots=1), out=out, source="my-opt")
+    assert report.model == "my-opt"
+    assert report.speed is None
+    reloaded, _ = load(out, device="cpu")
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, model(ids).logits)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    with pytest.raises(OutputError, match="not empty"):
+        prune(build("opt"), tokenizer(), config(text_file), out=tmp_path / "full")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -52,37 +53,61 @@ _PACKAGES = ("llm-surgeon", "torch", "transformers", "safetensors", "tokenizers"
 _PROMPT, _GENERATED = 512, 32
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a run works on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    texts: Texts
+    config: PruneConfig
+    progress: Progress
+    source: str
+
+
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: PruneConfig,
     *,
+    out: Path | None = None,
     progress: Progress | None = None,
     source: str = "",
 ) -> PruneReport:
-    """Prune a model in place.
+    """Prune a model in place, and export it if asked.
+
+    The model's layers are smaller afterwards; ``save_pretrained`` alone does not describe them, ``out`` does. If an
+    error stops a shot half-way, some layers are pruned and others are not: start again from the dense model.
 
     Args:
         model: A dense causal language model of a supported family.
         tokenizer: Its tokenizer.
         config: The recipe; its ``device`` and ``dtype`` are of use when a checkpoint is loaded, not here: the model is
             pruned where it is and as it is.
+        out: Directory to export to, with the reload check of ``prune_checkpoint``; must not exist, or be empty.
         progress: Where progress is shown; nowhere if None.
         source: The model's name, for the report.
 
     Returns:
-        What was measured. The model's layers are smaller afterwards; ``prune_checkpoint`` also exports.
+        What was measured. Speed is not: the dense model is gone by then.
 
     Raises:
         UnsupportedModelError: If there is no entry for the architecture.
         DataError: If there is too little text.
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
+        OutputError: If ``out`` cannot be used.
+        ExportMismatchError: If the reloaded export computes something else.
     """
+    if out is not None:
+        check_output(out)
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
     texts = prepare_texts(tokenizer, config)
-    report, _keep = _prune(model, anatomy, texts, config, progress or SilentProgress(), source)
-    return report
+    name = source or model.config.name_or_path or type(model).__name__
+    job = _Job(model, tokenizer, anatomy, texts, config, progress or SilentProgress(), name)
+    report, keep = _prune(job)
+    return report if out is None else _export(job, keep, report, out)
 
 
 def evaluate(
@@ -141,7 +166,6 @@ def prune_checkpoint(
         ExportMismatchError: If the reloaded export computes something else.
         SurgeonError: Whatever ``prune`` raises.
     """
-    progress = progress or SilentProgress()
     check_output(out)
     device = resolve_device(config.device)
     source = resolve_source(model)
@@ -150,22 +174,29 @@ def prune_checkpoint(
     texts = prepare_texts(tokenizer, config)
     network = load_model(source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
-    dense_bytes = _parameter_bytes(network)
-    report, keep = _prune(network, anatomy, texts, config, progress, model)
+    job = _Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model)
+    report, keep = _prune(job)
+    return _export(job, keep, report.model_copy(update={"command": command}), out, dense=source)
+
+
+def _export(
+    job: _Job, keep: dict[str, KeepMask], report: PruneReport, out: Path, dense: str | None = None
+) -> PruneReport:
+    """Write the export beside its place, check and time it there, and move it; ``dense`` is what to time it against."""
     with directory_in_place(out) as beside:
         logger.info("writing the export and reloading it in a fresh process")
-        save_model(network, tokenizer, anatomy, keep, beside)
-        check = verify_export(network, beside)
+        save_model(job.model, job.tokenizer, job.anatomy, keep, beside)
+        check = verify_export(job.model, beside)
         export = ExportRecord(
             path=str(out),
             weight_bytes=weight_bytes(beside),
-            dense_weight_bytes=dense_bytes,
+            dense_weight_bytes=report.memory.model,
             max_logit_difference=check.difference,
             logit_scale=check.scale,
         )
-        speed = _compare_speed(source, network, config, device)
-        report = report.model_copy(update={"command": command, "export": export, "speed": speed})
-        _write_report(report, config, beside)
+        speed = _compare_speed(dense, job) if dense is not None else None
+        report = report.model_copy(update={"export": export, "speed": speed})
+        _write_report(report, job.config, beside)
     return report
 
 
@@ -181,28 +212,22 @@ def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
     check_disk_space(out, int(kept * dtype.itemsize) + _SMALL_FILES)
 
 
-def _prune(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    texts: Texts,
-    config: PruneConfig,
-    progress: Progress,
-    source: str,
-) -> tuple[PruneReport, dict[str, KeepMask]]:
+def _prune(job: _Job) -> tuple[PruneReport, dict[str, KeepMask]]:
     """The shots, with an evaluation before the first and after each."""
+    model, anatomy, texts, config = job.model, job.anatomy, job.texts, job.config
     device = next(model.parameters()).device
     reset_peak(device)
     dense_size = _size(model, anatomy.prunable_weights)
     model_bytes = _parameter_bytes(model)
-    dense_perplexity = _measure(model, texts.evaluation, progress, "dense: perplexity") if texts.evaluation else None
+    dense_perplexity = _measure(model, texts.evaluation, job.progress, "dense: perplexity") if texts.evaluation else None
     shots: list[ShotRecord] = []
     factor_bytes, keep = 0, anatomy.dense_masks()
-    for result in run_shots(model, anatomy, texts.calibration, config, progress):
+    for result in run_shots(model, anatomy, texts.calibration, config, job.progress):
         keep = result.selection.keep
         factor_bytes = max(factor_bytes, result.factor_bytes)
         description = f"shot {result.shot}/{config.shots}: perplexity"
         start = perf_counter()
-        measured = _measure(model, texts.evaluation, progress, description) if texts.evaluation else None
+        measured = _measure(model, texts.evaluation, job.progress, description) if texts.evaluation else None
         shots.append(_shot_record(result, model, anatomy, measured, perf_counter() - start))
         logger.info(
             "shot %d/%d: %.1f %% of the prunable weights left%s",
@@ -213,7 +238,7 @@ def _prune(
         )
     peak = peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
     report = PruneReport(
-        model=source or model.config.name_or_path or type(model).__name__,
+        model=job.source,
         family=anatomy.family.model_type,
         config=config.model_dump(mode="json"),
         calibration=texts.calibration.provenance,
@@ -281,13 +306,13 @@ def _size(model: torch.nn.Module, prunable: int) -> Size:
     return Size(prunable=prunable, total=count_parameters(model))
 
 
-def _compare_speed(source: str, pruned: PreTrainedModel, config: PruneConfig, device: torch.device) -> SpeedComparison:
+def _compare_speed(source: str, job: _Job) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
-    dense = load_model(source, config.dtype, device)
+    dense = load_model(source, job.config.dtype, next(job.model.parameters()).device)
     longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
     generate = min(_GENERATED, max(1, longest // 4))
-    return compare_speed(dense, pruned, prompt=min(_PROMPT, longest - generate), generate=generate)
+    return compare_speed(dense, job.model, prompt=min(_PROMPT, longest - generate), generate=generate)
 
 
 def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> None:
