@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import llm_surgeon
 from llm_surgeon import PruneConfig, evaluate, load, prune, prune_checkpoint
@@ -209,6 +210,14 @@ def test_an_export_that_needs_this_package_is_an_error(checkpoint, text_file, tm
     )
     with pytest.raises(ExportMismatchError, match="fresh process"):
         prune_checkpoint(str(checkpoint), tmp_path / "out", config(text_file, shots=1))
+
+
+def test_an_export_is_never_taken_for_a_dense_model(checkpoint, text_file, tmp_path):
+    """Without permission to run its code, transformers refuses instead of filling the gaps with random weights."""
+    out = tmp_path / "out"
+    prune_checkpoint(str(checkpoint), out, config(text_file, sparsity=0.2, shots=1))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
 
 
 def test_version_is_that_of_the_package():

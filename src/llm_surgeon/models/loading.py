@@ -76,14 +76,19 @@ def load_config(source: str) -> Any:
         raise _not_loaded(source, "configuration", error) from None
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a local directory or a hub id.
+
+    Args:
+        source: A local directory or a hub id.
+        trust_remote_code: Whether code of the checkpoint may run; transformers reads an export's configuration class
+            before its tokenizer, and asks at the terminal if it is told neither yes nor no.
 
     Raises:
         ModelError: If there is none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         return tokenizer
     except _FAILURES as error:
         raise _not_loaded(source, "tokenizer", error) from None
@@ -132,7 +137,7 @@ def load(
         ConfigError: If the device does not exist.
     """
     source, where = resolve_source(str(path)), resolve_device(device)
-    return load_model(source, dtype, where, trust_remote_code=True), load_tokenizer(source)
+    return load_model(source, dtype, where, trust_remote_code=True), load_tokenizer(source, True)
 
 
 def _not_loaded(source: str, what: str, error: BaseException) -> ModelError:

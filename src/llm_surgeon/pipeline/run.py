@@ -219,7 +219,9 @@ def _prune(job: _Job) -> tuple[PruneReport, dict[str, KeepMask]]:
     reset_peak(device)
     dense_size = _size(model, anatomy.prunable_weights)
     model_bytes = _parameter_bytes(model)
-    dense_perplexity = _measure(model, texts.evaluation, job.progress, "dense: perplexity") if texts.evaluation else None
+    dense_perplexity = (
+        _measure(model, texts.evaluation, job.progress, "dense: perplexity") if texts.evaluation else None
+    )
     shots: list[ShotRecord] = []
     factor_bytes, keep = 0, anatomy.dense_masks()
     for result in run_shots(model, anatomy, texts.calibration, config, job.progress):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DIR = "path/to/this/directory"
 model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(DIR)
+tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
 ```
 """
 
