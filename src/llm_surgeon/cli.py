@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import SurgeonError
 from llm_surgeon.runtime import keep_freed_memory
 
@@ -27,6 +28,13 @@ def main() -> None:
     app()
 
 
+def _option(name: str) -> Any:
+    """The command-line option of a recipe's key, with the help and the default that the recipe gives it."""
+    field = PruneConfig.model_fields[name]
+    default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return typer.Option(help=f"{field.description}" + (f" (default: {default})" if default is not None else ""))
+
+
 @app.callback()
 def _root() -> None:
     """Make a pretrained language model really smaller: on disk, in memory, in time per token."""
@@ -37,55 +45,29 @@ def prune(
     model: Annotated[str, typer.Argument(help="A local Hugging Face directory, a hub id, or the word demo.")],
     out: Annotated[Path, typer.Option(help="Directory to make; must not exist, or be empty.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; the command line overrides.")] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(help="Fraction of the prunable linear weights to remove; embeddings and lm_head excluded. [0.5]"),
-    ] = None,
-    structure: Annotated[str | None, typer.Option(help="What is removed as a unit. [rows-columns]")] = None,
-    shots: Annotated[int | None, typer.Option(help="Shots on a linear schedule. [5]")] = None,
-    rank_by: Annotated[
-        str | None, typer.Option(help="cost-per-weight, or the paper's raw cost. [cost-per-weight]")
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Hub data set id, a .txt/.jsonl/.parquet, or demo[:en|fr|es]. [demo]")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. [512]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Calibration sequences per pass. [2]")] = None,
-    dampening_a: Annotated[
-        float | None, typer.Option(help="Damping of the input factor, a fraction of its mean diagonal. [0.01]")
-    ] = None,
-    dampening_g: Annotated[
-        float | None, typer.Option(help="Damping of the gradient factor, a fraction of its mean diagonal. [0.1]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. [0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16. [auto]")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Arithmetic of the passes: bfloat16 or float32; sums are float32. [bfloat16]")
-    ] = None,
-    evaluation: Annotated[
-        str | None,
-        typer.Option(
-            help="Text for perplexity, as for --calibration, or none. [held-out part of the calibration text]"
-        ),
-    ] = None,
-    eval_window: Annotated[int | None, typer.Option(help="Tokens per evaluation window. [1024]")] = None,
-    eval_stride: Annotated[int | None, typer.Option(help="Tokens between windows. [the window]")] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Evaluation tokens, at most. [20480]")] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers never pruned: regular expression on the end of the name; repeat.")
-    ] = None,
+    sparsity: Annotated[float | None, _option("sparsity")] = None,
+    structure: Annotated[str | None, _option("structure")] = None,
+    shots: Annotated[int | None, _option("shots")] = None,
+    rank_by: Annotated[str | None, _option("rank_by")] = None,
+    calibration: Annotated[str | None, _option("calibration")] = None,
+    samples: Annotated[int | None, _option("samples")] = None,
+    seq_len: Annotated[int | None, _option("seq_len")] = None,
+    batch_size: Annotated[int | None, _option("batch_size")] = None,
+    dampening_a: Annotated[float | None, _option("dampening_a")] = None,
+    dampening_g: Annotated[float | None, _option("dampening_g")] = None,
+    seed: Annotated[int | None, _option("seed")] = None,
+    device: Annotated[str | None, _option("device")] = None,
+    dtype: Annotated[str | None, _option("dtype")] = None,
+    precision: Annotated[str | None, _option("precision")] = None,
+    evaluation: Annotated[str | None, _option("evaluation")] = None,
+    eval_window: Annotated[int | None, _option("eval_window")] = None,
+    eval_stride: Annotated[int | None, _option("eval_stride")] = None,
+    eval_tokens: Annotated[int | None, _option("eval_tokens")] = None,
+    ignore: Annotated[list[str] | None, _option("ignore")] = None,
 ) -> None:
     """Remove rows and columns of MODEL's linear layers with the LLM Surgeon method, and export a smaller model."""
     given = {name: value for name, value in locals().items() if name not in ("model", "out", "recipe")}
     with _errors_as_messages():
-        from llm_surgeon.config import PruneConfig, read_recipe
-        from llm_surgeon.export.save import check_output
-
-        check_output(out)
         options: dict[str, Any] = read_recipe(recipe) if recipe else {}
         options |= {name: value for name, value in given.items() if value is not None}
         config = PruneConfig.from_mapping(options)
@@ -113,7 +95,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="An export, a Hugging Face directory, a hub id, or the word demo.")],
     data: Annotated[str, typer.Option(help="Hub data set id, a .txt/.jsonl/.parquet, or demo[:en|fr|es].")] = _DEMO,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows. [the window]")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 20_480,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",

@@ -25,18 +25,23 @@ class PruneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="Fraction of the prunable weights to remove.")
+    sparsity: float = Field(
+        0.5,
+        gt=0.0,
+        lt=1.0,
+        description="Fraction of the prunable linear weights to remove; embeddings and lm_head are excluded.",
+    )
     structure: Structure = Field("rows-columns", description="What is removed as a unit.")
     shots: int = Field(5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each.")
     rank_by: RankBy = Field(
-        "cost-per-weight", description="Rank structures by cost per weight freed, or by the raw cost of the paper."
+        "cost-per-weight", description="Rank structures by cost-per-weight freed, or by cost, the paper's raw one."
     )
     calibration: str = Field(
         "demo", min_length=1, description="A hub data set id, a local .txt/.jsonl/.parquet, or demo[:en|fr|es]."
     )
     samples: int = Field(128, ge=1, description="Calibration sequences.")
     seq_len: int = Field(512, ge=2, description="Tokens per calibration sequence.")
-    batch_size: int = Field(2, ge=1, description="Calibration sequences per forward and backward pass.")
+    batch_size: int = Field(2, ge=1, description="Calibration sequences per pass; fewer need less memory.")
     dampening_a: float = Field(
         0.01, gt=0.0, description="Damping of the input factor A, as a fraction of its mean diagonal."
     )
@@ -45,11 +50,9 @@ class PruneConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N.")
-    dtype: Dtype = Field(
-        "auto", description="Type the weights are loaded and exported in; auto keeps the checkpoint's."
-    )
+    dtype: Dtype = Field("auto", description="Type of the weights: auto (as stored), float32, bfloat16 or float16.")
     precision: Precision = Field(
-        "bfloat16", description="Arithmetic of the calibration and evaluation passes; sums are float32 in any case."
+        "bfloat16", description="Arithmetic of the passes: bfloat16 or float32; sums are float32 in any case."
     )
     evaluation: str | None = Field(
         None, description="Text to measure perplexity on; unset: held-out text of the calibration source, none: skip."
@@ -58,7 +61,7 @@ class PruneConfig(BaseModel):
     eval_stride: int | None = Field(None, ge=1, description="Tokens between windows; unset: the window.")
     eval_tokens: int = Field(20_480, ge=2, description="Evaluation tokens, at most.")
     ignore: tuple[str, ...] = Field(
-        ("lm_head",), description="Layers never pruned: regular expressions matched against the end of their names."
+        ("lm_head",), description="Layers never pruned: a regular expression on the end of the name; repeat for more."
     )
 
     @property
