@@ -71,6 +71,23 @@ def test_a_model_that_is_not_there_is_a_message(tmp_path, text_file):
     assert "cannot be loaded" in flat(done.output)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int4"], "'int4'"),
+        (["--precision", "int4"], "'int4'"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--window", "32", "--stride", "64"], "skips tokens"),
+        (["--tokens", "16"], "fewer than one window"),
+    ],
+)
+def test_mistakes_of_eval_are_messages(checkpoint, text_file, arguments, message):
+    done = runner.invoke(app, ["eval", str(checkpoint), "--data", str(text_file), "--window", "32", *arguments])
+    assert done.exit_code == 1
+    assert message in flat(done.output)
+    assert "Traceback" not in done.output
+
+
 def test_unknown_recipe_keys_are_named(checkpoint, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sparcity: 0.3\n")

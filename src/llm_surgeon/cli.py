@@ -107,6 +107,7 @@ def evaluate(
         from llm_surgeon.pipeline.run import evaluate as measure
         from llm_surgeon.report.progress import RichProgress
 
+        progress = RichProgress(_log_to_stderr())
         network, tokenizer = load(model, dtype, device)
         result = measure(
             network,
@@ -116,7 +117,7 @@ def evaluate(
             stride=stride,
             max_tokens=tokens,
             precision=precision,
-            progress=RichProgress(_log_to_stderr()),
+            progress=progress,
         )
         Console().print(
             f"perplexity {result.perplexity:.3f} on {result.data}: {result.tokens:,} tokens scored, window "

@@ -59,6 +59,11 @@ def test_a_stride_that_skips_tokens_is_refused():
         text(stride=17)
 
 
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ConfigError, match="'int4'"):
+        EvaluationText(tokens(1, 32)[0], "words", 16, 16, "int4")
+
+
 def test_a_broken_model_is_an_error():
     model = build("llama")
     with torch.no_grad():

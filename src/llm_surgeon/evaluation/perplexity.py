@@ -40,6 +40,8 @@ class EvaluationText:
                 f"The evaluation text has {len(self.tokens)} tokens, fewer than one window of {self.window}.",
                 "Give a longer text or a smaller window.",
             )
+        if self.precision not in ("bfloat16", "float32"):
+            raise ConfigError(f"The precision {self.precision!r} is not known.", "Use bfloat16 or float32.")
         if self.stride > self.window:
             raise ConfigError(
                 f"A stride of {self.stride} skips tokens between windows of {self.window}.",

@@ -134,8 +134,10 @@ def load(
 
     Raises:
         ModelError: If there is no model to load.
-        ConfigError: If the device does not exist.
+        ConfigError: If the device does not exist or the type is not known.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"The type {dtype!r} is not known.", f"Use one of {', '.join(DTYPES)}.")
     source, where = resolve_source(str(path)), resolve_device(device)
     return load_model(source, dtype, where, trust_remote_code=True), load_tokenizer(source, True)
 
