@@ -24,6 +24,7 @@ def test_sparsity_outside_the_open_interval_is_refused(sparsity):
         ("precision", "int8"),
         ("eval_stride", 0),
         ("speed", 9),
+        ("ignore", ["layers.[0"]),
     ],
 )
 def test_bad_values_are_named(key, value):

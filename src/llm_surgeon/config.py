@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llm_surgeon.errors import ConfigError
 
@@ -63,6 +64,16 @@ class PruneConfig(BaseModel):
     ignore: tuple[str, ...] = Field(
         ("lm_head",), description="Layers never pruned: a regular expression on the end of the name; repeat for more."
     )
+
+    @field_validator("ignore")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return patterns
 
     @property
     def sparsity_schedule(self) -> list[float]:

@@ -5,7 +5,7 @@ import torch
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.export.save import save_model
 from llm_surgeon.export.verify import verify_export
@@ -198,6 +198,12 @@ def test_ignored_layers_stay_whole_and_dense():
     shrink(model, anatomy, keep)
     assert logits(model).isfinite().all()
     assert model.model.layers[0].mlp.down_proj.weight.shape == (24, 40)
+
+
+def test_ignoring_every_layer_is_refused():
+    model = build("llama")
+    with pytest.raises(ConfigError, match="nothing to prune"):
+        examine(model, family_of("llama"), ignore=("_proj",))
 
 
 def test_unknown_architectures_are_refused_with_the_place_to_extend():

@@ -10,7 +10,8 @@ from torch import Tensor
 STRIP = 192
 
 # Sizes are padded to multiples of this. Pruned layers have hundreds of different sizes, and the CPU's matrix library
-# compiles a kernel for each shape of a product; with few shapes they stay in its cache (a third of a shot's time).
+# compiles a kernel for each shape of a product; with few shapes they stay in its cache, which saves 30 % of the time
+# of a pass at 60 % size.
 MULTIPLE = 64
 
 

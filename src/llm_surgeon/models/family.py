@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.selection import Coupling, KeepMask, Side
 
 
@@ -149,6 +149,7 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
 
     Raises:
         UnsupportedModelError: If the model breaks an assumption of the entry.
+        ConfigError: If every layer is ignored.
     """
     blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
     layers: dict[str, LinearLayer] = {}
@@ -165,6 +166,11 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
         couplings += _attention_couplings(model.config, family.attention, block, prefix)
         couplings.append(_neuron_coupling(family.feed_forward, block, prefix))
         narrow |= _narrow_axes(family.feed_forward, prefix, layers)
+    if not layers:
+        raise ConfigError(
+            f"The patterns to ignore ({', '.join(ignore)}) match every layer, so there is nothing to prune.",
+            "Ignore fewer layers.",
+        )
     return Anatomy(family, layers, _restrict(couplings, layers), frozenset(narrow))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +22,6 @@ from llm_surgeon.models.matrix import read_matrix, write_matrix
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.selection import KeepMask, Selection, StructureCosts, select
 from llm_surgeon.updates import remove_columns, remove_rows
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
