@@ -36,7 +36,7 @@ class Perplexity(Record):
 
 
 class LayerRecord(Record):
-    """What is left of one linear layer: kept and original rows and columns."""
+    """What is left of one linear layer: kept and original rows and columns, and the weights that are not zero."""
 
     name: str
     block: int
@@ -45,15 +45,52 @@ class LayerRecord(Record):
     columns: int
     rows_dense: int
     columns_dense: int
+    weights: int
+
+    @property
+    def weights_dense(self) -> int:
+        """Weights of the dense layer."""
+        return self.rows_dense * self.columns_dense
 
     @property
     def kept(self) -> float:
         """Kept fraction of the layer's weights."""
-        return self.rows * self.columns / (self.rows_dense * self.columns_dense)
+        return self.weights / self.weights_dense
+
+
+class CostHistogram(Record):
+    """How the scores of everything that could be removed in a shot are distributed, and which of it went.
+
+    Attributes:
+        score: What was ranked by, for the axis: ``cost per weight freed`` or ``cost``.
+        exponents: ``bins + 1`` edges of the bins, as powers of ten, ascending.
+        kept: Per bin, candidates that stayed.
+        removed: Per bin, candidates that went, for their own score or because a partner did.
+        outside: Candidates without a place on a logarithmic axis, with a score of zero.
+        threshold: The largest score removed.
+    """
+
+    score: str
+    exponents: tuple[float, ...]
+    kept: tuple[int, ...]
+    removed: tuple[int, ...]
+    outside: int
+    threshold: float
+
+
+class CorrectionRecord(Record):
+    """First-order corrections after a shot: steps taken, and the mean loss in nats of the first and last of them."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
 
 
 class ShotRecord(Record):
-    """One shot: what it aimed at, what it removed, what it cost. Times are seconds."""
+    """One shot: what it aimed at, what it removed, what it cost. Times are seconds.
+
+    ``peaks`` holds the peak bytes of each phase: of the device if it is a GPU, else resident in the process.
+    """
 
     shot: int
     target_sparsity: float
@@ -62,17 +99,21 @@ class ShotRecord(Record):
     threshold: float
     structures_removed: int
     structures_implied: int
-    loss: float
+    loss: float | None
     curvature_seconds: float
     selection_seconds: float
     update_seconds: float
     evaluation_seconds: float
     perplexity: Perplexity | None
+    correction_seconds: float = 0.0
+    correction: CorrectionRecord | None = None
+    costs: CostHistogram | None = None
+    peaks: dict[str, int] = {}
 
     @property
     def seconds(self) -> float:
         """Time of the shot itself, without the evaluation that reports on it."""
-        return self.curvature_seconds + self.selection_seconds + self.update_seconds
+        return self.curvature_seconds + self.selection_seconds + self.update_seconds + self.correction_seconds
 
 
 class Speed(Record):

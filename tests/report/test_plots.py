@@ -17,7 +17,14 @@ from report.test_table import perplexity, sample_report, shot
 
 def layer(block: int, kind: str, rows: int, columns: int = 10) -> LayerRecord:
     return LayerRecord(
-        name=f"{block}.{kind}", block=block, kind=kind, rows=rows, columns=columns, rows_dense=10, columns_dense=10
+        name=f"{block}.{kind}",
+        block=block,
+        kind=kind,
+        rows=rows,
+        columns=columns,
+        rows_dense=10,
+        columns_dense=10,
+        weights=rows * columns,
     )
 
 

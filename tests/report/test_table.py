@@ -44,6 +44,7 @@ def layers(blocks: int = 4) -> tuple[LayerRecord, ...]:
         LayerRecord(
             name=f"model.layers.{block}.{kind}", block=block, kind=kind,
             rows=60 + 10 * block, columns=80 - 5 * number, rows_dense=100, columns_dense=100,
+            weights=(60 + 10 * block) * (80 - 5 * number),
         )
         for block in range(blocks)
         for number, kind in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))

@@ -290,6 +290,7 @@ def _layer_records(anatomy: Anatomy, keep: dict[str, KeepMask]) -> list[LayerRec
             columns=int(keep[name].columns.sum()),
             rows_dense=layer.rows,
             columns_dense=layer.columns,
+            weights=keep[name].weights,
         )
         for name, layer in anatomy.layers.items()
     ]

@@ -55,8 +55,8 @@ def kept_by_kind(layers: tuple[LayerRecord, ...]) -> tuple[list[str], np.ndarray
     kept, dense = np.zeros(shape), np.zeros(shape)
     for layer in layers:
         cell = kinds.index(layer.kind), layer.block
-        kept[cell] += layer.rows * layer.columns
-        dense[cell] += layer.rows_dense * layer.columns_dense
+        kept[cell] += layer.weights
+        dense[cell] += layer.weights_dense
     return kinds, np.divide(kept, dense, out=np.full(shape, np.nan), where=dense > 0)
 
 
