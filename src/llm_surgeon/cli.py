@@ -47,6 +47,11 @@ def prune(
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; the command line overrides.")] = None,
     sparsity: Annotated[float | None, _option("sparsity")] = None,
     structure: Annotated[str | None, _option("structure")] = None,
+    method: Annotated[str | None, _option("method")] = None,
+    curvature: Annotated[str | None, _option("curvature")] = None,
+    fisher: Annotated[str | None, _option("fisher")] = None,
+    fisher_samples: Annotated[int | None, _option("fisher_samples")] = None,
+    kronecker_iterations: Annotated[int | None, _option("kronecker_iterations")] = None,
     shots: Annotated[int | None, _option("shots")] = None,
     rank_by: Annotated[str | None, _option("rank_by")] = None,
     calibration: Annotated[str | None, _option("calibration")] = None,
@@ -55,6 +60,8 @@ def prune(
     batch_size: Annotated[int | None, _option("batch_size")] = None,
     dampening_a: Annotated[float | None, _option("dampening_a")] = None,
     dampening_g: Annotated[float | None, _option("dampening_g")] = None,
+    max_correlations: Annotated[int | None, _option("max_correlations")] = None,
+    update_steps: Annotated[int | None, _option("update_steps")] = None,
     seed: Annotated[int | None, _option("seed")] = None,
     device: Annotated[str | None, _option("device")] = None,
     dtype: Annotated[str | None, _option("dtype")] = None,
@@ -65,7 +72,7 @@ def prune(
     eval_tokens: Annotated[int | None, _option("eval_tokens")] = None,
     ignore: Annotated[list[str] | None, _option("ignore")] = None,
 ) -> None:
-    """Remove rows and columns of MODEL's linear layers with the LLM Surgeon method, and export a smaller model."""
+    """Prune MODEL's linear layers by second-order costs, correct what is left, export it and check the export."""
     given = {name: value for name, value in locals().items() if name not in ("model", "out", "recipe")}
     with _errors_as_messages():
         options: dict[str, Any] = read_recipe(recipe) if recipe else {}
@@ -84,8 +91,8 @@ def prune(
         console = Console() if sys.stdout.isatty() else Console(width=100)
         console.print(summary_table(report))
         console.print(
-            f"The reloaded export agrees with the model in memory. Report: {out / 'report.json'}, "
-            f"model card: {out / 'README.md'}, picture: {out / 'kept_fraction.png'}",
+            f"The reloaded export agrees with the model in memory. Report: {out / 'report.html'} (numbers: "
+            f"{out / 'report.json'}), model card: {out / 'README.md'}",
             soft_wrap=True,
         )
 

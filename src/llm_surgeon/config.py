@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.methods import METHODS, CurvatureName, MethodName, resolve_curvature
+from llm_surgeon.pattern import Pattern
 
-Structure = Literal["rows-columns"]
 RankBy = Literal["cost-per-weight", "cost"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["bfloat16", "float32"]
@@ -30,9 +31,27 @@ class PruneConfig(BaseModel):
         0.5,
         gt=0.0,
         lt=1.0,
-        description="Fraction of the prunable linear weights to remove; embeddings and lm_head are excluded.",
+        description="Fraction of the prunable linear weights to remove; embeddings and lm_head are excluded. "
+        "For N:M unless given: what removing M-N of every M weights makes.",
     )
-    structure: Structure = Field("rows-columns", description="What is removed as a unit.")
+    structure: str = Field(
+        "rows-columns",
+        description="What is removed as a unit: rows-columns (really smaller), unstructured (single weights become "
+        "zero) or N:M, which keeps N of every M consecutive inputs, e.g. 2:4.",
+    )
+    method: MethodName = Field("surgeon", description=f"One of {', '.join(METHODS)}.")
+    curvature: CurvatureName | None = Field(
+        None,
+        description="Approximation of the Fisher, unset: the method's own. kfac, nearest-kronecker, kronecker-sum (two "
+        "products), diagonal, activations or identity.",
+    )
+    fisher: Literal["empirical", "true"] = Field(
+        "empirical", description="Labels of the gradients: empirical (the text's own) or true (sampled from the model)."
+    )
+    fisher_samples: int = Field(1, ge=1, description="Sampled labels per token with --fisher true.")
+    kronecker_iterations: int = Field(
+        2, ge=1, description="Power iterations of nearest-kronecker and kronecker-sum; two passes over the data each."
+    )
     shots: int = Field(5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each.")
     rank_by: RankBy = Field(
         "cost-per-weight", description="Rank structures by cost-per-weight freed, or by cost, the paper's raw one."
@@ -48,6 +67,15 @@ class PruneConfig(BaseModel):
     )
     dampening_g: float = Field(
         0.1, gt=0.0, description="Damping of the gradient factor G, as a fraction of its mean diagonal."
+    )
+    max_correlations: int = Field(
+        0,
+        ge=0,
+        description="Removed structures (or weights) whose update is computed together, at most; 0: all, 1: each as if "
+        "the others stayed.",
+    )
+    update_steps: int = Field(
+        20, ge=1, description="Conjugate-gradient steps of the update of unstructured and N:M pruning, at most."
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N.")
@@ -75,6 +103,48 @@ class PruneConfig(BaseModel):
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return patterns
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, values: Any) -> Any:
+        pattern = Pattern.parse(values.get("structure")) if isinstance(values, dict) else None
+        if pattern is not None and values.get("sparsity") is None:
+            return values | {"sparsity": pattern.sparsity}
+        return values
+
+    @field_validator("structure")
+    @classmethod
+    def _check_structure(cls, structure: str) -> str:
+        if structure not in ("rows-columns", "unstructured") and Pattern.parse(structure) is None:
+            raise ValueError("valid are rows-columns, unstructured, and N:M with 0 < N < M, such as 2:4 or 4:8")
+        return structure
+
+    @model_validator(mode="after")
+    def _check_together(self) -> PruneConfig:
+        curvature = resolve_curvature(self.method, self.curvature)
+        if self.pattern is not None and self.sparsity > self.pattern.sparsity + 1e-12:
+            raise ValueError(
+                f"a sparsity of {self.sparsity:g} is more than {self.structure} can reach, which is "
+                f"{self.pattern.sparsity:g}"
+            )
+        if curvature == "kronecker-sum" and self.max_correlations:
+            raise ValueError("the kronecker-sum curvature updates all together: max_correlations has to be 0")
+        return self
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The N:M pattern, if the structure is one."""
+        return Pattern.parse(self.structure)
+
+    @property
+    def resolved_curvature(self) -> CurvatureName:
+        """The curvature of the run: the one named, or the method's own."""
+        return resolve_curvature(self.method, self.curvature)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether the method's costs and updates know of correlations."""
+        return METHODS[self.method].correlated
+
     @property
     def sparsity_schedule(self) -> list[float]:
         """Sparsity after each shot, linear from dense to the target (paper, Alg. 2)."""
@@ -95,7 +165,10 @@ class PruneConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(str(part) for part in issue['loc']) or 'recipe'}: {issue['msg']} (got {issue['input']!r})"
+                # Of what is wrong with several options together the input would be the whole recipe.
+                f"{'.'.join(str(part) for part in issue['loc'])}: {issue['msg']} (got {issue['input']!r})"
+                if issue["loc"]
+                else issue["msg"]
                 for issue in error.errors()
             )
             raise ConfigError(

@@ -62,5 +62,34 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
 
 def inverse_diagonal(cholesky: Tensor) -> Tensor:
     """Diagonal ``[n]`` of ``(L L^T)^-1`` from the lower factor ``L [n, n]``."""
-    inverse: Tensor = torch.cholesky_inverse(cholesky)
-    return inverse.diagonal()
+    return inverse(cholesky).diagonal()
+
+
+def inverse(cholesky: Tensor) -> Tensor:
+    """``(L L^T)^-1 [n, n]`` from the lower factor ``L [n, n]``."""
+    result: Tensor = torch.cholesky_inverse(cholesky)
+    return result
+
+
+def batched_solve(systems: Tensor, right: Tensor, name: str) -> Tensor:
+    """Solve many small symmetric positive definite systems, in float64 if their own type fails.
+
+    Args:
+        systems: ``[groups, n, n]``.
+        right: ``[groups, n, k]``.
+        name: What they come from, for messages.
+
+    Returns:
+        ``[groups, n, k]``.
+
+    Raises:
+        NotPositiveDefiniteError: If one of them has no Cholesky decomposition.
+    """
+    for dtype in (systems.dtype, torch.float64):
+        factors, info = torch.linalg.cholesky_ex(systems.to(dtype))
+        if not bool(info.any()):
+            return torch.cholesky_solve(right.to(dtype), factors).to(right.dtype)
+    raise NotPositiveDefiniteError(
+        f"The correlations of weights removed together in {name} are not positive definite.",
+        "Use a larger --dampening-a (inputs) or --dampening-g (gradients), or --max-correlations 0.",
+    )

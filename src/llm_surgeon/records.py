@@ -177,3 +177,8 @@ class PruneReport(Record):
     command: str | None = None
     export: ExportRecord | None = None
     speed: SpeedComparison | None = None
+
+    @property
+    def smaller(self) -> bool:
+        """Whether the matrices have shrunk; otherwise removed weights are zeros in matrices of the old shape."""
+        return bool(self.config.get("structure", "rows-columns") == "rows-columns")

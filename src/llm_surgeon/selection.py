@@ -32,6 +32,11 @@ class KeepMask:
         return self.rows if axis == "rows" else self.columns
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns that are stored."""
+        return int(self.rows.sum()), int(self.columns.sum())
+
+    @property
     def weights(self) -> int:
         """Weights left: kept rows times kept columns."""
         return int(self.rows.sum()) * int(self.columns.sum())
@@ -178,7 +183,7 @@ def select(
     Returns:
         The selection; it removes nothing if even the cheapest candidate frees too much.
     """
-    scores = {name: _single_scores(keep[name], costs[name], per_weight) for name in keep}
+    scores = {name: single_scores(keep[name], costs[name], per_weight) for name in keep}
     groups = [score_groups(keep, costs, coupling, per_weight) for coupling in couplings]
     candidates = torch.cat(
         [score.axis(axis)[keep[name].axis(axis)] for name, score in scores.items() for axis in AXES]
@@ -197,8 +202,8 @@ def select(
     return _explain(keep, after, costs, groups, causes, threshold)
 
 
-def _single_scores(keep: KeepMask, costs: StructureCosts, per_weight: bool) -> StructureCosts:
-    """Scores in float64: the threshold has to tell neighbours apart among a million candidates."""
+def single_scores(keep: KeepMask, costs: StructureCosts, per_weight: bool) -> StructureCosts:
+    """Scores of single rows and columns, in float64: the threshold has to tell a million candidates apart."""
     rows_free, columns_free = int(keep.columns.sum()), int(keep.rows.sum())
     return StructureCosts(
         _score(costs.rows.double(), torch.tensor(float(rows_free)), per_weight),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm_surgeon.curvature import estimate
+from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.models import examine, family_of
@@ -18,7 +18,9 @@ def calibration(input_ids, mask=None):
 def factors(model, input_ids, mask=None, batch_size=3):
     anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
-    curvature = estimate(model, anatomy, keep, calibration(input_ids, mask), batch_size=batch_size, precision="float32")
+    curvature = estimate(
+        model, anatomy, keep, calibration(input_ids, mask), Estimation(batch_size=batch_size, precision="float32")
+    )
     return anatomy, {
         name: (curvature.input_factor(layer, keep[name]), curvature.gradient_factor(layer))
         for name, layer in anatomy.layers.items()
@@ -150,7 +152,7 @@ def test_shared_inputs_share_one_sum():
     model = build("llama")
     anatomy = examine(model, family_of(model.config.model_type))
     curvature = estimate(
-        model, anatomy, anatomy.dense_masks(), calibration(tokens()), batch_size=4, precision="float32"
+        model, anatomy, anatomy.dense_masks(), calibration(tokens()), Estimation(batch_size=4, precision="float32")
     )
     assert len(curvature.gradients) == 14
     assert len(curvature.inputs) == 8
@@ -194,7 +196,7 @@ def test_bfloat16_arithmetic_gives_nearly_the_same_factors_and_they_stay_definit
     anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
     exact, reduced = (
-        estimate(model, anatomy, keep, calibration(tokens(16, 32)), batch_size=4, precision=precision)
+        estimate(model, anatomy, keep, calibration(tokens(16, 32)), Estimation(batch_size=4, precision=precision))
         for precision in ("float32", "bfloat16")
     )
     for name, layer in anatomy.layers.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_surgeon.curvature import estimate
+from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import examine, family_of
 from tiny import build, tokens
@@ -29,7 +29,9 @@ def test_factors_equal_those_of_curvlinops(family):
     model, ids = build(family), tokens(6, 9)
     anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
-    ours = estimate(model, anatomy, keep, CalibrationTokens(ids, None, {}), batch_size=2, precision="float32")
+    ours = estimate(
+        model, anatomy, keep, CalibrationTokens(ids, None, {}), Estimation(batch_size=2, precision="float32")
+    )
     wrapped = Logits(model)
     parameters = []
     for name in anatomy.layers:

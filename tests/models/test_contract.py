@@ -166,7 +166,7 @@ def test_shots_shrink_the_model_and_the_export_is_equal(family, tmp_path):
     anatomy = anatomy_of(model)
     sizes = []
     for result in run_shots(model, anatomy, CalibrationTokens(tokens(8, 16), None, {}), CONFIG, SilentProgress()):
-        keep = result.selection.keep
+        keep = result.masks
         sizes.append(count_weights(keep) / anatomy.prunable_weights)
         assert sum(core_of(model, la).weight.numel() for la in anatomy.layers.values()) == count_weights(keep)
     assert 0.75 <= sizes[0] < 0.85

@@ -114,12 +114,12 @@ def test_rank_by_changes_what_is_removed(text_file):
 
 def test_correlated_updates_do_better_than_none(text_file):
     """The loss on the calibration text rises less than by cutting the same structures without an update."""
-    from llm_surgeon.pipeline import shots
+    from llm_surgeon import fisher
 
     updated = prune(build("llama"), tokenizer(), config(text_file, sparsity=0.3, shots=1, evaluation=str(text_file)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shots, "remove_rows", lambda w, g, r, kept, *_: w[kept])
-        patch.setattr(shots, "remove_columns", lambda w, a, c, kept, *_: w[:, kept])
+        patch.setattr(fisher, "remove_rows", lambda w, g, r, kept, *_: w[kept])
+        patch.setattr(fisher, "remove_columns", lambda w, a, c, kept, *_: w[:, kept])
         cut = prune(build("llama"), tokenizer(), config(text_file, sparsity=0.3, shots=1, evaluation=str(text_file)))
     assert updated.shots[0].size == cut.shots[0].size
     rise = [report.shots[0].perplexity.nll - report.dense_perplexity.nll for report in (updated, cut)]

@@ -62,7 +62,7 @@ def test_plots_leave_pyplot_alone() -> None:
 def test_numbers_stand_at_all_points_or_at_the_ends_of_a_long_run(number_of_shots: int, numbers: list[str]) -> None:
     shots = tuple(shot(number, 1 - number / 50, perplexity(16.0 + number**2)) for number in range(1, 41))
     axes = Figure().subplots()
-    plots._draw_perplexity(axes, sample_report(dense_perplexity=perplexity(16), shots=shots[:number_of_shots]))
+    plots.draw_perplexity(axes, sample_report(dense_perplexity=perplexity(16), shots=shots[:number_of_shots]))
     assert [text.get_text() for text in axes.texts] == numbers
     assert axes.get_yscale() == "log"
     assert axes.xaxis_inverted()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llm_surgeon.curvature.gram import GramSum
+from llm_surgeon.curvature.passes import PassResult
+from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct
 from llm_surgeon.models.family import LinearLayer, to_index
 from llm_surgeon.selection import KeepMask
 
@@ -43,34 +46,58 @@ class InputSum:
         return torch.cat([top, torch.cat([mean, mean.new_ones(1)])[None]], dim=0)
 
 
+class Curvature(Protocol):
+    """The curvature of all layers after an estimation."""
+
+    @property
+    def loss(self) -> float | None:
+        """Mean negative log-likelihood of the calibration tokens in nats; None if they were not read."""
+
+    def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Fisher:
+        """The Fisher of one layer over its kept rows and columns and, last, its bias."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
 @dataclass(frozen=True)
-class Curvature:
-    """The factors of all layers after one pass over the calibration tokens.
+class KroneckerFactors:
+    """One Kronecker product per layer, ``G (x) A``; what was not estimated is the identity.
 
     Attributes:
         inputs: Sums per input group.
         gradients: Sums of ``g g^T`` per layer, over its kept rows.
-        tokens: Tokens with a label, over which both are means.
         full_width: Groups whose sums are over the whole input, of which each reader takes its own columns.
-        loss: Mean negative log-likelihood of the calibration tokens, in nats.
+        result: What the pass counted; None if no data was read.
     """
 
     inputs: Mapping[str, InputSum]
     gradients: Mapping[str, GramSum]
-    tokens: int
     full_width: frozenset[str]
-    loss: float
+    result: PassResult | None
 
-    def input_factor(self, layer: LinearLayer, keep: KeepMask) -> Tensor:
+    @property
+    def loss(self) -> float | None:
+        """Mean negative log-likelihood of the calibration tokens, in nats."""
+        return None if self.result is None else self.result.loss
+
+    def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> KroneckerProduct:
+        """``G (x) A`` of one layer over its kept rows and columns and, last, its bias."""
+        return KroneckerProduct(self.gradient_factor(layer), self.input_factor(layer, keep), damping, layer.name)
+
+    def input_factor(self, layer: LinearLayer, keep: KeepMask) -> Tensor | None:
         """A of one layer over its kept columns and, last, its bias: ``[C, C]``."""
-        columns = None
-        if layer.input_group in self.full_width:
-            columns = to_index(keep.columns)
-        return self.inputs[layer.input_group].mean(self.tokens, columns, layer.bias)
+        if self.result is None:
+            return None
+        columns = to_index(keep.columns) if layer.input_group in self.full_width else None
+        return self.inputs[layer.input_group].mean(self.result.tokens, columns, layer.bias)
 
-    def gradient_factor(self, layer: LinearLayer) -> Tensor:
+    def gradient_factor(self, layer: LinearLayer) -> Tensor | None:
         """G of one layer over its kept rows: ``[R, R]``."""
-        return self.gradients[layer.name].dense() / self.tokens
+        if self.result is None or layer.name not in self.gradients:
+            return None
+        return self.gradients[layer.name].dense() / (self.result.tokens * self.result.gradients_per_token)
 
     @property
     def nbytes(self) -> int:

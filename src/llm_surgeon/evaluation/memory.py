@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 # Linux keeps the high-water mark of the resident set here, and lowers it when asked to.
@@ -49,6 +50,13 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
     except OSError:
         return False
     return True
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that new tensors on a device may take: free on a CUDA device, available on the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def _uses_cuda(device: torch.device | str) -> bool:

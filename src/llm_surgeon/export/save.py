@@ -111,16 +111,16 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     anatomy: Anatomy,
-    keep: Mapping[str, KeepMask],
+    keep: Mapping[str, KeepMask] | None,
     directory: Path,
 ) -> None:
-    """Write weights (safetensors), configuration, modelling file, tokenizer and generation configuration.
+    """Write weights (safetensors), configuration, tokenizer, generation configuration and, if needed, modelling file.
 
     Args:
         model: The pruned model.
         tokenizer: Its tokenizer.
         anatomy: Its prunable layers.
-        keep: What is left of them.
+        keep: Rows and columns that are left of them; None if all are, and the architecture is the dense one.
         directory: Where to write; exists.
 
     Raises:
@@ -129,8 +129,9 @@ def save_model(
     try:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        _write_config(anatomy, keep, directory)
-        (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
+        if keep is not None:
+            _write_config(anatomy, keep, directory)
+            (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
     # safetensors has an error of its own for a full disk.
     except (OSError, SafetensorError) as error:
         raise OutputError(

@@ -53,3 +53,63 @@ def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: 
             (gradient[part],) = torch.autograd.grad(loss, states)
         total += float(loss.detach())
     return total
+
+
+def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last hidden states of ``input_ids [batch, length]``, flat as ``label_positions`` counts them.
+
+    Args:
+        model: A causal language model, see ``head_loss``.
+        input_ids: ``[batch, length]``.
+        attention_mask: ``[batch, length]``, True for real tokens, or None if all are.
+
+    Returns:
+        ``[batch * length, width]``.
+    """
+    mask = None if attention_mask is None else attention_mask.long()
+    hidden: Tensor = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def backward(
+    model: PreTrainedModel, states: Tensor, positions: Tensor, labels: Tensor, keep_graph: bool = False
+) -> float:
+    """Back-propagate the sum of the negative log-likelihoods to whatever the last hidden states depend on.
+
+    Args:
+        model: A causal language model, see ``head_loss``.
+        states: ``[batch * length, width]`` last hidden states with their graph.
+        positions: ``[n]`` of those that have a label.
+        labels: ``[n]`` next tokens.
+        keep_graph: Whether the graph is needed once more.
+
+    Returns:
+        The sum in nats.
+    """
+    last = states.detach().index_select(0, positions)
+    gradient = torch.empty_like(last)
+    loss = head_loss(model, last, labels, gradient)
+    whole = torch.zeros_like(states).index_copy_(0, positions, gradient)
+    torch.autograd.backward(states, whole, retain_graph=keep_graph)
+    return loss
+
+
+@torch.no_grad()
+def sample_labels(model: PreTrainedModel, hidden: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """Next tokens drawn from the model's own prediction.
+
+    Args:
+        model: As for ``head_loss``.
+        hidden: ``[n, width]`` last hidden states.
+        samples: Draws per position, with replacement.
+        generator: On the device of ``hidden``.
+
+    Returns:
+        ``[samples, n]``.
+    """
+    head = model.get_output_embeddings()
+    parts = []
+    for start in range(0, len(hidden), CHUNK):
+        probabilities = head(hidden[start : start + CHUNK]).float().softmax(-1)
+        parts.append(torch.multinomial(probabilities, samples, replacement=True, generator=generator))
+    return torch.cat(parts).T

@@ -42,8 +42,10 @@ def layer_shape(anatomy: Anatomy, layer: LinearLayer, keep: KeepMask) -> dict[st
 
 @torch.no_grad()
 def write_matrix(model: nn.Module, anatomy: Anatomy, layer: LinearLayer, keep: KeepMask, matrix: Tensor) -> None:
-    """Replace a layer by one that holds only ``matrix [kept rows, kept columns (+ bias)]``."""
-    shrink_linears(model, {layer.name: layer_shape(anatomy, layer, keep)})
+    """Make a layer hold only ``matrix [kept rows, kept columns (+ bias)]``, in a smaller module if it has shrunk."""
+    core = core_of(model, layer)
+    if (len(matrix), matrix.shape[1] - layer.bias) != core.weight.shape:
+        shrink_linears(model, {layer.name: layer_shape(anatomy, layer, keep)})
     module = model.get_submodule(layer.name)
     if isinstance(module, PrunedLinear):
         for index, mask in ((module.input_index, keep.columns), (module.output_index, keep.rows)):

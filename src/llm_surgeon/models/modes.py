@@ -25,16 +25,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """``bfloat16``: products of float32 matrices may round their inputs; results and sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else "highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """Reduced precision for the model pass and inside the factors' products, or full precision for both.
 
     The products' results stay float32: a *sum* rounded to bfloat16 would be indefinite, rounded *inputs* are not.
     """
-    before = torch.get_float32_matmul_precision()
-    reduced = precision == "bfloat16"
-    try:
-        torch.set_float32_matmul_precision("medium" if reduced else "highest")
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with products(precision), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        yield

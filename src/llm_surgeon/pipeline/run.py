@@ -7,13 +7,13 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.evaluation.memory import peak_device_bytes, peak_resident_bytes, reset_peak
+from llm_surgeon.evaluation.memory import reset_peak
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.save import check_disk_space, check_output, directory_in_place, save_model, weight_bytes
@@ -28,7 +28,8 @@ from llm_surgeon.models.loading import (
     resolve_device,
     resolve_source,
 )
-from llm_surgeon.pipeline.shots import ShotResult, run_shots
+from llm_surgeon.pipeline.shots import Clock, ShotResult, peak_bytes, run_shots
+from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts, evaluation_text, prepare_texts
 from llm_surgeon.records import (
     ExportRecord,
@@ -41,9 +42,10 @@ from llm_surgeon.records import (
     SpeedComparison,
 )
 from llm_surgeon.report.card import model_card
+from llm_surgeon.report.page import report_page
 from llm_surgeon.report.plots import kept_fraction_png
 from llm_surgeon.report.progress import Progress, SilentProgress
-from llm_surgeon.selection import KeepMask, count_weights
+from llm_surgeon.selection import KeepMask
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +108,8 @@ def prune(
     texts = prepare_texts(tokenizer, config)
     name = source or model.config.name_or_path or type(model).__name__
     job = _Job(model, tokenizer, anatomy, texts, config, progress or SilentProgress(), name)
-    report, keep = _prune(job)
-    return report if out is None else _export(job, keep, report, out)
+    report, masks = _prune(job)
+    return report if out is None else _export(job, masks, report, out)
 
 
 def evaluate(
@@ -175,17 +177,15 @@ def prune_checkpoint(
     network = load_model(source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     job = _Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model)
-    report, keep = _prune(job)
-    return _export(job, keep, report.model_copy(update={"command": command}), out, dense=source)
+    report, masks = _prune(job)
+    return _export(job, masks, report.model_copy(update={"command": command}), out, dense=source)
 
 
-def _export(
-    job: _Job, keep: dict[str, KeepMask], report: PruneReport, out: Path, dense: str | None = None
-) -> PruneReport:
+def _export(job: _Job, masks: Masks, report: PruneReport, out: Path, dense: str | None = None) -> PruneReport:
     """Write the export beside its place, check and time it there, and move it; ``dense`` is what to time it against."""
     with directory_in_place(out) as beside:
         logger.info("writing the export and reloading it in a fresh process")
-        save_model(job.model, job.tokenizer, job.anatomy, keep, beside)
+        save_model(job.model, job.tokenizer, job.anatomy, _smaller(masks), beside)
         check = verify_export(job.model, beside)
         export = ExportRecord(
             path=str(out),
@@ -194,7 +194,8 @@ def _export(
             max_logit_difference=check.difference,
             logit_scale=check.scale,
         )
-        speed = _compare_speed(dense, job) if dense is not None else None
+        # Zeros in matrices of the old shape take as long to multiply by as any number.
+        speed = _compare_speed(dense, job) if dense is not None and _smaller(masks) else None
         report = report.model_copy(update={"export": export, "speed": speed})
         _write_report(report, job.config, beside)
     return report
@@ -208,37 +209,35 @@ def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
         skeleton = AutoModelForCausalLM.from_config(settings)
     anatomy = examine(skeleton, family, config.ignore)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
-    kept = count_parameters(skeleton) - config.sparsity * anatomy.prunable_weights
+    gone = config.sparsity * anatomy.prunable_weights if config.structure == "rows-columns" else 0
+    kept = count_parameters(skeleton) - gone
     check_disk_space(out, int(kept * dtype.itemsize) + _SMALL_FILES)
 
 
-def _prune(job: _Job) -> tuple[PruneReport, dict[str, KeepMask]]:
+def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
+    """The masks if the matrices have shrunk; None if there are zeros in matrices of the old shape."""
+    shrunk = {name: mask for name, mask in masks.items() if isinstance(mask, KeepMask)}
+    return shrunk or None
+
+
+def _prune(job: _Job) -> tuple[PruneReport, Masks]:
     """The shots, with an evaluation before the first and after each."""
     model, anatomy, texts, config = job.model, job.anatomy, job.texts, job.config
     device = next(model.parameters()).device
     reset_peak(device)
-    dense_size = _size(model, anatomy.prunable_weights)
+    dense_size = Size(prunable=anatomy.prunable_weights, total=count_parameters(model))
     model_bytes = _parameter_bytes(model)
     dense_perplexity = (
         _measure(model, texts.evaluation, job.progress, "dense: perplexity") if texts.evaluation else None
     )
+    peaks = [peak_bytes(device)]
     shots: list[ShotRecord] = []
-    factor_bytes, keep = 0, anatomy.dense_masks()
+    factor_bytes, masks = 0, cast(Masks, {})
     for result in run_shots(model, anatomy, texts.calibration, config, job.progress):
-        keep = result.selection.keep
+        masks = result.masks
         factor_bytes = max(factor_bytes, result.factor_bytes)
-        description = f"shot {result.shot}/{config.shots}: perplexity"
-        start = perf_counter()
-        measured = _measure(model, texts.evaluation, job.progress, description) if texts.evaluation else None
-        shots.append(_shot_record(result, model, anatomy, measured, perf_counter() - start))
-        logger.info(
-            "shot %d/%d: %.1f %% of the prunable weights left%s",
-            result.shot,
-            config.shots,
-            100 * (1 - shots[-1].sparsity),
-            f", perplexity {measured.perplexity:.2f}" if measured else "",
-        )
-    peak = peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
+        shots.append(_evaluated(job, result))
+        peaks += shots[-1].peaks.values()
     report = PruneReport(
         model=job.source,
         family=anatomy.family.model_type,
@@ -247,11 +246,29 @@ def _prune(job: _Job) -> tuple[PruneReport, dict[str, KeepMask]]:
         dense_size=dense_size,
         dense_perplexity=dense_perplexity,
         shots=tuple(shots),
-        layers=tuple(_layer_records(anatomy, keep)),
-        memory=Memory(peak=peak, model=model_bytes, factors=factor_bytes),
+        layers=tuple(_layer_records(anatomy, masks)),
+        memory=Memory(peak=max(peaks), model=model_bytes, factors=factor_bytes),
         versions={"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
     )
-    return report, keep
+    return report, masks
+
+
+def _evaluated(job: _Job, result: ShotResult) -> ShotRecord:
+    """Measure the model as it is after a shot, and write the shot's record."""
+    config, text = job.config, job.texts.evaluation
+    clock = Clock(next(job.model.parameters()).device)
+    with clock.phase("evaluation"):
+        description = f"shot {result.shot}/{config.shots}: perplexity"
+        measured = _measure(job.model, text, job.progress, description) if text else None
+    record = _shot_record(result, job, measured, clock)
+    logger.info(
+        "shot %d/%d: %.1f %% of the prunable weights left%s",
+        result.shot,
+        config.shots,
+        100 * (1 - record.sparsity),
+        f", perplexity {measured.perplexity:.2f}" if measured else "",
+    )
+    return record
 
 
 def _measure(model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str) -> Perplexity:
@@ -259,38 +276,40 @@ def _measure(model: PreTrainedModel, text: EvaluationText, progress: Progress, d
         return perplexity(model, text, phase.advance)
 
 
-def _shot_record(
-    result: ShotResult, model: PreTrainedModel, anatomy: Anatomy, measured: Perplexity | None, seconds: float
-) -> ShotRecord:
-    weights = count_weights(result.selection.keep)
+def _shot_record(result: ShotResult, job: _Job, measured: Perplexity | None, evaluation: Clock) -> ShotRecord:
+    dense, weights = job.anatomy.prunable_weights, sum(mask.weights for mask in result.masks.values())
+    stored = sum(rows * columns for rows, columns in (mask.shape for mask in result.masks.values()))
     return ShotRecord(
         shot=result.shot,
         target_sparsity=result.target_sparsity,
-        sparsity=1 - weights / anatomy.prunable_weights,
-        size=_size(model, weights),
-        threshold=result.selection.threshold,
-        structures_removed=result.selection.structures_chosen,
-        structures_implied=result.selection.structures_implied,
+        sparsity=1 - weights / dense,
+        # Zeros that are stored are no parameters.
+        size=Size(prunable=weights, total=count_parameters(job.model) - (stored - weights)),
+        threshold=result.threshold,
+        structures_removed=result.removed,
+        structures_implied=result.implied,
         loss=result.loss,
         curvature_seconds=result.seconds["curvature"],
         selection_seconds=result.seconds["selection"],
         update_seconds=result.seconds["update"],
-        evaluation_seconds=seconds,
+        evaluation_seconds=evaluation.seconds["evaluation"],
         perplexity=measured,
+        costs=result.costs,
+        peaks=result.peaks | evaluation.peaks,
     )
 
 
-def _layer_records(anatomy: Anatomy, keep: dict[str, KeepMask]) -> list[LayerRecord]:
+def _layer_records(anatomy: Anatomy, masks: Masks) -> list[LayerRecord]:
     return [
         LayerRecord(
             name=name,
             block=layer.block,
             kind=layer.kind,
-            rows=int(keep[name].rows.sum()),
-            columns=int(keep[name].columns.sum()),
+            rows=masks[name].shape[0],
+            columns=masks[name].shape[1],
             rows_dense=layer.rows,
             columns_dense=layer.columns,
-            weights=keep[name].weights,
+            weights=masks[name].weights,
         )
         for name, layer in anatomy.layers.items()
     ]
@@ -303,10 +322,6 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def _parameter_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def _size(model: torch.nn.Module, prunable: int) -> Size:
-    return Size(prunable=prunable, total=count_parameters(model))
 
 
 def _compare_speed(source: str, job: _Job) -> SpeedComparison:
@@ -322,4 +337,5 @@ def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> 
     (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
     (directory / "recipe.yaml").write_text(config.to_yaml(), encoding="utf8")
     (directory / "README.md").write_text(model_card(report), encoding="utf8")
+    (directory / "report.html").write_text(report_page(report), encoding="utf8")
     kept_fraction_png(report, directory / "kept_fraction.png")

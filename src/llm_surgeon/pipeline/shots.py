@@ -6,34 +6,47 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.costs import column_costs, row_costs
-from llm_surgeon.curvature import Curvature, estimate
+from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, estimate, passes_needed
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.errors import NonFiniteError
-from llm_surgeon.linalg import damped_cholesky, damping_of, inverse_diagonal
-from llm_surgeon.models.family import Anatomy, LinearLayer, to_index
+from llm_surgeon.evaluation.memory import peak_device_bytes, peak_resident_bytes, reset_peak
+from llm_surgeon.fisher import Damping
+from llm_surgeon.models.family import Anatomy
 from llm_surgeon.models.matrix import read_matrix, write_matrix
+from llm_surgeon.pipeline.histogram import cost_histogram
+from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
+from llm_surgeon.records import CostHistogram
 from llm_surgeon.report.progress import Progress
-from llm_surgeon.selection import KeepMask, Selection, StructureCosts, select
-from llm_surgeon.updates import remove_columns, remove_rows
 
 
 @dataclass
 class ShotResult:
-    """What a shot did: its selection, the seconds of its phases and the bytes of its factors."""
+    """What a shot did: what is left, what its threshold was, and the seconds and peak bytes of its phases.
+
+    Attributes:
+        masks: What is left, per layer.
+        removed: Structures removed for their own cost.
+        implied: Structures that died because a partner did.
+        predicted_loss: Sum of the costs of what was removed, in nats.
+        loss: Mean loss of the calibration tokens before the shot, if they were read.
+    """
 
     shot: int
     target_sparsity: float
-    selection: Selection
+    masks: Masks
+    threshold: float
+    removed: int
+    implied: int
     factor_bytes: int
-    loss: float
+    loss: float | None
+    costs: CostHistogram
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
 
 def run_shots(
@@ -45,117 +58,108 @@ def run_shots(
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
-    Curvature is estimated afresh in each shot, on the model as shrunk so far.
+    Curvature is estimated afresh in each shot, on the model as pruned so far.
 
     Raises:
+        ConfigError: If the layers do not allow the structure.
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
-    keep = anatomy.dense_masks()
+    structure = structure_of(config, anatomy)
+    previous: Curvature | None = None
     for number, sparsity in enumerate(config.sparsity_schedule, start=1):
-        seconds: dict[str, float] = {}
-        with (
-            _timed(seconds, "curvature"),
-            progress.phase(f"shot {number}/{config.shots}: curvature", tokens.input_ids.numel()) as phase,
-        ):
-            curvature = estimate(
-                model,
-                anatomy,
-                keep,
-                tokens,
-                batch_size=config.batch_size,
-                precision=config.precision,
-                advance=phase.advance,
-            )
-        with _timed(seconds, "selection"):
-            costs = {
-                name: layer_costs(model, layer, keep[name], curvature, config) for name, layer in anatomy.layers.items()
-            }
-            target = round((1 - sparsity) * anatomy.prunable_weights)
-            selection = select(keep, costs, anatomy.couplings, target, config.rank_by == "cost-per-weight")
-        with _timed(seconds, "update"):
-            for name, layer in anatomy.layers.items():
-                matrix = updated_matrix(model, layer, keep[name], selection, curvature, config)
-                write_matrix(model, anatomy, layer, selection.keep[name], matrix)
-        keep = selection.keep
-        result = ShotResult(number, sparsity, selection, curvature.nbytes, curvature.loss, seconds)
-        # Or this shot's factors would stay until the next shot's are complete.
+        clock = Clock(next(model.parameters()).device)
+        how = _estimation(config, number)
+        work = tokens.input_ids.numel() * passes_needed(how, warm=previous is not None)
+        with clock.phase("curvature"), progress.phase(f"shot {number}/{config.shots}: curvature", work) as phase:
+            curvature = estimate(model, anatomy, structure.shapes, tokens, how, phase.advance, previous)
+        with clock.phase("selection"):
+            costs = _all_costs(model, anatomy, structure, curvature, config)
+            selection = structure.select(costs, round((1 - sparsity) * anatomy.prunable_weights))
+            histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
+            del costs
+        with clock.phase("update"):
+            _update(model, anatomy, structure, curvature, selection, config)
+        result = ShotResult(
+            shot=number,
+            target_sparsity=sparsity,
+            masks=structure.masks,
+            threshold=selection.threshold,
+            removed=selection.structures_chosen,
+            implied=selection.structures_implied,
+            factor_bytes=curvature.nbytes,
+            loss=curvature.loss,
+            costs=histogram,
+            seconds=clock.seconds,
+            peaks=clock.peaks,
+        )
+        # Only a power iteration has use for the last shot's factors; others would stay until the next are complete.
+        previous = curvature if isinstance(curvature, NearestCurvature) else None
         del curvature
         yield result
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - start
+class Clock:
+    """Seconds and peak bytes of the phases of a shot."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._device = device
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block."""
+        reset_peak(self._device)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.peaks[name] = peak_bytes(self._device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak of the device if it is a GPU, else of the process's resident memory, since the last reset."""
+    return peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
+
+
+def _estimation(config: PruneConfig, shot: int) -> Estimation:
+    return Estimation(
+        batch_size=config.batch_size,
+        precision=config.precision,
+        curvature=config.resolved_curvature,
+        sampled_labels=config.fisher_samples if config.fisher == "true" else 0,
+        iterations=config.kronecker_iterations,
+        # Each shot draws its own labels.
+        seed=config.seed + shot,
+    )
 
 
 @torch.no_grad()
-def layer_costs(
-    model: PreTrainedModel, layer: LinearLayer, keep: KeepMask, curvature: Curvature, config: PruneConfig
-) -> StructureCosts:
-    """Costs of a layer's kept rows and columns, in the coordinates of the dense model, on the CPU.
-
-    Raises:
-        NonFiniteError: If a cost is not finite.
-    """
-    weight = read_matrix(model, layer)
-    a, g = curvature.input_factor(layer, keep), curvature.gradient_factor(layer)
-    a_inverse = inverse_diagonal(damped_cholesky(a, damping_of(a, config.dampening_a), f"{layer.name} (inputs)"))
-    g_inverse = inverse_diagonal(damped_cholesky(g, damping_of(g, config.dampening_g), f"{layer.name} (gradients)"))
-    rows = row_costs(weight, a, g_inverse)
-    # The bias is a column of the matrix but never a structure of its own.
-    columns = column_costs(weight, g, a_inverse)[: int(keep.columns.sum())]
-    costs = StructureCosts(_to_dense(rows, keep.rows), _to_dense(columns, keep.columns))
-    if not (costs.rows.isfinite().all() and costs.columns.isfinite().all()):
-        raise NonFiniteError(
-            f"The pruning costs of {layer.name} are not finite.",
-            "Run with --precision float32 and --dtype float32, or use more calibration samples.",
+def _all_costs(
+    model: PreTrainedModel, anatomy: Anatomy, structure: Structure, curvature: Curvature, config: PruneConfig
+) -> dict[str, Any]:
+    damping = Damping(config.dampening_a, config.dampening_g)
+    return {
+        name: structure.costs(
+            layer, read_matrix(model, layer), curvature.fisher(layer, structure.shapes[name], damping)
         )
-    return costs
-
-
-def _to_dense(values: Tensor, mask: Tensor) -> Tensor:
-    dense = torch.zeros(mask.shape, dtype=torch.float64)
-    dense[mask] = values.double().cpu()
-    return dense
+        for name, layer in anatomy.layers.items()
+    }
 
 
 @torch.no_grad()
-def updated_matrix(
+def _update(
     model: PreTrainedModel,
-    layer: LinearLayer,
-    keep: KeepMask,
-    selection: Selection,
+    anatomy: Anatomy,
+    structure: Structure,
     curvature: Curvature,
+    selection: Any,
     config: PruneConfig,
-) -> Tensor:
-    """The kept rows and columns of a layer after compensating for the chosen ones: rows, then columns on the result.
-
-    Returns:
-        ``[kept rows, kept columns (+ bias)]``.
-    """
-    weight = read_matrix(model, layer)
-    after, chosen = selection.keep[layer.name], selection.chosen[layer.name]
-    device = weight.device
-    rows_kept, rows_removed = _positions(keep.rows, after.rows, chosen.rows, device)
-    columns_kept, columns_removed = _positions(keep.columns, after.columns, chosen.columns, device)
-    if layer.bias:
-        columns_kept = torch.cat([columns_kept, columns_kept.new_tensor([weight.shape[1] - 1])])
-    if len(rows_removed):
-        g = curvature.gradient_factor(layer)
-        damping = damping_of(g, config.dampening_g)
-        weight = remove_rows(weight, g, rows_removed, rows_kept, damping, f"{layer.name} (gradients)")
-    else:
-        weight = weight[rows_kept]
-    if len(columns_removed):
-        a = curvature.input_factor(layer, keep)
-        damping = damping_of(a, config.dampening_a)
-        return remove_columns(weight, a, columns_removed, columns_kept, damping, f"{layer.name} (inputs)")
-    return weight[:, columns_kept]
-
-
-def _positions(before: Tensor, after: Tensor, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kept and chosen positions within what was left before the shot."""
-    return to_index(after[before]).to(device), to_index(chosen[before]).to(device)
+) -> None:
+    damping = Damping(config.dampening_a, config.dampening_g)
+    before, after = structure.shapes, structure.shapes_after(selection)
+    for name, layer in anatomy.layers.items():
+        fisher = curvature.fisher(layer, before[name], damping)
+        matrix = structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
+        write_matrix(model, anatomy, layer, after[name], matrix)
+    structure.commit(selection)

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
 
+from llm_surgeon.methods import METHODS
 from llm_surgeon.records import PruneReport
-from llm_surgeon.report.table import markdown_table, scaled
+from llm_surgeon.report.table import markdown_table, scaled_bytes
 
 LOADING = """\
 ## Loading
 
-Plain `transformers` loads it; `llm-surgeon` is not needed. The rows and columns that were removed are gone from the
-files, layer by layer, so the checkpoint brings its own modelling file: hence `trust_remote_code`.
+Plain `transformers` loads it; `llm-surgeon` is not needed. $why
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DIR = "path/to/this/directory"
-model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(DIR$trust)
+tokenizer = AutoTokenizer.from_pretrained(DIR$trust)
 ```
 """
+
+SMALLER = """\
+The rows and columns that were removed are gone from the
+files, layer by layer, so the checkpoint brings its own modelling file: hence `trust_remote_code`."""
+
+ZEROS = """\
+The weights that were removed are zeros in matrices
+of the old shape: the files are as large as the dense model's, and it runs no faster, unless what runs it makes use of
+the zeros (2:4 patterns on some GPUs, for example)."""
 
 LIMITS = """\
 ## Limits
@@ -35,7 +45,7 @@ LIMITS = """\
   original model, so the whole model shrinks by less than its prunable weights.
 - Perplexity measures the prediction of one text. It says little about reasoning, instruction following or safety:
   evaluate on your own task before use. It compares only with numbers of the same data, window and stride.
-- Speed holds for the machine, the type and the lengths in the table.
+- Speed, where it was measured, holds for the machine, the type and the lengths in the table.
 - Biases, limits of use and the licence of the original model apply.
 """
 
@@ -58,9 +68,9 @@ CITATION = """\
 def model_card(report: PruneReport) -> str:
     """Write the README.md of the exported checkpoint: how to load it, what was done, measured and left open."""
     sections = [
-        f"---\n{_yaml(_front_matter(report))}---\n",
-        f"# {_name(report.model)}, pruned\n",
-        LOADING,
+        f"---\n{to_yaml(_front_matter(report))}---\n",
+        f"# {model_name(report.model)}, pruned\n",
+        _loading(report),
         _what_was_done(report),
         f"## Measured\n\n{markdown_table(report)}{_checks(report)}",
         LIMITS,
@@ -76,37 +86,47 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(f"{part}/{part}", model) is not None and not Path(model).exists()
 
 
+def _loading(report: PruneReport) -> str:
+    smaller = report.smaller
+    return Template(LOADING).substitute(
+        why=SMALLER if smaller else ZEROS, trust=", trust_remote_code=True" if smaller else ""
+    )
+
+
 def _front_matter(report: PruneReport) -> dict[str, Any]:
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["llm-surgeon", "pruned", "structured-pruning", report.family],
+        "tags": ["llm-surgeon", "pruned", report.family],
     }
     return front | ({"base_model": report.model} if is_hub_id(report.model) else {})
 
 
-def _name(model: str) -> str:
-    """The last part of a hub id or of a path: a card is published, the directories of its author are not."""
+def model_name(model: str) -> str:
+    """Give the last part of a hub id or of a path: cards are published, the directories of their authors are not."""
     return Path(model).name or model
 
 
 def _what_was_done(report: PruneReport) -> str:
     kept = report.shots[-1].size.prunable / report.dense_size.prunable if report.shots else 1.0
+    what = "Whole rows and columns" if report.smaller else f"Single weights ({report.config['structure']})"
+    method = report.config.get("method", "surgeon")
+    how = METHODS[method]
+    update = (
+        "the remaining weights are updated to make up for the loss" if how.correlated else "the rest stays as it was"
+    )
     return (
         "## What was done\n\n"
-        f"Whole rows and columns of the linear layers were removed in {len(report.shots)} shot(s) with the method of "
-        f"*The LLM Surgeon*:\nKronecker-factored curvature of the loss ranks them, one threshold over all layers "
-        f"selects them, and the remaining weights\nare updated to make up for the loss. "
+        f"{what} of the linear layers were removed in {len(report.shots)} shot(s) by the method `{method}`\n"
+        f"({how.summary}): a cost ranks them, one threshold over all layers selects them, and {update}.\n"
         f"{100 * kept:.1f} % of the prunable weights were kept. The recipe:\n\n"
-        f"{_fenced('yaml', _yaml(_plain(report)['config']))}"
+        f"{_fenced('yaml', to_yaml(_plain(report)['config']))}"
     )
 
 
 def _checks(report: PruneReport) -> str:
     seconds = sum(shot.seconds for shot in report.shots)
-    notes = [
-        f"- Pruning took {seconds:,.0f} s, with a peak of {scaled(report.memory.peak, 'kMGT', gap=' ')}B resident."
-    ]
+    notes = [f"- Pruning took {seconds:,.0f} s, with a peak of {scaled_bytes(report.memory.peak)} resident."]
     if report.export is not None:
         notes.append(
             f"- Loaded again from disk, its logits differ from the pruned model's by "
@@ -120,7 +140,7 @@ def _origin(report: PruneReport) -> str:
     versions = "".join(f"- {package} {version}\n" for package, version in report.versions.items())
     return (
         f"## Origin\n\nThe command:\n\n{_fenced('bash', command)}\n"
-        f"The calibration data:\n\n{_fenced('yaml', _yaml(_plain(report)['calibration']))}\n"
+        f"The calibration data:\n\n{_fenced('yaml', to_yaml(_plain(report)['calibration']))}\n"
         f"The versions:\n\n{versions}"
     )
 
@@ -130,7 +150,8 @@ def _plain(report: PruneReport) -> dict[str, Any]:
     return report.model_dump(mode="json")
 
 
-def _yaml(values: Any) -> str:
+def to_yaml(values: Any) -> str:
+    """Write JSON values as YAML, in the order in which they are."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from llm_surgeon.records import LayerRecord, PruneReport
 from llm_surgeon.report.table import scaled
 
-# Two colours of the palette by Okabe and Ito, which colour-blind readers can tell apart; viridis is safe as it is.
+# Colours of the palette by Okabe and Ito, which colour-blind readers can tell apart; viridis is safe as it is.
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
 
@@ -30,8 +30,8 @@ def kept_fraction_png(report: PruneReport, path: Path) -> None:
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     layers, perplexities = figure.subplots(1, 2, width_ratios=(1.7, 1))
-    _draw_kept(figure, layers, report.layers)
-    _draw_perplexity(perplexities, report)
+    draw_kept(figure, layers, report.layers)
+    draw_perplexity(perplexities, report)
     figure.suptitle(_title(report), fontsize=14)
     figure.savefig(path, dpi=150, format="png")
 
@@ -60,11 +60,12 @@ def kept_by_kind(layers: tuple[LayerRecord, ...]) -> tuple[list[str], np.ndarray
     return kinds, np.divide(kept, dense, out=np.full(shape, np.nan), where=dense > 0)
 
 
-def _draw_kept(figure: Figure, axes: Axes, layers: tuple[LayerRecord, ...]) -> None:
+def draw_kept(figure: Figure, axes: Axes, layers: tuple[LayerRecord, ...]) -> None:
+    """Draw the kept fraction of the weights as a map of kinds by blocks, with its colour bar."""
     kinds, kept = kept_by_kind(layers)
     axes.set_facecolor("0.85")  # shows through where a block has no layer of the kind
-    image = axes.imshow(100 * kept, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(kinds)), kinds)
+    image = axes.imshow(100 * kept, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="none")
+    axes.set_yticks(range(len(kinds)), kinds, parse_math=False)
     blocks = kept.shape[1]
     axes.set_xticks(range(0, blocks, math.ceil(blocks / 16)))
     # White lines between the cells: neighbours of nearly the same colour stay countable.
@@ -77,11 +78,12 @@ def _draw_kept(figure: Figure, axes: Axes, layers: tuple[LayerRecord, ...]) -> N
     figure.colorbar(image, ax=axes, label="kept (%)", pad=0.015)
 
 
-def _draw_perplexity(axes: Axes, report: PruneReport) -> None:
+def draw_perplexity(axes: Axes, report: PruneReport) -> None:
+    """Draw perplexity against the size kept, dense model first; says so if nothing was measured."""
     measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
     points = [
         (kept, perplexity.perplexity)
-        for kept, perplexity in zip(_kept_percent(report), measured, strict=True)
+        for kept, perplexity in zip(kept_percent(report), measured, strict=True)
         if perplexity is not None and math.isfinite(perplexity.perplexity)
     ]
     axes.set_title("Perplexity after each shot")
@@ -92,13 +94,19 @@ def _draw_perplexity(axes: Axes, report: PruneReport) -> None:
     axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", linewidth=2, label="pruned")
     if report.dense_perplexity is not None and math.isfinite(report.dense_perplexity.perplexity):
         axes.plot(*points[0], color=VERMILION, marker="D", markersize=9, linestyle="none", label="dense")
+    write_values(axes, points)
+    _scale_perplexity(axes, [perplexity for _, perplexity in points])
+    finish_size_axes(axes)
+
+
+def write_values(axes: Axes, points: list[tuple[float, float]]) -> None:
+    """Write the value at each point of a curve against size, or at its ends only if it has many."""
     crowded = len(points) > 11
-    for kept, perplexity in (points[0], points[-1]) if crowded else points:
-        axes.annotate(f"{perplexity:.4g}", (kept, perplexity), (-6, 6), textcoords="offset points", ha="right")
-    _label_perplexity(axes, [perplexity for _, perplexity in points])
+    for kept, value in (points[0], points[-1]) if crowded else points:
+        axes.annotate(f"{value:.4g}", (kept, value), (-6, 6), textcoords="offset points", ha="right")
 
 
-def _label_perplexity(axes: Axes, values: list[float]) -> None:
+def _scale_perplexity(axes: Axes, values: list[float]) -> None:
     axes.set_yscale("log")
     # Powers of ten alone would leave an axis of less than some decades nearly unlabelled.
     spread = max(values) / min(values)
@@ -107,16 +115,20 @@ def _label_perplexity(axes: Axes, values: list[float]) -> None:
     )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("perplexity (log scale)")
+
+
+def finish_size_axes(axes: Axes) -> None:
+    """Give a curve against size its axis, from dense to small, its grid and its legend."""
     axes.margins(x=0.18, y=0.15)  # room for the numbers, which stand to the left of their points
     axes.invert_xaxis()  # a run goes from left to right
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("prunable weights kept (%)")
-    axes.set_ylabel("perplexity (log scale)")
     axes.legend(loc="upper left", frameon=False)
 
 
-def _kept_percent(report: PruneReport) -> list[float]:
+def kept_percent(report: PruneReport) -> list[float]:
     """Share of the prunable weights in per cent: of the dense model, then after each shot."""
     sizes = [report.dense_size, *(shot.size for shot in report.shots)]
     return [100 * size.prunable / report.dense_size.prunable for size in sizes]

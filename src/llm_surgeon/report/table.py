@@ -91,6 +91,8 @@ def footnotes(report: PruneReport) -> list[str]:
         "prunable count.",
         _pruned_layers(report),
     ]
+    if not report.smaller:
+        notes.append("Removed weights are stored as zeros: neither the files nor the time per token shrink.")
     measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
     # All states are measured alike, so this is one line; were they not, the reader must see it.
     notes += dict.fromkeys(_perplexity_note(perplexity) for perplexity in measured if perplexity is not None)
@@ -107,8 +109,8 @@ def _row(
         f"{100 * size.prunable / dense.prunable:.1f} %",
         scaled(size.prunable),
         scaled(size.total),
-        UNKNOWN if weight_bytes is None else f"{scaled(weight_bytes, 'kMGT', gap=' ')}B",
-        UNKNOWN if perplexity is None else _perplexity_cell(perplexity.perplexity),
+        UNKNOWN if weight_bytes is None else scaled_bytes(weight_bytes),
+        UNKNOWN if perplexity is None else perplexity_cell(perplexity.perplexity),
         *speed,
     )
 
@@ -125,7 +127,13 @@ def scaled(value: float, units: str = "kMBT", gap: str = "") -> str:
     return f"{digits}{gap}{letter}"
 
 
-def _perplexity_cell(perplexity: float) -> str:
+def scaled_bytes(count: int) -> str:
+    """Write a number of bytes with four digits: ``269.1 MB``."""
+    return f"{scaled(count, 'kMGT', gap=' ')}B"
+
+
+def perplexity_cell(perplexity: float) -> str:
+    """Write a perplexity with two decimals, or as a power of ten once that would be wide."""
     return f"{perplexity:,.2f}" if perplexity < 10_000 else f"{perplexity:.2e}"
 
 

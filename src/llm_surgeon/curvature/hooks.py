@@ -1,0 +1,76 @@
+"""The one owner of hooks on a model: what enters a layer, and the gradient of what leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Receive = Callable[[Tensor], None]
+
+
+class Hooks:
+    """Hooks that hand over the tokens with a label only; removed on exit.
+
+    Attributes:
+        positions: Flat positions with a label in the batch under way.
+    """
+
+    def __init__(self) -> None:
+        self.positions: Tensor | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_input(self, module: nn.Module, receive: Receive) -> None:
+        """Hand over each input ``[tokens, columns]`` of a module."""
+
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            receive(self._labelled(arguments[0].detach()))
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def on_gradient(self, module: nn.Module, receive: Receive) -> None:
+        """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output."""
+
+        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: receive(self._labelled(gradient)))
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def on_pair(self, module: nn.Module, receive: Callable[[Tensor, Tensor], None]) -> None:
+        """Hand over input ``[tokens, columns]`` and gradient ``[tokens, rows]`` of the same tokens together."""
+
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs = self._labelled(arguments[0].detach())
+            if output.requires_grad:
+                output.register_hook(lambda gradient: receive(inputs, self._labelled(gradient)))
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def start_graph_at(self, embedding: nn.Module) -> None:
+        """Let the graph start at the embedded tokens: no parameter requires a gradient."""
+        self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
+
+    def _labelled(self, x: Tensor) -> Tensor:
+        """The rows of ``[batch, length, size]`` that have a label, ``[n, size]``."""
+        x = x.flatten(0, -2)
+        assert self.positions is not None
+        return x if len(self.positions) == len(x) else x.index_select(0, self.positions)
+
+
+def with_bias(inputs: Tensor, bias: bool) -> Tensor:
+    """Inputs ``[tokens, C]`` with the homogeneous coordinate 1 that a bias multiplies, if the layer has one."""
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1) if bias else inputs

@@ -1,0 +1,180 @@
+"""The nearest Kronecker product, or sum of two, to the Fisher of each layer (paper, appendix I, Alg. 4).
+
+Each half step of the power iteration is one pass over the data: inputs and gradients of all tokens would not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.curvature.hooks import Hooks, with_bias
+from llm_surgeon.curvature.passes import Advance, Estimation, PassResult, Tokens, run_pass
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.evaluation.memory import available_bytes
+from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo
+from llm_surgeon.kronecker_sum import kronecker_sum_bytes
+from llm_surgeon.models.family import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.matrix import core_of
+from llm_surgeon.nearest_kronecker import (
+    Pair,
+    balanced_pair,
+    finished_half_step,
+    gradient_half_step,
+    input_half_step,
+)
+from llm_surgeon.selection import KeepMask
+
+HalfStep = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+TERMS = {"nearest-kronecker": 1, "kronecker-sum": 2}
+
+
+@dataclass(frozen=True)
+class NearestCurvature:
+    """One or two Kronecker products per layer.
+
+    Attributes:
+        terms: Per layer, pairs ``(G, A)`` over its kept rows and columns, the bias last.
+        keep: What was kept when they were estimated.
+        result: What the last pass counted.
+    """
+
+    terms: Mapping[str, list[Pair]]
+    keep: Mapping[str, KeepMask]
+    result: PassResult
+
+    @property
+    def loss(self) -> float | None:
+        """Mean negative log-likelihood of the calibration tokens, in nats."""
+        return self.result.loss
+
+    def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Fisher:
+        """The Fisher of a layer's kept rows and columns."""
+        first, *rest = self.terms[layer.name]
+        if rest:
+            return SumOfTwo(first, rest[0], damping, layer.name)
+        return KroneckerProduct(*first, damping, layer.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the factors."""
+        return sum(factor.nbytes for pairs in self.terms.values() for pair in pairs for factor in pair)
+
+    def start(self, layer: LinearLayer, keep: KeepMask, term: int) -> Tensor:
+        """A of a term, of the columns that are still there: where the next shot sets out from."""
+        columns = to_index(keep.columns[self.keep[layer.name].columns])
+        a = self.terms[layer.name][term][1]
+        if layer.bias:
+            columns = torch.cat([columns, columns.new_tensor([a.shape[0] - 1])])
+        return a[columns][:, columns]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all passes have in common."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    tokens: Tokens
+    how: Estimation
+    advance: Advance
+
+    def half_step(self, step: HalfStep, opposite: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], PassResult]:
+        """Sums over all tokens of a half step, for every layer."""
+        totals: dict[str, Tensor] = {}
+        with Hooks() as hooks:
+            for name, layer in self.anatomy.layers.items():
+                hooks.on_pair(core_of(self.model, layer), self._adder(step, layer, opposite[name], totals))
+            result = run_pass(self.model, hooks, self.tokens, self.how, backward=True, advance=self.advance)
+        return totals, result
+
+    @staticmethod
+    def _adder(
+        step: HalfStep, layer: LinearLayer, opposite: Tensor, totals: dict[str, Tensor]
+    ) -> Callable[[Tensor, Tensor], None]:
+        def add(inputs: Tensor, gradients: Tensor) -> None:
+            part = step(with_bias(inputs, layer.bias), gradients, opposite)
+            totals[layer.name] = totals[layer.name].add_(part) if layer.name in totals else part
+
+        return add
+
+
+def passes_needed(how: Estimation, warm: bool) -> int:
+    """Passes over the data that an estimation takes."""
+    return 2 * TERMS[how.curvature] * _iterations(how, warm) if how.curvature in TERMS else 1
+
+
+def _iterations(how: Estimation, warm: bool) -> int:
+    # What the last shot found is nearly the answer (paper, Alg. 4).
+    return 1 if warm else how.iterations
+
+
+def estimate_nearest(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    keep: Mapping[str, KeepMask],
+    tokens: Tokens,
+    how: Estimation,
+    advance: Advance,
+    previous: NearestCurvature | None,
+) -> NearestCurvature:
+    """Power iteration for one term after the other, each on what the terms before leave.
+
+    Arguments are those of ``estimate``; ``previous`` is the estimate of the last shot, to set out from.
+
+    Raises:
+        ConfigError: If the factors and their decomposition would not fit into memory; says how much they need.
+    """
+    check_affordable(model, anatomy, keep, TERMS[how.curvature])
+    task = _Task(model, anatomy, tokens, how, advance)
+    terms: dict[str, list[Pair]] = {name: [] for name in anatomy.layers}
+    for term in range(TERMS[how.curvature]):
+        inputs = {name: _start(model, layer, keep[name], previous, term) for name, layer in anatomy.layers.items()}
+        for _ in range(_iterations(how, previous is not None)):
+            totals, result = task.half_step(gradient_half_step, inputs)
+            count = result.tokens * result.gradients_per_token
+            gradients = {name: finished_half_step(totals[name], count, inputs[name], terms[name])[0] for name in terms}
+            totals, result = task.half_step(input_half_step, gradients)
+            finished = {
+                name: finished_half_step(totals[name], count, gradients[name], [(a, g) for g, a in terms[name]])
+                for name in terms
+            }
+            inputs = {name: factor for name, (factor, _) in finished.items()}
+        for name, (factor, sigma) in finished.items():
+            terms[name].append(balanced_pair(gradients[name], factor, sigma))
+    return NearestCurvature(terms, dict(keep), result)
+
+
+def _start(
+    model: PreTrainedModel, layer: LinearLayer, keep: KeepMask, previous: NearestCurvature | None, term: int
+) -> Tensor:
+    if previous is not None:
+        return previous.start(layer, keep, term)
+    core = core_of(model, layer)
+    return torch.eye(core.in_features + layer.bias, device=core.weight.device)
+
+
+def check_affordable(model: PreTrainedModel, anatomy: Anatomy, keep: Mapping[str, KeepMask], terms: int) -> None:
+    """Refuse before any work what would not fit.
+
+    Raises:
+        ConfigError: With the estimate in GiB.
+    """
+    device = next(model.parameters()).device
+    sizes = [(*keep[name].shape, layer.bias) for name, layer in anatomy.layers.items()]
+    # The terms, one more while it is summed, and its parts.
+    held = sum((terms + 2) * (rows**2 + (columns + bias) ** 2) * 4 for rows, columns, bias in sizes)
+    if terms > 1:
+        held += max(kronecker_sum_bytes(rows, columns + bias, 4) for rows, columns, bias in sizes)
+    free = available_bytes(device)
+    if held > free:
+        raise ConfigError(
+            f"Nearest Kronecker products of {terms} term(s) for {len(sizes)} layers need about {held / 2**30:.1f} GiB "
+            f"on {device}, where {free / 2**30:.1f} GiB are free.",
+            "Use --curvature kfac, which shares factors between layers, or leave large layers out with --ignore.",
+        )

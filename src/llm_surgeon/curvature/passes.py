@@ -1,0 +1,120 @@
+"""One pass over the calibration tokens, forward and if need be backward, with hooks taking what they need.
+
+Gradients are of the *summed* negative log-likelihood, so that costs of all layers are in the same unit. The empirical
+Fisher takes the text's own next tokens as labels; the true Fisher samples them from the model's prediction
+(Martens & Grosse 2015). No weight needs a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.curvature.hooks import Hooks
+from llm_surgeon.errors import NonFiniteError
+from llm_surgeon.methods import CurvatureName
+from llm_surgeon.models.head import backward as back_propagate
+from llm_surgeon.models.head import head_loss, label_positions, last_states, sample_labels
+from llm_surgeon.models.modes import arithmetic, frozen
+
+Advance = Callable[[int], None]
+
+
+class Tokens(Protocol):
+    """What curvature needs of calibration tokens."""
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Batches of ``input_ids`` and an attention mask or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """How curvature is estimated.
+
+    Attributes:
+        batch_size: Sequences per pass.
+        precision: ``bfloat16`` or ``float32`` arithmetic; sums are float32 in any case.
+        curvature: Which approximation.
+        sampled_labels: Labels drawn from the model per token (true Fisher); 0 takes the text's own (empirical).
+        iterations: Power iterations of the nearest Kronecker products.
+        seed: Seed of the sampled labels.
+    """
+
+    batch_size: int
+    precision: str
+    curvature: CurvatureName = "kfac"
+    sampled_labels: int = 0
+    iterations: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Mean negative log-likelihood of the text in nats, tokens with a label, and gradients taken of each."""
+
+    loss: float
+    tokens: int
+    gradients_per_token: int
+
+
+def run_pass(
+    model: PreTrainedModel, hooks: Hooks, tokens: Tokens, how: Estimation, *, backward: bool, advance: Advance
+) -> PassResult:
+    """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
+
+    Raises:
+        NonFiniteError: If the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    loss, count = 0.0, 0
+    generator = torch.Generator(device).manual_seed(how.seed) if how.sampled_labels else None
+    with frozen(model), arithmetic(device, how.precision), torch.set_grad_enabled(backward):
+        if backward:
+            hooks.start_graph_at(model.get_input_embeddings())
+        for input_ids, attention_mask in tokens.batches(how.batch_size):
+            batch = _Batch(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
+            hooks.positions = batch.positions
+            loss += _run_batch(model, batch, backward, how.sampled_labels, generator)
+            count += len(batch.positions)
+            advance(input_ids.numel())
+            _check_loss(loss)
+    return PassResult(loss / count, count, how.sampled_labels or 1)
+
+
+class _Batch:
+    """Tokens of one batch, and where they have labels."""
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.positions, self.labels = label_positions(input_ids, attention_mask)
+
+
+def _run_batch(
+    model: PreTrainedModel, batch: _Batch, backward: bool, samples: int, generator: torch.Generator | None
+) -> float:
+    """Through the blocks and back; returns the summed loss of the text's own labels."""
+    states = last_states(model, batch.input_ids, batch.attention_mask)
+    last = states.detach().index_select(0, batch.positions)
+    if not backward:
+        return head_loss(model, last, batch.labels)
+    if generator is None:
+        return back_propagate(model, states, batch.positions, batch.labels)
+    for number, labels in enumerate(sample_labels(model, last, samples, generator), start=1):
+        back_propagate(model, states, batch.positions, labels, keep_graph=number < samples)
+    return head_loss(model, last, batch.labels)
+
+
+def _check_loss(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            "The loss on the calibration tokens is not finite: the activations of the model overflow.",
+            "Run with --precision float32 and --dtype float32, or check the checkpoint's weights.",
+        )

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_surgeon.element_selection import ElementMask, largest_threshold, select_elements
+from llm_surgeon.pattern import Pattern
+
+
+def masks(*shapes):
+    return {str(number): ElementMask(torch.ones(shape, dtype=torch.bool)) for number, shape in enumerate(shapes)}
+
+
+def left(selection):
+    return sum(mask.weights for mask in selection.keep.values())
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.lists(
+            st.floats(0, 1e6, width=32, allow_subnormal=True) | st.sampled_from([0.0, -0.0, 1.0, 2.0]), max_size=8
+        ),
+        max_size=4,
+    ),
+    st.integers(0, 40),
+)
+def test_threshold_against_sorting(scores, removable):
+    """Ties, zeros and denormals: at most ``removable`` go, and the next larger score would be too many."""
+    flat = sorted(score for part in scores for score in part)
+    found = largest_threshold([torch.tensor(part, dtype=torch.float32) for part in scores], removable)
+    going = sum(score <= found for score in flat)
+    assert going <= removable
+    staying = [score for score in flat if score > found]
+    if staying:
+        assert sum(score <= staying[0] for score in flat) > removable
+
+
+def test_the_cheapest_weights_of_all_layers_go():
+    costs = {"0": torch.tensor([[1.0, 5.0], [0.5, 9.0]]), "1": torch.tensor([[2.0, 0.1, 7.0]])}
+    selection = select_elements(masks((2, 2), (1, 3)), costs, target_weights=4)
+    assert left(selection) == 4
+    assert selection.keep["0"].elements.tolist() == [[False, True], [False, True]]
+    assert selection.keep["1"].elements.tolist() == [[True, False, True]]
+    assert selection.structures_chosen == 3
+    assert selection.loss == pytest.approx(1.6)
+
+
+def test_what_is_gone_stays_gone_and_is_not_counted_again():
+    keep = {"0": ElementMask(torch.tensor([[False, True, True, True]]))}
+    selection = select_elements(keep, {"0": torch.tensor([[0.0, 3.0, 1.0, 2.0]])}, target_weights=2)
+    assert selection.keep["0"].elements.tolist() == [[False, True, False, True]]
+    assert selection.structures_chosen == 1
+
+
+def test_ties_that_would_go_below_the_target_stay():
+    selection = select_elements(masks((1, 4)), {"0": torch.tensor([[1.0, 2.0, 2.0, 2.0]])}, target_weights=2)
+    assert left(selection) == 3
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([(1, 2), (2, 4), (4, 8), (3, 5), (1, 4)]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 99),
+    st.integers(1, 4),
+)
+def test_patterns_hold_in_every_group_after_all_shots(pattern, rows, groups, seed, shots):
+    kept, group = pattern
+    generator = torch.Generator().manual_seed(seed)
+    keep = masks((rows, groups * group), (rows + 1, group))
+    dense = sum(mask.weights for mask in keep.values())
+    for shot in range(1, shots + 1):
+        # Few different values: many ties.
+        costs = {
+            name: torch.randint(3, mask.elements.shape, generator=generator).float() * mask.elements
+            for name, mask in keep.items()
+        }
+        target = round(dense * (1 - (1 - kept / group) * shot / shots))
+        before, keep = keep, select_elements(keep, costs, target, Pattern(kept, group)).keep
+        for name, mask in keep.items():
+            assert not (mask.elements & ~before[name].elements).any()
+            counts = mask.elements.view(len(mask.elements), -1, group).sum(-1)
+            assert ((counts == group) | (counts == kept)).all()
+        assert sum(mask.weights for mask in keep.values()) >= target
+    for mask in keep.values():
+        assert (mask.elements.view(len(mask.elements), -1, group).sum(-1) == kept).all()
+
+
+def test_a_group_loses_its_cheapest_weights():
+    costs = {"0": torch.tensor([[4.0, 1.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]])}
+    selection = select_elements(masks((1, 8)), costs, target_weights=6, pattern=Pattern(2, 4))
+    assert selection.keep["0"].elements.tolist() == [[True, False, True, False, True, True, True, True]]
+    assert selection.threshold >= 3.0
