@@ -83,6 +83,17 @@ class PruneConfig(BaseModel):
     precision: Precision = Field(
         "bfloat16", description="Arithmetic of the passes: bfloat16 or float32; sums are float32 in any case."
     )
+    lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
+    lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
+    lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")
+    lora_steps: int = Field(32, ge=1, description="Optimizer steps of the corrections after a shot, a batch each.")
+    lora_final_steps: int = Field(64, ge=1, description="Steps after the last shot.")
+    lora_share: float = Field(
+        1.0, gt=0.0, le=1.0, description="Share of the calibration sequences that the corrections of a shot use."
+    )
+    export_shots: tuple[int, ...] = Field(
+        (), description="Shots to export as well, each into OUT/shot-N; repeat for more."
+    )
     evaluation: str | None = Field(
         None, description="Text to measure perplexity on; unset: held-out text of the calibration source, none: skip."
     )
@@ -126,6 +137,8 @@ class PruneConfig(BaseModel):
                 f"a sparsity of {self.sparsity:g} is more than {self.structure} can reach, which is "
                 f"{self.pattern.sparsity:g}"
             )
+        if any(not 1 <= shot <= self.shots for shot in self.export_shots):
+            raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")
         if curvature == "kronecker-sum" and self.max_correlations:
             raise ValueError("the kronecker-sum curvature updates all together: max_correlations has to be 0")
         return self

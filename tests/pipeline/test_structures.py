@@ -13,6 +13,7 @@ from llm_surgeon.methods import METHODS
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.pattern import Pattern
+from llm_surgeon.records import PruneReport
 from tiny import BUILDERS, build, tokenizer
 
 SMALL = {"samples": 8, "seq_len": 16, "batch_size": 4, "precision": "float32", "eval_window": 32, "eval_tokens": 64}
@@ -152,3 +153,55 @@ def test_a_pattern_says_how_sparse():
     assert PruneConfig.from_mapping({"structure": "1:4"}).sparsity == 0.75
     assert PruneConfig.from_mapping({"structure": "1:4", "sparsity": 0.5}).sparsity == 0.5
     assert PruneConfig.from_mapping({"structure": "unstructured"}).sparsity == 0.5
+
+
+@pytest.mark.parametrize("structure", ["rows-columns", "unstructured"])
+def test_corrections_lower_the_loss_and_leave_the_structure(structure, text_file):
+    results = []
+    for lora in (False, True):
+        model = build("llama-biased")
+        settings = config(
+            text_file,
+            structure=structure,
+            sparsity=0.5,
+            shots=2,
+            lora=lora,
+            lora_steps=8,
+            lora_final_steps=16,
+            lora_learning_rate=1e-2,
+            evaluation=str(text_file),
+        )
+        report = prune(model, tokenizer(), settings)
+        results.append((model, report))
+    (_, plain), (model, corrected) = results
+    assert [shot.correction.steps for shot in corrected.shots] == [8, 16]
+    assert [shot.correction for shot in plain.shots] == [None, None]
+    assert corrected.shots[-1].size.prunable == pytest.approx(plain.shots[-1].size.prunable, rel=0.02)
+    assert corrected.shots[-1].perplexity.nll < plain.shots[-1].perplexity.nll
+    assert corrected.shots[-1].correction_seconds > 0
+    if structure == "unstructured":
+        kept = sum(int((w != 0).sum()) for w in matrices(model).values())
+        assert kept == corrected.shots[-1].size.prunable
+
+
+@pytest.mark.parametrize("structure", ["rows-columns", "2:4"])
+def test_shots_on_the_way_are_exports_of_their_own(structure, checkpoint, text_file, tmp_path):
+    out = tmp_path / "out"
+    settings = config(text_file, structure=structure, sparsity=0.5, shots=3, export_shots=[1, 2, 3])
+    report = prune_checkpoint(str(checkpoint), out, settings)
+    assert sorted(path.name for path in out.glob("shot-*")) == ["shot-1", "shot-2"]
+    for number in (1, 2):
+        directory = out / f"shot-{number}"
+        loaded = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=structure == "rows-columns")
+        parameters = sum((p != 0).sum() if structure == "2:4" else p.numel() for p in loaded.parameters())
+        assert int(parameters) == report.shots[number - 1].size.total
+        own = PruneReport.model_validate_json((directory / "report.json").read_text())
+        assert own.shots == report.shots[:number]
+        assert own.export.path == str(directory)
+
+
+def test_shots_to_export_are_checked(text_file):
+    with pytest.raises(ConfigError, match="between 1 and 2"):
+        config(text_file, shots=2, export_shots=[3])
+    with pytest.raises(ConfigError, match="no place to export"):
+        prune(build("llama"), tokenizer(), config(text_file, export_shots=[1]))

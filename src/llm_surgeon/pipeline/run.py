@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-import platform
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.evaluation.memory import reset_peak
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.save import check_disk_space, check_output, directory_in_place, save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
-from llm_surgeon.models import Anatomy, examine, family_of
+from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import (
     DTYPES,
     load_config,
@@ -28,17 +23,14 @@ from llm_surgeon.models.loading import (
     resolve_device,
     resolve_source,
 )
-from llm_surgeon.pipeline.shots import Clock, ShotResult, peak_bytes, run_shots
-from llm_surgeon.pipeline.structures import Masks
-from llm_surgeon.pipeline.texts import Texts, evaluation_text, prepare_texts
+from llm_surgeon.pipeline.corrections import require_peft
+from llm_surgeon.pipeline.job import Job, count_parameters, measure, run_job
+from llm_surgeon.pipeline.structures import Masks, check_structure
+from llm_surgeon.pipeline.texts import evaluation_text, prepare_texts
 from llm_surgeon.records import (
     ExportRecord,
-    LayerRecord,
-    Memory,
     Perplexity,
     PruneReport,
-    ShotRecord,
-    Size,
     SpeedComparison,
 )
 from llm_surgeon.report.card import model_card
@@ -51,21 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Files of an export beside its weights: tokenizer, report, picture, modelling file.
 _SMALL_FILES = 32 * 2**20
-_PACKAGES = ("llm-surgeon", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 _PROMPT, _GENERATED = 512, 32
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a run works on."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    anatomy: Anatomy
-    texts: Texts
-    config: PruneConfig
-    progress: Progress
-    source: str
 
 
 def prune(
@@ -104,12 +82,15 @@ def prune(
     """
     if out is not None:
         check_output(out)
+    elif config.export_shots:
+        raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
+    if config.lora:
+        require_peft()
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
     texts = prepare_texts(tokenizer, config)
     name = source or model.config.name_or_path or type(model).__name__
-    job = _Job(model, tokenizer, anatomy, texts, config, progress or SilentProgress(), name)
-    report, masks = _prune(job)
-    return report if out is None else _export(job, masks, report, out)
+    job = Job(model, tokenizer, anatomy, texts, config, progress or SilentProgress(), name)
+    return run_job(job)[0] if out is None else _prune_into(job, out)
 
 
 def evaluate(
@@ -141,7 +122,7 @@ def evaluate(
         ConfigError: If the stride exceeds the window.
     """
     text = evaluation_text(tokenizer, data, window=window, stride=stride, max_tokens=max_tokens, precision=precision)
-    return _measure(model, text, progress or SilentProgress(), "perplexity")
+    return measure(model, text, progress or SilentProgress(), "perplexity")
 
 
 def prune_checkpoint(
@@ -169,6 +150,8 @@ def prune_checkpoint(
         SurgeonError: Whatever ``prune`` raises.
     """
     check_output(out)
+    if config.lora:
+        require_peft()
     device = resolve_device(config.device)
     source = resolve_source(model)
     _check_before_loading(source, out, config)
@@ -176,28 +159,43 @@ def prune_checkpoint(
     texts = prepare_texts(tokenizer, config)
     network = load_model(source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
-    job = _Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model)
-    report, masks = _prune(job)
-    return _export(job, masks, report.model_copy(update={"command": command}), out, dense=source)
+    job = Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model, command)
+    return _prune_into(job, out, dense=source)
 
 
-def _export(job: _Job, masks: Masks, report: PruneReport, out: Path, dense: str | None = None) -> PruneReport:
-    """Write the export beside its place, check and time it there, and move it; ``dense`` is what to time it against."""
+def _prune_into(job: Job, out: Path, dense: str | None = None) -> PruneReport:
+    """Prune, and export beside the final place before moving there; ``dense`` is what to time the result against."""
     with directory_in_place(out) as beside:
-        logger.info("writing the export and reloading it in a fresh process")
-        save_model(job.model, job.tokenizer, job.anatomy, _smaller(masks), beside)
-        check = verify_export(job.model, beside)
-        export = ExportRecord(
-            path=str(out),
-            weight_bytes=weight_bytes(beside),
-            dense_weight_bytes=report.memory.model,
-            max_logit_difference=check.difference,
-            logit_scale=check.scale,
-        )
+
+        def keep_shot(report: PruneReport, masks: Masks) -> None:
+            shot = len(report.shots)
+            if shot in job.config.export_shots and shot < job.config.shots:
+                _export(job, masks, report, beside / f"shot-{shot}", out / f"shot-{shot}")
+
+        report, masks = run_job(job, keep_shot)
         # Zeros in matrices of the old shape take as long to multiply by as any number.
-        speed = _compare_speed(dense, job) if dense is not None and _smaller(masks) else None
-        report = report.model_copy(update={"export": export, "speed": speed})
-        _write_report(report, job.config, beside)
+        timed = dense if _smaller(masks) else None
+        return _export(job, masks, report, beside, out, timed)
+
+
+def _export(
+    job: Job, masks: Masks, report: PruneReport, directory: Path, place: Path, dense: str | None = None
+) -> PruneReport:
+    """Write the model as it is, check it and time it; ``place`` is where the directory will be in the end."""
+    logger.info("writing the export and reloading it in a fresh process")
+    directory.mkdir(exist_ok=True)
+    save_model(job.model, job.tokenizer, job.anatomy, _smaller(masks), directory)
+    check = verify_export(job.model, directory)
+    export = ExportRecord(
+        path=str(place),
+        weight_bytes=weight_bytes(directory),
+        dense_weight_bytes=report.memory.model,
+        max_logit_difference=check.difference,
+        logit_scale=check.scale,
+    )
+    speed = _compare_speed(dense, job) if dense is not None else None
+    report = report.model_copy(update={"export": export, "speed": speed})
+    _write_report(report, job.config, directory)
     return report
 
 
@@ -208,10 +206,12 @@ def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(settings)
     anatomy = examine(skeleton, family, config.ignore)
+    check_structure(config, anatomy)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
     gone = config.sparsity * anatomy.prunable_weights if config.structure == "rows-columns" else 0
     kept = count_parameters(skeleton) - gone
-    check_disk_space(out, int(kept * dtype.itemsize) + _SMALL_FILES)
+    exports = 1 + len(set(config.export_shots) - {config.shots})
+    check_disk_space(out, exports * (int(kept * dtype.itemsize) + _SMALL_FILES))
 
 
 def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
@@ -220,111 +220,7 @@ def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
     return shrunk or None
 
 
-def _prune(job: _Job) -> tuple[PruneReport, Masks]:
-    """The shots, with an evaluation before the first and after each."""
-    model, anatomy, texts, config = job.model, job.anatomy, job.texts, job.config
-    device = next(model.parameters()).device
-    reset_peak(device)
-    dense_size = Size(prunable=anatomy.prunable_weights, total=count_parameters(model))
-    model_bytes = _parameter_bytes(model)
-    dense_perplexity = (
-        _measure(model, texts.evaluation, job.progress, "dense: perplexity") if texts.evaluation else None
-    )
-    peaks = [peak_bytes(device)]
-    shots: list[ShotRecord] = []
-    factor_bytes, masks = 0, cast(Masks, {})
-    for result in run_shots(model, anatomy, texts.calibration, config, job.progress):
-        masks = result.masks
-        factor_bytes = max(factor_bytes, result.factor_bytes)
-        shots.append(_evaluated(job, result))
-        peaks += shots[-1].peaks.values()
-    report = PruneReport(
-        model=job.source,
-        family=anatomy.family.model_type,
-        config=config.model_dump(mode="json"),
-        calibration=texts.calibration.provenance,
-        dense_size=dense_size,
-        dense_perplexity=dense_perplexity,
-        shots=tuple(shots),
-        layers=tuple(_layer_records(anatomy, masks)),
-        memory=Memory(peak=max(peaks), model=model_bytes, factors=factor_bytes),
-        versions={"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
-    )
-    return report, masks
-
-
-def _evaluated(job: _Job, result: ShotResult) -> ShotRecord:
-    """Measure the model as it is after a shot, and write the shot's record."""
-    config, text = job.config, job.texts.evaluation
-    clock = Clock(next(job.model.parameters()).device)
-    with clock.phase("evaluation"):
-        description = f"shot {result.shot}/{config.shots}: perplexity"
-        measured = _measure(job.model, text, job.progress, description) if text else None
-    record = _shot_record(result, job, measured, clock)
-    logger.info(
-        "shot %d/%d: %.1f %% of the prunable weights left%s",
-        result.shot,
-        config.shots,
-        100 * (1 - record.sparsity),
-        f", perplexity {measured.perplexity:.2f}" if measured else "",
-    )
-    return record
-
-
-def _measure(model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str) -> Perplexity:
-    with progress.phase(description, len(text.windows) * text.stride) as phase:
-        return perplexity(model, text, phase.advance)
-
-
-def _shot_record(result: ShotResult, job: _Job, measured: Perplexity | None, evaluation: Clock) -> ShotRecord:
-    dense, weights = job.anatomy.prunable_weights, sum(mask.weights for mask in result.masks.values())
-    stored = sum(rows * columns for rows, columns in (mask.shape for mask in result.masks.values()))
-    return ShotRecord(
-        shot=result.shot,
-        target_sparsity=result.target_sparsity,
-        sparsity=1 - weights / dense,
-        # Zeros that are stored are no parameters.
-        size=Size(prunable=weights, total=count_parameters(job.model) - (stored - weights)),
-        threshold=result.threshold,
-        structures_removed=result.removed,
-        structures_implied=result.implied,
-        loss=result.loss,
-        curvature_seconds=result.seconds["curvature"],
-        selection_seconds=result.seconds["selection"],
-        update_seconds=result.seconds["update"],
-        evaluation_seconds=evaluation.seconds["evaluation"],
-        perplexity=measured,
-        costs=result.costs,
-        peaks=result.peaks | evaluation.peaks,
-    )
-
-
-def _layer_records(anatomy: Anatomy, masks: Masks) -> list[LayerRecord]:
-    return [
-        LayerRecord(
-            name=name,
-            block=layer.block,
-            kind=layer.kind,
-            rows=masks[name].shape[0],
-            columns=masks[name].shape[1],
-            rows_dense=layer.rows,
-            columns_dense=layer.columns,
-            weights=masks[name].weights,
-        )
-        for name, layer in anatomy.layers.items()
-    ]
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters of a model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _parameter_bytes(model: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def _compare_speed(source: str, job: _Job) -> SpeedComparison:
+def _compare_speed(source: str, job: Job) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
     dense = load_model(source, job.config.dtype, next(job.model.parameters()).device)

@@ -18,9 +18,10 @@ from llm_surgeon.evaluation.memory import peak_device_bytes, peak_resident_bytes
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.family import Anatomy
 from llm_surgeon.models.matrix import read_matrix, write_matrix
+from llm_surgeon.pipeline.corrections import Corrections, correct
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
-from llm_surgeon.records import CostHistogram
+from llm_surgeon.records import CorrectionRecord, CostHistogram
 from llm_surgeon.report.progress import Progress
 
 
@@ -45,6 +46,7 @@ class ShotResult:
     factor_bytes: int
     loss: float | None
     costs: CostHistogram
+    correction: CorrectionRecord | None
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ def run_shots(
             del costs
         with clock.phase("update"):
             _update(model, anatomy, structure, curvature, selection, config)
+        corrected = _correct(model, anatomy, structure, tokens, config, number, clock, progress)
         result = ShotResult(
             shot=number,
             target_sparsity=sparsity,
@@ -90,6 +93,7 @@ def run_shots(
             factor_bytes=curvature.nbytes,
             loss=curvature.loss,
             costs=histogram,
+            correction=corrected,
             seconds=clock.seconds,
             peaks=clock.peaks,
         )
@@ -163,3 +167,38 @@ def _update(
         matrix = structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
         write_matrix(model, anatomy, layer, after[name], matrix)
     structure.commit(selection)
+
+
+def _correct(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    structure: Structure,
+    tokens: CalibrationTokens,
+    config: PruneConfig,
+    shot: int,
+    clock: Clock,
+    progress: Progress,
+) -> CorrectionRecord | None:
+    """First-order corrections after a shot, longer after the last, if the recipe wants any."""
+    if not config.lora:
+        return None
+    how = Corrections(
+        rank=config.lora_rank,
+        learning_rate=config.lora_learning_rate,
+        steps=config.lora_final_steps if shot == config.shots else config.lora_steps,
+        share=config.lora_share,
+    )
+    work = how.steps * config.batch_size * tokens.seq_len
+    with clock.phase("correction"), progress.phase(f"shot {shot}/{config.shots}: correction", work) as phase:
+        return correct(
+            model,
+            anatomy,
+            structure.element_masks,
+            tokens,
+            how,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            # Other sequences and other random factors in each shot.
+            seed=config.seed + shot,
+            advance=phase.advance,
+        )

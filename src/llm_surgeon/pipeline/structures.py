@@ -23,7 +23,6 @@ from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.fisher import Fisher, Solver, Split
 from llm_surgeon.models.family import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.modes import products
-from llm_surgeon.pattern import Pattern
 from llm_surgeon.selection import AXES, KeepMask, Selection, StructureCosts, select, single_scores
 
 Masks = Mapping[str, KeepMask] | Mapping[str, ElementMask]
@@ -46,6 +45,10 @@ class Structure(Protocol):
     def shapes(self) -> Mapping[str, KeepMask]:
         """Rows and columns that the matrices in the model still have."""
 
+    @property
+    def element_masks(self) -> Mapping[str, Tensor] | None:
+        """Kept weights per layer, ``[R, C]`` bool, if zeros are stored; None if the matrices shrink."""
+
     def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> Any:
         """Costs of what a layer could lose, on the CPU."""
 
@@ -65,12 +68,35 @@ class Structure(Protocol):
         """Make the selection what is left."""
 
 
+def check_structure(config: PruneConfig, anatomy: Anatomy) -> None:
+    """Find out whether the layers of a model allow the structure of a recipe.
+
+    Raises:
+        ConfigError: If N:M does not divide a width; names the layer and the remedy.
+    """
+    pattern = config.pattern
+    if pattern is None:
+        return
+    odd = [layer for layer in anatomy.layers.values() if layer.columns % pattern.group]
+    if odd:
+        raise ConfigError(
+            f"{len(odd)} layers have a width that {config.structure} does not divide, among them {odd[0].name} with "
+            f"{odd[0].columns} inputs.",
+            f"Leave them dense with --ignore {odd[0].kind} (repeat for each kind), or choose another N:M.",
+        )
+
+
 def structure_of(config: PruneConfig, anatomy: Anatomy) -> Structure:
     """The structure that a recipe names, with everything kept.
+
+    Args:
+        config: The recipe.
+        anatomy: The layers of the model.
 
     Raises:
         ConfigError: If the layers of the model do not allow it.
     """
+    check_structure(config, anatomy)
     if config.structure == "rows-columns":
         return RowsColumns(config, anatomy)
     return Elements(config, anatomy)
@@ -89,6 +115,11 @@ class RowsColumns:
     def shapes(self) -> Mapping[str, KeepMask]:
         """The masks themselves: what was removed is really gone."""
         return self.masks
+
+    @property
+    def element_masks(self) -> None:
+        """None: what was removed is gone."""
+        return None
 
     def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> StructureCosts:
         """Costs of the kept rows and columns, in the coordinates of the dense model."""
@@ -140,8 +171,6 @@ class Elements:
     def __init__(self, config: PruneConfig, anatomy: Anatomy) -> None:
         self._config, self._anatomy = config, anatomy
         self._pattern = config.pattern
-        if self._pattern is not None:
-            _check_widths(anatomy, self._pattern, config.structure)
         self.masks: Mapping[str, ElementMask] = {
             name: ElementMask(torch.ones(layer.rows, layer.columns, dtype=torch.bool))
             for name, layer in anatomy.layers.items()
@@ -149,6 +178,11 @@ class Elements:
         self.shapes: Mapping[str, KeepMask] = anatomy.dense_masks()
         if self._pattern is not None:
             self.score_name = f"cost of a group of {self._pattern.group}"
+
+    @property
+    def element_masks(self) -> Mapping[str, Tensor]:
+        """Kept weights per layer."""
+        return {name: mask.elements for name, mask in self.masks.items()}
 
     def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> Tensor:
         """Cost of each weight, ``[R, C]``."""
@@ -191,17 +225,6 @@ class Elements:
 
 def _solver(config: PruneConfig) -> Solver:
     return Solver(config.max_correlations, config.update_steps)
-
-
-def _check_widths(anatomy: Anatomy, pattern: Pattern, structure: str) -> None:
-    odd = [name for name, layer in anatomy.layers.items() if layer.columns % pattern.group]
-    if odd:
-        layer = anatomy.layers[odd[0]]
-        raise ConfigError(
-            f"{len(odd)} layers have a width that {structure} does not divide, among them {layer.name} with "
-            f"{layer.columns} inputs.",
-            f"Leave them dense with --ignore {layer.kind} (repeat for each kind), or choose another N:M.",
-        )
 
 
 def _check_finite(layer: LinearLayer, *costs: Tensor) -> None:
