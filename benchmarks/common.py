@@ -1,0 +1,121 @@
+"""What the benchmarks share: the protocol, where results go, and what they were measured on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from llm_surgeon import PruneConfig, PruneReport, prune
+from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
+from llm_surgeon.models.matrix import core_of
+from llm_surgeon.pipeline import job, shots
+from llm_surgeon.report.progress import RichProgress
+
+RESULTS = Path(__file__).parent / "results"
+
+# 32 windows of 512 tokens to calibrate on, 20 windows of 1,024 to evaluate on: SmolLM2-135M-Instruct, the demo model.
+PROTOCOL: dict[str, Any] = {
+    "sparsity": 0.5,
+    "shots": 5,
+    "samples": 32,
+    "seq_len": 512,
+    "seed": 0,
+    "eval_window": 1024,
+    "eval_tokens": 20_480,
+}
+
+# Okabe and Ito: colour-blind readers can tell them apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+class _Remembered:
+    """The same curvature and the same perplexity of the dense model need not be computed for every variant."""
+
+    def __init__(self, function: Any, key: Any) -> None:
+        self._function, self._key, self._results = function, key, {}
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        key = self._key(*arguments)
+        if key is None:
+            return self._function(*arguments, **named)
+        if key not in self._results:
+            self._results.clear()
+            self._results[key] = self._function(*arguments, **named)
+        return self._results[key]
+
+
+def share_dense_work() -> None:
+    """Estimate the dense model's curvature once per process for all one-shot runs, its perplexity once for all runs.
+
+    Only for processes that use one model, one set of texts and one setting of them throughout. The seconds of
+    curvature are then those of the run that estimated it, and zero in the others.
+    """
+    shots.estimate = _Remembered(shots.estimate, _of_a_first_shot)
+    job.measure = _Remembered(job.measure, lambda *a: "dense" if a[3].startswith("dense") else None)
+
+
+def _of_a_first_shot(model: Any, anatomy: Any, keep: Any, tokens: Any, how: Any, *_rest: Any) -> Any:
+    weights = sum(mask.weights for mask in keep.values())
+    zeros = any(bool((core_of(model, layer).weight == 0).sum() > 100) for layer in anatomy.layers.values())
+    return how if weights == anatomy.prunable_weights and not zeros else None
+
+
+def run(options: dict[str, Any]) -> PruneReport:
+    """Prune the demo model in memory by a recipe."""
+    source = resolve_source("demo")
+    config = PruneConfig.from_mapping(options)
+    return prune(load_model(source), load_tokenizer(source), config, progress=RichProgress(), source="demo")
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """Date, machine, versions and the command that gives the result again."""
+    return {
+        "date": f"{datetime.date.today()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {processor()}",
+        "threads": torch.get_num_threads(),
+        "command": command,
+    }
+
+
+def processor() -> str:
+    """Name of the CPU, as well as it can be found out."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def write(name: str, result: dict[str, Any], markdown: str) -> None:
+    """Write a result as JSON and Markdown."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    (RESULTS / f"{name}.md").write_text(markdown, encoding="utf8")
+
+
+def finished(name: str) -> dict[str, Any]:
+    """An earlier result of the same name, or an empty one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; None is a dash."""
+    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
+    return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def figure(width: float = 8.0, height: float = 4.6) -> Figure:
+    """An empty figure that can be saved as PNG."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made

@@ -1,0 +1,211 @@
+"""Studies of the method: variants of one recipe on the same tokens, each a table and a picture.
+
+    python benchmarks/studies.py STUDY CALIBRATION.txt EVALUATION.txt [--only VARIANT ...]
+
+Studies: structured (methods, rows and columns; paper, Table 1), unstructured and semistructured (methods, single
+weights and 2:4), shots (Table 9), correlations and groups (independent against correlated updates, rows and columns
+in five shots, single weights in one, with the time of the update by size of group), dampings (both, in both orders),
+curvatures, corrections. Variants that are in the result already are not run again; remove the JSON file to start
+afresh. Writes benchmarks/results/STUDY.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from common import COLOURS, PROTOCOL, RESULTS, circumstances, figure, finished, run, share_dense_work, table, write
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from llm_surgeon import PruneReport
+from llm_surgeon.methods import METHODS
+from llm_surgeon.runtime import keep_freed_memory
+
+Variants = dict[str, dict[str, Any]]
+
+ONE_SHOT = {"shots": 1}
+
+
+def dampings(structure: str, sparsity: float) -> Variants:
+    """Both dampings at 0.01, and each of them at 0.1, for one structure in one shot."""
+    pairs = [(0.01, 0.1), (0.1, 0.01), (0.01, 0.01), (0.01, 0.5)]
+    return {
+        f"{structure}, A {a:g}, G {g:g}": ONE_SHOT
+        | {"structure": structure, "sparsity": sparsity, "dampening_a": a, "dampening_g": g}
+        for a, g in pairs
+    }
+
+
+STUDIES: dict[str, tuple[str, Variants]] = {
+    "structured": (
+        "Methods, rows and columns, five shots to 50 %",
+        {name: {"method": name} for name in METHODS}
+        | {"surgeon, raw cost": {"rank_by": "cost"}, "k-obd, raw cost": {"method": "k-obd", "rank_by": "cost"}},
+    ),
+    "unstructured": (
+        "Methods, single weights, five shots to 50 %",
+        {name: {"method": name, "structure": "unstructured"} for name in METHODS}
+        | {"surgeon, one shot": ONE_SHOT | {"structure": "unstructured"}},
+    ),
+    "semistructured": (
+        "Methods, 2:4, five shots",
+        {name: {"method": name, "structure": "2:4"} for name in METHODS}
+        | {"surgeon, one shot": ONE_SHOT | {"structure": "2:4"}},
+    ),
+    "shots": (
+        "Shots, rows and columns to 50 %",
+        {f"{shots} shots": {"shots": shots} for shots in (1, 2, 5, 10)},
+    ),
+    "correlations": (
+        "Rows and columns, independent against correlated updates, five shots to 50 %",
+        {
+            "all together": {"max_correlations": 0},
+            "groups of 16": {"max_correlations": 16},
+            "each alone": {"max_correlations": 1},
+        },
+    ),
+    "groups": (
+        "Single weights, one shot to 50 %, by size of group",
+        {
+            ("all together" if not size else f"groups of {size}"): ONE_SHOT
+            | {"structure": "unstructured", "max_correlations": size}
+            for size in (0, 1, 16, 64, 256, 1024)
+        }
+        | {
+            f"all together, {steps} steps": ONE_SHOT | {"structure": "unstructured", "update_steps": steps}
+            for steps in (5, 10, 40)
+        },
+    ),
+    "dampings": (
+        "Dampings in both orders, one shot",
+        dampings("rows-columns", 0.2) | dampings("unstructured", 0.5) | dampings("2:4", 0.5),
+    ),
+    "curvatures": (
+        "Curvatures, rows and columns, one shot to 80 %",
+        {
+            name: ONE_SHOT | {"sparsity": 0.2, **options}
+            for name, options in {
+                "K-FAC, empirical Fisher": {},
+                "K-FAC, true Fisher": {"fisher": "true"},
+                "K-FAC, true Fisher, 4 samples": {"fisher": "true", "fisher_samples": 4},
+                "nearest Kronecker product": {"curvature": "nearest-kronecker"},
+                "sum of two products": {"curvature": "kronecker-sum"},
+                "K-OBD, K-FAC": {"method": "k-obd"},
+                "K-OBD, exact diagonal": {"method": "k-obd", "curvature": "diagonal"},
+            }.items()
+        },
+    ),
+    "corrections": (
+        "First-order corrections, five shots to 50 %",
+        {
+            f"{structure}, {'with' if lora else 'without'} corrections": {"structure": structure, "lora": lora}
+            for structure in ("rows-columns", "unstructured")
+            for lora in (False, True)
+        },
+    ),
+}
+
+
+def record(report: PruneReport) -> dict[str, Any]:
+    """What the table needs of a run."""
+    return {
+        "size": [round(100 * (1 - shot.sparsity), 2) for shot in report.shots],
+        "perplexity": [round(shot.perplexity.perplexity, 2) for shot in report.shots if shot.perplexity],
+        "curvature_s": [round(shot.curvature_seconds, 1) for shot in report.shots],
+        "selection_s": [round(shot.selection_seconds, 1) for shot in report.shots],
+        "update_s": [round(shot.update_seconds, 1) for shot in report.shots],
+        "correction_s": [round(shot.correction_seconds, 1) for shot in report.shots],
+        "peak_mib": round(report.memory.peak / 2**20),
+        "versions": report.versions,
+    }
+
+
+def markdown(title: str, result: dict[str, Any]) -> str:
+    """One row per variant: perplexity after each shot, mean seconds of a shot by phase, and the update's share."""
+    variants = result["variants"]
+    sizes = sorted({round(size / 10) * 10 for item in variants.values() for size in item["size"]}, reverse=True)
+    rows = []
+    for name, item in variants.items():
+        at = dict(zip([round(size / 10) * 10 for size in item["size"]], item["perplexity"], strict=True))
+        phases = [item[f"{phase}_s"] for phase in ("curvature", "selection", "update", "correction")]
+        means = [sum(phase) / len(phase) for phase in phases]
+        share = f"{100 * means[2] / sum(means):.0f} %"
+        rows.append([name, *(at.get(size) for size in sizes), *(f"{mean:.1f}" for mean in means), share])
+    heading = ["", *(f"{size} %" for size in sizes), "curvature s", "selection s", "update s", "correction s", "update"]
+    return (
+        f"# {title}\n\nSmolLM2-135M-Instruct, perplexity at each size (prunable weights kept; dense "
+        f"{result['dense_perplexity']}), mean seconds of a shot by phase, and the update's share of them. "
+        f"{result['date']}, {result['machine']}. Command: `{result['command']}`. Times of one study are of one "
+        f"machine, but may be of several days.\n\n{table(heading, rows)}\n"
+    )
+
+
+def draw(name: str, title: str, result: dict[str, Any]) -> None:
+    """Perplexity against size where there are several sizes, else bars."""
+    picture = figure()
+    axes = picture.subplots()
+    variants = result["variants"]
+    if any(len(item["size"]) > 1 for item in variants.values()):
+        for number, (label, item) in enumerate(variants.items()):
+            style = {"marker": "o", "linestyle": "--" if number >= len(COLOURS) else "-"}
+            axes.plot(item["size"], item["perplexity"], color=COLOURS[number % len(COLOURS)], label=label, **style)
+        axes.invert_xaxis()
+        axes.set_xlabel("prunable weights kept (%)")
+        axes.set_ylabel("perplexity")
+        axes.set_yscale("log")
+        for axis in (axes.yaxis,):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(
+                FuncFormatter(lambda value, _: f"{value:g}") if _narrow(variants) else NullFormatter()
+            )
+        axes.legend(frameon=False)
+        axes.grid(color="0.9")
+    else:
+        values = [item["perplexity"][-1] for item in variants.values()]
+        bars = axes.barh(list(variants), values, color=COLOURS[0])
+        axes.bar_label(bars, fmt="%.4g", padding=3)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.set_xlabel("perplexity (log scale)")
+    axes.set_title(title)
+    picture.savefig(RESULTS / f"{name}.png", dpi=120)
+
+
+def _narrow(variants: dict[str, Any]) -> bool:
+    values = [value for item in variants.values() for value in item["perplexity"]]
+    return max(values) < 10 * min(values)
+
+
+def main() -> None:
+    """Run the missing variants of a study, writing after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("calibration")
+    parser.add_argument("evaluation")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    share_dense_work()
+    name = arguments.study
+    title, variants = STUDIES[name]
+    before = finished(name).get("variants", {})
+    for variant, options in variants.items():
+        if variant in before or (arguments.only and variant not in arguments.only):
+            continue
+        texts = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
+        report = run(PROTOCOL | texts | options)
+        before[variant] = record(report)
+        assert report.dense_perplexity is not None
+        result = circumstances(f"python benchmarks/studies.py {name} CALIBRATION.txt EVALUATION.txt") | {
+            "protocol": PROTOCOL,
+            "options": variants,
+            "dense_perplexity": round(report.dense_perplexity.perplexity, 2),
+            "variants": {known: before[known] for known in variants if known in before},
+        }
+        write(name, result, markdown(title, result))
+        draw(name, title, result)
+
+
+if __name__ == "__main__":
+    main()
