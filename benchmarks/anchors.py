@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 
 import torch
 import yaml
+from common import PROTOCOL, circumstances, write
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -36,18 +34,8 @@ from llm_surgeon.pipeline.run import prune_checkpoint
 from llm_surgeon.report.progress import RichProgress
 from llm_surgeon.runtime import keep_freed_memory
 
-RESULTS = Path(__file__).parent / "results"
 PUBLISHED = [26.08, 37.93, 48.83, 70.97, 94.38]
 GOAL = [24.5, 29.0, 35.0, 45.0, 57.0]
-PROTOCOL: dict[str, Any] = {
-    "sparsity": 0.5,
-    "shots": 5,
-    "samples": 32,
-    "seq_len": 512,
-    "seed": 0,
-    "eval_window": 1024,
-    "eval_tokens": 20_480,
-}
 
 
 def plain_pass(model: PreTrainedModel, tokens: CalibrationTokens) -> float:
@@ -145,10 +133,10 @@ def main() -> None:
     assert report.speed is not None
     assert report.dense_perplexity is not None
     result = {
-        "date": f"{datetime.date.today()}",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {_processor()}",
-        "command": "python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt"
-        + "".join(f" --set {item}" for item in arguments.set),
+        **circumstances(
+            "python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt"
+            + "".join(f" --set {item}" for item in arguments.set)
+        ),
         "versions": report.versions,
         "config": {k: v for k, v in report.config.items() if k not in ("calibration", "evaluation")},
         "plain_pass_s": plain,
@@ -162,17 +150,7 @@ def main() -> None:
         "dense_parameters": report.dense_size.total,
         "memory": report.memory.model_dump(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
-    (RESULTS / f"{arguments.name}.md").write_text(markdown(result), encoding="utf8")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    write(arguments.name, result, markdown(result))
 
 
 if __name__ == "__main__":

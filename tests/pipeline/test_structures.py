@@ -44,6 +44,12 @@ def test_elements_become_zero_and_stay_zero(family, structure, text_file):
     assert [shot.sparsity for shot in report.shots] == pytest.approx([sparsity * s / 3 for s in (1, 2, 3)], abs=2e-3)
     assert report.shots[-1].size.total == report.dense_size.total - zeros
     assert sum(layer.weights for layer in report.layers) == total - zeros
+    for shot in report.shots:
+        assert sum(shot.costs.removed) > 0
+        assert set(shot.peaks) == {"curvature", "selection", "update", "evaluation"}
+        assert report.memory.peak >= max(shot.peaks.values()) > 0
+    candidates = total if pattern is None else total // pattern.group
+    assert sum(report.shots[0].costs.kept + report.shots[0].costs.removed) + report.shots[0].costs.outside == candidates
     if pattern:
         for weight in after.values():
             kept = (weight != 0).view(len(weight), -1, pattern.group).sum(-1)
