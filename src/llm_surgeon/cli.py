@@ -28,11 +28,24 @@ def main() -> None:
     app()
 
 
+_PANELS = {
+    "What to remove": ("sparsity", "structure", "method", "shots", "rank_by", "ignore", "export_shots"),
+    "Curvature and update": (
+        *("curvature", "fisher", "fisher_samples", "kronecker_iterations"),
+        *("dampening_a", "dampening_g", "max_correlations", "update_steps"),
+    ),
+    "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
+    "Texts": ("calibration", "samples", "seq_len", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
+}
+
+
 def _option(name: str) -> Any:
     """The command-line option of a recipe's key, with the help and the default that the recipe gives it."""
     field = PruneConfig.model_fields[name]
     default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
-    return typer.Option(help=f"{field.description}" + (f" (default: {default})" if default is not None else ""))
+    text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
+    panel = next((panel for panel, names in _PANELS.items() if name in names), "Machine")
+    return typer.Option(help=text, rich_help_panel=panel)
 
 
 @app.callback()

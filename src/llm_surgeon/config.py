@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,17 +178,23 @@ class PruneConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(
-                # Of what is wrong with several options together the input would be the whole recipe.
-                f"{'.'.join(str(part) for part in issue['loc'])}: {issue['msg']} (got {issue['input']!r})"
-                if issue["loc"]
-                else issue["msg"]
-                for issue in error.errors()
-            )
+            problems = "; ".join(_problem(issue) for issue in error.errors())
+            unknown = any(issue["type"] == "extra_forbidden" for issue in error.errors())
+            known = f"Known options are {', '.join(cls.model_fields)}. " if unknown else ""
             raise ConfigError(
-                f"The recipe is not valid: {problems}.",
-                f"Known options are {', '.join(cls.model_fields)}; `llm-surgeon prune --help` explains each.",
+                f"The recipe is not valid: {problems}.", f"{known}`llm-surgeon prune --help` explains each option."
             ) from None
+
+
+def _problem(issue: Mapping[str, Any]) -> str:
+    """One finding of the validation, with the offending value if it concerns a single option."""
+    message = issue["msg"].removeprefix("Value error, ")
+    # The input of what is wrong with several options together would be the whole recipe.
+    return (
+        f"{'.'.join(str(part) for part in issue['loc'])}: {message} (got {issue['input']!r})"
+        if issue["loc"]
+        else message
+    )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
