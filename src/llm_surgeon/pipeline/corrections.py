@@ -1,4 +1,4 @@
-"""First-order corrections after a shot: low-rank adapters, trained for a short while and absorbed (paper, section 4).
+"""First-order corrections after a shot: low-rank adapters, trained for a short while and absorbed.
 
 As the adapters are absorbed after each shot, what all of them change together may have a higher rank than any one.
 They sit on what pruning has left: on the small matrices of removed rows and columns, and where single weights are
@@ -39,7 +39,7 @@ class Corrections:
 
     rank: int = 16
     learning_rate: float = 5e-4
-    steps: int = 64
+    steps: int = 32
     share: float = 1.0
 
     def __post_init__(self) -> None:
