@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -82,3 +83,8 @@ def test_device_peak_is_counted_and_reset() -> None:
     assert peak_device_bytes("cuda") >= 64 * MIB
     reset_peak("cuda")
     assert peak_device_bytes("cuda") < 64 * MIB
+
+
+def test_available_memory_of_the_host_is_some_of_what_it_has() -> None:
+    total = psutil.virtual_memory().total
+    assert 0 < memory.available_bytes(torch.device("cpu")) < total

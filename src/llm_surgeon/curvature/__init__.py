@@ -10,7 +10,7 @@ from llm_surgeon.curvature.diagonal import estimate_diagonal
 from llm_surgeon.curvature.factors import Curvature, KroneckerFactors
 from llm_surgeon.curvature.kfac import estimate_kfac
 from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, estimate_nearest, passes_needed
-from llm_surgeon.curvature.passes import Advance, Estimation, Tokens
+from llm_surgeon.curvature.passes import Advance, Estimation, Task, Tokens
 from llm_surgeon.models.family import Anatomy
 from llm_surgeon.selection import KeepMask
 
@@ -43,9 +43,10 @@ def estimate(
     """
     if how.curvature == "identity":
         return KroneckerFactors({}, {}, frozenset(), None)
+    task = Task(model, anatomy, keep, tokens, how, advance)
     if how.curvature == "diagonal":
-        return estimate_diagonal(model, anatomy, keep, tokens, how, advance)
+        return estimate_diagonal(task)
     if how.curvature in TERMS:
         warm = previous if isinstance(previous, NearestCurvature) else None
-        return estimate_nearest(model, anatomy, keep, tokens, how, advance, warm)
-    return estimate_kfac(model, anatomy, keep, tokens, how, advance)
+        return estimate_nearest(task, warm)
+    return estimate_kfac(task)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks, with_bias
-from llm_surgeon.curvature.passes import Advance, Estimation, PassResult, Tokens, run_pass
+from llm_surgeon.curvature.passes import PassResult, Task
 from llm_surgeon.fisher import Damping, Diagonal
-from llm_surgeon.models.family import Anatomy, LinearLayer
+from llm_surgeon.models.family import LinearLayer
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.selection import KeepMask
 
@@ -46,20 +45,13 @@ class DiagonalCurvature:
         return sum(item.total.nbytes for item in self._sums.values())
 
 
-def estimate_diagonal(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    keep: Mapping[str, KeepMask],
-    tokens: Tokens,
-    how: Estimation,
-    advance: Advance,
-) -> DiagonalCurvature:
+def estimate_diagonal(task: Task) -> DiagonalCurvature:
     """The exact diagonal for every layer from one pass."""
     sums = {}
     with Hooks() as hooks:
-        for name, layer in anatomy.layers.items():
-            core = core_of(model, layer)
+        for name, layer in task.anatomy.layers.items():
+            core = core_of(task.model, layer)
             sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, core.weight.device)
             hooks.on_pair(core, sums[name].add)
-        result = run_pass(model, hooks, tokens, how, backward=True, advance=advance)
+        result = task.run(hooks, backward=True)
     return DiagonalCurvature(sums, result)

@@ -7,57 +7,43 @@ Eschenhagen et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from transformers import PreTrainedModel
-
 from llm_surgeon.curvature.factors import InputSum, KroneckerFactors
 from llm_surgeon.curvature.gram import GramSum
 from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.passes import Advance, Estimation, Tokens, run_pass
-from llm_surgeon.models.family import Anatomy, LinearLayer
+from llm_surgeon.curvature.passes import Task
+from llm_surgeon.models.family import LinearLayer
 from llm_surgeon.models.matrix import core_of
-from llm_surgeon.selection import KeepMask
 
 
-def estimate_kfac(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    keep: Mapping[str, KeepMask],
-    tokens: Tokens,
-    how: Estimation,
-    advance: Advance,
-) -> KroneckerFactors:
+def estimate_kfac(task: Task) -> KroneckerFactors:
     """The factors of all layers from one pass; gradients only if the curvature is ``kfac``."""
     inputs: dict[str, InputSum] = {}
     gradients: dict[str, GramSum] = {}
-    backward = how.curvature == "kfac"
+    backward = task.how.curvature == "kfac"
     groups: dict[str, list[LinearLayer]] = {}
-    for layer in anatomy.layers.values():
+    for layer in task.anatomy.layers.values():
         groups.setdefault(layer.input_group, []).append(layer)
     with Hooks() as hooks:
         for group, readers in groups.items():
-            inputs[group] = _watch_input(model, hooks, readers, keep)
+            inputs[group] = _watch_input(task, hooks, readers)
         if backward:
-            for name, layer in anatomy.layers.items():
-                core = core_of(model, layer)
-                gradients[name] = GramSum(int(keep[name].rows.sum()), core.weight.device)
+            for name, layer in task.anatomy.layers.items():
+                core = core_of(task.model, layer)
+                gradients[name] = GramSum(int(task.keep[name].rows.sum()), core.weight.device)
                 hooks.on_gradient(core, gradients[name].add)
-        result = run_pass(model, hooks, tokens, how, backward=backward, advance=advance)
+        result = task.run(hooks, backward=backward)
     full_width = frozenset(group for group, readers in groups.items() if len(readers) > 1)
     return KroneckerFactors(inputs, gradients, full_width, result)
 
 
-def _watch_input(
-    model: PreTrainedModel, hooks: Hooks, readers: list[LinearLayer], keep: Mapping[str, KeepMask]
-) -> InputSum:
+def _watch_input(task: Task, hooks: Hooks, readers: list[LinearLayer]) -> InputSum:
     """Watch a shared input where it is still whole, an input with one reader where only its columns are left."""
     first = readers[0]
-    core = core_of(model, first)
+    core = core_of(task.model, first)
     if len(readers) > 1:
-        module, size = model.get_submodule(first.name), first.columns
+        module, size = task.model.get_submodule(first.name), first.columns
     else:
-        module, size = core, int(keep[first.name].columns.sum())
+        module, size = core, int(task.keep[first.name].columns.sum())
     total = InputSum(size, any(layer.bias for layer in readers), core.weight.device)
     hooks.on_input(module, total.add)
     return total

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks, with_bias
-from llm_surgeon.curvature.passes import Advance, Estimation, PassResult, Tokens, run_pass
+from llm_surgeon.curvature.passes import Estimation, PassResult, Task
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo
 from llm_surgeon.kronecker_sum import kronecker_sum_bytes
-from llm_surgeon.models.family import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.family import LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.nearest_kronecker import (
     Pair,
@@ -74,36 +73,6 @@ class NearestCurvature:
         return a[columns][:, columns]
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What all passes have in common."""
-
-    model: PreTrainedModel
-    anatomy: Anatomy
-    tokens: Tokens
-    how: Estimation
-    advance: Advance
-
-    def half_step(self, step: HalfStep, opposite: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], PassResult]:
-        """Sums over all tokens of a half step, for every layer."""
-        totals: dict[str, Tensor] = {}
-        with Hooks() as hooks:
-            for name, layer in self.anatomy.layers.items():
-                hooks.on_pair(core_of(self.model, layer), self._adder(step, layer, opposite[name], totals))
-            result = run_pass(self.model, hooks, self.tokens, self.how, backward=True, advance=self.advance)
-        return totals, result
-
-    @staticmethod
-    def _adder(
-        step: HalfStep, layer: LinearLayer, opposite: Tensor, totals: dict[str, Tensor]
-    ) -> Callable[[Tensor, Tensor], None]:
-        def add(inputs: Tensor, gradients: Tensor) -> None:
-            part = step(with_bias(inputs, layer.bias), gradients, opposite)
-            totals[layer.name] = totals[layer.name].add_(part) if layer.name in totals else part
-
-        return add
-
-
 def passes_needed(how: Estimation, warm: bool) -> int:
     """Passes over the data that an estimation takes."""
     return 2 * TERMS[how.curvature] * _iterations(how, warm) if how.curvature in TERMS else 1
@@ -114,32 +83,26 @@ def _iterations(how: Estimation, warm: bool) -> int:
     return 1 if warm else how.iterations
 
 
-def estimate_nearest(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    keep: Mapping[str, KeepMask],
-    tokens: Tokens,
-    how: Estimation,
-    advance: Advance,
-    previous: NearestCurvature | None,
-) -> NearestCurvature:
+def estimate_nearest(task: Task, previous: NearestCurvature | None) -> NearestCurvature:
     """Power iteration for one term after the other, each on what the terms before leave.
 
-    Arguments are those of ``estimate``; ``previous`` is the estimate of the last shot, to set out from.
+    Args:
+        task: What to work on.
+        previous: The estimate of the last shot, to set out from.
 
     Raises:
         ConfigError: If the factors and their decomposition would not fit into memory; says how much they need.
     """
-    check_affordable(model, anatomy, keep, TERMS[how.curvature])
-    task = _Task(model, anatomy, tokens, how, advance)
-    terms: dict[str, list[Pair]] = {name: [] for name in anatomy.layers}
+    layers, how = task.anatomy.layers, task.how
+    check_affordable(task)
+    terms: dict[str, list[Pair]] = {name: [] for name in layers}
     for term in range(TERMS[how.curvature]):
-        inputs = {name: _start(model, layer, keep[name], previous, term) for name, layer in anatomy.layers.items()}
+        inputs = {name: _start(task, layer, previous, term) for name, layer in layers.items()}
         for _ in range(_iterations(how, previous is not None)):
-            totals, result = task.half_step(gradient_half_step, inputs)
+            totals, result = _half_step(task, gradient_half_step, inputs)
             count = result.tokens * result.gradients_per_token
             gradients = {name: finished_half_step(totals[name], count, inputs[name], terms[name])[0] for name in terms}
-            totals, result = task.half_step(input_half_step, gradients)
+            totals, result = _half_step(task, input_half_step, gradients)
             finished = {
                 name: finished_half_step(totals[name], count, gradients[name], [(a, g) for g, a in terms[name]])
                 for name in terms
@@ -147,26 +110,44 @@ def estimate_nearest(
             inputs = {name: factor for name, (factor, _) in finished.items()}
         for name, (factor, sigma) in finished.items():
             terms[name].append(balanced_pair(gradients[name], factor, sigma))
-    return NearestCurvature(terms, dict(keep), result)
+    return NearestCurvature(terms, dict(task.keep), result)
 
 
-def _start(
-    model: PreTrainedModel, layer: LinearLayer, keep: KeepMask, previous: NearestCurvature | None, term: int
-) -> Tensor:
+def _half_step(task: Task, step: HalfStep, opposite: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], PassResult]:
+    """Sums over all tokens of a half step, for every layer."""
+    totals: dict[str, Tensor] = {}
+    with Hooks() as hooks:
+        for name, layer in task.anatomy.layers.items():
+            hooks.on_pair(core_of(task.model, layer), _adder(step, layer, opposite[name], totals))
+        result = task.run(hooks, backward=True)
+    return totals, result
+
+
+def _adder(
+    step: HalfStep, layer: LinearLayer, opposite: Tensor, totals: dict[str, Tensor]
+) -> Callable[[Tensor, Tensor], None]:
+    def add(inputs: Tensor, gradients: Tensor) -> None:
+        part = step(with_bias(inputs, layer.bias), gradients, opposite)
+        totals[layer.name] = totals[layer.name].add_(part) if layer.name in totals else part
+
+    return add
+
+
+def _start(task: Task, layer: LinearLayer, previous: NearestCurvature | None, term: int) -> Tensor:
     if previous is not None:
-        return previous.start(layer, keep, term)
-    core = core_of(model, layer)
+        return previous.start(layer, task.keep[layer.name], term)
+    core = core_of(task.model, layer)
     return torch.eye(core.in_features + layer.bias, device=core.weight.device)
 
 
-def check_affordable(model: PreTrainedModel, anatomy: Anatomy, keep: Mapping[str, KeepMask], terms: int) -> None:
+def check_affordable(task: Task) -> None:
     """Refuse before any work what would not fit.
 
     Raises:
         ConfigError: With the estimate in GiB.
     """
-    device = next(model.parameters()).device
-    sizes = [(*keep[name].shape, layer.bias) for name, layer in anatomy.layers.items()]
+    device, terms = next(task.model.parameters()).device, TERMS[task.how.curvature]
+    sizes = [(*task.keep[name].shape, layer.bias) for name, layer in task.anatomy.layers.items()]
     # The terms, one more while it is summed, and its parts.
     held = sum((terms + 2) * (rows**2 + (columns + bias) ** 2) * 4 for rows, columns, bias in sizes)
     if terms > 1:

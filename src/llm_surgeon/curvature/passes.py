@@ -8,7 +8,7 @@ Fisher takes the text's own next tokens as labels; the true Fisher samples them 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.methods import CurvatureName
+from llm_surgeon.models.family import Anatomy
 from llm_surgeon.models.head import backward as back_propagate
 from llm_surgeon.models.head import head_loss, label_positions, last_states, sample_labels
 from llm_surgeon.models.modes import arithmetic, frozen
+from llm_surgeon.selection import KeepMask
 
 Advance = Callable[[int], None]
 
@@ -62,6 +64,35 @@ class PassResult:
     loss: float
     tokens: int
     gradients_per_token: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an estimator works on.
+
+    Attributes:
+        model: The model, as pruned so far.
+        anatomy: Its prunable layers.
+        keep: Rows and columns that are left of them; agrees with the model.
+        tokens: Calibration tokens.
+        how: Which approximation, and how.
+        advance: Called with the number of tokens after each batch.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    keep: Mapping[str, KeepMask]
+    tokens: Tokens
+    how: Estimation
+    advance: Advance
+
+    def run(self, hooks: Hooks, *, backward: bool) -> PassResult:
+        """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
+
+        Raises:
+            NonFiniteError: If the loss is not finite.
+        """
+        return run_pass(self.model, hooks, self.tokens, self.how, backward=backward, advance=self.advance)
 
 
 def run_pass(

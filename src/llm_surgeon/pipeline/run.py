@@ -208,10 +208,12 @@ def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
     anatomy = examine(skeleton, family, config.ignore)
     check_structure(config, anatomy)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
-    gone = config.sparsity * anatomy.prunable_weights if config.structure == "rows-columns" else 0
-    kept = count_parameters(skeleton) - gone
-    exports = 1 + len(set(config.export_shots) - {config.shots})
-    check_disk_space(out, exports * (int(kept * dtype.itemsize) + _SMALL_FILES))
+    schedule = config.sparsity_schedule if config.structure == "rows-columns" else [0.0] * config.shots
+    needed = 0
+    for shot in {*config.export_shots, config.shots}:
+        kept = count_parameters(skeleton) - schedule[shot - 1] * anatomy.prunable_weights
+        needed += int(kept * dtype.itemsize) + _SMALL_FILES
+    check_disk_space(out, needed)
 
 
 def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
