@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llm_surgeon.records import LayerRecord, PruneReport
+from llm_surgeon.report.card import model_name
 from llm_surgeon.report.table import scaled
 
 # Colours of the palette by Okabe and Ito, which colour-blind readers can tell apart; viridis is safe as it is.
@@ -39,7 +40,7 @@ def kept_fraction_png(report: PruneReport, path: Path) -> None:
 def _title(report: PruneReport) -> str:
     dense = report.dense_size.prunable
     kept = report.shots[-1].size.prunable if report.shots else dense
-    return f"{report.model}: {scaled(kept)} of {scaled(dense)} prunable weights kept ({100 * kept / dense:.1f} %)"
+    return f"{model_name(report.model)}: {scaled(kept)} of {scaled(dense)} prunable weights kept ({100 * kept / dense:.1f} %)"
 
 
 def kept_by_kind(layers: tuple[LayerRecord, ...]) -> tuple[list[str], np.ndarray]:
