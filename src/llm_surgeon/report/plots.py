@@ -40,7 +40,8 @@ def kept_fraction_png(report: PruneReport, path: Path) -> None:
 def _title(report: PruneReport) -> str:
     dense = report.dense_size.prunable
     kept = report.shots[-1].size.prunable if report.shots else dense
-    return f"{model_name(report.model)}: {scaled(kept)} of {scaled(dense)} prunable weights kept ({100 * kept / dense:.1f} %)"
+    share = f"{100 * kept / dense:.1f} %"
+    return f"{model_name(report.model)}: {scaled(kept)} of {scaled(dense)} prunable weights kept ({share})"
 
 
 def kept_by_kind(layers: tuple[LayerRecord, ...]) -> tuple[list[str], np.ndarray]:
