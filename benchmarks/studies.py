@@ -69,7 +69,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         {
             ("all together" if not size else f"groups of {size}"): ONE_SHOT
             | {"structure": "unstructured", "max_correlations": size}
-            for size in (0, 1, 16, 64, 256, 1024)
+            for size in (0, 1, 16, 64, 256)
         }
         | {
             f"all together, {steps} steps": ONE_SHOT | {"structure": "unstructured", "update_steps": steps}
