@@ -40,7 +40,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
         {name: {"method": name} for name in METHODS}
-        | {"surgeon, raw cost": {"rank_by": "cost"}, "k-obd, raw cost": {"method": "k-obd", "rank_by": "cost"}},
+        | {f"{name}, raw cost": {"method": name, "rank_by": "cost"} for name in METHODS},
     ),
     "unstructured": (
         "Methods, single weights, five shots to 50 %",
