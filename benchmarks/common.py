@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 from llm_surgeon import PruneConfig, PruneReport, prune
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
-from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline import job, shots
 from llm_surgeon.report.progress import RichProgress
 
@@ -38,7 +37,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 class _Remembered:
-    """The same curvature and the same perplexity of the dense model need not be computed for every variant."""
+    """A function that computes what ``key`` names once; of what is None it remembers nothing."""
 
     def __init__(self, function: Any, key: Any) -> None:
         self._function, self._key, self._results = function, key, {}
@@ -53,26 +52,26 @@ class _Remembered:
         return self._results[key]
 
 
+_one_shot = False
+
+
 def share_dense_work() -> None:
     """Estimate the dense model's curvature once per process for all one-shot runs, its perplexity once for all runs.
 
     Only for processes that use one model, one set of texts and one setting of them throughout. The seconds of
-    curvature are then those of the run that estimated it, and zero in the others.
+    curvature are then those of the run that estimated it, and next to nothing in the others.
     """
-    shots.estimate = _Remembered(shots.estimate, _of_a_first_shot)
+    # The Estimation is the fifth argument of estimate, the description the fourth of measure.
+    shots.estimate = _Remembered(shots.estimate, lambda *a: a[4] if _one_shot else None)
     job.measure = _Remembered(job.measure, lambda *a: "dense" if a[3].startswith("dense") else None)
-
-
-def _of_a_first_shot(model: Any, anatomy: Any, keep: Any, tokens: Any, how: Any, *_rest: Any) -> Any:
-    weights = sum(mask.weights for mask in keep.values())
-    zeros = any(bool((core_of(model, layer).weight == 0).sum() > 100) for layer in anatomy.layers.values())
-    return how if weights == anatomy.prunable_weights and not zeros else None
 
 
 def run(options: dict[str, Any]) -> PruneReport:
     """Prune the demo model in memory by a recipe."""
     source = resolve_source("demo")
     config = PruneConfig.from_mapping(options)
+    global _one_shot
+    _one_shot = config.shots == 1
     return prune(load_model(source), load_tokenizer(source), config, progress=RichProgress(), source="demo")
 
 
