@@ -129,50 +129,59 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         at = dict(zip([round(size / 10) * 10 for size in item["size"]], item["perplexity"], strict=True))
         phases = [item[f"{phase}_s"] for phase in ("curvature", "selection", "update", "correction")]
         means = [sum(phase) / len(phase) for phase in phases]
+        if means[0] < 0.05 and len(item["size"]) == 1 and "identity" not in name:
+            # It was estimated once for all one-shot variants of a process; each would have needed it.
+            means[0] = max(other["curvature_s"][0] for other in variants.values())
         share = f"{100 * means[2] / sum(means):.0f} %"
         rows.append([name, *(at.get(size) for size in sizes), *(f"{mean:.1f}" for mean in means), share])
     heading = ["", *(f"{size} %" for size in sizes), "curvature s", "selection s", "update s", "correction s", "update"]
     return (
         f"# {title}\n\nSmolLM2-135M-Instruct, perplexity at each size (prunable weights kept; dense "
-        f"{result['dense_perplexity']}), mean seconds of a shot by phase, and the update's share of them. "
-        f"{result['date']}, {result['machine']}. Command: `{result['command']}`. Times of one study are of one "
-        f"machine, but may be of several days.\n\n{table(heading, rows)}\n"
+        f"{result['dense_perplexity']}), mean seconds of a shot by phase, and the update's share of them. Variants of "
+        "one shot share one curvature estimate in a process, whose time is given for each. "
+        f"{result['date']}, {result['machine']}. Command: `{result['command']}`.\n\n{table(heading, rows)}\n"
     )
 
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
-    """Perplexity against size where there are several sizes, else bars."""
+    """Perplexity against size where there are several sizes, else one point per variant beside the dense model."""
     picture = figure()
     axes = picture.subplots()
     variants = result["variants"]
     if any(len(item["size"]) > 1 for item in variants.values()):
+        value_axis = axes.yaxis
         for number, (label, item) in enumerate(variants.items()):
             style = {"marker": "o", "linestyle": "--" if number >= len(COLOURS) else "-"}
             axes.plot(item["size"], item["perplexity"], color=COLOURS[number % len(COLOURS)], label=label, **style)
         axes.invert_xaxis()
         axes.set_xlabel("prunable weights kept (%)")
-        axes.set_ylabel("perplexity")
+        axes.set_ylabel("perplexity (log scale)")
         axes.set_yscale("log")
-        for axis in (axes.yaxis,):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(
-                FuncFormatter(lambda value, _: f"{value:g}") if _narrow(variants) else NullFormatter()
-            )
-        axes.legend(frameon=False)
-        axes.grid(color="0.9")
+        axes.legend(frameon=False, loc="best")
     else:
+        value_axis = axes.xaxis
         values = [item["perplexity"][-1] for item in variants.values()]
-        bars = axes.barh(list(variants), values, color=COLOURS[0])
-        axes.bar_label(bars, fmt="%.4g", padding=3)
+        axes.axvline(result["dense_perplexity"], color=COLOURS[1], linestyle="--", label="dense")
+        axes.plot(values, list(variants), "o", color=COLOURS[0])
+        for variant, value in zip(variants, values, strict=True):
+            axes.annotate(f"{value:.4g}", (value, variant), (7, 0), textcoords="offset points", va="center")
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.invert_yaxis()
         axes.set_xlabel("perplexity (log scale)")
+        axes.legend(frameon=False)
+    value_axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    value_axis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:,g}") if _narrow(variants) else NullFormatter()
+    )
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
     axes.set_title(title)
     picture.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 def _narrow(variants: dict[str, Any]) -> bool:
+    """Whether powers of ten alone would leave the axis nearly without numbers."""
     values = [value for item in variants.values() for value in item["perplexity"]]
     return max(values) < 10 * min(values)
 
