@@ -139,7 +139,8 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         f"# {title}\n\nSmolLM2-135M-Instruct, perplexity at each size (prunable weights kept; dense "
         f"{result['dense_perplexity']}), mean seconds of a shot by phase, and the update's share of them. Variants of "
         "one shot share one curvature estimate in a process, whose time is given for each. "
-        f"{result['date']}, {result['machine']}. Command: `{result['command']}`.\n\n{table(heading, rows)}\n"
+        f"{result['date']}, {result['machine']}. Command: `{result['command']}`. {result.get('note', '')}\n\n"
+        f"{table(heading, rows)}\n"
     )
 
 
