@@ -131,7 +131,7 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         means = [sum(phase) / len(phase) for phase in phases]
         if means[0] < 0.05 and len(item["size"]) == 1 and "identity" not in name:
             # It was estimated once for all one-shot variants of a process; each would have needed it.
-            means[0] = max(other["curvature_s"][0] for other in variants.values())
+            means[0] = max(other["curvature_s"][0] for other in variants.values() if len(other["size"]) == 1)
         share = f"{100 * means[2] / sum(means):.0f} %"
         rows.append([name, *(at.get(size) for size in sizes), *(f"{mean:.1f}" for mean in means), share])
     heading = ["", *(f"{size} %" for size in sizes), "curvature s", "selection s", "update s", "correction s", "update"]
