@@ -6,7 +6,8 @@ Studies: structured (methods, rows and columns; paper, Table 1), unstructured an
 weights and 2:4), shots (Table 9), correlations and groups (independent against correlated updates, rows and columns
 in five shots, single weights in one, with the time of the update by size of group), dampings (both, in both orders),
 curvatures, corrections. Variants that are in the result already are not run again; remove the JSON file to start
-afresh. Writes benchmarks/results/STUDY.json, .md and .png.
+afresh. A variant whose recipe another study has run is taken from there, times included. Writes
+benchmarks/results/STUDY.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from common import COLOURS, PROTOCOL, RESULTS, circumstances, figure, finished, run, share_dense_work, table, write
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from llm_surgeon import PruneReport
+from llm_surgeon import PruneConfig, PruneReport
 from llm_surgeon.methods import METHODS
 from llm_surgeon.runtime import keep_freed_memory
 
@@ -120,6 +121,19 @@ def record(report: PruneReport) -> dict[str, Any]:
     }
 
 
+def measured(options: dict[str, Any], texts: dict[str, str]) -> tuple[dict[str, Any], float]:
+    """Record and dense perplexity of a variant: of any study that has run the same recipe, else of a run."""
+    recipe = PruneConfig.from_mapping(PROTOCOL | options)
+    for study in STUDIES:
+        result = finished(study)
+        for variant, item in result.get("variants", {}).items():
+            if PruneConfig.from_mapping(result["protocol"] | result["options"][variant]) == recipe:
+                return item, result["dense_perplexity"]
+    report = run(PROTOCOL | texts | options)
+    assert report.dense_perplexity is not None
+    return record(report), round(report.dense_perplexity.perplexity, 2)
+
+
 def markdown(title: str, result: dict[str, Any]) -> str:
     """One row per variant: perplexity after each shot, mean seconds of a shot by phase, and the update's share."""
     variants = result["variants"]
@@ -200,17 +214,15 @@ def main() -> None:
     name = arguments.study
     title, variants = STUDIES[name]
     before = finished(name).get("variants", {})
+    texts = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
     for variant, options in variants.items():
         if variant in before or (arguments.only and variant not in arguments.only):
             continue
-        texts = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
-        report = run(PROTOCOL | texts | options)
-        before[variant] = record(report)
-        assert report.dense_perplexity is not None
+        before[variant], dense_perplexity = measured(options, texts)
         result = circumstances(f"python benchmarks/studies.py {name} CALIBRATION.txt EVALUATION.txt") | {
             "protocol": PROTOCOL,
             "options": variants,
-            "dense_perplexity": round(report.dense_perplexity.perplexity, 2),
+            "dense_perplexity": dense_perplexity,
             "variants": {known: before[known] for known in variants if known in before},
         }
         write(name, result, markdown(title, result))

@@ -164,9 +164,13 @@ class PruneConfig(BaseModel):
         """Sparsity after each shot, linear from dense to the target (paper, Alg. 2)."""
         return [self.sparsity * shot / self.shots for shot in range(1, self.shots + 1)]
 
+    def resolved(self) -> dict[str, Any]:
+        """Every option with the value that it has in the run; ``from_mapping`` of it gives the same run."""
+        return self.model_dump(mode="json") | {"curvature": self.resolved_curvature}
+
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML; ``from_mapping`` of it gives the same configuration."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> PruneConfig:

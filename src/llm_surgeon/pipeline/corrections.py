@@ -83,7 +83,8 @@ def correct(
     """Train low-rank adapters on every prunable layer and absorb them into the weights, in place.
 
     The loss is the mean negative log-likelihood of the next tokens. Biases, removed weights and all other parameters
-    stay as they are. On any error, a KeyboardInterrupt included, so does the whole model.
+    stay as they are. On an error, so does the whole model; an interrupt in the
+    instant in which the corrected weights take their places may leave some of them corrected.
 
     Args:
         model: The model, as pruned so far.

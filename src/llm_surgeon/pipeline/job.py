@@ -66,7 +66,7 @@ def run_job(
         return PruneReport(
             model=job.source,
             family=job.anatomy.family.model_type,
-            config=job.config.model_dump(mode="json"),
+            config=job.config.resolved(),
             calibration=job.texts.calibration.provenance,
             dense_size=size,
             dense_perplexity=dense,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -58,8 +58,8 @@ class Structure(Protocol):
     def scored(self, costs: Mapping[str, Any], selection: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores of all candidates, and which of them go, tensor by tensor: for the record."""
 
-    def matrix_after(self, layer: LinearLayer, weight: Tensor, fisher: Fisher, selection: Any) -> Tensor:
-        """A layer's matrix after the removal, with the bias as last column."""
+    def matrix_after(self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: Any) -> Tensor:
+        """A layer's matrix after the removal, with the bias as last column; makes the Fisher if it needs it."""
 
     def shapes_after(self, selection: Any) -> Mapping[str, KeepMask]:
         """Rows and columns that the matrices have once the selection is gone."""
@@ -142,7 +142,9 @@ class RowsColumns:
                 alive = keep.axis(axis)
                 yield scores.axis(axis)[alive], ~selection.keep[name].axis(axis)[alive]
 
-    def matrix_after(self, layer: LinearLayer, weight: Tensor, fisher: Fisher, selection: Selection) -> Tensor:
+    def matrix_after(
+        self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: Selection
+    ) -> Tensor:
         """The kept rows and columns, ``[kept rows, kept columns (+ bias)]``."""
         before, after, chosen = self.masks[layer.name], selection.keep[layer.name], selection.chosen[layer.name]
         rows = _split(before.rows, after.rows, chosen.rows, weight.device)
@@ -152,7 +154,7 @@ class RowsColumns:
             columns = Split(torch.cat([columns.kept, last]), columns.removed)
         if not self._config.correlated or not len(rows.removed) + len(columns.removed):
             return weight[rows.kept][:, columns.kept]
-        return fisher.remove_rows_and_columns(weight, rows, columns, _solver(self._config))
+        return fisher().remove_rows_and_columns(weight, rows, columns, _solver(self._config))
 
     def shapes_after(self, selection: Selection) -> Mapping[str, KeepMask]:
         """Smaller ones."""
@@ -201,7 +203,9 @@ class Elements:
             after = selection.keep[name].elements
             yield scores, ~(after[keep.elements] if self._pattern is None else whole_groups(keep, after, self._pattern))
 
-    def matrix_after(self, layer: LinearLayer, weight: Tensor, fisher: Fisher, selection: ElementSelection) -> Tensor:
+    def matrix_after(
+        self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: ElementSelection
+    ) -> Tensor:
         """The whole matrix, zero where nothing is kept."""
         before, kept = self.masks[layer.name].elements, selection.keep[layer.name].elements
         if torch.equal(before, kept):
@@ -212,7 +216,7 @@ class Elements:
         if not self._config.correlated:
             return weight * kept
         with products(self._config.precision):
-            return fisher.remove_elements(weight, kept, _solver(self._config))
+            return fisher().remove_elements(weight, kept, _solver(self._config))
 
     def shapes_after(self, selection: ElementSelection) -> Mapping[str, KeepMask]:
         """The same as before."""
