@@ -11,12 +11,24 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.methods import METHODS, CurvatureName, MethodName, resolve_curvature
+from llm_surgeon.methods import (
+    LAYERWISE,
+    METHODS,
+    CurvatureName,
+    LayerwiseScope,
+    method_names,
+    resolve_curvature,
+)
 from llm_surgeon.pattern import Pattern
 
 RankBy = Literal["cost-per-weight", "cost"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["bfloat16", "float32"]
+LayerBudget = Literal["uniform", "owl"]
+Refine = Literal["none", "dsnot", "r2-dsnot"]
+Reweight = Literal["grow", "prune", "both"]
+
+_ROWS_COLUMNS, _UNSTRUCTURED = "rows-columns", "unstructured"
 
 
 class PruneConfig(BaseModel):
@@ -40,7 +52,11 @@ class PruneConfig(BaseModel):
         description="What is removed as a unit: rows-columns (really smaller), unstructured (single weights become "
         "zero) or N:M, which keeps N of every M consecutive inputs, e.g. 2:4.",
     )
-    method: MethodName = Field("surgeon", description=f"One of {', '.join(METHODS)}.")
+    method: str = Field(
+        "surgeon",
+        description=f"Global: {', '.join(METHODS)}. Layer-wise: {', '.join(LAYERWISE)}; these are for unstructured "
+        "(their default) and N:M.",
+    )
     curvature: CurvatureName | None = Field(
         None,
         description="Approximation of the Fisher, unset: the method's own. kfac, nearest-kronecker, kronecker-sum (two "
@@ -53,7 +69,9 @@ class PruneConfig(BaseModel):
     kronecker_iterations: int = Field(
         2, ge=1, description="Power iterations of nearest-kronecker and kronecker-sum; two passes over the data each."
     )
-    shots: int = Field(5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each.")
+    shots: int = Field(
+        5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each. 1 if layer-wise."
+    )
     rank_by: RankBy = Field(
         "cost-per-weight", description="Rank structures by cost-per-weight freed, or by cost, the paper's raw one."
     )
@@ -77,6 +95,32 @@ class PruneConfig(BaseModel):
     )
     update_steps: int = Field(
         20, ge=1, description="Conjugate-gradient steps of the update of unstructured and N:M pruning, at most."
+    )
+    scope: LayerwiseScope | None = Field(
+        None,
+        description="What the weights are compared within by a layer-wise score: row, layer or global (unset: the "
+        "method's own).",
+    )
+    layer_budget: LayerBudget = Field(
+        "uniform", description="Sparsity of the layers: uniform, or owl (blocks with more outliers keep more)."
+    )
+    owl_multiple: float = Field(5.0, gt=0.0, description="An outlier has more than so many times its block's mean.")
+    owl_spread: float = Field(0.08, gt=0.0, lt=0.5, description="How far sparsities differ from their mean, at most.")
+    score_alpha: float = Field(0.5, ge=0.0, description="Exponent of the input norm in ria and stochria.")
+    score_norm: float = Field(2.0, gt=0.0, description="The p of lp-ri.")
+    score_ratio: float = Field(0.1, gt=0.0, le=1.0, description="Share of rows and columns that stochria draws.")
+    score_activation: bool = Field(True, description="Whether stochria has ria's factor of input norms.")
+    sparsegpt_block: int = Field(128, ge=1, description="Columns whose mask sparsegpt chooses together.")
+    refine: Refine = Field(
+        "none", description="Refinement of a score's mask without training: none, dsnot or r2-dsnot."
+    )
+    refine_cycles: int = Field(50, ge=1, description="Swaps of a row, at most.")
+    refine_threshold: float = Field(0.1, ge=0.0, description="Expected error at which a row is left alone.")
+    refine_reweight: Reweight = Field(
+        "grow", description="Which step of r2-dsnot weighs relatively: grow, prune or both."
+    )
+    permute: bool = Field(
+        False, description="For N:M: order input channels so that important weights spread over the groups."
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N.")
@@ -117,22 +161,31 @@ class PruneConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _sparsity_of_pattern(cls, values: Any) -> Any:
-        pattern = Pattern.parse(values.get("structure")) if isinstance(values, dict) else None
-        if pattern is not None and values.get("sparsity") is None:
-            return values | {"sparsity": pattern.sparsity}
-        return values
+    def _defaults_that_depend(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        if _goes_layerwise(given):
+            given = {"structure": _UNSTRUCTURED, "shots": 1} | given
+        pattern = Pattern.parse(given.get("structure"))
+        return given if pattern is None else {"sparsity": pattern.sparsity} | given
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method: str) -> str:
+        if method not in method_names():
+            raise ValueError(f"valid are {', '.join(method_names())}")
+        return method
 
     @field_validator("structure")
     @classmethod
     def _check_structure(cls, structure: str) -> str:
-        if structure not in ("rows-columns", "unstructured") and Pattern.parse(structure) is None:
+        if structure not in (_ROWS_COLUMNS, _UNSTRUCTURED) and Pattern.parse(structure) is None:
             raise ValueError("valid are rows-columns, unstructured, and N:M with 0 < N < M, such as 2:4 or 4:8")
         return structure
 
     @model_validator(mode="after")
     def _check_together(self) -> PruneConfig:
-        curvature = resolve_curvature(self.method, self.curvature)
         if self.pattern is not None and self.sparsity > self.pattern.sparsity + 1e-12:
             raise ValueError(
                 f"a sparsity of {self.sparsity:g} is more than {self.structure} can reach, which is "
@@ -140,9 +193,52 @@ class PruneConfig(BaseModel):
             )
         if any(not 1 <= shot <= self.shots for shot in self.export_shots):
             raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")
+        if self.layerwise:
+            self._check_layerwise()
+        else:
+            self._check_global()
+        return self
+
+    def _check_global(self) -> None:
+        """What no global method can do.
+
+        Raises:
+            ValueError: Naming the options that do not go together.
+        """
+        curvature = resolve_curvature(self.method, self.curvature)
         if curvature == "kronecker-sum" and self.max_correlations:
             raise ValueError("the kronecker-sum curvature updates all together: max_correlations has to be 0")
-        return self
+        asked = _layerwise_options(vars(self))
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)} is for the layer-wise methods ({', '.join(LAYERWISE)}), not for {self.method}"
+            )
+
+    def _check_layerwise(self) -> None:
+        """What no layer-wise method, or not this one, can do.
+
+        Raises:
+            ValueError: Naming the options that do not go together.
+        """
+        pattern, solver = self.pattern, LAYERWISE[self.method].scope is None
+        if self.structure == _ROWS_COLUMNS:
+            raise ValueError(
+                f"{self.method} as a layer-wise method removes single weights: structure is unstructured or N:M"
+            )
+        if self.curvature is not None:
+            resolve_curvature(self.method, self.curvature)
+        if self.shots != 1:
+            raise ValueError(f"{self.method} goes through the layers once: shots has to be 1 (got {self.shots})")
+        if pattern is not None and self.sparsity != pattern.sparsity:
+            raise ValueError(f"{self.method} with {self.structure} removes {pattern.sparsity:g}: leave sparsity out")
+        if pattern is not None and (self.scope or self.layer_budget != "uniform"):
+            raise ValueError("N:M compares within its groups and is the same in all layers: no scope, no layer_budget")
+        if self.permute and pattern is None:
+            raise ValueError("permute is for N:M")
+        if solver and (self.scope or self.refine != "none"):
+            raise ValueError(f"{self.method} has its own masks and updates: no scope, no refine")
+        if self.resolved_scope == "global" and self.layer_budget != "uniform" and pattern is None:
+            raise ValueError("a global scope gives each layer its own sparsity: no layer_budget")
 
     @property
     def pattern(self) -> Pattern | None:
@@ -150,13 +246,23 @@ class PruneConfig(BaseModel):
         return Pattern.parse(self.structure)
 
     @property
-    def resolved_curvature(self) -> CurvatureName:
-        """The curvature of the run: the one named, or the method's own."""
-        return resolve_curvature(self.method, self.curvature)
+    def layerwise(self) -> bool:
+        """Whether the run goes layer by layer; magnitude does if asked for what only layer-wise methods do."""
+        return _goes_layerwise(vars(self))
+
+    @property
+    def resolved_scope(self) -> LayerwiseScope | None:
+        """What a layer-wise method compares weights within: what is asked for, or its own; None if it has none."""
+        return self.scope or LAYERWISE[self.method].scope
+
+    @property
+    def resolved_curvature(self) -> CurvatureName | None:
+        """The curvature of the run: the one named, or the method's own; None for layer-wise methods."""
+        return None if self.layerwise else resolve_curvature(self.method, self.curvature)
 
     @property
     def correlated(self) -> bool:
-        """Whether the method's costs and updates know of correlations."""
+        """Whether a global method's costs and updates know of correlations."""
         return METHODS[self.method].correlated
 
     @property
@@ -166,7 +272,10 @@ class PruneConfig(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Every option with the value that it has in the run; ``from_mapping`` of it gives the same run."""
-        return self.model_dump(mode="json") | {"curvature": self.resolved_curvature}
+        return self.model_dump(mode="json") | {
+            "curvature": self.resolved_curvature,
+            "scope": self.resolved_scope if self.layerwise and self.pattern is None else None,
+        }
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
@@ -188,6 +297,20 @@ class PruneConfig(BaseModel):
             raise ConfigError(
                 f"The recipe is not valid: {problems}.", f"{known}`llm-surgeon prune --help` explains each option."
             ) from None
+
+
+def _layerwise_options(values: Mapping[str, Any]) -> list[str]:
+    """Which options that only layer-wise methods have are on."""
+    off = {"scope": (None, "global"), "layer_budget": ("uniform",), "refine": ("none",), "permute": (False,)}
+    return [name for name, without in off.items() if values.get(name, without[0]) not in without]
+
+
+def _goes_layerwise(values: Mapping[str, Any]) -> bool:
+    """Whether a method goes layer by layer; one that is of both kinds does if asked for what only that kind has."""
+    method = values.get("method")
+    if not isinstance(method, str) or method not in LAYERWISE:
+        return False
+    return method not in METHODS or bool(_layerwise_options(values))
 
 
 def _problem(issue: Mapping[str, Any]) -> str:

@@ -146,6 +146,45 @@ def _first_bin_over(keys: list[Tensor], limit: int) -> tuple[int, int] | None:
     return first, int(running[first] - counts[first])
 
 
+def keep_highest(scores: Tensor, removed: int) -> Tensor:
+    """Keep all but the ``removed`` lowest scores of each row; of equal ones the first go first.
+
+    Args:
+        scores: ``[groups, n]``; a comparison group is a row.
+        removed: How many each row loses, at most n.
+
+    Returns:
+        bool ``[groups, n]``, True = kept.
+    """
+    if not removed:
+        return torch.ones_like(scores, dtype=torch.bool)
+    last = scores.kthvalue(removed, dim=1, keepdim=True).values
+    below, equal = scores < last, scores == last
+    room = removed - below.sum(1, keepdim=True)
+    if bool((equal.sum(1, keepdim=True) > room).any()):
+        equal &= equal.cumsum(1) <= room
+    return ~(below | equal)
+
+
+def keep_in_scope(scores: Tensor, sparsity: float, rowwise: bool, pattern: Pattern | None) -> Tensor:
+    """Keep the highest scores of a layer, compared within its rows, within the layer, or within groups for N:M.
+
+    Args:
+        scores: ``[R, C]``.
+        sparsity: Fraction to remove; of no concern for N:M.
+        rowwise: Whether weights are compared within a row, else within the layer.
+        pattern: N:M, which is compared within its groups.
+
+    Returns:
+        bool ``[R, C]``, True = kept.
+    """
+    if pattern is not None:
+        return keep_highest(scores.reshape(-1, pattern.group), pattern.removed).view(scores.shape)
+    if rowwise:
+        return keep_highest(scores, round(sparsity * scores.shape[1]))
+    return keep_highest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(scores.shape)
+
+
 def _remove_below(keep: ElementMask, costs: Tensor, threshold: float, pattern: Pattern | None) -> ElementMask:
     if pattern is None:
         return ElementMask(keep.elements & ~(costs.float() <= threshold))

@@ -1,16 +1,19 @@
-"""The table of methods: which curvature, whether correlations count, and which structures.
+"""The tables of methods: what each is made of, and what it can work with.
 
-A method is one row. Costs, updates and structures are shared by all of them (``fisher.py``, ``pipeline``), so adding
-a method that combines what exists means adding a row here and nothing else.
+Two kinds exist. *Global* methods need every layer's costs before one threshold; a method is one row that says which
+curvature it takes and whether correlations count, and costs, updates and structures are shared by all of them
+(``fisher.py``, ``pipeline/shots.py``). *Layer-wise* methods go from block to block, each on the outputs of the blocks
+already pruned, and take weights of each layer by a score or a solver of their own (``scores.py``, ``sparsegpt.py``,
+``pipeline/layerwise.py``). Magnitude is both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-MethodName = Literal["surgeon", "k-obd", "l-obd", "magnitude", "obs-activations"]
 CurvatureName = Literal["kfac", "nearest-kronecker", "kronecker-sum", "diagonal", "activations", "identity"]
+LayerwiseScope = Literal["row", "layer", "global"]
 
 # What estimating each curvature takes, for help texts.
 CURVATURES: dict[CurvatureName, str] = {
@@ -25,7 +28,7 @@ CURVATURES: dict[CurvatureName, str] = {
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One row of the table of global methods.
 
     Attributes:
         curvatures: What it can work with, its own default first.
@@ -39,8 +42,24 @@ class Method:
     summary: str
 
 
+@dataclass(frozen=True)
+class LayerwiseMethod:
+    """One row of the table of layer-wise methods.
+
+    Attributes:
+        scope: What weights are compared within, unless a recipe says otherwise: a row (the weights of one output), a
+            layer, or all layers. None if the method has a way of its own.
+        summary: What it is, in a few words.
+        data: Whether it looks at calibration tokens.
+    """
+
+    scope: LayerwiseScope | None
+    summary: str
+    data: bool = True
+
+
 # All work with every structure: rows and columns, single weights, N:M.
-METHODS: dict[MethodName, Method] = {
+METHODS: dict[str, Method] = {
     "surgeon": Method(("kfac", "nearest-kronecker", "kronecker-sum"), True, "LLM Surgeon"),
     "k-obd": Method(
         ("kfac", "nearest-kronecker", "kronecker-sum", "diagonal"), False, "optimal brain damage with K-FAC"
@@ -49,19 +68,39 @@ METHODS: dict[MethodName, Method] = {
     "magnitude": Method(("identity",), False, "smallest weights, no data"),
     "obs-activations": Method(("activations",), True, "layer-wise optimal brain surgeon, as in SparseGPT"),
 }
-assert tuple(METHODS) == get_args(MethodName)
+
+# All work with single weights and N:M. The scores are in ``scores.SCORES``, under the same names.
+LAYERWISE: dict[str, LayerwiseMethod] = {
+    "sparsegpt": LayerwiseMethod(None, "adaptive mask and update, column by column"),
+    "magnitude": LayerwiseMethod("global", "|W|", data=False),
+    "wanda": LayerwiseMethod("row", "|W| times the input's norm"),
+    "owanda": LayerwiseMethod("row", "|W| times the output's norm"),
+    "symwanda": LayerwiseMethod("row", "|W| times the sum of both norms"),
+    "symmetric": LayerwiseMethod("layer", "|W| times the norm of its row and column", data=False),
+    "ri": LayerwiseMethod("layer", "|W| relative to its row and column", data=False),
+    "lp-ri": LayerwiseMethod("layer", "the same with another norm", data=False),
+    "ria": LayerwiseMethod("layer", "RI times a power of the input's norm"),
+    "stochria": LayerwiseMethod("layer", "RIA with norms of random subsets"),
+}
 
 
-def resolve_curvature(method: MethodName, curvature: CurvatureName | None) -> CurvatureName:
-    """The curvature of a run: the method's own unless another is named.
+def method_names() -> list[str]:
+    """Every method, once."""
+    return list(dict.fromkeys([*METHODS, *LAYERWISE]))
+
+
+def resolve_curvature(method: str, curvature: CurvatureName | None) -> CurvatureName:
+    """The curvature of a run of a global method: the method's own unless another is named.
 
     Raises:
         ValueError: If the method cannot work with it; lists what is valid.
     """
+    valid = "; ".join(f"{name}: {', '.join(row.curvatures)}" for name, row in METHODS.items())
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} takes no curvature (got {curvature!r}); valid are {valid}")
     row = METHODS[method]
     if curvature is None:
         return row.curvatures[0]
     if curvature not in row.curvatures:
-        valid = "; ".join(f"{name}: {', '.join(row.curvatures)}" for name, row in METHODS.items())
         raise ValueError(f"method {method!r} does not work with curvature {curvature!r}; valid are {valid}")
     return curvature

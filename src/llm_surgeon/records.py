@@ -90,13 +90,14 @@ class ShotRecord(Record):
     """One shot: what it aimed at, what it removed, what it cost. Times are seconds.
 
     ``peaks`` holds the peak bytes of each phase: of the device if it is a GPU, else resident in the process.
+    ``threshold`` and ``costs`` are None for layer-wise methods, which compare nothing across layers.
     """
 
     shot: int
     target_sparsity: float
     sparsity: float
     size: Size
-    threshold: float
+    threshold: float | None
     structures_removed: int
     structures_implied: int
     loss: float | None

@@ -13,10 +13,11 @@ Receive = Callable[[Tensor], None]
 
 
 class Hooks:
-    """Hooks that hand over the tokens with a label only; removed on exit.
+    """Hooks that hand over the tokens that count only; removed on exit.
 
     Attributes:
-        positions: Flat positions with a label in the batch under way.
+        positions: Flat positions of the tokens that count in the batch under way: those with a label where gradients
+            are taken, else those that are no padding.
     """
 
     def __init__(self) -> None:
@@ -37,16 +38,24 @@ class Hooks:
         """Hand over each input ``[tokens, columns]`` of a module."""
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            receive(self._labelled(arguments[0].detach()))
+            receive(self._counted(arguments[0].detach()))
 
         self._handles.append(module.register_forward_pre_hook(hook))
+
+    def on_output(self, module: nn.Module, receive: Receive) -> None:
+        """Hand over each output ``[tokens, rows]`` of a module."""
+
+        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            receive(self._counted(output.detach()))
+
+        self._handles.append(module.register_forward_hook(hook))
 
     def on_gradient(self, module: nn.Module, receive: Receive) -> None:
         """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output."""
 
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(lambda gradient: receive(self._labelled(gradient)))
+                output.register_hook(lambda gradient: receive(self._counted(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))
 
@@ -54,9 +63,9 @@ class Hooks:
         """Hand over input ``[tokens, columns]`` and gradient ``[tokens, rows]`` of the same tokens together."""
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs = self._labelled(arguments[0].detach())
+            inputs = self._counted(arguments[0].detach())
             if output.requires_grad:
-                output.register_hook(lambda gradient: receive(inputs, self._labelled(gradient)))
+                output.register_hook(lambda gradient: receive(inputs, self._counted(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))
 
@@ -64,8 +73,8 @@ class Hooks:
         """Let the graph start at the embedded tokens: no parameter requires a gradient."""
         self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
 
-    def _labelled(self, x: Tensor) -> Tensor:
-        """The rows of ``[batch, length, size]`` that have a label, ``[n, size]``."""
+    def _counted(self, x: Tensor) -> Tensor:
+        """The rows of ``[batch, length, size]`` that count, ``[n, size]``."""
         x = x.flatten(0, -2)
         assert self.positions is not None
         return x if len(self.positions) == len(x) else x.index_select(0, self.positions)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.config import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.export.modeling_pruned import PrunedLinear
@@ -23,7 +24,9 @@ from llm_surgeon.models.family import Anatomy
 from llm_surgeon.models.head import backward, label_positions, last_states
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.modes import arithmetic, frozen
+from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.records import CorrectionRecord
+from llm_surgeon.report.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,52 @@ def correct(
             advance(input_ids.numel())
         adapters.absorb(layers)
     return CorrectionRecord(steps=how.steps, first_loss=losses[0], last_loss=losses[-1])
+
+
+def correct_shot(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    masks: Mapping[str, Tensor] | None,
+    tokens: CalibrationTokens,
+    config: PruneConfig,
+    shot: int,
+    clock: Clock,
+    progress: Progress,
+) -> CorrectionRecord | None:
+    """First-order corrections after a shot, longer after the last, if the recipe wants any.
+
+    Args:
+        model: The model, as pruned so far.
+        anatomy: Its prunable layers.
+        masks: Kept weights of layers that hold zeros, see ``correct``.
+        tokens: Calibration tokens.
+        config: The recipe.
+        shot: Number of the shot, from 1.
+        clock: Where the time goes.
+        progress: Where progress is shown.
+    """
+    if not config.lora:
+        return None
+    how = Corrections(
+        rank=config.lora_rank,
+        learning_rate=config.lora_learning_rate,
+        steps=config.lora_final_steps if shot == config.shots else config.lora_steps,
+        share=config.lora_share,
+    )
+    work = how.steps * config.batch_size * tokens.seq_len
+    with clock.phase("correction"), progress.phase(f"shot {shot}/{config.shots}: correction", work) as phase:
+        return correct(
+            model,
+            anatomy,
+            masks,
+            tokens,
+            how,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            # Other sequences and other random factors in each shot.
+            seed=config.seed + shot,
+            advance=phase.advance,
+        )
 
 
 def _targets(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

@@ -16,7 +16,10 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.evaluation.memory import reset_peak
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import Anatomy
-from llm_surgeon.pipeline.shots import Clock, ShotResult, peak_bytes, run_shots
+from llm_surgeon.pipeline.clock import Clock, peak_bytes
+from llm_surgeon.pipeline.layerwise import run_layerwise
+from llm_surgeon.pipeline.result import ShotResult
+from llm_surgeon.pipeline.shots import run_shots
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.records import LayerRecord, Memory, Perplexity, PruneReport, ShotRecord, Size
@@ -77,7 +80,8 @@ def run_job(
             command=job.command,
         )
 
-    for result in run_shots(model, job.anatomy, job.texts.calibration, job.config, job.progress):
+    run = run_layerwise if job.config.layerwise else run_shots
+    for result in run(model, job.anatomy, job.texts.calibration, job.config, job.progress):
         masks, factor_bytes = result.masks, max(factor_bytes, result.factor_bytes)
         shots.append(_evaluated(job, result))
         peak = max(peak, *shots[-1].peaks.values())

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,41 +12,15 @@ from transformers import PreTrainedModel
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, estimate, passes_needed
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.evaluation.memory import peak_device_bytes, peak_resident_bytes, reset_peak
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.family import Anatomy
 from llm_surgeon.models.matrix import read_matrix, write_matrix
-from llm_surgeon.pipeline.corrections import Corrections, correct
+from llm_surgeon.pipeline.clock import Clock
+from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
-from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
-from llm_surgeon.records import CorrectionRecord, CostHistogram
+from llm_surgeon.pipeline.result import ShotResult
+from llm_surgeon.pipeline.structures import Structure, structure_of
 from llm_surgeon.report.progress import Progress
-
-
-@dataclass
-class ShotResult:
-    """What a shot did: what is left, what its threshold was, and the seconds and peak bytes of its phases.
-
-    Attributes:
-        masks: What is left, per layer.
-        removed: Structures removed for their own cost.
-        implied: Structures that died because a partner did.
-        predicted_loss: Sum of the costs of what was removed, in nats.
-        loss: Mean loss of the calibration tokens before the shot, if they were read.
-    """
-
-    shot: int
-    target_sparsity: float
-    masks: Masks
-    threshold: float
-    removed: int
-    implied: int
-    factor_bytes: int
-    loss: float | None
-    costs: CostHistogram
-    correction: CorrectionRecord | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, int] = field(default_factory=dict)
 
 
 def run_shots(
@@ -83,7 +54,7 @@ def run_shots(
             del costs
         with clock.phase("update"):
             _update(model, anatomy, structure, curvature, selection, config)
-        corrected = _correct(model, anatomy, structure, tokens, config, number, clock, progress)
+        corrected = correct_shot(model, anatomy, structure.element_masks, tokens, config, number, clock, progress)
         result = ShotResult(
             shot=number,
             target_sparsity=sparsity,
@@ -104,30 +75,8 @@ def run_shots(
         yield result
 
 
-class Clock:
-    """Seconds and peak bytes of the phases of a shot."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}
-        self._device = device
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure a block."""
-        reset_peak(self._device)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        self.peaks[name] = peak_bytes(self._device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak of the device if it is a GPU, else of the process's resident memory, since the last reset."""
-    return peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
-
-
 def _estimation(config: PruneConfig, shot: int) -> Estimation:
+    assert config.resolved_curvature is not None  # layer-wise methods do not come here
     return Estimation(
         batch_size=config.batch_size,
         precision=config.precision,
@@ -169,38 +118,3 @@ def _update(
         matrix = structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
         write_matrix(model, anatomy, layer, after[name], matrix)
     structure.commit(selection)
-
-
-def _correct(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    structure: Structure,
-    tokens: CalibrationTokens,
-    config: PruneConfig,
-    shot: int,
-    clock: Clock,
-    progress: Progress,
-) -> CorrectionRecord | None:
-    """First-order corrections after a shot, longer after the last, if the recipe wants any."""
-    if not config.lora:
-        return None
-    how = Corrections(
-        rank=config.lora_rank,
-        learning_rate=config.lora_learning_rate,
-        steps=config.lora_final_steps if shot == config.shots else config.lora_steps,
-        share=config.lora_share,
-    )
-    work = how.steps * config.batch_size * tokens.seq_len
-    with clock.phase("correction"), progress.phase(f"shot {shot}/{config.shots}: correction", work) as phase:
-        return correct(
-            model,
-            anatomy,
-            structure.element_masks,
-            tokens,
-            how,
-            batch_size=config.batch_size,
-            precision=config.precision,
-            # Other sequences and other random factors in each shot.
-            seed=config.seed + shot,
-            advance=phase.advance,
-        )

@@ -182,7 +182,7 @@ def _shot_row(shot: ShotRecord) -> tuple[str, ...]:
         str(shot.shot),
         f"{100 * shot.target_sparsity:.2f} %",
         f"{100 * shot.sparsity:.2f} %",
-        f"{shot.threshold:.4g}",
+        UNKNOWN if shot.threshold is None else f"{shot.threshold:.4g}",
         f"{shot.structures_removed:,}",
         f"{shot.structures_implied:,}",
         UNKNOWN if shot.loss is None else f"{shot.loss:.4f}",

@@ -1,0 +1,50 @@
+"""How much each part of a model loses: outlier-weighted layer budgets (OWL, Yin et al., ICML 2024).
+
+Blocks with more outliers among ``|W| ||x||`` keep more. Pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+
+def outlier_ratio(scores: Iterable[Tensor], multiple: float) -> float:
+    """Share of the scores of a block that exceed ``multiple`` times their mean.
+
+    Args:
+        scores: ``|W| ||x_c||`` of the block's layers, of any shapes, non-negative.
+        multiple: The paper's M.
+    """
+    parts = [part.flatten() for part in scores]
+    count = sum(len(part) for part in parts)
+    bound = multiple * sum(float(part.double().sum()) for part in parts) / count
+    return sum(int((part > bound).sum()) for part in parts) / count
+
+
+def outlier_weighted(ratios: Sequence[float], weights: Sequence[int], sparsity: float, spread: float) -> list[float]:
+    """Sparsity of each block: less for more outliers, the target on average.
+
+    The ratios are mapped linearly to an interval of width ``2 spread``, which is shifted so that the weights removed
+    make the target.
+
+    Args:
+        ratios: Outlier ratio of each block.
+        weights: Prunable weights of each block.
+        sparsity: The target over all blocks.
+        spread: The paper's lambda.
+
+    Raises:
+        ValueError: If a block would lose more than all, or less than nothing; says which.
+    """
+    low, high = min(ratios), max(ratios)
+    if low == high:
+        return [sparsity] * len(ratios)
+    spared = [2 * spread * (ratio - low) / (high - low) for ratio in ratios]
+    mean = sum(part * count for part, count in zip(spared, weights, strict=True)) / sum(weights)
+    budgets = [sparsity + mean - part for part in spared]
+    for block, budget in enumerate(budgets):
+        if not 0 <= budget <= 1:
+            raise ValueError(f"block {block} would have a sparsity of {budget:.3g}")
+    return budgets

@@ -1,0 +1,238 @@
+"""Layer-wise pruning: from block to block, each on the outputs of the blocks already pruned.
+
+Within a block, all layers are pruned for one set of statistics, taken before the first of them is touched. What
+concerns several blocks (a global threshold, outlier-weighted budgets) is found in a survey of the dense model before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_surgeon.budgets import outlier_ratio, outlier_weighted
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.element_selection import ElementMask, keep_in_scope, select_elements
+from llm_surgeon.errors import ConfigError, NonFiniteError
+from llm_surgeon.linalg import damping_of
+from llm_surgeon.methods import LAYERWISE
+from llm_surgeon.models.family import Anatomy, LinearLayer
+from llm_surgeon.models.matrix import core_of
+from llm_surgeon.pipeline.clock import Clock
+from llm_surgeon.pipeline.corrections import correct_shot
+from llm_surgeon.pipeline.result import ShotResult
+from llm_surgeon.pipeline.structures import check_structure
+from llm_surgeon.pipeline.sweep import Sweep
+from llm_surgeon.pipeline.watched import Watched, watch
+from llm_surgeon.refinement import Refinement, refine
+from llm_surgeon.report.progress import Phase, Progress
+from llm_surgeon.scores import SCORES, ScoreOptions, wanda
+from llm_surgeon.sparsegpt import inverse_factor, solve
+
+
+def run_layerwise(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    tokens: CalibrationTokens,
+    config: PruneConfig,
+    progress: Progress,
+) -> Iterator[ShotResult]:
+    """Prune a model in place by a layer-wise method; yields once, as ``run_shots`` does after its last shot.
+
+    Raises:
+        ConfigError: If the layers do not allow the structure, or the budgets are out of bounds.
+        NonFiniteError: If activations or scores are not finite.
+        NotPositiveDefiniteError: If a Gram matrix cannot be decomposed even with more damping.
+    """
+    check_structure(config, anatomy)
+    clock = Clock(next(model.parameters()).device)
+    run = _Run(model, anatomy, tokens, config, clock)
+    passes = (2 * len(run.blocks) - 1) * (run.reads + run.surveys)
+    with progress.phase(f"{config.method}: block after block", passes * tokens.input_ids.numel()) as phase:
+        plan = run.survey(phase)
+        kept = run.prune(plan, phase)
+    corrected = correct_shot(model, anatomy, kept, tokens, config, 1, clock, progress)
+    masks = {name: ElementMask(mask) for name, mask in kept.items()}
+    yield ShotResult(
+        shot=1,
+        target_sparsity=config.sparsity,
+        masks=masks,
+        threshold=plan.threshold,
+        removed=anatomy.prunable_weights - sum(mask.weights for mask in masks.values()),
+        implied=0,
+        factor_bytes=run.statistics_bytes,
+        loss=None,
+        costs=None,
+        correction=corrected,
+        seconds={"curvature": 0.0, "selection": 0.0, "update": 0.0} | clock.seconds,
+        peaks=clock.peaks,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled before the first block is pruned.
+
+    Attributes:
+        sparsity: Of each block's layers.
+        kept: Masks that a global threshold found; None if each layer finds its own.
+        threshold: The global threshold.
+    """
+
+    sparsity: list[float]
+    kept: Mapping[str, Tensor] | None = None
+    threshold: float | None = None
+
+
+class _Run:
+    """One run; each step does what the recipe asks for and nothing else."""
+
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTokens, config: PruneConfig, clock: Clock
+    ) -> None:
+        self._model, self._anatomy, self._tokens, self._config = model, anatomy, tokens, config
+        self._clock = clock
+        self.blocks: list[list[LinearLayer]] = [[] for _ in cast(nn.ModuleList, self._block_list())]
+        for layer in anatomy.layers.values():
+            self.blocks[layer.block].append(layer)
+        self._method = LAYERWISE[config.method]
+        self._global = config.resolved_scope == "global" and config.pattern is None
+        # A score alone may need no data, and a global one has them in the survey; a refinement needs them in any case.
+        self.reads = config.refine != "none" or (self._method.data and not self._global)
+        self.surveys = config.layer_budget == "owl" or (self._method.data and self._global)
+        self._options = ScoreOptions(
+            config.score_alpha, config.score_norm, config.score_ratio, config.score_activation, config.seed
+        )
+        self.statistics_bytes = 0
+
+    def survey(self, phase: Phase) -> Plan:
+        """Go through the dense model for what concerns several blocks."""
+        config = self._config
+        if config.layer_budget == "owl":
+            return Plan(self._outlier_weighted(phase))
+        uniform = [config.sparsity] * len(self.blocks)
+        if not self._global:
+            return Plan(uniform)
+        scores: dict[str, Tensor] = {}
+        for _, layers, watched in self._visit(self.surveys, phase):
+            with self._clock.phase("selection"):
+                scores |= {layer.name: self._score(layer, watched).cpu() for layer in layers}
+        with self._clock.phase("selection"):
+            dense = {name: ElementMask(torch.ones_like(score, dtype=torch.bool)) for name, score in scores.items()}
+            left = round((1 - config.sparsity) * self._anatomy.prunable_weights)
+            selection = select_elements(dense, scores, left)
+        kept = {name: mask.elements for name, mask in selection.keep.items()}
+        return Plan(uniform, kept, selection.threshold)
+
+    def prune(self, plan: Plan, phase: Phase) -> dict[str, Tensor]:
+        """Prune block after block; returns the masks ``[R, C]``, True = kept, on the CPU."""
+        kept: dict[str, Tensor] = {}
+        for block, layers, watched in self._visit(self.reads, phase):
+            if self._method.scope is None:
+                kept |= self._solve(layers, watched, plan.sparsity[block])
+                continue
+            for layer in layers:
+                with self._clock.phase("selection"):
+                    mask = self._mask(layer, watched, plan, plan.sparsity[block])
+                with self._clock.phase("update"):
+                    # Nothing but the removed weights is written, so that those that stay are the same bit for bit.
+                    core_of(self._model, layer).weight.data.masked_fill_(~mask, 0.0)
+                kept[layer.name] = mask.cpu()
+        return kept
+
+    def _visit(self, reads: bool, phase: Phase) -> Iterator[tuple[int, list[LinearLayer], Watched]]:
+        """Go from block to block; what is done to a block before the next is asked for decides what enters that."""
+        sweep: Sweep | None = None
+        if reads:
+            with self._clock.phase("curvature"):
+                family, config = self._anatomy.family, self._config
+                sweep = Sweep(self._model, family.blocks, self._tokens, config.batch_size, config.precision)
+        for block, layers in enumerate(self.blocks):
+            watched = Watched()
+            if sweep is not None and layers:
+                with self._clock.phase("curvature"):
+                    grams = self._method.scope is None
+                    watched = watch(self._model, sweep, block, layers, grams=grams, advance=phase.advance)
+            self.statistics_bytes = max(self.statistics_bytes, watched.nbytes)
+            yield block, layers, watched
+            if sweep is not None and block + 1 < len(self.blocks):
+                with self._clock.phase("curvature"):
+                    sweep.pass_through(block, phase.advance)
+
+    def _score(self, layer: LinearLayer, watched: Watched) -> Tensor:
+        """Scores ``[R, C]`` of a layer's weights, float32."""
+        statistics = watched.statistics(layer)
+        weight = self._weight(layer)
+        scores = SCORES[self._config.method](weight, statistics, self._options)
+        if scores.shape != weight.shape or not bool(scores.isfinite().all()):
+            raise NonFiniteError(
+                f"The scores of {layer.name} are not finite, or not of its shape.",
+                "Run with --precision float32 and --dtype float32, or check the score if it is your own.",
+            )
+        return scores
+
+    def _mask(self, layer: LinearLayer, watched: Watched, plan: Plan, sparsity: float) -> Tensor:
+        """What is kept of a layer ``[R, C]``: by the plan or by its scores, refined if asked for."""
+        config = self._config
+        weight = self._weight(layer)
+        if plan.kept is not None:
+            mask = plan.kept[layer.name].to(weight.device)
+        else:
+            rowwise = config.resolved_scope == "row"
+            mask = keep_in_scope(self._score(layer, watched), sparsity, rowwise, config.pattern)
+        if config.refine == "none":
+            return mask
+        moments, group = watched.inputs[layer.input_group], config.pattern.group if config.pattern else None
+        return refine(weight, mask, moments.mean, moments.variance, moments.norm, _refinement(config), group)
+
+    def _solve(self, layers: Sequence[LinearLayer], watched: Watched, sparsity: float) -> dict[str, Tensor]:
+        """SparseGPT on a block; layers that read the same input share its decomposition."""
+        config, factors, kept = self._config, cast(dict[str, Tensor], {}), {}
+        with self._clock.phase("update"):
+            for layer in layers:
+                if layer.input_group not in factors:
+                    gram = watched.mean_gram(layer)
+                    damping = damping_of(gram, config.dampening_a)
+                    factors[layer.input_group] = inverse_factor(gram, damping, f"{layer.name} (inputs)")
+                factor = factors[layer.input_group]
+                solution = solve(self._weight(layer), factor, sparsity, config.pattern, config.sparsegpt_block)
+                core_of(self._model, layer).weight.data.copy_(solution.weight)
+                kept[layer.name] = solution.keep.cpu()
+        return kept
+
+    def _outlier_weighted(self, phase: Phase) -> list[float]:
+        """Sparsity of each block by the share of its outliers."""
+        config, ratios, weights = self._config, [], []
+        for _, layers, watched in self._visit(True, phase):
+            with self._clock.phase("selection"):
+                scores = [wanda(self._weight(layer), watched.statistics(layer).input_norm) for layer in layers]
+                ratios.append(outlier_ratio(scores, config.owl_multiple) if layers else 0.0)
+                weights.append(sum(layer.rows * layer.columns for layer in layers))
+        try:
+            return outlier_weighted(ratios, weights, config.sparsity, config.owl_spread)
+        except ValueError as error:
+            raise ConfigError(
+                f"The outlier-weighted budgets are out of bounds: {error}.", "Use a smaller --owl-spread."
+            ) from None
+
+    def _weight(self, layer: LinearLayer) -> Tensor:
+        """Weights ``[R, C]`` of a layer without its bias, float32 at least."""
+        weight = core_of(self._model, layer).weight.detach()
+        return weight if weight.dtype == torch.float64 else weight.float()
+
+    def _block_list(self) -> nn.Module:
+        return self._model.get_submodule(self._anatomy.family.blocks)
+
+
+def _refinement(config: PruneConfig) -> Refinement:
+    return Refinement(
+        cycles=config.refine_cycles,
+        threshold=config.refine_threshold,
+        reweight=config.refine_reweight if config.refine == "r2-dsnot" else None,
+        alpha=config.score_alpha,
+    )
