@@ -17,6 +17,8 @@ ALLOWED = {
     "fisher.py": {"llm_surgeon.costs", "llm_surgeon.kronecker_sum", "llm_surgeon.linalg", "llm_surgeon.updates"},
     "kronecker_sum.py": {"llm_surgeon.linalg", "llm_surgeon.errors"},
     "nearest_kronecker.py": set(),
+    "refinement.py": set(),
+    "channel_permutation.py": {"llm_surgeon.pattern", "scipy.optimize"},
 }
 STANDARD = {"__future__", "collections.abc", "dataclasses", "logging", "math", "typing", "torch"}
 

@@ -58,6 +58,29 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """Names of what reads or writes the residual stream, besides the linear layers of the blocks and the head.
+
+    A model may be without any of those that are optional.
+
+    Attributes:
+        tokens: Path of the token embedding.
+        norms: Names, within a block, of its norms.
+        final_norm: Path of the norm after the last block, optional.
+        positions: Path of the learned embedding of positions, optional.
+        project_in: Path of the linear layer between token embeddings of another width and the stream, optional.
+        project_out: Path of the linear layer between the stream and a head of another width, optional.
+    """
+
+    tokens: str
+    norms: tuple[str, ...]
+    final_norm: str
+    positions: str | None = None
+    project_in: str | None = None
+    project_out: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
@@ -68,6 +91,7 @@ class Family:
         blocks: Path of the list of decoder blocks.
         attention: The attention's layers.
         feed_forward: The feed-forward layers.
+        residual: What carries the residual stream.
     """
 
     model_type: str
@@ -76,6 +100,7 @@ class Family:
     blocks: str
     attention: Attention
     feed_forward: FeedForward
+    residual: Residual
 
     @property
     def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
@@ -199,6 +224,28 @@ def _shape(block: nn.Module, kind: str) -> torch.Size:
     return cast(nn.Linear, block.get_submodule(kind)).weight.shape
 
 
+@dataclass(frozen=True)
+class Heads:
+    """How the rows of the query, key and value layers are cut into heads.
+
+    Attributes:
+        kv: Key/value heads.
+        shared: Query heads that share one of them.
+        width: Dimensions of a head.
+    """
+
+    kv: int
+    shared: int
+    width: int
+
+
+def heads_of(config: Any, attention: Attention, block: nn.Module) -> Heads:
+    """The heads of one block of a dense model, see ``Attention``."""
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    return Heads(kv, heads // kv, _shape(block, attention.query)[0] // heads)
+
+
 def _attention_couplings(config: Any, attention: Attention, block: nn.Module, prefix: str) -> list[Coupling]:
     """Value dimensions, query/key pairs, and query heads that nothing reads any more.
 
@@ -206,11 +253,9 @@ def _attention_couplings(config: Any, attention: Attention, block: nn.Module, pr
     the key dimension of the same number; rotary embeddings rotate two dimensions into each other, so both of the
     pair have to be dead. If the output projection reads nothing of a query head, its queries are without effect.
     """
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = _shape(block, attention.query)[0] // heads
-    shared = heads // kv_heads
-    query = torch.arange(heads * width).view(kv_heads, shared, width)
+    heads = heads_of(config, attention, block)
+    kv_heads, shared, width = heads.kv, heads.shared, heads.width
+    query = torch.arange(kv_heads * shared * width).view(kv_heads, shared, width)
     key = torch.arange(kv_heads * width).view(kv_heads, width)
     if attention.rotary:
         pairs = torch.stack([torch.arange(width // 2), torch.arange(width // 2) + width // 2], dim=1)
@@ -218,7 +263,7 @@ def _attention_couplings(config: Any, attention: Attention, block: nn.Module, pr
         pairs = torch.arange(width).view(width, 1)
     key_pairs = key[:, pairs].flatten(0, 1)
     query_pairs = query[:, :, pairs].transpose(1, 2).flatten(2).flatten(0, 1)
-    whole_heads = torch.arange(heads * width).view(heads, width)
+    whole_heads = query.view(-1, width)
     return [
         Coupling(
             "value dimension",

@@ -1,6 +1,6 @@
 """Llama and what shares its layout (SmolLM2, ...): gated feed-forward, rotary grouped-query attention."""
 
-from llm_surgeon.models.family import Attention, Family, FeedForward
+from llm_surgeon.models.family import Attention, Family, FeedForward, Residual
 
 LLAMA = Family(
     model_type="llama",
@@ -15,4 +15,9 @@ LLAMA = Family(
         rotary=True,
     ),
     feed_forward=FeedForward(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj", activation="hidden_act"),
+    residual=Residual(
+        tokens="model.embed_tokens",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        final_norm="model.norm",
+    ),
 )

@@ -1,6 +1,6 @@
 """OPT: biases throughout, LayerNorm, learned positions, ReLU."""
 
-from llm_surgeon.models.family import Attention, Family, FeedForward
+from llm_surgeon.models.family import Attention, Family, FeedForward, Residual
 
 OPT = Family(
     model_type="opt",
@@ -15,4 +15,12 @@ OPT = Family(
         rotary=False,
     ),
     feed_forward=FeedForward(inputs=("fc1",), output="fc2", activation="activation_function"),
+    residual=Residual(
+        tokens="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        final_norm="model.decoder.final_layer_norm",
+        project_in="model.decoder.project_in",
+        project_out="model.decoder.project_out",
+    ),
 )

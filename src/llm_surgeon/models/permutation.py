@@ -1,0 +1,212 @@
+"""Fold an order of channels into the weights: neighbours change, the function of the network does not.
+
+An N:M pattern keeps N of every M *neighbouring* inputs, so it matters in which order the inputs of a layer come
+(``llm_surgeon.channel_permutation`` finds a good one). The order of some channels is free: whoever writes them and
+whoever reads them must agree on it, and nothing else is concerned. Three kinds are folded here:
+
+- the neurons of a feed-forward part: rows of its input layers, columns of its output layer;
+- the dimensions within a value head: rows of the value layer, columns of the output projection in every query head
+  that shares it. Dimensions cannot move between heads, as each head has its own attention weights;
+- the residual stream, with one order for the whole model, as every block adds to it: embeddings, norms, columns of
+  the layers that read it, rows of those that write it, columns of the head.
+
+The order of keys and queries is left alone: no weight matrix reads their product along it. Channel i afterwards is
+channel ``permutation[i]`` before. Everything works in place on a dense model, or one whose removed weights are
+zeros; masks have to be permuted in the same way by whoever holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.models.family import Family, heads_of
+
+
+@torch.no_grad()
+def fold_neurons(model: PreTrainedModel, family: Family, block: int, permutation: Tensor) -> None:
+    """Reorder the neurons of one block.
+
+    Args:
+        model: A model of the family, changed in place.
+        family: Its entry.
+        block: Number of the block.
+        permutation: Long ``[neurons]``.
+
+    Raises:
+        ValueError: If this is no permutation of the neurons.
+        UnsupportedModelError: If a layer is not a plain linear layer.
+    """
+    prefix = f"{family.blocks}.{block}."
+    output = _linear(model, prefix + family.feed_forward.output)
+    inputs = [_linear(model, prefix + name) for name in family.feed_forward.inputs]
+    _check(permutation, output.in_features, "neurons")
+    for layer in inputs:
+        _reorder_rows(layer, permutation)
+    _reorder(output.weight, 1, permutation)
+
+
+@torch.no_grad()
+def fold_values(model: PreTrainedModel, family: Family, block: int, permutation: Tensor) -> None:
+    """Reorder the dimensions within each value head of one block.
+
+    Args:
+        model: A model of the family, changed in place.
+        family: Its entry.
+        block: Number of the block.
+        permutation: Long ``[key/value heads, head dimension]``, in each row an order of that head's dimensions.
+
+    Raises:
+        ValueError: If a row is no permutation of a head's dimensions, or there is not one for each head.
+        UnsupportedModelError: If a layer is not a plain linear layer.
+    """
+    prefix = f"{family.blocks}.{block}."
+    value, output = (_linear(model, prefix + name) for name in (family.attention.value, family.attention.output))
+    heads = heads_of(model.config, family.attention, model.get_submodule(prefix[:-1]))
+    if len(permutation) != heads.kv:
+        raise ValueError(f"{len(permutation)} orders of dimensions for {heads.kv} key/value heads")
+    for order in permutation:
+        _check(order, heads.width, "dimensions of a head")
+    per_query = permutation.repeat_interleave(heads.shared, dim=0)
+    _reorder_rows(value, _within_heads(permutation))
+    _reorder(output.weight, 1, _within_heads(per_query))
+
+
+@torch.no_grad()
+def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -> None:
+    """Reorder the channels of the residual stream, throughout the model.
+
+    Norms see a channel through the mean and variance over all of them, which have no order. Tied embeddings are one
+    tensor and reordered once. With a projection between the embeddings and the stream (some OPT models) the stream
+    ends there.
+
+    Args:
+        model: A model of the family, changed in place.
+        family: Its entry.
+        permutation: Long ``[hidden]``.
+
+    Raises:
+        ValueError: If this is no permutation of the channels.
+        UnsupportedModelError: If a layer is not a plain linear layer, or the model has parameters that its entry
+            says nothing about, which may depend on the order.
+    """
+    along = dict(_stream(model, family))
+    _check_complete(model, family, along)
+    width = _linear(model, f"{family.blocks}.0.{family.attention.query}").in_features
+    _check(permutation, width, "channels")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # A tied tensor has several names.
+    done: set[int] = set()
+    for name, axis in along.items():
+        if id(parameters[name]) not in done:
+            _reorder(parameters[name], axis, permutation)
+            done.add(id(parameters[name]))
+
+
+def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]:
+    """Names of the parameters that carry the residual stream, and the axis along which they do."""
+    residual = family.residual
+    project_in, project_out = _optional(model, residual.project_in), _optional(model, residual.project_out)
+    if project_in is None:
+        yield f"{residual.tokens}.weight", 1
+    else:
+        yield from _rows(model, cast(str, residual.project_in))
+    if _optional(model, residual.positions) is not None:
+        yield f"{residual.positions}.weight", 1
+    for number in range(len(cast(nn.ModuleList, model.get_submodule(family.blocks)))):
+        prefix = f"{family.blocks}.{number}."
+        for name in residual.norms:
+            yield from _vectors(model, prefix + name)
+        for name in (family.attention.query, family.attention.key, family.attention.value, *family.feed_forward.inputs):
+            yield from _columns(model, prefix + name)
+        for name in (family.attention.output, family.feed_forward.output):
+            yield from _rows(model, prefix + name)
+    if _optional(model, residual.final_norm) is not None:
+        yield from _vectors(model, residual.final_norm)
+    yield from _columns(model, _head(model) if project_out is None else cast(str, residual.project_out))
+
+
+def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int]) -> None:
+    """Every parameter carries the stream, or belongs to a layer of which the entry says how it meets the stream."""
+    layers = [name for names in family.shared_inputs for name in names]
+    blocks = range(len(cast(nn.ModuleList, model.get_submodule(family.blocks))))
+    known = {f"{family.blocks}.{number}.{name}" for number in blocks for name in layers}
+    known |= {family.residual.tokens, _head(model)}
+    known |= {name for name in (family.residual.project_in, family.residual.project_out) if name is not None}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in along and name.rpartition(".")[0] not in known:
+            raise UnsupportedModelError(
+                f"The entry for {family.model_type!r} does not say how {name} depends on the order of channels.",
+                "Leave the residual stream in its order, or describe it in the entry in llm_surgeon/models.",
+            )
+
+
+def _head(model: PreTrainedModel) -> str:
+    """Path of the head."""
+    head = model.get_output_embeddings()
+    path: str = next(name for name, module in model.named_modules() if module is head)
+    return path
+
+
+def _optional(model: PreTrainedModel, name: str | None) -> nn.Module | None:
+    """The module, or None if this model has none of that name."""
+    try:
+        return None if name is None else model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _columns(model: PreTrainedModel, name: str) -> Iterator[tuple[str, int]]:
+    """The parameters of a layer that reads the stream."""
+    _linear(model, name)
+    yield f"{name}.weight", 1
+
+
+def _rows(model: PreTrainedModel, name: str) -> Iterator[tuple[str, int]]:
+    """The parameters of a layer that writes the stream."""
+    yield f"{name}.weight", 0
+    if _linear(model, name).bias is not None:
+        yield f"{name}.bias", 0
+
+
+def _vectors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, int]]:
+    """The parameters of a norm: weight, bias, or none."""
+    for parameter, _ in model.get_submodule(name).named_parameters():
+        yield f"{name}.{parameter}", 0
+
+
+def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, not a dense linear layer.",
+            "Reorder channels before anything is cut out of the model, or quantised.",
+        )
+    return module
+
+
+def _within_heads(permutation: Tensor) -> Tensor:
+    """``[heads, width]`` as positions among all dimensions, ``[heads * width]``."""
+    heads, width = permutation.shape
+    return (permutation + width * torch.arange(heads, device=permutation.device)[:, None]).flatten()
+
+
+def _reorder_rows(layer: nn.Linear, permutation: Tensor) -> None:
+    _reorder(layer.weight, 0, permutation)
+    if layer.bias is not None:
+        _reorder(layer.bias, 0, permutation)
+
+
+def _reorder(parameter: Tensor, axis: int, permutation: Tensor) -> None:
+    # Written into the same tensor, so that what is tied stays tied.
+    parameter.copy_(parameter.index_select(axis, permutation.to(parameter.device)))
+
+
+def _check(permutation: Tensor, size: int, what: str) -> None:
+    if not torch.equal(permutation.sort().values.cpu(), torch.arange(size)):
+        raise ValueError(f"not a permutation of {size} {what}")

@@ -1,0 +1,210 @@
+"""Folding an order of channels leaves the function of every family's models as it is."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from llm_surgeon.channel_permutation import find_permutation, retained
+from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.models import FAMILIES, family_of
+from llm_surgeon.models.family import heads_of
+from llm_surgeon.models.permutation import fold_neurons, fold_residual, fold_values
+from llm_surgeon.pattern import Pattern
+from tiny import BUILDERS, llama, opt, tokens
+
+VARIANTS = {
+    **BUILDERS,
+    "llama-one-kv-head": lambda: llama(num_key_value_heads=1),
+    "llama-no-gqa-untied": lambda: llama(num_key_value_heads=4, tie_word_embeddings=False),
+    "opt-untied": lambda: opt(tie_word_embeddings=False),
+    "opt-projected": lambda: opt(word_embed_proj_dim=16),
+    "opt-projected-untied": lambda: opt(word_embed_proj_dim=16, tie_word_embeddings=False),
+    "opt-post-norm-unprojected": lambda: opt(do_layer_norm_before=False),
+    "opt-plain-norms": lambda: opt(layer_norm_elementwise_affine=False),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch):
+    """The real one computes in float32 whatever its input, which hides differences below 1e-7."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+def build(variant):
+    """In float64 and with every parameter random: norms of ones and biases of zeros would hide mistakes."""
+    torch.manual_seed(0)
+    model = VARIANTS[variant]().eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def entry(model):
+    return family_of(model.config.model_type)
+
+
+def blocks_of(model):
+    return model.get_submodule(entry(model).blocks)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens(3, 12, seed=7)).logits
+
+
+def state(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def order(size, seed):
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+
+
+def all_neurons(model):
+    for number, block in enumerate(blocks_of(model)):
+        size = block.get_submodule(entry(model).feed_forward.output).in_features
+        fold_neurons(model, entry(model), number, order(size, number))
+
+
+def all_values(model):
+    for number, block in enumerate(blocks_of(model)):
+        heads = heads_of(model.config, entry(model).attention, block)
+        orders = torch.stack([order(heads.width, 10 * number + head) for head in range(heads.kv)])
+        fold_values(model, entry(model), number, orders)
+
+
+def residual(model):
+    fold_residual(model, entry(model), order(model.config.hidden_size, 99))
+
+
+def everything(model):
+    all_neurons(model)
+    residual(model)
+    all_values(model)
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@variants
+@pytest.mark.parametrize("fold", [all_neurons, all_values, residual, everything])
+def test_the_function_stays_and_the_weights_move(variant, fold):
+    model = build(variant)
+    expected, before = logits(model), state(model)
+    fold(model)
+    after = state(model)
+    difference = (logits(model) - expected).abs().max() / expected.abs().max()
+    assert difference <= 1e-10
+    assert changed(before, after)
+    for name in before:  # Moved, and nothing else.
+        assert torch.equal(before[name].flatten().sort().values, after[name].flatten().sort().values)
+
+
+def test_every_family_is_covered():
+    assert {VARIANTS[variant]().config.model_type for variant in VARIANTS} == set(FAMILIES)
+
+
+@variants
+def test_what_moves(variant):
+    """Each fold moves the parameters along its axis by its order, and leaves the others alone."""
+    for fold, moving in ((all_neurons, "neurons"), (all_values, "values"), (residual, "residual")):
+        model = build(variant)
+        family, before = entry(model), state(model)
+        fold(model)
+        attention, feed_forward = family.attention, family.feed_forward
+        inside = {
+            "neurons": {*feed_forward.inputs, feed_forward.output},
+            "values": {attention.value, attention.output},
+        }
+        moved = changed(before, state(model))
+        if moving == "residual":
+            # All but what has another width: biases of readers, and embeddings and head beyond a projection.
+            readers = (attention.query, attention.key, attention.value, *feed_forward.inputs)
+            still = {f"{family.blocks}.{n}.{name}.bias" for n in range(2) for name in readers}
+            if model.config.to_dict().get("word_embed_proj_dim", 24) != 24:
+                still |= {f"{family.residual.tokens}.weight", "lm_head.weight"}
+            assert moved == set(before) - still
+        else:
+            outputs = {feed_forward.output, attention.output}
+            expected = {
+                f"{family.blocks}.{n}.{name}.{kind}"
+                for n in range(2)
+                for name in inside[moving]
+                for kind in ("weight", "bias")
+                if not (name in outputs and kind == "bias")
+            }
+            assert moved == expected & set(before)
+
+
+@variants
+def test_tied_embeddings_stay_tied_and_move_once(variant):
+    model = build(variant)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = embedding is head
+    before = embedding.detach().clone()
+    residual(model)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    expected = before[:, order(24, 99)] if before.shape[1] == 24 else before
+    assert torch.equal(model.get_input_embeddings().weight, expected)
+
+
+def test_the_order_is_read_as_find_gives_it():
+    """Channel i afterwards is channel permutation[i] before, so what was found is what is retained."""
+    model, pattern = build("llama"), Pattern(2, 4)
+    layer = model.model.layers[1].mlp.down_proj
+    scores = layer.weight.detach().abs()
+    found = find_permutation(scores, pattern)
+    promised = retained(scores[:, found], pattern)
+    fold_neurons(model, entry(model), 1, found)
+    assert torch.equal(layer.weight.abs(), scores[:, found])
+    assert retained(layer.weight.detach().abs(), pattern) == promised > 1.001 * retained(scores, pattern)
+
+
+def test_values_move_within_the_query_heads_that_share_them():
+    model = build("llama")  # Four query heads of eight dimensions, two key/value heads.
+    attention = model.model.layers[0].self_attn
+    value, output = attention.v_proj.weight.detach().clone(), attention.o_proj.weight.detach().clone()
+    orders = torch.stack([order(8, 1), order(8, 2)])
+    fold_values(model, entry(model), 0, orders)
+    assert torch.equal(attention.v_proj.weight, torch.cat([value[:8][orders[0]], value[8:][orders[1]]]))
+    columns = torch.cat([orders[0], 8 + orders[0], 16 + orders[1], 24 + orders[1]])
+    assert torch.equal(attention.o_proj.weight, output[:, columns])
+
+
+def test_what_is_no_permutation_is_refused_and_nothing_changes():
+    model = build("llama")
+    before = state(model)
+    with pytest.raises(ValueError, match="not a permutation of 40 neurons"):
+        fold_neurons(model, entry(model), 0, torch.zeros(40, dtype=torch.long))
+    with pytest.raises(ValueError, match="not a permutation of 24 channels"):
+        fold_residual(model, entry(model), torch.arange(23))
+    with pytest.raises(ValueError, match="not a permutation of 8 dimensions"):
+        fold_values(model, entry(model), 0, torch.stack([torch.arange(8), torch.arange(8) + 8]))
+    with pytest.raises(ValueError, match="1 orders of dimensions for 2 key/value heads"):
+        fold_values(model, entry(model), 0, torch.arange(8)[None])
+    assert not changed(before, state(model))
+
+
+def test_parameters_that_the_entry_does_not_know_are_refused():
+    model = build("llama")
+    model.model.layers[1].register_module("extra", torch.nn.LayerNorm(24))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.extra\.weight"):
+        residual(model)
+
+
+@pytest.mark.parametrize("fold", [all_neurons, all_values, residual])
+def test_layers_that_are_not_linear_are_refused_and_nothing_changes(fold):
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj = torch.nn.Identity()
+    model.model.layers[0].self_attn.o_proj = torch.nn.Identity()
+    before = state(model)
+    with pytest.raises(UnsupportedModelError, match=r"(up|o)_proj is a Identity"):
+        fold(model)
+    assert not changed(before, state(model))
