@@ -3,7 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_surgeon.element_selection import ElementMask, largest_threshold, select_elements
+from llm_surgeon.element_selection import (
+    ElementMask,
+    keep_highest,
+    keep_in_scope,
+    largest_threshold,
+    select_elements,
+)
 from llm_surgeon.pattern import Pattern
 
 
@@ -93,3 +99,27 @@ def test_a_group_loses_its_cheapest_weights():
     selection = select_elements(masks((1, 8)), costs, target_weights=6, pattern=Pattern(2, 4))
     assert selection.keep["0"].elements.tolist() == [[True, False, True, False, True, True, True, True]]
     assert selection.threshold >= 3.0
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.integers(0, 3),
+    st.integers(0, 1000),
+    st.data(),
+)
+def test_the_lowest_of_each_row_go_and_the_first_of_equal_ones(rows, columns, levels, seed, data):
+    removed = data.draw(st.integers(0, columns))
+    # Few levels make ties.
+    scores = torch.randint(levels + 1, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+    kept = keep_highest(scores, removed)
+    for row, mask in zip(scores.tolist(), kept.tolist(), strict=True):
+        order = sorted(range(columns), key=lambda c: (row[c], c))
+        assert [c for c in range(columns) if not mask[c]] == sorted(order[:removed])
+
+
+def test_scopes_compare_within_rows_the_layer_or_groups():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    assert keep_in_scope(scores, 0.5, True, None).tolist() == [[False, False, True, True]] * 2
+    assert keep_in_scope(scores, 0.5, False, None).tolist() == [[False] * 4, [True] * 4]
+    assert keep_in_scope(scores.flip(1), 0.9, True, Pattern(1, 2)).tolist() == [[True, False, True, False]] * 2

@@ -40,7 +40,3 @@ class Moments:
     def nbytes(self) -> int:
         """Bytes held by the sums."""
         return self._total.nbytes + self._squares.nbytes
-
-    def permute(self, order: Tensor) -> None:
-        """Put entry ``order[i]`` at position i."""
-        self._total, self._squares = self._total[order], self._squares[order]

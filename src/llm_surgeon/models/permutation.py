@@ -95,8 +95,7 @@ def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -
         UnsupportedModelError: If a layer is not a plain linear layer, or the model has parameters that its entry
             says nothing about, which may depend on the order.
     """
-    along = dict(_stream(model, family))
-    _check_complete(model, family, along)
+    along = check_residual(model, family)
     width = _linear(model, f"{family.blocks}.0.{family.attention.query}").in_features
     _check(permutation, width, "channels")
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -106,6 +105,17 @@ def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -
         if id(parameters[name]) not in done:
             _reorder(parameters[name], axis, permutation)
             done.add(id(parameters[name]))
+
+
+def check_residual(model: PreTrainedModel, family: Family) -> dict[str, int]:
+    """Find the parameters that carry the residual stream, and the axis along which each does.
+
+    Raises:
+        UnsupportedModelError: If it cannot be reordered, see ``fold_residual``.
+    """
+    along = dict(_stream(model, family))
+    _check_complete(model, family, along)
+    return along
 
 
 def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]:

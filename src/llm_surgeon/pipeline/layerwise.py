@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -23,8 +24,10 @@ from llm_surgeon.linalg import damping_of
 from llm_surgeon.methods import LAYERWISE
 from llm_surgeon.models.family import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of
+from llm_surgeon.models.permutation import check_residual
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
+from llm_surgeon.pipeline.permuting import StreamOrder, reorder_block
 from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.sweep import Sweep
@@ -48,11 +51,14 @@ def run_layerwise(
         ConfigError: If the layers do not allow the structure, or the budgets are out of bounds.
         NonFiniteError: If activations or scores are not finite.
         NotPositiveDefiniteError: If a Gram matrix cannot be decomposed even with more damping.
+        UnsupportedModelError: If channels are to be permuted and this model's cannot be.
     """
     check_structure(config, anatomy)
+    if config.permute:
+        check_residual(model, anatomy.family)
     clock = Clock(next(model.parameters()).device)
     run = _Run(model, anatomy, tokens, config, clock)
-    passes = (2 * len(run.blocks) - 1) * (run.reads + run.surveys)
+    passes = (2 * len(run.blocks) - 1) * (run.reads + run.surveys) + len(run.blocks) * (config.permute and run.reads)
     with progress.phase(f"{config.method}: block after block", passes * tokens.input_ids.numel()) as phase:
         plan = run.survey(phase)
         kept = run.prune(plan, phase)
@@ -104,7 +110,7 @@ class _Run:
         self._global = config.resolved_scope == "global" and config.pattern is None
         # A score alone may need no data, and a global one has them in the survey; a refinement needs them in any case.
         self.reads = config.refine != "none" or (self._method.data and not self._global)
-        self.surveys = config.layer_budget == "owl" or (self._method.data and self._global)
+        self.surveys = config.layer_budget == "owl" or (self._method.data and (self._global or config.permute))
         self._options = ScoreOptions(
             config.score_alpha, config.score_norm, config.score_ratio, config.score_activation, config.seed
         )
@@ -116,6 +122,8 @@ class _Run:
         if config.layer_budget == "owl":
             return Plan(self._outlier_weighted(phase))
         uniform = [config.sparsity] * len(self.blocks)
+        if config.permute:
+            self._reorder_stream(phase)
         if not self._global:
             return Plan(uniform)
         scores: dict[str, Tensor] = {}
@@ -132,7 +140,7 @@ class _Run:
     def prune(self, plan: Plan, phase: Phase) -> dict[str, Tensor]:
         """Prune block after block; returns the masks ``[R, C]``, True = kept, on the CPU."""
         kept: dict[str, Tensor] = {}
-        for block, layers, watched in self._visit(self.reads, phase):
+        for block, layers, watched in self._visit(self.reads, phase, reorder=self._config.permute):
             if self._method.scope is None:
                 kept |= self._solve(layers, watched, plan.sparsity[block])
                 continue
@@ -145,29 +153,64 @@ class _Run:
                 kept[layer.name] = mask.cpu()
         return kept
 
-    def _visit(self, reads: bool, phase: Phase) -> Iterator[tuple[int, list[LinearLayer], Watched]]:
-        """Go from block to block; what is done to a block before the next is asked for decides what enters that."""
+    def _visit(
+        self, reads: bool, phase: Phase, reorder: bool = False
+    ) -> Iterator[tuple[int, list[LinearLayer], Watched]]:
+        """Go from block to block; what is done to a block before the next is asked for decides what enters that.
+
+        Args:
+            reads: Whether to run the blocks and give what was watched; without, that is empty.
+            phase: Where progress is shown.
+            reorder: Whether to order each block's own channels before it is given.
+        """
         sweep: Sweep | None = None
         if reads:
             with self._clock.phase("curvature"):
                 family, config = self._anatomy.family, self._config
                 sweep = Sweep(self._model, family.blocks, self._tokens, config.batch_size, config.precision)
         for block, layers in enumerate(self.blocks):
-            watched = Watched()
-            if sweep is not None and layers:
-                with self._clock.phase("curvature"):
-                    grams = self._method.scope is None
-                    watched = watch(self._model, sweep, block, layers, grams=grams, advance=phase.advance)
+            watched = self._watch(sweep, block, phase)
+            if reorder:
+                self._reorder(layers, watched)
+                # Simpler than to reorder all that was watched, and it cannot be forgotten of anything.
+                watched = self._watch(sweep, block, phase)
             self.statistics_bytes = max(self.statistics_bytes, watched.nbytes)
             yield block, layers, watched
             if sweep is not None and block + 1 < len(self.blocks):
                 with self._clock.phase("curvature"):
                     sweep.pass_through(block, phase.advance)
 
+    def _watch(self, sweep: Sweep | None, block: int, phase: Phase) -> Watched:
+        if sweep is None or not self.blocks[block]:
+            return Watched()
+        with self._clock.phase("curvature"):
+            # Solvers need the correlations of the inputs.
+            grams = self._method.scope is None
+            return watch(self._model, sweep, block, self.blocks[block], grams=grams, advance=phase.advance)
+
+    def _reorder_stream(self, phase: Phase) -> None:
+        """Order the channels of the residual stream, for the whole model."""
+        assert self._config.pattern is not None
+        order = StreamOrder(self._anatomy.family, self._config.pattern)
+        for _, layers, watched in self._visit(self.surveys, phase):
+            with self._clock.phase("selection"):
+                order.hear(layers, partial(self._score, watched=watched))
+        with self._clock.phase("selection"):
+            order.fold(self._model)
+
+    def _reorder(self, layers: Sequence[LinearLayer], watched: Watched) -> None:
+        """Order the neurons and value dimensions of a block."""
+        assert self._config.pattern is not None
+        with self._clock.phase("selection"):
+            score = partial(self._score, watched=watched)
+            reorder_block(self._model, self._anatomy.family, layers, score, self._config.pattern)
+
     def _score(self, layer: LinearLayer, watched: Watched) -> Tensor:
-        """Scores ``[R, C]`` of a layer's weights, float32."""
+        """Scores ``[R, C]`` of a layer's weights, float32; Wanda's for methods that score in their own way."""
         statistics = watched.statistics(layer)
         weight = self._weight(layer)
+        if self._method.scope is None:
+            return wanda(weight, statistics.input_norm)
         scores = SCORES[self._config.method](weight, statistics, self._options)
         if scores.shape != weight.shape or not bool(scores.isfinite().all()):
             raise NonFiniteError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import yaml
 
-from llm_surgeon.methods import METHODS
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.methods import LAYERWISE, METHODS
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.table import markdown_table, scaled_bytes
 
@@ -35,6 +37,8 @@ ZEROS = """\
 The weights that were removed are zeros in matrices
 of the old shape: the files are as large as the dense model's, and it runs no faster, unless what runs it makes use of
 the zeros (2:4 patterns on some GPUs, for example)."""
+
+_UNTOUCHED = "the rest stays as it was"
 
 LIMITS = """\
 ## Limits
@@ -111,16 +115,26 @@ def _what_was_done(report: PruneReport) -> str:
     kept = report.shots[-1].size.prunable / report.dense_size.prunable if report.shots else 1.0
     what = "Whole rows and columns" if report.smaller else f"Single weights ({report.config['structure']})"
     method = report.config.get("method", "surgeon")
-    how = METHODS[method]
-    update = (
-        "the remaining weights are updated to make up for the loss" if how.correlated else "the rest stays as it was"
-    )
     return (
         "## What was done\n\n"
         f"{what} of the linear layers were removed in {len(report.shots)} shot(s) by the method `{method}`\n"
-        f"({how.summary}): a cost ranks them, one threshold over all layers selects them, and {update}.\n"
+        f"{_how(method, report.config)}\n"
         f"{100 * kept:.1f} % of the prunable weights were kept. The recipe:\n\n"
         f"{_fenced('yaml', to_yaml(_plain(report)['config']))}"
+    )
+
+
+def _how(method: str, config: Mapping[str, Any]) -> str:
+    """How a method works, in half a sentence."""
+    if not PruneConfig.model_validate(config).layerwise:
+        how = METHODS[method]
+        update = "the remaining weights are updated to make up for the loss" if how.correlated else _UNTOUCHED
+        return f"({how.summary}): a cost ranks them, one threshold over all layers selects them, and {update}."
+    layerwise = LAYERWISE[method]
+    refined = "" if config["refine"] == "none" else f", refined by {config['refine']}"
+    update = "the remaining weights of its layer are updated" if layerwise.scope is None else _UNTOUCHED
+    return (
+        f"({layerwise.summary}), block after block, each on the outputs of the blocks already pruned{refined}; {update}."
     )
 
 

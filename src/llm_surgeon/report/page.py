@@ -236,7 +236,7 @@ def _costs(shots: Sequence[ShotRecord]) -> str:
     shown = evenly_spaced(recorded, PANELS)
     svg = costs_svg(shown)
     if svg is None:
-        return _said("The distribution of the costs was not recorded.")
+        return _said("No scores were compared across layers, or their distribution was not recorded.")
     caption = (
         "How the scores of all candidates for removal are distributed. What was removed above the threshold went "
         "because a partner did."
