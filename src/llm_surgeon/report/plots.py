@@ -114,8 +114,9 @@ def tick_perplexity(axis: Axis, values: list[float]) -> None:
     """Label a logarithmic axis of perplexities so that it can be read, whether it spans a factor of 2 or of 10^6."""
     # Powers of ten alone would leave an axis of less than some decades nearly unlabelled.
     spread = max(values) / min(values)
-    axis.set_major_locator(MaxNLocator(7) if spread < 3 else LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    subs = next((subs for limit, subs in ((12, (1, 2, 3, 5, 7)), (1000, (1, 2, 5))) if spread < limit), (1,))
+    axis.set_major_locator(MaxNLocator(7) if spread < 3 else LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_label_text("perplexity (log scale)")
 
