@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import DataError, OutputError
@@ -43,8 +43,9 @@ def measure_dense(
         OutputError: If the states cannot be written.
         SurgeonError: If the model cannot be loaded or the texts cannot be read.
     """
-    prepared = _prepared(model, config, texts)
-    network = load_model(resolve_source(model), config.dtype, resolve_device(config.device))
+    source = resolve_source(model)
+    prepared = _prepared(load_tokenizer(source), config, texts)
+    network = load_model(source, config.dtype, resolve_device(config.device))
     text = _evaluation(prepared)
     with progress.phase("dense: perplexity", text.work) as phase:
         measured, states = reference_states(network, text, phase.advance)
@@ -83,13 +84,14 @@ def measure_cell(
     """
     if config.lora:
         require_peft()
-    prepared = _prepared(model, config, texts)
     source = resolve_source(model)
+    tokenizer = load_tokenizer(source)
+    prepared = _prepared(tokenizer, config, texts)
     network = load_model(source, config.dtype, resolve_device(config.device))
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
     silent = Texts(prepared.calibration, None)
-    report, _ = run_job(Job(network, load_tokenizer(source), anatomy, silent, config, progress, model))
+    report, _ = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model))
     text = _evaluation(prepared)
     states = load_file(reference)["states"]
     with progress.phase("pruned: perplexity and divergence", text.work) as phase:
@@ -105,9 +107,9 @@ def measure_cell(
     )
 
 
-def _prepared(model: str, config: PruneConfig, digest: str | None) -> Texts:
+def _prepared(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: str | None) -> Texts:
     """The texts, if they are what they were when ``digest`` was taken; checked before the model is loaded."""
-    texts = prepare_texts(load_tokenizer(resolve_source(model)), config)
+    texts = prepare_texts(tokenizer, config)
     if digest is not None and _digest(texts) != digest:
         raise DataError(
             "The calibration or the evaluation text is not what it was when the comparison was begun.",

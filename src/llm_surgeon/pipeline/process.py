@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import SurgeonError
 from llm_surgeon.pipeline.folder import in_place
@@ -59,8 +61,12 @@ def work_apart(task: Task) -> Answer:
     with tempfile.TemporaryDirectory() as scratch:
         order, answer = Path(scratch) / "task.json", Path(scratch) / "answer.json"
         order.write_text(task.model_dump_json(), encoding="utf8")
-        # An interrupt here kills the process after a moment; it ignores the one that the terminal sends it.
-        done = subprocess.run(command(order, answer), stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR, check=False)
+        try:
+            # An interrupt here kills the process after a moment; it ignores the one that the terminal sends it.
+            done = subprocess.run(command(order, answer), stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR, check=False)
+        finally:
+            # Who is killed in the middle of a progress bar leaves the terminal without a cursor.
+            Console(stderr=True).show_cursor()
         if answer.exists():
             return Answer.model_validate_json(answer.read_text(encoding="utf8"))
     return Answer(failure=_died(done.returncode))
