@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_surgeon.cli import app
+from llm_surgeon.pipeline.process import work
 
 runner = CliRunner()
 SMALL = ["--samples", "8", "--seq-len", "32", "--eval-window", "64", "--eval-tokens", "256", "--shots", "1"]
@@ -94,6 +95,102 @@ def test_unknown_recipe_keys_are_named(checkpoint, tmp_path):
     done = runner.invoke(app, ["prune", str(checkpoint), "--out", str(tmp_path / "out"), "--recipe", str(recipe)])
     assert done.exit_code == 1
     assert "sparcity" in done.output
+
+
+@pytest.fixture
+def compare(checkpoint, text_file, tmp_path, monkeypatch):
+    """Runs the command, with the work done in this process, which is quick."""
+    monkeypatch.setattr("llm_surgeon.pipeline.comparison.work_apart", work)
+    given = ["--out", str(tmp_path / "out"), "--calibration", str(text_file), *SMALL]
+    return lambda *arguments: runner.invoke(app, ["compare", str(checkpoint), *given, *arguments])
+
+
+def test_compare_prints_the_table_and_where_it_is(compare, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 3\nvariants:\n  soft:\n    dampening-g: 0.5\n")
+    settings = ["--structure", "unstructured", "--structure", "2:4", "--sparsity", "0.3", "--sparsity", "0.4"]
+    done = compare("--methods", "surgeon,magnitude+one-shot", "--recipe", str(recipe), *settings, "--seed", "0")
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    variants = ("surgeon", "magnitude+one-shot", "soft")
+    settings = ("unstructured-0.3", "unstructured-0.4", "2-4")
+    assert [cell["name"] for cell in record["cells"]] == [f"{v}@{s}" for s in settings for v in variants]
+    assert [cell["recipe"]["dampening_g"] for cell in record["cells"][:3]] == [0.1, 0.1, 0.5]
+    assert record["shared"]["seed"] == 0, "the command line overrides the recipe"
+    assert record["shared"]["samples"] == 8
+    for shown in ("unstructured, 30 %", "magnitude+one-shot", str(tmp_path / "out" / "comparison.md")):
+        assert shown in flat(done.output)
+
+
+def test_compare_tells_by_its_exit_status_that_a_cell_failed(compare, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("variants: {broken: {ignore: ['.']}}\n")
+    done = compare("--methods", "magnitude", "--recipe", str(recipe))
+    assert done.exit_code == 1
+    assert "broken, rows-columns, 50 %, failed: The patterns to ignore (.) match every layer" in flat(done.output)
+    assert "Traceback" not in done.output
+    cells = json.loads((tmp_path / "out" / "comparison.json").read_text())["cells"]
+    assert [cell["status"] for cell in cells] == ["finished", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to compare"),
+        (["--methods", "surgeon,wander"], "method 'wander'"),
+        (["--methods", "surgeon+magic"], "suffix 'magic'"),
+        (["--methods", "surgeon", "--sparsity", "1.5"], "sparsity"),
+        (["--methods", "surgeon", "--structure", "diagonals"], "structure"),
+        (["--methods", "surgeon", "--evaluation", "none"], "evaluation"),
+        (["--methods", "surgeon", "--recipe", "missing.yaml"], "missing.yaml"),
+        (["--methods", "surgeon", "--evaluation", "missing.txt"], "missing.txt"),
+        (["--methods", "surgeon", "--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_mistakes_of_compare_are_messages(compare, tmp_path, arguments, message):
+    done = compare(*arguments)
+    assert done.exit_code == 1
+    assert message in flat(done.output)
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("variants: [surgeon]", "not a mapping of names"),
+        ("variants: {surgeon: {}}", "'surgeon' is a variant of the recipe and one of --methods"),
+        ("variants: {mine: {seed: 3}}", "'mine' sets seed"),
+        ("structure: 2:4", "Quote N:M"),
+    ],
+)
+def test_mistakes_in_the_recipe_of_compare_are_messages(compare, tmp_path, recipe, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    done = compare("--methods", "surgeon", "--recipe", str(path))
+    assert done.exit_code == 1
+    assert message in flat(done.output)
+    assert "Traceback" not in done.output
+
+
+def test_an_interrupt_of_compare_says_that_it_can_go_on(compare, monkeypatch):
+    def interrupt(_task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_surgeon.pipeline.comparison.work_apart", interrupt)
+    done = compare("--methods", "surgeon")
+    assert done.exit_code == 130
+    assert "the same command goes on" in flat(done.output)
+
+
+@pytest.mark.slow
+def test_compare_in_processes_of_its_own(checkpoint, text_file, tmp_path):
+    out = tmp_path / "out"
+    how = ["--methods", "magnitude", "--structure", "unstructured", "--calibration", str(text_file), *SMALL]
+    done = runner.invoke(app, ["compare", str(checkpoint), "--out", str(out), *how])
+    assert done.exit_code == 0, done.output
+    (cell,) = json.loads((out / "comparison.json").read_text())["cells"]
+    assert cell["measures"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_help_is_quick_because_it_loads_neither_torch_nor_transformers():

@@ -1,7 +1,8 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``, ``load``,
-``PruneConfig``, ``PruneReport``, ``Perplexity``, and ``SurgeonError``, the base of all errors.
+``compare`` (methods on identical tokens), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Perplexity``,
+``Comparison``, and ``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ if TYPE_CHECKING:
     from llm_surgeon.config import PruneConfig
     from llm_surgeon.errors import SurgeonError
     from llm_surgeon.models.loading import load
+    from llm_surgeon.pipeline.comparison import compare
     from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
-    from llm_surgeon.records import Perplexity, PruneReport
+    from llm_surgeon.records import Comparison, Perplexity, PruneReport, Setting
 
 __version__ = "0.1.0"
 __all__ = [
+    "Comparison",
     "Perplexity",
     "PruneConfig",
     "PruneReport",
+    "Setting",
     "SurgeonError",
+    "compare",
     "evaluate",
     "load",
     "prune",
@@ -30,10 +35,13 @@ __all__ = [
 
 # Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
 _HOMES = {
+    "Comparison": "records",
     "Perplexity": "records",
     "PruneConfig": "config",
     "PruneReport": "records",
+    "Setting": "records",
     "SurgeonError": "errors",
+    "compare": "pipeline.comparison",
     "evaluate": "pipeline.run",
     "load": "models.loading",
     "prune": "pipeline.run",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from collections.abc import Iterator
@@ -12,14 +11,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
-from llm_surgeon.config import PruneConfig, read_recipe
-from llm_surgeon.errors import SurgeonError
+from llm_surgeon.config import PruneConfig, read_recipe, with_underscores
+from llm_surgeon.errors import ConfigError, SurgeonError
+from llm_surgeon.methods import METHODS
+from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
+from llm_surgeon.report.log import log_to_stderr, quiet_transformers
 from llm_surgeon.runtime import keep_freed_memory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _DEMO = "demo"
+_REPEAT = "Repeat for more."
 
 
 def main() -> None:
@@ -44,13 +46,13 @@ _PANELS = {
 }
 
 
-def _option(name: str) -> Any:
-    """The command-line option of a recipe's key, with the help and the default that the recipe gives it."""
+def _option(name: str, more: str = "") -> Any:
+    """The command-line option of a recipe's key, with the help and the default that the recipe gives it, and more."""
     field = PruneConfig.model_fields[name]
     default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
     text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
     panel = next((panel for panel, names in _PANELS.items() if name in names), "Machine")
-    return typer.Option(help=text, rich_help_panel=panel)
+    return typer.Option(help=f"{text} {more}".rstrip(), rich_help_panel=panel)
 
 
 @app.callback()
@@ -122,12 +124,10 @@ def prune(
         from llm_surgeon.report.progress import RichProgress
         from llm_surgeon.report.table import summary_table
 
-        errors = _log_to_stderr()
-        report = prune_checkpoint(
-            model, out, config, progress=RichProgress(errors), command=shlex.join(["llm-surgeon", *sys.argv[1:]])
-        )
-        # A log file has no width of its own; the table needs 100 columns.
-        console = Console() if sys.stdout.isatty() else Console(width=100)
+        quiet_transformers()
+        errors = log_to_stderr()
+        report = prune_checkpoint(model, out, config, progress=RichProgress(errors), command=_command())
+        console = _console()
         console.print(summary_table(report))
         console.print(
             f"The reloaded export agrees with the model in memory. Report: {out / 'report.html'} (numbers: "
@@ -153,7 +153,8 @@ def evaluate(
         from llm_surgeon.pipeline.run import evaluate as measure
         from llm_surgeon.report.progress import RichProgress
 
-        progress = RichProgress(_log_to_stderr())
+        quiet_transformers()
+        progress = RichProgress(log_to_stderr())
         network, tokenizer = load(model, dtype, device)
         result = measure(
             network,
@@ -172,8 +173,103 @@ def evaluate(
         )
 
 
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="A local Hugging Face directory, a hub id, or the word demo.")],
+    out: Annotated[Path, typer.Option(help="Directory of the comparison: new, or one to go on with.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Separated by commas: {', '.join(METHODS)}; each with any of {', '.join(f'+{s}' for s in SUFFIXES)}."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of common options, and more variants under variants: (a name: its options)."),
+    ] = None,
+    sparsity: Annotated[list[float] | None, _option("sparsity", _REPEAT)] = None,
+    structure: Annotated[list[str] | None, _option("structure", _REPEAT)] = None,
+    shots: Annotated[int | None, _option("shots")] = None,
+    calibration: Annotated[str | None, _option("calibration")] = None,
+    samples: Annotated[int | None, _option("samples")] = None,
+    seq_len: Annotated[int | None, _option("seq_len")] = None,
+    batch_size: Annotated[int | None, _option("batch_size")] = None,
+    seed: Annotated[int | None, _option("seed")] = None,
+    device: Annotated[str | None, _option("device")] = None,
+    dtype: Annotated[str | None, _option("dtype")] = None,
+    precision: Annotated[str | None, _option("precision")] = None,
+    evaluation: Annotated[str | None, _option("evaluation")] = None,
+    eval_window: Annotated[int | None, _option("eval_window")] = None,
+    eval_stride: Annotated[int | None, _option("eval_stride")] = None,
+    eval_tokens: Annotated[int | None, _option("eval_tokens")] = None,
+) -> None:
+    """Run methods on identical tokens and write one table: perplexity, divergence, sparsity, seconds, peak memory.
+
+    Each method under each setting is a process of its own. Run the same command again to go on after an interruption:
+    what is finished is kept, what failed is tried again.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("model", "out", "recipe", "methods")}
+    with _errors_as_messages("interrupted; what is finished is kept, the same command goes on"):
+        common: dict[str, Any] = read_recipe(recipe) if recipe else {}
+        common |= {name: value for name, value in given.items() if value not in (None, [])}
+        variants = _variants(methods, common.pop("variants", None))
+        settings = settings_of(_listed(common, "structure"), _listed(common, "sparsity"))
+        from llm_surgeon.pipeline.comparison import compare as run
+        from llm_surgeon.report.comparison import comparison_tables
+
+        log_to_stderr()
+        result = run(model, out, variants, settings, common, show_progress=True, command=_command())
+        console = _console()
+        console.print(comparison_tables(result))
+        console.print(
+            f"Table: {out / 'comparison.md'}, picture: {out / 'comparison.png'}, numbers: {out / 'comparison.json'}",
+            soft_wrap=True,
+        )
+        if any(cell.status == "failed" for cell in result.cells):
+            raise typer.Exit(1)
+
+
+def _variants(methods: str | None, more: Any) -> dict[str, dict[str, Any]]:
+    """What ``--methods`` names, and the variants of the recipe."""
+    named = parse_methods(methods or "")
+    if more is None:
+        return named
+    if not isinstance(more, dict) or not all(isinstance(options, dict) for options in more.values()):
+        raise ConfigError(
+            "The recipe's variants are not a mapping of names to options.", "Write name: {option: value}."
+        )
+    variants = {str(name): with_underscores(options) for name, options in more.items()}
+    both = next((name for name in variants if name in named), None)
+    if both is not None:
+        raise ConfigError(
+            f"{both!r} is a variant of the recipe and one of --methods.", "Give the variant another name."
+        )
+    return named | variants
+
+
+def _listed(options: dict[str, Any], name: str) -> list[Any]:
+    """Take an option out that may have several values; the recipe's default if it is not there."""
+    value = options.pop(name, PruneConfig.model_fields[name].default)
+    values = value if isinstance(value, list) else [value]
+    kind = (str,) if name == "structure" else (int, float)
+    wrong = next((value for value in values if not isinstance(value, kind)), None)
+    if wrong is not None:
+        # YAML reads 2:4 as a number to the base of 60.
+        raise ConfigError(f"{name}: {wrong!r} is not of the right kind.", "Quote N:M in a recipe: '2:4'.")
+    return values
+
+
+def _command() -> str:
+    return shlex.join(["llm-surgeon", *sys.argv[1:]])
+
+
+def _console() -> Console:
+    # A log file has no width of its own; the tables need 100 columns.
+    return Console() if sys.stdout.isatty() else Console(width=100)
+
+
 @contextmanager
-def _errors_as_messages() -> Iterator[None]:
+def _errors_as_messages(interrupted: str = "interrupted; nothing was written") -> Iterator[None]:
     """A user's mistake is two sentences and an exit status, not a stack trace."""
     try:
         yield
@@ -183,21 +279,9 @@ def _errors_as_messages() -> Iterator[None]:
         )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; nothing was written")
+        Console(stderr=True).print(interrupted)
         raise typer.Exit(130) from None
 
 
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-def _log_to_stderr() -> Console:
-    """Send this package's log to standard error, and quiet the loading bars of transformers."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    console = Console(stderr=True)
-    logger = logging.getLogger("llm_surgeon")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [RichHandler(console=console, show_time=False, show_path=False, show_level=False)]
-    return console

@@ -338,4 +338,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"The recipe {path} is not a mapping.", "Write one `option: value` per line.")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    return with_underscores(values)
+
+
+def with_underscores(options: Mapping[Any, Any]) -> dict[str, Any]:
+    """Options as the recipe spells them, whatever the command line does."""
+    return {str(key).replace("-", "_"): value for key, value in options.items()}

@@ -55,3 +55,7 @@ class NotPositiveDefiniteError(SurgeonError):
 
 class ExportMismatchError(SurgeonError):
     """The reloaded export does not compute what the model in memory computes."""
+
+
+class ComparisonError(SurgeonError):
+    """A comparison cannot start or go on."""

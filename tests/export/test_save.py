@@ -4,7 +4,8 @@ import pytest
 
 from llm_surgeon.errors import DiskSpaceError, OutputError
 from llm_surgeon.export import save
-from llm_surgeon.export.save import check_disk_space, check_output, directory_in_place, modeling_text, save_model
+from llm_surgeon.export.place import check_disk_space, check_output, directory_in_place
+from llm_surgeon.export.save import modeling_text, save_model
 from llm_surgeon.models import FAMILIES, examine, family_of
 from tiny import build, tokenizer
 

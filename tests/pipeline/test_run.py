@@ -160,7 +160,7 @@ class TestRefusals:
 
     def test_disk_full(self, checkpoint, text_file, tmp_path, monkeypatch):
         usage = type("Usage", (), {"free": 1000})()
-        monkeypatch.setattr("llm_surgeon.export.save.shutil.disk_usage", lambda _path: usage)
+        monkeypatch.setattr("llm_surgeon.export.place.shutil.disk_usage", lambda _path: usage)
         self.refuse(DiskSpaceError, "free", checkpoint, tmp_path / "out", config(text_file))
 
     def test_unsupported_architecture(self, checkpoint, text_file, tmp_path):

@@ -57,10 +57,18 @@ class EvaluationText:
         starts = range(0, len(self.tokens) - self.window + 1, self.stride)
         return [(start, 1 if start == 0 else max(1, self.window - self.stride)) for start in starts]
 
+    @property
+    def work(self) -> int:
+        """Tokens that ``perplexity`` reports as its progress, all together."""
+        return len(self.windows) * self.stride
+
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, text: EvaluationText, advance: Callable[[int], None] = lambda _tokens: None
+    model: PreTrainedModel,
+    text: EvaluationText,
+    advance: Callable[[int], None] = lambda _tokens: None,
+    observe: Callable[[Tensor], None] = lambda _states: None,
 ) -> Perplexity:
     """Exponential of the mean over windows of the windows' mean negative log-likelihood.
 
@@ -68,6 +76,8 @@ def perplexity(
         model: A causal language model.
         text: What to measure on.
         advance: Called with the number of tokens after each window.
+        observe: Called in each window with the last hidden states ``[n, width]`` of the positions it scores, under the
+            arithmetic in which their logits are computed: for what else is to be measured in the same pass.
 
     Raises:
         NonFiniteError: If the model's loss is not finite.
@@ -78,12 +88,14 @@ def perplexity(
         for start, first in text.windows:
             ids = text.tokens[start : start + text.window].to(device)
             hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-            total = head_loss(model, hidden[first - 1 : -1], ids[first:])
+            scoring = hidden[first - 1 : -1]
+            total = head_loss(model, scoring, ids[first:])
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"The loss of the evaluation window at token {start} is not finite.",
                     "Evaluate with --precision float32, or check the model's weights.",
                 )
+            observe(scoring)
             means += total / (text.window - first)
             scored += text.window - first
             advance(text.stride)

@@ -76,7 +76,7 @@ def run_job(
             shots=tuple(shots),
             layers=tuple(_layer_records(job.anatomy, masks)),
             memory=Memory(peak=peak, model=model_bytes, factors=factor_bytes),
-            versions={"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
+            versions=versions(),
             command=job.command,
         )
 
@@ -87,6 +87,11 @@ def run_job(
         peak = max(peak, *shots[-1].peaks.values())
         after_shot(report(), masks)
     return report(), masks
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result, for the report."""
+    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}
 
 
 def _evaluated(job: Job, result: ShotResult) -> ShotRecord:
@@ -109,7 +114,7 @@ def _evaluated(job: Job, result: ShotResult) -> ShotRecord:
 
 def measure(model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str) -> Perplexity:
     """Perplexity, with its progress shown."""
-    with progress.phase(description, len(text.windows) * text.stride) as phase:
+    with progress.phase(description, text.work) as phase:
         return perplexity(model, text, phase.advance)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.speed import compare_speed
-from llm_surgeon.export.save import check_disk_space, check_output, directory_in_place, save_model, weight_bytes
+from llm_surgeon.export.place import check_disk_space, check_output, directory_in_place
+from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -97,7 +98,8 @@ def draw_perplexity(axes: Axes, report: PruneReport) -> None:
     if report.dense_perplexity is not None and math.isfinite(report.dense_perplexity.perplexity):
         axes.plot(*points[0], color=VERMILION, marker="D", markersize=9, linestyle="none", label="dense")
     write_values(axes, points)
-    _scale_perplexity(axes, [perplexity for _, perplexity in points])
+    axes.set_yscale("log")
+    tick_perplexity(axes.yaxis, [perplexity for _, perplexity in points])
     finish_size_axes(axes)
 
 
@@ -108,16 +110,15 @@ def write_values(axes: Axes, points: list[tuple[float, float]]) -> None:
         axes.annotate(f"{value:.4g}", (kept, value), (-6, 6), textcoords="offset points", ha="right")
 
 
-def _scale_perplexity(axes: Axes, values: list[float]) -> None:
-    axes.set_yscale("log")
+def tick_perplexity(axis: Axis, values: list[float]) -> None:
+    """Label a logarithmic axis of perplexities so that it can be read, whether it spans a factor of 2 or of 10^6."""
     # Powers of ten alone would leave an axis of less than some decades nearly unlabelled.
     spread = max(values) / min(values)
-    axes.yaxis.set_major_locator(
-        MaxNLocator(7) if spread < 3 else LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,))
-    )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_ylabel("perplexity (log scale)")
+    subs = next((subs for limit, subs in ((12, (1, 2, 3, 5, 7)), (1000, (1, 2, 5))) if spread < limit), (1,))
+    axis.set_major_locator(MaxNLocator(7) if spread < 3 else LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_label_text("perplexity (log scale)")
 
 
 def finish_size_axes(axes: Axes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
@@ -47,10 +48,14 @@ def summary_table(report: PruneReport) -> Table:
 
 def markdown_table(report: PruneReport) -> str:
     """Write the run as a Markdown table, followed by the way of measuring as a list."""
-    alignment = ("---", *("---:" for _ in HEADINGS[1:]))
-    lines = ["| " + " | ".join(row) + " |" for row in (HEADINGS, alignment, *table_rows(report))]
-    notes = [f"- {_escape(note)}" for note in footnotes(report)]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    notes = [f"- {escape(note)}" for note in footnotes(report)]
+    return "\n".join([*markdown_rows(HEADINGS, table_rows(report)), "", *notes]) + "\n"
+
+
+def markdown_rows(headings: Row, rows: Sequence[Row]) -> list[str]:
+    """Write a table in Markdown, line by line: the first column to the left, numbers to the right."""
+    alignment = ("---", *("---:" for _ in headings[1:]))
+    return ["| " + " | ".join(row) + " |" for row in (headings, alignment, *rows)]
 
 
 def table_rows(report: PruneReport) -> list[Row]:
@@ -95,7 +100,7 @@ def footnotes(report: PruneReport) -> list[str]:
         notes.append("Removed weights are stored as zeros: neither the files nor the time per token shrink.")
     measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
     # All states are measured alike, so this is one line; were they not, the reader must see it.
-    notes += dict.fromkeys(_perplexity_note(perplexity) for perplexity in measured if perplexity is not None)
+    notes += dict.fromkeys(perplexity_note(perplexity) for perplexity in measured if perplexity is not None)
     if report.speed is not None:
         notes.append(_speed_note(report.speed))
     return notes
@@ -152,7 +157,8 @@ def _pruned_layers(report: PruneReport) -> str:
     return f"Pruned: {len(report.layers)} linear layers in {len(blocks)} blocks ({', '.join(kinds)}).{left_out}"
 
 
-def _perplexity_note(perplexity: Perplexity) -> str:
+def perplexity_note(perplexity: Perplexity) -> str:
+    """Say on what and how a perplexity was measured."""
     return (
         f"Perplexity: {perplexity.data}; windows of {perplexity.window:,} tokens, stride {perplexity.stride:,}, "
         f"{perplexity.tokens:,} tokens scored, {perplexity.precision} arithmetic."
@@ -169,6 +175,6 @@ def _speed_note(speed: SpeedComparison) -> str:
     )
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Keep the names of data and patterns of layers from being read as Markdown."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)

@@ -1,0 +1,96 @@
+"""How far a pruned model's predictions are from the dense model's: the Kullback-Leibler divergence, token by token.
+
+The output head is never pruned. What the dense model predicts is therefore known from its last hidden states, which
+are some hundred times smaller than the logits; both are turned into logits by the same head, a few at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.models import head as heads
+from llm_surgeon.records import Perplexity
+
+
+@torch.no_grad()
+def kl_divergence(head: Callable[[Tensor], Tensor], dense: Tensor, states: Tensor) -> float:
+    """Sum over positions of KL(dense || pruned) = sum of p_dense (log p_dense - log p_pruned), in nats.
+
+    Args:
+        head: Makes logits of hidden states; of both models.
+        dense: ``[n, width]`` last hidden states of the dense model.
+        states: ``[n, width]`` those of the pruned model at the same positions.
+
+    Returns:
+        The sum, never negative.
+    """
+    total = 0.0
+    for start in range(0, len(states), heads.CHUNK):
+        part = slice(start, start + heads.CHUNK)
+        expected, actual = (head(some[part]).float().log_softmax(-1) for some in (dense, states))
+        positions = F.kl_div(actual, expected, reduction="none", log_target=True).sum(-1)
+        # Only rounding can make the divergence of a position negative.
+        total += float(positions.clamp(min=0).double().sum())
+    return total
+
+
+def reference_states(
+    model: PreTrainedModel, text: EvaluationText, advance: Callable[[int], None] = lambda _tokens: None
+) -> tuple[Perplexity, Tensor]:
+    """Perplexity of the dense model, and what its predictions can be computed from.
+
+    Args:
+        model: The dense model.
+        text: What to measure on.
+        advance: Called with the number of tokens after each window.
+
+    Returns:
+        The perplexity, and the last hidden states ``[tokens, width]`` of the positions it scores, in the order of the
+        windows, on the CPU.
+
+    Raises:
+        NonFiniteError: If the model's loss is not finite.
+    """
+    parts: list[Tensor] = []
+    measured = perplexity(model, text, advance, lambda states: parts.append(states.cpu()))
+    return measured, torch.cat(parts)
+
+
+def perplexity_and_divergence(
+    model: PreTrainedModel,
+    text: EvaluationText,
+    dense: Tensor,
+    advance: Callable[[int], None] = lambda _tokens: None,
+) -> tuple[Perplexity, float]:
+    """Perplexity of a pruned model and its divergence from the dense one, in one pass over the text.
+
+    Args:
+        model: The pruned model, with the dense model's head.
+        text: What ``dense`` was computed of.
+        dense: The states that ``reference_states`` gave.
+        advance: Called with the number of tokens after each window.
+
+    Returns:
+        The perplexity, and the divergence in nats, its mean over the tokens that the perplexity scores.
+
+    Raises:
+        NonFiniteError: If the model's loss is not finite.
+        ValueError: If the dense states are of another number of positions.
+    """
+    sizes = [text.window - first for _, first in text.windows]
+    if len(dense) != sum(sizes):
+        raise ValueError(f"The reference has {len(dense)} positions, the text {sum(sizes)}.")
+    remaining, total = iter(dense.split(sizes)), 0.0
+
+    def compare(states: Tensor) -> None:
+        nonlocal total
+        total += kl_divergence(model.get_output_embeddings(), next(remaining).to(states.device), states)
+
+    measured = perplexity(model, text, advance, compare)
+    return measured, total / sum(sizes)

@@ -1,0 +1,149 @@
+"""What a comparison consists of: variants of the recipe, the settings they are run under, and what is possible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.methods import METHODS
+from llm_surgeon.pattern import Pattern
+from llm_surgeon.records import Setting
+
+Options = Mapping[str, Any]
+
+# What a suffix of a method stands for: wanda+owl is the method wanda with the layers' sparsities of OWL.
+_SUFFIXES: dict[str, dict[str, Any]] = {
+    "one-shot": {"shots": 1},
+    "lora": {"lora": True},
+    "dsnot": {"refine": "dsnot"},
+    "r2-dsnot": {"refine": "r2-dsnot"},
+    "owl": {"layer_budget": "owl"},
+    "permute": {"permute": True},
+}
+# Those whose options a recipe has.
+SUFFIXES = {name: options for name, options in _SUFFIXES.items() if options.keys() <= PruneConfig.model_fields.keys()}
+
+# What all variants have to have in common: the texts, and the dense model that they are compared with.
+SHARED = (
+    *("calibration", "samples", "seq_len", "seed", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
+    *("dtype", "device", "precision"),
+)
+_SETTING = ("structure", "sparsity")
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One variant under one setting: its recipe, or why there is none."""
+
+    variant: str
+    setting: Setting
+    config: PruneConfig | None
+    refusal: ConfigError | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its file: that of the variant and the setting, with characters that every file system takes."""
+        structure, sparsity = self.setting.structure.replace(":", "-"), f"-{self.setting.sparsity}"
+        return f"{self.variant}@{structure}{'' if Pattern.parse(self.setting.structure) else sparsity}"
+
+
+def parse_methods(text: str) -> dict[str, dict[str, Any]]:
+    """Options of each variant in a list like ``surgeon,k-obd,surgeon+one-shot``.
+
+    Raises:
+        ConfigError: If a method or a suffix is not known; lists those that are.
+    """
+    specs = [spec.strip() for spec in text.split(",")]
+    return {spec: _parse_spec(spec) for spec in specs if spec}
+
+
+def _parse_spec(spec: str) -> dict[str, Any]:
+    method, *suffixes = spec.split("+")
+    unknown = [suffix for suffix in suffixes if suffix not in SUFFIXES]
+    if method not in METHODS or unknown:
+        wrong = f"suffix {unknown[0]!r}" if method in METHODS else f"method {method!r}"
+        raise ConfigError(
+            f"The {wrong} of {spec!r} is not known.",
+            f"Methods are {', '.join(METHODS)}; suffixes, each after a +, are {', '.join(SUFFIXES)}.",
+        )
+    options: dict[str, Any] = {"method": method}
+    for suffix in suffixes:
+        options |= SUFFIXES[suffix]
+    return options
+
+
+def settings_of(structures: Iterable[str], sparsities: Iterable[float]) -> list[Setting]:
+    """Every structure with every sparsity, but N:M once, with the sparsity that it makes."""
+    sparsities, settings = list(sparsities), []
+    for structure in structures:
+        pattern = Pattern.parse(structure)
+        for sparsity in [pattern.sparsity] if pattern else sparsities:
+            settings.append(Setting(structure=structure, sparsity=sparsity))
+    return list(dict.fromkeys(settings))
+
+
+def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: Options) -> list[PlannedCell]:
+    """Every variant under every setting, setting by setting.
+
+    Args:
+        variants: Options of each variant; they go before the common ones.
+        settings: What they are run under.
+        common: Options of all.
+
+    Raises:
+        ConfigError: If there is nothing to compare, if an option is none that a comparison or a variant can set, or if
+            a variant or a setting is possible in no cell at all.
+    """
+    if not variants or not settings:
+        raise ConfigError("There is nothing to compare.", "Name methods, and at least one structure and sparsity.")
+    _check_common(common)
+    for name, options in variants.items():
+        _check_variant(name, options)
+    cells = [
+        _planned(name, setting, {**common, **options}) for setting in settings for name, options in variants.items()
+    ]
+    for name in variants:
+        _check_possible(f"variant {name!r}", [cell for cell in cells if cell.variant == name])
+    for setting in settings:
+        _check_possible(f"setting {setting.label!r}", [cell for cell in cells if cell.setting == setting])
+    return cells
+
+
+def _planned(variant: str, setting: Setting, options: dict[str, Any]) -> PlannedCell:
+    try:
+        return PlannedCell(variant, setting, PruneConfig.from_mapping(options | setting.model_dump()))
+    except ConfigError as error:
+        return PlannedCell(variant, setting, None, error)
+
+
+def _check_common(options: Options) -> None:
+    wrong = next((name for name in (*_SETTING, "export_shots") if name in options), None)
+    if wrong is not None:
+        remedy = "Give it as part of a setting." if wrong in _SETTING else "Leave it out: a comparison exports nothing."
+        raise ConfigError(f"{wrong} is no option that the cells of a comparison have in common.", remedy)
+    if options.get("evaluation") == "none":
+        raise ConfigError("Without an evaluation text there is nothing to compare.", "Leave out evaluation: none.")
+
+
+def _check_variant(name: str, options: Options) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+ -]*", name):
+        raise ConfigError(
+            f"A variant cannot be named {name!r}: a file is named after it.",
+            "Use letters, digits, spaces and the characters . _ + - in the name.",
+        )
+    wrong = [option for option in (*SHARED, *_SETTING, "export_shots") if option in options]
+    if wrong:
+        raise ConfigError(
+            f"The variant {name!r} sets {', '.join(wrong)}, which would make it incomparable with the others.",
+            "Set it for all of them, or make a comparison of its own.",
+        )
+
+
+def _check_possible(what: str, cells: list[PlannedCell]) -> None:
+    refusals = [cell.refusal for cell in cells if cell.refusal is not None]
+    if len(refusals) == len(cells):
+        raise ConfigError(f"The {what} is possible in no cell. {refusals[0].cause}", refusals[0].remedy)
