@@ -83,9 +83,7 @@ def test_the_whole_is_a_subset_too(problem):
 def test_subsets_are_drawn_by_the_seed_each_row_and_column_its_own():
     # Ones everywhere: the norm of a subset is its size, whoever is in it.
     ones = torch.ones(40, 60)
-    torch.testing.assert_close(
-        stochastic_relative_importance(ones, 0.25, 0), torch.full((40, 60), 1 / 15 + 1 / 10)
-    )
+    torch.testing.assert_close(stochastic_relative_importance(ones, 0.25, 0), torch.full((40, 60), 1 / 15 + 1 / 10))
     weight = torch.rand(40, 60, generator=torch.Generator().manual_seed(0))
     scores = stochastic_relative_importance(weight, 0.25, 3)
     assert torch.equal(scores, stochastic_relative_importance(weight, 0.25, 3))

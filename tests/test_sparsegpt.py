@@ -64,7 +64,8 @@ def test_the_factor_is_that_of_the_inverse(columns):
     _, a = problem(2, columns)
     factor = inverse_factor(a, 0.1, "test")
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(a + 0.1 * torch.eye(columns).double()), rtol=1e-9, atol=1e-9)
+    damped = a + 0.1 * torch.eye(columns, dtype=torch.float64)
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-9)
 
 
 def test_a_matrix_without_decomposition_is_named():

@@ -165,7 +165,7 @@ class PruneConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
-        if _goes_layerwise(given):
+        if goes_layerwise(given):
             given = {"structure": _UNSTRUCTURED, "shots": 1} | given
         pattern = Pattern.parse(given.get("structure"))
         return given if pattern is None else {"sparsity": pattern.sparsity} | given
@@ -248,7 +248,7 @@ class PruneConfig(BaseModel):
     @property
     def layerwise(self) -> bool:
         """Whether the run goes layer by layer; magnitude does if asked for what only layer-wise methods do."""
-        return _goes_layerwise(vars(self))
+        return goes_layerwise(vars(self))
 
     @property
     def resolved_scope(self) -> LayerwiseScope | None:
@@ -305,7 +305,7 @@ def _layerwise_options(values: Mapping[str, Any]) -> list[str]:
     return [name for name, without in off.items() if values.get(name, without[0]) not in without]
 
 
-def _goes_layerwise(values: Mapping[str, Any]) -> bool:
+def goes_layerwise(values: Mapping[str, Any]) -> bool:
     """Whether a method goes layer by layer; one that is of both kinds does if asked for what only that kind has."""
     method = values.get("method")
     if not isinstance(method, str) or method not in LAYERWISE:

@@ -168,9 +168,7 @@ def test_refinement_lowers_the_expected_error_of_the_first_block(method, structu
     lower = 0
     for layer in layers:
         weight, mean = core_of(dense, layer).weight.detach(), watched.inputs[layer.input_group].mean
-        before, after = (
-            expected_error(weight, kept(model)[layer.name], mean).abs() for model in (plain, refined)
-        )
+        before, after = (expected_error(weight, kept(model)[layer.name], mean).abs() for model in (plain, refined))
         assert bool((after <= before + 1e-6).all())
         lower += int((after < before - 1e-4).sum())
     assert lower > 20
@@ -202,9 +200,7 @@ def test_permuted_channels_keep_more_and_the_dense_function(family, method, text
     )
     run(unpruned, text_file, **changes, permute=True)
     with torch.no_grad():
-        torch.testing.assert_close(
-            unpruned(tokens()).logits, build(family)(tokens()).logits, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(unpruned(tokens()).logits, build(family)(tokens()).logits, rtol=1e-4, atol=1e-4)
     assert not torch.equal(weights(unpruned).popitem()[1], weights(build(family)).popitem()[1])
 
 

@@ -1,7 +1,8 @@
 """How far a pruned model's predictions are from the dense model's: the Kullback-Leibler divergence, token by token.
 
-The output head is never pruned. What the dense model predicts is therefore known from its last hidden states, which
-are some hundred times smaller than the logits; both are turned into logits by the same head, a few at a time.
+What the dense model predicts is known from its last hidden states, which are some hundred times smaller than the
+logits and are turned into them a few at a time. The head is never pruned, so it is the pruned model's; only where the
+channels of the residual stream were reordered does the pruned model's head expect them in another order.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import head as heads
 from llm_surgeon.records import Perplexity
 
+Head = Callable[[Tensor], Tensor]
+
 
 @torch.no_grad()
-def kl_divergence(head: Callable[[Tensor], Tensor], dense: Tensor, states: Tensor) -> float:
+def kl_divergence(dense_head: Head, head: Head, dense: Tensor, states: Tensor) -> float:
     """Sum over positions of KL(dense || pruned) = sum of p_dense (log p_dense - log p_pruned), in nats.
 
     Args:
-        head: Makes logits of hidden states; of both models.
+        dense_head: Makes logits of the dense model's hidden states.
+        head: The same of the pruned model.
         dense: ``[n, width]`` last hidden states of the dense model.
         states: ``[n, width]`` those of the pruned model at the same positions.
 
@@ -33,7 +37,8 @@ def kl_divergence(head: Callable[[Tensor], Tensor], dense: Tensor, states: Tenso
     total = 0.0
     for start in range(0, len(states), heads.CHUNK):
         part = slice(start, start + heads.CHUNK)
-        expected, actual = (head(some[part]).float().log_softmax(-1) for some in (dense, states))
+        expected = dense_head(dense[part]).float().log_softmax(-1)
+        actual = head(states[part]).float().log_softmax(-1)
         positions = F.kl_div(actual, expected, reduction="none", log_target=True).sum(-1)
         # Only rounding can make the divergence of a position negative.
         total += float(positions.clamp(min=0).double().sum())
@@ -67,14 +72,16 @@ def perplexity_and_divergence(
     text: EvaluationText,
     dense: Tensor,
     advance: Callable[[int], None] = lambda _tokens: None,
+    dense_head: Head | None = None,
 ) -> tuple[Perplexity, float]:
     """Perplexity of a pruned model and its divergence from the dense one, in one pass over the text.
 
     Args:
-        model: The pruned model, with the dense model's head.
+        model: The pruned model.
         text: What ``dense`` was computed of.
         dense: The states that ``reference_states`` gave.
         advance: Called with the number of tokens after each window.
+        dense_head: The dense model's head; the pruned model's own if None.
 
     Returns:
         The perplexity, and the divergence in nats, its mean over the tokens that the perplexity scores.
@@ -90,7 +97,8 @@ def perplexity_and_divergence(
 
     def compare(states: Tensor) -> None:
         nonlocal total
-        total += kl_divergence(model.get_output_embeddings(), next(remaining).to(states.device), states)
+        own = model.get_output_embeddings()
+        total += kl_divergence(dense_head or own, own, next(remaining).to(states.device), states)
 
     measured = perplexity(model, text, advance, compare)
     return measured, total / sum(sizes)

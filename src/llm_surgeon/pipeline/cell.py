@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import deepcopy
 from pathlib import Path
 from typing import cast
 
@@ -89,13 +90,15 @@ def measure_cell(
     prepared = _prepared(tokenizer, config, texts)
     network = load_model(source, config.dtype, resolve_device(config.device))
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
+    # Reordered channels reorder the head too, and the dense model's states are in their old order.
+    dense_head = deepcopy(network.get_output_embeddings()) if config.permute else None
     # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
     silent = Texts(prepared.calibration, None)
     report, _ = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model))
     text = _evaluation(prepared)
     states = load_file(reference)["states"]
     with progress.phase("pruned: perplexity and divergence", text.work) as phase:
-        measured, divergence = perplexity_and_divergence(network, text, states, phase.advance)
+        measured, divergence = perplexity_and_divergence(network, text, states, phase.advance, dense_head)
     return CellMeasures(
         perplexity=measured,
         divergence=divergence,

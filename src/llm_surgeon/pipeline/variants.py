@@ -7,25 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config import PruneConfig, goes_layerwise
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.methods import METHODS
+from llm_surgeon.methods import method_names
 from llm_surgeon.pattern import Pattern
 from llm_surgeon.records import Setting
 
 Options = Mapping[str, Any]
 
 # What a suffix of a method stands for: wanda+owl is the method wanda with the layers' sparsities of OWL.
-_SUFFIXES: dict[str, dict[str, Any]] = {
+SUFFIXES: dict[str, dict[str, Any]] = {
     "one-shot": {"shots": 1},
     "lora": {"lora": True},
+    "row": {"scope": "row"},
+    "layer": {"scope": "layer"},
+    "global": {"scope": "global"},
     "dsnot": {"refine": "dsnot"},
     "r2-dsnot": {"refine": "r2-dsnot"},
     "owl": {"layer_budget": "owl"},
     "permute": {"permute": True},
 }
-# Those whose options a recipe has.
-SUFFIXES = {name: options for name, options in _SUFFIXES.items() if options.keys() <= PruneConfig.model_fields.keys()}
 
 # What all variants have to have in common: the texts, and the dense model that they are compared with.
 SHARED = (
@@ -64,11 +65,11 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
 def _parse_spec(spec: str) -> dict[str, Any]:
     method, *suffixes = spec.split("+")
     unknown = [suffix for suffix in suffixes if suffix not in SUFFIXES]
-    if method not in METHODS or unknown:
-        wrong = f"suffix {unknown[0]!r}" if method in METHODS else f"method {method!r}"
+    if method not in method_names() or unknown:
+        wrong = f"suffix {unknown[0]!r}" if method in method_names() else f"method {method!r}"
         raise ConfigError(
             f"The {wrong} of {spec!r} is not known.",
-            f"Methods are {', '.join(METHODS)}; suffixes, each after a +, are {', '.join(SUFFIXES)}.",
+            f"Methods are {', '.join(method_names())}; suffixes, each after a +, are {', '.join(SUFFIXES)}.",
         )
     options: dict[str, Any] = {"method": method}
     for suffix in suffixes:
@@ -92,7 +93,7 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
     Args:
         variants: Options of each variant; they go before the common ones.
         settings: What they are run under.
-        common: Options of all.
+        common: Options of all; layer-wise methods, which have one shot, take no notice of its shots.
 
     Raises:
         ConfigError: If there is nothing to compare, if an option is none that a comparison or a variant can set, or if
@@ -103,9 +104,7 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
     _check_common(common)
     for name, options in variants.items():
         _check_variant(name, options)
-    cells = [
-        _planned(name, setting, {**common, **options}) for setting in settings for name, options in variants.items()
-    ]
+    cells = [_planned(name, setting, common, options) for setting in settings for name, options in variants.items()]
     for name in variants:
         _check_possible(f"variant {name!r}", [cell for cell in cells if cell.variant == name])
     for setting in settings:
@@ -113,9 +112,10 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
     return cells
 
 
-def _planned(variant: str, setting: Setting, options: dict[str, Any]) -> PlannedCell:
+def _planned(variant: str, setting: Setting, common: Options, own: Options) -> PlannedCell:
+    shared = {name: value for name, value in common.items() if name != "shots" or not goes_layerwise(own)}
     try:
-        return PlannedCell(variant, setting, PruneConfig.from_mapping(options | setting.model_dump()))
+        return PlannedCell(variant, setting, PruneConfig.from_mapping({**shared, **own, **setting.model_dump()}))
     except ConfigError as error:
         return PlannedCell(variant, setting, None, error)
 

@@ -134,7 +134,8 @@ def _how(method: str, config: Mapping[str, Any]) -> str:
     refined = "" if config["refine"] == "none" else f", refined by {config['refine']}"
     update = "the remaining weights of its layer are updated" if layerwise.scope is None else _UNTOUCHED
     return (
-        f"({layerwise.summary}), block after block, each on the outputs of the blocks already pruned{refined}; {update}."
+        f"({layerwise.summary}), block after block, each on the outputs of the blocks already\n"
+        f"pruned{refined}; {update}."
     )
 
 

@@ -236,7 +236,7 @@ def _costs(shots: Sequence[ShotRecord]) -> str:
     shown = evenly_spaced(recorded, PANELS)
     svg = costs_svg(shown)
     if svg is None:
-        return _said("No scores were compared across layers, or their distribution was not recorded.")
+        return _said("No distribution of scores was recorded: nothing was compared across layers.")
     caption = (
         "How the scores of all candidates for removal are distributed. What was removed above the threshold went "
         "because a partner did."
