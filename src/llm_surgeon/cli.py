@@ -14,6 +14,7 @@ from rich.console import Console
 
 from llm_surgeon.config import PruneConfig, read_recipe, with_underscores
 from llm_surgeon.errors import ConfigError, SurgeonError
+from llm_surgeon.methods import method_names
 from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
 from llm_surgeon.report.log import log_to_stderr, quiet_transformers
 from llm_surgeon.runtime import keep_freed_memory
@@ -179,7 +180,8 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help=f"Separated by commas: {', '.join(method_names())}; each with any of {', '.join(f'+{s}' for s in SUFFIXES)}."
+            help=f"Separated by commas: {', '.join(method_names())}; each with any of "
+            f"{', '.join(f'+{suffix}' for suffix in SUFFIXES)}."
         ),
     ] = None,
     recipe: Annotated[

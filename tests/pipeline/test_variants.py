@@ -16,10 +16,29 @@ def test_a_spec_is_a_method_and_what_its_suffixes_stand_for():
     }
 
 
-def test_only_suffixes_that_the_recipe_knows_are_offered():
-    assert SUFFIXES.keys() >= {"one-shot", "lora"}
+def test_every_suffix_is_possible_with_some_method():
     for suffix in SUFFIXES:
-        assert plan(parse_methods(f"surgeon+{suffix}"), HALF, {})[0].config is not None
+        structures = ("unstructured", "2:4")
+        plans = [
+            plan(parse_methods(f"{method}+{suffix}"), settings_of([structure], [0.5]), {})
+            for method, structure in itertools.product(("surgeon", "wanda"), structures)
+            if _possible(f"{method}+{suffix}", structure)
+        ]
+        assert plans
+        assert all(cells[0].config is not None for cells in plans)
+
+
+def _possible(spec, structure):
+    try:
+        PruneConfig.from_mapping({**parse_methods(spec)[spec], "structure": structure})
+    except ConfigError:
+        return False
+    return True
+
+
+def test_the_shots_of_all_are_those_of_the_global_methods():
+    cells = plan(parse_methods("surgeon,wanda,magnitude,magnitude+row"), HALF, {"shots": 3})
+    assert [cell.config.shots for cell in cells] == [3, 1, 3, 1]
 
 
 @pytest.mark.parametrize(("spec", "message"), [("wander", "method 'wander'"), ("surgeon+magic", "suffix 'magic'")])
