@@ -1,7 +1,8 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
-Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``, ``load``,
-``PruneConfig``, ``PruneReport``, ``Perplexity``, and ``SurgeonError``, the base of all errors.
+Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``,
+``evaluate_tasks``, ``load``, ``PruneConfig``, ``PruneReport``, ``Perplexity``, ``TaskScores``, and ``SurgeonError``,
+the base of all errors.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_surgeon.config import PruneConfig
     from llm_surgeon.errors import SurgeonError
+    from llm_surgeon.evaluation.tasks import evaluate_tasks
     from llm_surgeon.models.loading import load
     from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
-    from llm_surgeon.records import Perplexity, PruneReport
+    from llm_surgeon.records import Perplexity, PruneReport, TaskScores
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "PruneConfig",
     "PruneReport",
     "SurgeonError",
+    "TaskScores",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "prune",
     "prune_checkpoint",
@@ -34,7 +38,9 @@ _HOMES = {
     "PruneConfig": "config",
     "PruneReport": "records",
     "SurgeonError": "errors",
+    "TaskScores": "records",
     "evaluate": "pipeline.run",
+    "evaluate_tasks": "evaluation.tasks",
     "load": "models.loading",
     "prune": "pipeline.run",
     "prune_checkpoint": "pipeline.run",
