@@ -46,7 +46,8 @@ clean:  ## remove .venv, caches and builds (runs/ stays)
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes exactly as constraints.txt pins it: an open range may take gigabytes of CUDA packages.
-# The build backend is installed first and used without isolation, so that it is pinned as well.
+# The build backend is installed first and used without isolation, so that it is pinned as well; some packages of lm-eval
+# are built here too, by setuptools.
 # The oracle goes last, without its dependencies (requirements-oracle.txt says why).
 $(STAMP): pyproject.toml constraints.txt requirements-oracle.txt
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
@@ -55,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-oracle.txt
 	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); llm-surgeon needs Python 3.11 or newer" >&2; \
 	  echo "       name another one: make PYTHON=python3.12" >&2; exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)"
-	$(PIP) install --quiet -c constraints.txt hatchling editables
+	$(PIP) install --quiet -c constraints.txt hatchling editables setuptools
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PIP) install --quiet --no-deps -r requirements-oracle.txt
 	@if $(PIP) --quiet show torchvision >/dev/null 2>&1; then \

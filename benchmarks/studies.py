@@ -97,10 +97,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         },
     ),
     "corrections": (
-        "First-order corrections, five shots to 50 %",
+        "First-order corrections: rows and columns in five shots, single weights in one, to 50 %",
         {
-            f"{structure}, {'with' if lora else 'without'} corrections": {"structure": structure, "lora": lora}
-            for structure in ("rows-columns", "unstructured")
+            f"{structure}, {'with' if lora else 'without'} corrections": options
+            | {"structure": structure, "lora": lora}
+            for structure, options in (("rows-columns", {}), ("unstructured", ONE_SHOT))
             for lora in (False, True)
         },
     ),

@@ -1,8 +1,8 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
-Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``, ``load``,
-``compare`` (methods on identical tokens), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Perplexity``,
-``Comparison``, and ``SurgeonError``, the base of all errors.
+Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``,
+``evaluate_tasks``, ``load``, ``compare`` (methods on identical tokens), ``PruneConfig``, ``Setting``, ``PruneReport``,
+``Perplexity``, ``TaskScores``, ``Comparison``, and ``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_surgeon.config import PruneConfig
     from llm_surgeon.errors import SurgeonError
+    from llm_surgeon.evaluation.tasks import evaluate_tasks
     from llm_surgeon.models.loading import load
     from llm_surgeon.pipeline.comparison import compare
     from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
-    from llm_surgeon.records import Comparison, Perplexity, PruneReport, Setting
+    from llm_surgeon.records import Comparison, Perplexity, PruneReport, Setting, TaskScores
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "PruneReport",
     "Setting",
     "SurgeonError",
+    "TaskScores",
     "compare",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "prune",
     "prune_checkpoint",
@@ -41,8 +44,10 @@ _HOMES = {
     "PruneReport": "records",
     "Setting": "records",
     "SurgeonError": "errors",
+    "TaskScores": "records",
     "compare": "pipeline.comparison",
     "evaluate": "pipeline.run",
+    "evaluate_tasks": "evaluation.tasks",
     "load": "models.loading",
     "prune": "pipeline.run",
     "prune_checkpoint": "pipeline.run",

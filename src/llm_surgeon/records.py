@@ -37,6 +37,62 @@ class Perplexity(Record):
     precision: str
 
 
+class TaskMetric(Record):
+    """One metric of a task; the standard error is known where the metric is a mean over the samples."""
+
+    value: float
+    stderr: float | None
+
+
+class TaskScore(Record):
+    """What one task gave.
+
+    ``metrics`` are by lm-eval's names, followed by ``,filter`` where the task filters its answers. ``accuracy`` names
+    the one that enters the mean over the tasks; None: none of them is an accuracy.
+    """
+
+    task: str
+    version: str
+    metrics: dict[str, TaskMetric]
+    accuracy: str | None
+    shots: int
+    samples: int
+    samples_total: int
+
+
+class TaskFailure(Record):
+    """A task that could not be measured, and why."""
+
+    task: str
+    cause: str
+    remedy: str
+
+
+class TaskScores(Record):
+    """What the tasks of lm-eval gave, and how they were measured.
+
+    ``mean`` is the plain mean of the accuracies of those tasks that have one and did not fail; each task counts the
+    same. None: there is none.
+    """
+
+    scores: tuple[TaskScore, ...]
+    failures: tuple[TaskFailure, ...]
+    mean: float | None
+    limit: int | None
+    batch_size: int
+    seed: int
+    precision: str
+    lm_eval: str
+
+
+class Evaluation(Record):
+    """What ``llm-surgeon eval`` measured of a model; its ``--out`` is this record."""
+
+    model: str
+    perplexity: Perplexity | None
+    tasks: TaskScores | None
+
+
 class LayerRecord(Record):
     """What is left of one linear layer: kept and original rows and columns, and the weights that are not zero."""
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from llm_surgeon.config import PruneConfig

@@ -26,6 +26,19 @@ def check_output(out: Path) -> None:
         raise OutputError(f"No directory can be made in {parent}.", "Give an output directory that you may write.")
 
 
+def check_result_file(out: Path) -> None:
+    """Make sure that a file of results can be written, and that none is lost by it.
+
+    Raises:
+        OutputError: If there is something of that name, or its directory does not exist or cannot be written.
+    """
+    if out.exists():
+        raise OutputError(f"The file {out} exists.", "Name another one, or remove this one first.")
+    parent = out.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"No file can be made in {parent}.", "Name a file in a directory that you may write.")
+
+
 def check_disk_space(out: Path, needed: int) -> None:
     """Make sure that ``needed`` bytes fit where ``out`` will be.
 

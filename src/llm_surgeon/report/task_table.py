@@ -1,0 +1,82 @@
+"""What the tasks gave, as a table for the terminal: a row a task, the mean, and what the mean is of."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from llm_surgeon.records import TaskMetric, TaskScore, TaskScores
+from llm_surgeon.report.table import UNKNOWN
+
+_HEADINGS = ("task", "acc", "acc_norm", "other metrics", "samples")
+_OWN_COLUMNS = ("acc", "acc_norm")
+
+
+def task_table(model: str, scores: TaskScores) -> Table:
+    """Draw the tasks of one model for a terminal of 100 columns, and the way of measuring below them."""
+    table = Table(
+        title=Text(model),
+        caption=Text("\n".join(task_notes(scores))),
+        title_justify="left",
+        caption_justify="left",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+    )
+    for number, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="right" if number else "left")
+    for score in scores.scores:
+        table.add_row(*_row(score))
+    for failure in scores.failures:
+        table.add_row(failure.task, "failed", *(UNKNOWN for _ in _HEADINGS[2:]))
+    table.add_section()
+    # In the column of acc only if it is of nothing else.
+    mean = UNKNOWN if scores.mean is None else f"{100 * scores.mean:.2f} %"
+    of_acc = all(score.accuracy in (None, "acc") for score in scores.scores)
+    table.add_row("mean", *((mean, "", "", "") if of_acc else ("", "", mean, "")))
+    return table
+
+
+def task_notes(scores: TaskScores) -> list[str]:
+    """What the mean is of, what is missing in it, and how it was measured."""
+    averaged = [score for score in scores.scores if score.accuracy is not None]
+    others = [score for score in averaged if score.accuracy != "acc"]
+    without = [score.task for score in scores.scores if score.accuracy is None]
+    asked = len(scores.scores) + len(scores.failures)
+    notes = [f"Mean: plain mean of acc over {len(averaged)} of the {asked} tasks asked for, each counting the same."]
+    if others:
+        notes.append(f"Instead of acc: {', '.join(f'{score.task} {score.accuracy}' for score in others)}.")
+    if without:
+        notes.append(f"Not in the mean, for want of an accuracy: {', '.join(without)}.")
+    if scores.failures:
+        notes.append(f"Not in the mean, because they failed: {', '.join(failure.task for failure in scores.failures)}.")
+    if scores.limit is not None:
+        notes.append(f"Only the first {scores.limit:,} samples of each task: an estimate.")
+    shots = ", ".join(str(number) for number in sorted({score.shots for score in scores.scores})) or UNKNOWN
+    notes.append(
+        f"lm-eval {scores.lm_eval}, {shots} solved examples, {scores.precision} arithmetic, batch {scores.batch_size}; "
+        "\N{PLUS-MINUS SIGN} is one standard error."
+    )
+    return notes
+
+
+def _row(score: TaskScore) -> tuple[str, ...]:
+    own = [_percent(score.metrics.get(name)) for name in _OWN_COLUMNS]
+    others = [f"{name} {_other(metric)}" for name, metric in score.metrics.items() if name not in _OWN_COLUMNS]
+    samples = f"{score.samples:,}"
+    if score.samples != score.samples_total:
+        samples += f" of {score.samples_total:,}"
+    return (score.task, *own, "\n".join(others), samples)
+
+
+def _percent(metric: TaskMetric | None) -> str:
+    if metric is None:
+        return UNKNOWN
+    error = "" if metric.stderr is None else f" \N{PLUS-MINUS SIGN} {100 * metric.stderr:.2f}"
+    return f"{100 * metric.value:.2f}{error} %"
+
+
+def _other(metric: TaskMetric) -> str:
+    """Not as a percentage: the scale is the metric's own."""
+    error = "" if metric.stderr is None else f" \N{PLUS-MINUS SIGN} {metric.stderr:.4g}"
+    return f"{metric.value:.4g}{error}"
