@@ -16,10 +16,10 @@ import argparse
 from typing import Any
 
 from common import COLOURS, PROTOCOL, RESULTS, circumstances, figure, finished, run, share_dense_work, table, write
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from llm_surgeon import PruneConfig, PruneReport
 from llm_surgeon.methods import METHODS
+from llm_surgeon.report.plots import tick_perplexity
 from llm_surgeon.runtime import keep_freed_memory
 
 Variants = dict[str, dict[str, Any]]
@@ -55,7 +55,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     ),
     "shots": (
         "Shots, rows and columns to 50 %",
-        {f"{shots} shots": {"shots": shots} for shots in (1, 2, 5, 10)},
+        {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10)},
     ),
     "correlations": (
         "Rows and columns, independent against correlated updates, five shots to 50 %",
@@ -138,10 +138,10 @@ def measured(options: dict[str, Any], texts: dict[str, str]) -> tuple[dict[str, 
 def markdown(title: str, result: dict[str, Any]) -> str:
     """One row per variant: perplexity after each shot, mean seconds of a shot by phase, and the update's share."""
     variants = result["variants"]
-    sizes = sorted({round(size / 10) * 10 for item in variants.values() for size in item["size"]}, reverse=True)
+    sizes = sorted({size for item in variants.values() for size in _tens(item)}, reverse=True)
     rows = []
     for name, item in variants.items():
-        at = dict(zip([round(size / 10) * 10 for size in item["size"]], item["perplexity"], strict=True))
+        at = _tens(item)
         phases = [item[f"{phase}_s"] for phase in ("curvature", "selection", "update", "correction")]
         means = [sum(phase) / len(phase) for phase in phases]
         if means[0] < 0.05 and len(item["size"]) == 1 and "identity" not in name:
@@ -149,14 +149,21 @@ def markdown(title: str, result: dict[str, Any]) -> str:
             means[0] = max(other["curvature_s"][0] for other in variants.values() if len(other["size"]) == 1)
         share = f"{100 * means[2] / sum(means):.0f} %"
         rows.append([name, *(at.get(size) for size in sizes), *(f"{mean:.1f}" for mean in means), share])
+    note = f" {result['note']}" if "note" in result else ""
     heading = ["", *(f"{size} %" for size in sizes), "curvature s", "selection s", "update s", "correction s", "update"]
     return (
         f"# {title}\n\nSmolLM2-135M-Instruct, perplexity at each size (prunable weights kept; dense "
         f"{result['dense_perplexity']}), mean seconds of a shot by phase, and the update's share of them. Variants of "
         "one shot share one curvature estimate in a process, whose time is given for each. "
-        f"{result['date']}, {result['machine']}. Command: `{result['command']}`. {result.get('note', '')}\n\n"
+        f"{result['date']}, {result['machine']}. Command: `{result['command']}`.{note}\n\n"
         f"{table(heading, rows)}\n"
     )
+
+
+def _tens(item: dict[str, Any]) -> dict[int, float]:
+    """Perplexity at the sizes that are multiples of 10 %; the picture has the others."""
+    pairs = zip(item["size"], item["perplexity"], strict=True)
+    return {round(size): value for size, value in pairs if abs(size - 10 * round(size / 10)) < 0.5}
 
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
@@ -171,7 +178,6 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
             axes.plot(item["size"], item["perplexity"], color=COLOURS[number % len(COLOURS)], label=label, **style)
         axes.invert_xaxis()
         axes.set_xlabel("prunable weights kept (%)")
-        axes.set_ylabel("perplexity (log scale)")
         axes.set_yscale("log")
         axes.legend(frameon=False, loc="best")
     else:
@@ -184,22 +190,12 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.invert_yaxis()
-        axes.set_xlabel("perplexity (log scale)")
         axes.legend(frameon=False)
-    value_axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    value_axis.set_minor_formatter(
-        FuncFormatter(lambda value, _: f"{value:,g}") if _narrow(variants) else NullFormatter()
-    )
+    tick_perplexity(value_axis, [value for item in variants.values() for value in item["perplexity"]])
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.set_title(title)
     picture.savefig(RESULTS / f"{name}.png", dpi=120)
-
-
-def _narrow(variants: dict[str, Any]) -> bool:
-    """Whether powers of ten alone would leave the axis nearly without numbers."""
-    values = [value for item in variants.values() for value in item["perplexity"]]
-    return max(values) < 10 * min(values)
 
 
 def main() -> None:
