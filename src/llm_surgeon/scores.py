@@ -142,7 +142,7 @@ SCORES: dict[str, Score] = {
 
 
 def register_score(name: str, score: Score, scope: LayerwiseScope = "row", summary: str = "") -> None:
-    """Make a score of one's own a method like the others: in recipes, ``prune`` and ``compare`` within this process.
+    """Make a score of one's own a method like the others, within this process.
 
     Args:
         name: What ``method`` calls it.

@@ -1,0 +1,40 @@
+"""What the documentation shows is run."""
+
+import re
+from pathlib import Path
+
+from llm_surgeon.methods import LAYERWISE
+from llm_surgeon.models import examine, family_of
+from llm_surgeon.models.matrix import read_matrix
+from llm_surgeon.scores import SCORES
+from tiny import build, tokenizer
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_the_example_of_a_new_score_works(text_file, monkeypatch):
+    text = (DOCS / "layerwise.md").read_text(encoding="utf8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) <= 5
+    text_file.rename(text_file.with_name("my-text.txt"))
+    monkeypatch.chdir(text_file.parent)
+    model = build("llama")
+    # Windows of 1,024 tokens are too long for the tiny model.
+    names = {"model": model, "tokenizer": tokenizer()}
+    try:
+        exec(example.replace("samples=32", 'samples=32, evaluation="none"'), names)
+        assert "squared" in LAYERWISE
+    finally:
+        LAYERWISE.pop("squared", None)
+        SCORES.pop("squared", None)
+    assert names["report"].shots[0].sparsity == 0.5
+    for layer in examine(model, family_of("llama")).layers.values():
+        assert int((read_matrix(model, layer) == 0).sum()) == layer.rows * layer.columns // 2
+
+
+def test_the_table_has_every_layerwise_method():
+    text = (DOCS / "layerwise.md").read_text(encoding="utf8")
+    for name, row in LAYERWISE.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        scope = {"global": "all layers", None: "its blocks"}.get(row.scope, row.scope)
+        assert line.endswith(f"| {scope} |")
