@@ -3,6 +3,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from llm_surgeon import Comparison, PruneConfig, Setting, compare, load, prune
 from llm_surgeon.errors import ComparisonError, ConfigError, OutputError
@@ -65,6 +66,22 @@ def test_numbers_are_those_of_a_run_of_its_own(run, checkpoint, text_file, struc
     assert measures.calibration == report.calibration
     assert measures.seconds > 0
     assert measures.peak > 0
+
+
+def test_the_divergence_is_of_the_predictions_also_where_channels_were_reordered(run, checkpoint, text_file):
+    options = {"method": "wanda", "permute": True}
+    measures = cell(run({"permuted": options}, [TWO_FOUR]), "permuted", TWO_FOUR).measures
+    config = PruneConfig.from_mapping(
+        {**SMALL, "shots": 1, "calibration": str(text_file), **options, **TWO_FOUR.model_dump()}
+    )
+    (dense, tokenizer), (pruned, _) = load(checkpoint, device="cpu"), load(checkpoint, device="cpu")
+    text = prepare_texts(tokenizer, config).evaluation
+    prune(pruned, tokenizer, config)
+    assert not torch.equal(pruned.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    windows = torch.stack([text.tokens[start : start + 64] for start, _ in text.windows])
+    with torch.no_grad():
+        expected, actual = (model(windows).logits[:, :-1].log_softmax(-1) for model in (dense, pruned))
+    assert measures.divergence == pytest.approx(float((expected.exp() * (expected - actual)).sum(-1).mean()), rel=1e-4)
 
 
 def test_sparsity_is_counted_in_the_weights(run, monkeypatch):
