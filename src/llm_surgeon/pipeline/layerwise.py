@@ -127,7 +127,7 @@ class _Run:
         if not self._global:
             return Plan(uniform)
         scores: dict[str, Tensor] = {}
-        for _, layers, watched in self._visit(self.surveys, phase):
+        for _, layers, watched in self._visit(phase, reads=self.surveys):
             with self._clock.phase("selection"):
                 scores |= {layer.name: self._score(layer, watched).cpu() for layer in layers}
         with self._clock.phase("selection"):
@@ -140,8 +140,10 @@ class _Run:
     def prune(self, plan: Plan, phase: Phase) -> dict[str, Tensor]:
         """Prune block after block; returns the masks ``[R, C]``, True = kept, on the CPU."""
         kept: dict[str, Tensor] = {}
-        for block, layers, watched in self._visit(self.reads, phase, reorder=self._config.permute):
-            if self._method.scope is None:
+        # A solver needs the correlations of the inputs.
+        solves, reorder = self._method.scope is None, self._config.permute
+        for block, layers, watched in self._visit(phase, reads=self.reads, grams=solves, reorder=reorder):
+            if solves:
                 kept |= self._solve(layers, watched, plan.sparsity[block])
                 continue
             for layer in layers:
@@ -154,13 +156,14 @@ class _Run:
         return kept
 
     def _visit(
-        self, reads: bool, phase: Phase, reorder: bool = False
+        self, phase: Phase, *, reads: bool, grams: bool = False, reorder: bool = False
     ) -> Iterator[tuple[int, list[LinearLayer], Watched]]:
         """Go from block to block; what is done to a block before the next is asked for decides what enters that.
 
         Args:
-            reads: Whether to run the blocks and give what was watched; without, that is empty.
             phase: Where progress is shown.
+            reads: Whether to run the blocks and give what was watched; without, that is empty.
+            grams: Whether Gram matrices are to be watched as well.
             reorder: Whether to order each block's own channels before it is given.
         """
         sweep: Sweep | None = None
@@ -169,30 +172,27 @@ class _Run:
                 family, config = self._anatomy.family, self._config
                 sweep = Sweep(self._model, family.blocks, self._tokens, config.batch_size, config.precision)
         for block, layers in enumerate(self.blocks):
-            watched = self._watch(sweep, block, phase)
             if reorder:
-                self._reorder(layers, watched)
-                # Simpler than to reorder all that was watched, and it cannot be forgotten of anything.
-                watched = self._watch(sweep, block, phase)
+                self._reorder(layers, self._watch(sweep, block, phase))
+            # Once more after a reordering: simpler than to reorder all that was watched.
+            watched = self._watch(sweep, block, phase, grams)
             self.statistics_bytes = max(self.statistics_bytes, watched.nbytes)
             yield block, layers, watched
             if sweep is not None and block + 1 < len(self.blocks):
                 with self._clock.phase("curvature"):
                     sweep.pass_through(block, phase.advance)
 
-    def _watch(self, sweep: Sweep | None, block: int, phase: Phase) -> Watched:
+    def _watch(self, sweep: Sweep | None, block: int, phase: Phase, grams: bool = False) -> Watched:
         if sweep is None or not self.blocks[block]:
             return Watched()
         with self._clock.phase("curvature"):
-            # Solvers need the correlations of the inputs.
-            grams = self._method.scope is None
             return watch(self._model, sweep, block, self.blocks[block], grams=grams, advance=phase.advance)
 
     def _reorder_stream(self, phase: Phase) -> None:
         """Order the channels of the residual stream, for the whole model."""
         assert self._config.pattern is not None
         order = StreamOrder(self._anatomy.family, self._config.pattern)
-        for _, layers, watched in self._visit(self.surveys, phase):
+        for _, layers, watched in self._visit(phase, reads=self.surveys):
             with self._clock.phase("selection"):
                 order.hear(layers, partial(self._score, watched=watched))
         with self._clock.phase("selection"):
@@ -242,22 +242,24 @@ class _Run:
                     gram = watched.mean_gram(layer)
                     damping = damping_of(gram, config.dampening_a)
                     factors[layer.input_group] = inverse_factor(gram, damping, f"{layer.name} (inputs)")
-                factor = factors[layer.input_group]
-                solution = solve(self._weight(layer), factor, sparsity, config.pattern, config.sparsegpt_block)
+                weight, factor = self._weight(layer), factors[layer.input_group]
+                solution = solve(weight, factor.to(weight), sparsity, config.pattern, config.sparsegpt_block)
                 core_of(self._model, layer).weight.data.copy_(solution.weight)
                 kept[layer.name] = solution.keep.cpu()
         return kept
 
     def _outlier_weighted(self, phase: Phase) -> list[float]:
         """Sparsity of each block by the share of its outliers."""
-        config, ratios, weights = self._config, [], []
-        for _, layers, watched in self._visit(True, phase):
-            with self._clock.phase("selection"):
-                scores = [wanda(self._weight(layer), watched.statistics(layer).input_norm) for layer in layers]
-                ratios.append(outlier_ratio(scores, config.owl_multiple) if layers else 0.0)
-                weights.append(sum(layer.rows * layer.columns for layer in layers))
+        config, ratios = self._config, {}
+        for block, layers, watched in self._visit(phase, reads=True):
+            if layers:
+                with self._clock.phase("selection"):
+                    scores = [wanda(self._weight(layer), watched.statistics(layer).input_norm) for layer in layers]
+                    ratios[block] = outlier_ratio(scores, config.owl_multiple)
+        weights = [sum(layer.rows * layer.columns for layer in self.blocks[block]) for block in ratios]
         try:
-            return outlier_weighted(ratios, weights, config.sparsity, config.owl_spread)
+            budgets = outlier_weighted([*ratios.values()], weights, config.sparsity, config.owl_spread)
+            return [dict(zip(ratios, budgets, strict=True)).get(block, 0.0) for block in range(len(self.blocks))]
         except ValueError as error:
             raise ConfigError(
                 f"The outlier-weighted budgets are out of bounds: {error}.", "Use a smaller --owl-spread."
