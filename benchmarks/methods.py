@@ -1,0 +1,52 @@
+"""All methods of the package on the same tokens: half and three fifths of the weights removed anywhere, and 2:4.
+
+    python benchmarks/methods.py CALIBRATION.txt EVALUATION.txt OUT
+
+Goes on where it was interrupted. Writes benchmarks/results/methods.json, .md and .png; OUT holds a file for each cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from common import PROTOCOL, RESULTS, circumstances
+
+from llm_surgeon import compare
+from llm_surgeon.pipeline.variants import parse_methods, settings_of
+from llm_surgeon.report.comparison import comparison_markdown
+from llm_surgeon.report.comparison_plot import comparison_png
+
+# What is fast first, so that an interrupted table has most rows.
+METHODS = (
+    "magnitude+layer,magnitude+one-shot,wanda,ria,sparsegpt,surgeon+one-shot,stochria,ri,lp-ri,symmetric,owanda,"
+    "symwanda,wanda+dsnot,wanda+r2-dsnot,ria+r2-dsnot,wanda+owl,wanda+permute,ria+permute,sparsegpt+permute,"
+    "l-obd+one-shot,k-obd+one-shot,obs-activations+one-shot"
+)
+
+
+def main() -> None:
+    """Run what is missing, and write what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("calibration")
+    parser.add_argument("evaluation")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--methods", default=METHODS)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    texts = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
+    common = {name: value for name, value in PROTOCOL.items() if name not in ("sparsity", "shots")}
+    settings = settings_of(["unstructured", "2:4"], [0.5, 0.6])
+    command = "python benchmarks/methods.py CALIBRATION.txt EVALUATION.txt OUT"
+    variants = parse_methods(arguments.methods)
+    result = compare("demo", arguments.out, variants, settings, common | texts, command=command)
+    where = circumstances(command)
+    (RESULTS / "methods.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf8")
+    note = f"\nMeasured {where['date']} on {where['machine']}.\n"
+    (RESULTS / "methods.md").write_text(comparison_markdown(result) + note, encoding="utf8")
+    comparison_png(result, RESULTS / "methods.png")
+
+
+if __name__ == "__main__":
+    main()
