@@ -1,0 +1,103 @@
+"""The command ``compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_surgeon.cli.shared import command_line, console, errors_as_messages, option
+from llm_surgeon.config import PruneConfig, read_recipe, with_underscores
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.methods import method_names
+from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
+from llm_surgeon.report.log import log_to_stderr
+
+_REPEAT = "Repeat for more."
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="A local Hugging Face directory, a hub id, or the word demo.")],
+    out: Annotated[Path, typer.Option(help="Directory of the comparison: new, or one to go on with.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Separated by commas: {', '.join(method_names())}; each with any of "
+            f"{', '.join(f'+{suffix}' for suffix in SUFFIXES)}."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of common options, and more variants under variants: (a name: its options)."),
+    ] = None,
+    sparsity: Annotated[list[float] | None, option("sparsity", _REPEAT)] = None,
+    structure: Annotated[list[str] | None, option("structure", _REPEAT)] = None,
+    shots: Annotated[int | None, option("shots")] = None,
+    calibration: Annotated[str | None, option("calibration")] = None,
+    samples: Annotated[int | None, option("samples")] = None,
+    seq_len: Annotated[int | None, option("seq_len")] = None,
+    batch_size: Annotated[int | None, option("batch_size")] = None,
+    seed: Annotated[int | None, option("seed")] = None,
+    device: Annotated[str | None, option("device")] = None,
+    dtype: Annotated[str | None, option("dtype")] = None,
+    precision: Annotated[str | None, option("precision")] = None,
+    evaluation: Annotated[str | None, option("evaluation")] = None,
+    eval_window: Annotated[int | None, option("eval_window")] = None,
+    eval_stride: Annotated[int | None, option("eval_stride")] = None,
+    eval_tokens: Annotated[int | None, option("eval_tokens")] = None,
+) -> None:
+    """Run methods on identical tokens and write one table: perplexity, divergence, sparsity, seconds, peak memory.
+
+    Each method under each setting is a process of its own. Run the same command again to go on after an interruption:
+    what is finished is kept, what failed is tried again.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("model", "out", "recipe", "methods")}
+    with errors_as_messages("interrupted; what is finished is kept, the same command goes on"):
+        common: dict[str, Any] = read_recipe(recipe) if recipe else {}
+        common |= {name: value for name, value in given.items() if value not in (None, [])}
+        variants = _variants(methods, common.pop("variants", None))
+        settings = settings_of(_listed(common, "structure"), _listed(common, "sparsity"))
+        from llm_surgeon.pipeline.comparison import compare as run
+        from llm_surgeon.report.comparison import comparison_tables
+
+        log_to_stderr()
+        result = run(model, out, variants, settings, common, show_progress=True, command=command_line())
+        output = console()
+        output.print(comparison_tables(result))
+        output.print(
+            f"Table: {out / 'comparison.md'}, picture: {out / 'comparison.png'}, numbers: {out / 'comparison.json'}",
+            soft_wrap=True,
+        )
+        if any(cell.status == "failed" for cell in result.cells):
+            raise typer.Exit(1)
+
+
+def _variants(methods: str | None, more: Any) -> dict[str, dict[str, Any]]:
+    """What ``--methods`` names, and the variants of the recipe."""
+    named = parse_methods(methods or "")
+    if more is None:
+        return named
+    if not isinstance(more, dict) or not all(isinstance(options, dict) for options in more.values()):
+        raise ConfigError(
+            "The recipe's variants are not a mapping of names to options.", "Write name: {option: value}."
+        )
+    variants = {str(name): with_underscores(options) for name, options in more.items()}
+    both = next((name for name in variants if name in named), None)
+    if both is not None:
+        raise ConfigError(
+            f"{both!r} is a variant of the recipe and one of --methods.", "Give the variant another name."
+        )
+    return named | variants
+
+
+def _listed(options: dict[str, Any], name: str) -> list[Any]:
+    """Take an option out that may have several values; the recipe's default if it is not there."""
+    value = options.pop(name, PruneConfig.model_fields[name].default)
+    values = value if isinstance(value, list) else [value]
+    kind = (str,) if name == "structure" else (int, float)
+    wrong = next((value for value in values if not isinstance(value, kind)), None)
+    if wrong is not None:
+        # YAML reads 2:4 as a number to the base of 60.
+        raise ConfigError(f"{name}: {wrong!r} is not of the right kind.", "Quote N:M in a recipe: '2:4'.")
+    return values

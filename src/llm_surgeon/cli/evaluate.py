@@ -1,0 +1,118 @@
+"""The command ``eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_surgeon.cli.shared import console, errors_as_messages, print_error
+from llm_surgeon.errors import ConfigError, OutputError
+from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+
+if TYPE_CHECKING:
+    from llm_surgeon.records import Evaluation
+
+_DEMO = "demo"
+
+
+def _task_option(text: str, least: int | None = None) -> Any:
+    """An option of ``eval`` that is about tasks."""
+    return typer.Option(help=text, min=least, rich_help_panel="Tasks (need the extra: tasks)")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An export, a Hugging Face directory, a hub id, or the word demo.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure perplexity on: hub data set id, a .txt/.jsonl/.parquet, or demo[:en|fr|es] "
+            "(default: demo; with --tasks: none)."
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 20_480,
+    tasks: Annotated[str | None, _task_option("Tasks of lm-eval to measure, separated by commas.")] = None,
+    tasks_path: Annotated[
+        Path | None, _task_option("Directory with task files (YAML) of your own; their Python code is run.")
+    ] = None,
+    few_shot: Annotated[int | None, _task_option("Solved examples before each question (default: 0).", 0)] = None,
+    limit: Annotated[int | None, _task_option("The first N samples of each task only (default: all).", 1)] = None,
+    batch_size: Annotated[int | None, _task_option("Requests of tasks per pass (default: 1).", 1)] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
+) -> None:
+    """Measure MODEL: perplexity of a text, accuracy on tasks, or both. Runs modelling code that the export brings."""
+    with errors_as_messages():
+        if tasks is None and any(option is not None for option in (tasks_path, few_shot, limit, batch_size)):
+            raise ConfigError("Options of tasks are given, but no tasks.", "Name tasks, or leave those options out.")
+        from llm_surgeon.evaluation.tasks import evaluate_tasks, find_tasks
+        from llm_surgeon.export.place import check_result_file
+        from llm_surgeon.models.loading import load
+        from llm_surgeon.pipeline.run import evaluate as measure
+        from llm_surgeon.records import Evaluation
+        from llm_surgeon.report.progress import RichProgress
+
+        quiet_transformers()
+        progress = RichProgress(log_to_stderr())
+        if out is not None:
+            check_result_file(out)
+        selection = None if tasks is None else find_tasks(tasks.split(","), tasks_path)
+        network, tokenizer = load(model, dtype, device)
+        perplexity = scores = None
+        if selection is None or data is not None:
+            perplexity = measure(
+                network,
+                tokenizer,
+                data or _DEMO,
+                window=window,
+                stride=stride,
+                max_tokens=tokens,
+                precision=precision,
+                progress=progress,
+            )
+        if selection is not None:
+            scores = evaluate_tasks(
+                network,
+                tokenizer,
+                selection,
+                limit=limit,
+                shots=few_shot or 0,
+                batch_size=batch_size or 1,
+                precision=precision,
+                progress=progress,
+            )
+        _show(Evaluation(model=model, perplexity=perplexity, tasks=scores), out)
+
+
+def _show(evaluation: Evaluation, out: Path | None) -> None:
+    """Print what was measured and write it to a file; end with status 1 if a task failed.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    from llm_surgeon.report.task_table import task_table
+
+    output = console()
+    if (result := evaluation.perplexity) is not None:
+        output.print(
+            f"perplexity {result.perplexity:.3f} on {result.data}: {result.tokens:,} tokens scored, window "
+            f"{result.window}, stride {result.stride}, {result.precision}",
+            soft_wrap=True,
+        )
+    failures = () if evaluation.tasks is None else evaluation.tasks.failures
+    if evaluation.tasks is not None:
+        output.print(task_table(evaluation.model, evaluation.tasks))
+    if out is not None:
+        try:
+            out.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf8")
+        except OSError as error:
+            raise OutputError(f"{out} cannot be written: {error.strerror}.", "Give another --out.") from None
+    for failure in failures:
+        print_error(failure.cause, failure.remedy)
+    if failures:
+        raise typer.Exit(1)

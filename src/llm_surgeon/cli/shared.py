@@ -1,0 +1,72 @@
+"""What the commands share: options made from the recipe, consoles, and errors as messages."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.errors import SurgeonError
+
+_PANELS = {
+    "What to remove": ("sparsity", "structure", "method", "shots", "rank_by", "ignore", "export_shots"),
+    "Curvature and update": (
+        *("curvature", "fisher", "fisher_samples", "kronecker_iterations"),
+        *("dampening_a", "dampening_g", "max_correlations", "update_steps"),
+    ),
+    "Layer-wise methods": (
+        *("scope", "layer_budget", "owl_multiple", "owl_spread", "permute"),
+        *("score_alpha", "score_norm", "score_ratio", "score_activation", "sparsegpt_block"),
+        *("refine", "refine_cycles", "refine_threshold", "refine_reweight"),
+    ),
+    "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
+    "Texts": ("calibration", "samples", "seq_len", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
+}
+
+
+def option(name: str, more: str = "") -> Any:
+    """The command-line option of a recipe's key, with the help and the default that the recipe gives it, and more."""
+    field = PruneConfig.model_fields[name]
+    default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
+    panel = next((panel for panel, names in _PANELS.items() if name in names), "Machine")
+    return typer.Option(help=f"{text} {more}".rstrip(), rich_help_panel=panel)
+
+
+def command_line() -> str:
+    """The command as it was typed, for the record."""
+    return shlex.join(["llm-surgeon", *sys.argv[1:]])
+
+
+def console() -> Console:
+    """Where results go: standard output."""
+    # A log file has no width of its own; the tables need 100 columns.
+    return Console() if sys.stdout.isatty() else Console(width=100)
+
+
+@contextmanager
+def errors_as_messages(interrupted: str = "interrupted; nothing was written") -> Iterator[None]:
+    """A user's mistake is two sentences and an exit status, not a stack trace."""
+    try:
+        yield
+    except SurgeonError as error:
+        print_error(error.cause, error.remedy)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print(interrupted)
+        raise typer.Exit(130) from None
+
+
+def print_error(cause: str, remedy: str) -> None:
+    """Say on standard error what went wrong and what to do about it."""
+    Console(stderr=True).print(f"[bold red]error:[/] {_escape(cause)}\n{_escape(remedy)}", soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
