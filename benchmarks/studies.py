@@ -25,6 +25,8 @@ from llm_surgeon.runtime import keep_freed_memory
 Variants = dict[str, dict[str, Any]]
 
 ONE_SHOT = {"shots": 1}
+# Two Kronecker products take a decomposition in float64 per layer, which takes long for the feed-forward layers.
+ATTENTION = {"ignore": ("lm_head", r"mlp\..*")}
 
 
 def dampings(structure: str, sparsity: float) -> Variants:
@@ -90,9 +92,10 @@ STUDIES: dict[str, tuple[str, Variants]] = {
                 "K-FAC, true Fisher": {"fisher": "true"},
                 "K-FAC, true Fisher, 4 samples": {"fisher": "true", "fisher_samples": 4},
                 "nearest Kronecker product": {"curvature": "nearest-kronecker"},
-                "sum of two products": {"curvature": "kronecker-sum"},
                 "K-OBD, K-FAC": {"method": "k-obd"},
                 "K-OBD, exact diagonal": {"method": "k-obd", "curvature": "diagonal"},
+                "attention only, K-FAC": ATTENTION,
+                "attention only, sum of two products": ATTENTION | {"curvature": "kronecker-sum"},
             }.items()
         },
     ),
