@@ -197,3 +197,8 @@ def test_help_is_quick_because_it_loads_neither_torch_nor_transformers():
     code = "import sys; import llm_surgeon.cli; assert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "llm_surgeon", "--help"], capture_output=True, text=True, check=True)
+    assert "compare" in done.stdout
