@@ -127,7 +127,7 @@ def test_compare_tells_by_its_exit_status_that_a_cell_failed(compare, tmp_path):
     recipe.write_text("variants: {broken: {ignore: ['.']}}\n")
     done = compare("--methods", "magnitude", "--recipe", str(recipe))
     assert done.exit_code == 1
-    assert "broken, rows-columns, 50 %, failed: The patterns to ignore (.) match every layer" in flat(done.output)
+    assert "broken, unstructured, 50 %, failed: The patterns to ignore (.) match every layer" in flat(done.output)
     assert "Traceback" not in done.output
     cells = json.loads((tmp_path / "out" / "comparison.json").read_text())["cells"]
     assert [cell["status"] for cell in cells] == ["finished", "failed"]

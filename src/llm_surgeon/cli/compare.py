@@ -15,6 +15,8 @@ from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
 from llm_surgeon.report.log import log_to_stderr
 
 _REPEAT = "Repeat for more."
+# What all methods can do.
+_STRUCTURE = "unstructured"
 
 
 def compare(
@@ -32,7 +34,7 @@ def compare(
         typer.Option(help="YAML file of common options, and more variants under variants: (a name: its options)."),
     ] = None,
     sparsity: Annotated[list[float] | None, option("sparsity", _REPEAT)] = None,
-    structure: Annotated[list[str] | None, option("structure", _REPEAT)] = None,
+    structure: Annotated[list[str] | None, option("structure", _REPEAT, _STRUCTURE)] = None,
     shots: Annotated[int | None, option("shots")] = None,
     calibration: Annotated[str | None, option("calibration")] = None,
     samples: Annotated[int | None, option("samples")] = None,
@@ -57,7 +59,10 @@ def compare(
         common: dict[str, Any] = read_recipe(recipe) if recipe else {}
         common |= {name: value for name, value in given.items() if value not in (None, [])}
         variants = _variants(methods, common.pop("variants", None))
-        settings = settings_of(_listed(common, "structure"), _listed(common, "sparsity"))
+        settings = settings_of(
+            _listed(common, "structure", _STRUCTURE),
+            _listed(common, "sparsity", PruneConfig.model_fields["sparsity"].default),
+        )
         from llm_surgeon.pipeline.comparison import compare as run
         from llm_surgeon.report.comparison import comparison_tables
 
@@ -91,9 +96,9 @@ def _variants(methods: str | None, more: Any) -> dict[str, dict[str, Any]]:
     return named | variants
 
 
-def _listed(options: dict[str, Any], name: str) -> list[Any]:
-    """Take an option out that may have several values; the recipe's default if it is not there."""
-    value = options.pop(name, PruneConfig.model_fields[name].default)
+def _listed(options: dict[str, Any], name: str, default: Any) -> list[Any]:
+    """Take an option out that may have several values."""
+    value = options.pop(name, default)
     values = value if isinstance(value, list) else [value]
     kind = (str,) if name == "structure" else (int, float)
     wrong = next((value for value in values if not isinstance(value, kind)), None)

@@ -64,7 +64,7 @@ def prune(
     eval_tokens: Annotated[int | None, option("eval_tokens")] = None,
     ignore: Annotated[list[str] | None, option("ignore")] = None,
 ) -> None:
-    """Prune MODEL's linear layers by second-order costs, correct what is left, export it and check the export."""
+    """Prune MODEL's linear layers, correct what is left, export it and check the export."""
     given = {name: value for name, value in locals().items() if name not in ("model", "out", "recipe")}
     with errors_as_messages():
         options: dict[str, Any] = read_recipe(recipe) if recipe else {}

@@ -30,10 +30,17 @@ _PANELS = {
 }
 
 
-def option(name: str, more: str = "") -> Any:
-    """The command-line option of a recipe's key, with the help and the default that the recipe gives it, and more."""
+def option(name: str, more: str = "", default: Any = None) -> Any:
+    """The command-line option of a recipe's key, with its help, and more of it, and the default that the recipe gives.
+
+    Args:
+        name: The key.
+        more: To be added to the help.
+        default: Default of the command, if it is not that of the recipe.
+    """
     field = PruneConfig.model_fields[name]
-    default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    default = field.default if default is None else default
+    default = ", ".join(default) if isinstance(default, tuple) else default
     text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
     panel = next((panel for panel, names in _PANELS.items() if name in names), "Machine")
     return typer.Option(help=f"{text} {more}".rstrip(), rich_help_panel=panel)
