@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCABULARY = 64
 
 
 def llama(**changes):
+    return llama_like(LlamaConfig, LlamaForCausalLM, **changes)
+
+
+def llama_like(config, model, **changes):
+    """A model of Llama's layout."""
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 24,
@@ -22,7 +43,7 @@ def llama(**changes):
         "tie_word_embeddings": True,
         "initializer_range": 0.2,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    return model(config(**{**settings, **changes}))
 
 
 def opt(**changes):
@@ -46,12 +67,53 @@ def opt(**changes):
     return model
 
 
+# Shorter than the texts of the tests, so that the windows matter.
+WINDOW = 6
+
+
+def gemma2():
+    return llama_like(
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        attn_implementation="eager",
+    )
+
+
+def gemma3():
+    return llama_like(
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=8,
+    )
+
+
 BUILDERS = {
     "llama": llama,
     "llama-biased": lambda: _with_biases(llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
+    "mistral": lambda: llama_like(MistralConfig, MistralForCausalLM, sliding_window=WINDOW),
+    "qwen2": lambda: _with_biases(llama_like(Qwen2Config, Qwen2ForCausalLM, head_dim=6)),
+    "qwen3": lambda: _with_norms(llama_like(Qwen3Config, Qwen3ForCausalLM)),
+    "gemma2": lambda: _with_norms(gemma2()),
+    "gemma3": lambda: _with_norms(gemma3()),
     "opt": opt,
     "opt-post-norm": lambda: opt(do_layer_norm_before=False, word_embed_proj_dim=16),
 }
+
+
+def _with_norms(model):
+    """Norms' weights away from where they begin, which is the same for all channels."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
 
 
 def _with_biases(model):

@@ -11,6 +11,7 @@ from llm_surgeon.export.save import save_model
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.family import to_index
+from llm_surgeon.models.head import head_of
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
 from llm_surgeon.pipeline.run import count_parameters
 from llm_surgeon.pipeline.shots import run_shots
@@ -98,7 +99,7 @@ def test_head_of_backbone_gives_the_logits(family):
     ids = tokens(2, 5)
     with torch.no_grad():
         expected = model(ids).logits
-        actual = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+        actual = head_of(model)(model.base_model(input_ids=ids).last_hidden_state)
     torch.testing.assert_close(actual, expected)
 
 
@@ -221,3 +222,17 @@ def test_an_activation_that_keeps_dead_neurons_alive_is_refused():
 
     with pytest.raises(UnsupportedModelError, match=r"'sigmoid' maps 0 to 0\.5"):
         anatomy_of(opt(activation_function="sigmoid"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_norms_of_heads_untie_queries_and_keys(family):
+    """A key dimension whose query dimension is dead still counts in its norm: the entry says so, and it is so."""
+    one, both = build(family), build(family)
+    anatomy = anatomy_of(one)
+    assert {coupling.kind for coupling in anatomy.couplings} == {"neuron", "query head", "value dimension"}
+    keep = anatomy.dense_masks()
+    keep["model.layers.0.self_attn.q_proj"].rows[::8] = False
+    zero(one, anatomy, keep)
+    keep["model.layers.0.self_attn.k_proj"].rows[::8] = False
+    zero(both, anatomy, keep)
+    assert (logits(one) - logits(both)).abs().max() > 1e-3

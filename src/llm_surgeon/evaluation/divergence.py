@@ -97,7 +97,7 @@ def perplexity_and_divergence(
 
     def compare(states: Tensor) -> None:
         nonlocal total
-        own = model.get_output_embeddings()
+        own = heads.head_of(model)
         total += kl_divergence(dense_head or own, own, next(remaining).to(states.device), states)
 
     measured = perplexity(model, text, advance, compare)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.family import Anatomy, Family, LinearLayer, examine
+from llm_surgeon.models.gemma import GEMMA2, GEMMA3
 from llm_surgeon.models.llama import LLAMA
+from llm_surgeon.models.mistral import MISTRAL
 from llm_surgeon.models.opt import OPT
+from llm_surgeon.models.qwen import QWEN2, QWEN3
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, OPT)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OPT)
+}
 
 __all__ = ["FAMILIES", "Anatomy", "Family", "LinearLayer", "examine", "family_of"]
 

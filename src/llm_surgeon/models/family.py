@@ -33,6 +33,8 @@ class Attention:
         value: The value projection.
         output: The output projection.
         rotary: Whether dimension d of a head is rotated together with d + head_dim / 2, which ties the two.
+        head_norms: Norms over the dimensions of each head of queries and keys. A dimension whose partner is dead
+            still counts in the norm's denominator, so with them queries and keys do not die together.
     """
 
     query: str
@@ -40,6 +42,7 @@ class Attention:
     value: str
     output: str
     rotary: bool
+    head_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,19 +267,12 @@ def _attention_couplings(config: Any, attention: Attention, block: nn.Module, pr
     key_pairs = key[:, pairs].flatten(0, 1)
     query_pairs = query[:, :, pairs].transpose(1, 2).flatten(2).flatten(0, 1)
     whole_heads = query.view(-1, width)
-    return [
+    couplings = [
         Coupling(
             "value dimension",
             (
                 Side(prefix + attention.value, "rows", key.reshape(-1, 1)),
                 Side(prefix + attention.output, "columns", query.transpose(1, 2).reshape(-1, shared)),
-            ),
-        ),
-        Coupling(
-            "query/key pair",
-            (
-                Side(prefix + attention.query, "rows", query_pairs),
-                Side(prefix + attention.key, "rows", key_pairs),
             ),
         ),
         Coupling(
@@ -286,6 +282,10 @@ def _attention_couplings(config: Any, attention: Attention, block: nn.Module, pr
             candidate=False,
         ),
     ]
+    if not attention.head_norms:
+        sides = (Side(prefix + attention.query, "rows", query_pairs), Side(prefix + attention.key, "rows", key_pairs))
+        couplings.append(Coupling("query/key pair", sides))
+    return couplings
 
 
 def _neuron_coupling(feed_forward: FeedForward, block: nn.Module, prefix: str) -> Coupling:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,11 +34,30 @@ def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[T
     return positions, input_ids.flatten()[positions + 1]
 
 
+def head_of(model: PreTrainedModel, own_copy: bool = False) -> Callable[[Tensor], Tensor]:
+    """What turns last hidden states ``[n, width]`` into logits ``[n, vocabulary]`` in float32.
+
+    That is the output embedding, and with some families (Gemma 2) a cap on the logits.
+
+    Args:
+        model: A causal language model.
+        own_copy: Whether the weights are copied, so that later changes of the model do not matter.
+    """
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    head = deepcopy(head) if own_copy else head
+
+    def logits(states: Tensor) -> Tensor:
+        values: Tensor = head(states).float()
+        return values if cap is None else cap * torch.tanh(values / cap)
+
+    return logits
+
+
 def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
     """Sum of the negative log-likelihoods of some positions, and if asked its gradient at their last hidden states.
 
     Args:
-        model: A causal language model whose logits are ``get_output_embeddings()`` of its last hidden state.
+        model: A causal language model whose logits ``head_of`` makes of its last hidden states.
         hidden: ``[n, width]`` last hidden states.
         labels: ``[n]`` next tokens.
         gradient: ``[n, width]``, filled with the gradient; None computes none.
@@ -43,12 +65,12 @@ def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: 
     Returns:
         The sum in nats.
     """
-    head, total = model.get_output_embeddings(), 0.0
+    head, total = head_of(model), 0.0
     for start in range(0, len(labels), CHUNK):
         part = slice(start, start + CHUNK)
         with torch.set_grad_enabled(gradient is not None):
             states = hidden[part].detach().requires_grad_(gradient is not None)
-            loss = F.cross_entropy(head(states).float(), labels[part], reduction="sum")
+            loss = F.cross_entropy(head(states), labels[part], reduction="sum")
         if gradient is not None:
             (gradient[part],) = torch.autograd.grad(loss, states)
         total += float(loss.detach())
@@ -107,9 +129,9 @@ def sample_labels(model: PreTrainedModel, hidden: Tensor, samples: int, generato
     Returns:
         ``[samples, n]``.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
     parts = []
     for start in range(0, len(hidden), CHUNK):
-        probabilities = head(hidden[start : start + CHUNK]).float().softmax(-1)
+        probabilities = head(hidden[start : start + CHUNK]).softmax(-1)
         parts.append(torch.multinomial(probabilities, samples, replacement=True, generator=generator))
     return torch.cat(parts).T

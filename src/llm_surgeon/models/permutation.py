@@ -143,7 +143,7 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
 
 def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int]) -> None:
     """Every parameter carries the stream, or belongs to a layer of which the entry says how it meets the stream."""
-    layers = [name for names in family.shared_inputs for name in names]
+    layers = [name for names in family.shared_inputs for name in names] + [*family.attention.head_norms]
     blocks = range(len(cast(nn.ModuleList, model.get_submodule(family.blocks))))
     known = {f"{family.blocks}.{number}.{name}" for number in blocks for name in layers}
     known |= {family.residual.tokens, _head(model)}
