@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("evaluation")
     parser.add_argument("out", type=Path)
     parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--note", default="", help="what a reader of the table has to know")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     texts = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
@@ -43,7 +44,7 @@ def main() -> None:
     result = compare("demo", arguments.out, variants, settings, common | texts, command=command)
     where = circumstances(command)
     (RESULTS / "methods.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf8")
-    note = f"\nMeasured {where['date']} on {where['machine']}.\n"
+    note = f"\nMeasured {where['date']} on {where['machine']}. {arguments.note}".rstrip() + "\n"
     (RESULTS / "methods.md").write_text(comparison_markdown(result) + note, encoding="utf8")
     comparison_png(result, RESULTS / "methods.png")
 
