@@ -72,7 +72,6 @@ def test_what_reads_no_data_does_not_depend_on_it(name, problem):
 
 def test_the_whole_is_a_subset_too(problem):
     weight, x, y = problem
-    options = ScoreOptions(ratio=1.0)
     for activation, plain in ((True, "ria"), (False, "ri")):
         options = ScoreOptions(ratio=1.0, activation=activation)
         torch.testing.assert_close(
@@ -107,8 +106,7 @@ def test_a_name_is_taken_once():
         register_score("wanda", SCORES["wanda"])
 
 
-def test_a_score_of_ones_own_is_a_method(monkeypatch):
-    monkeypatch.delitem(LAYERWISE, "squared", raising=False)
+def test_a_score_of_ones_own_is_a_method():
     register_score("squared", lambda weight, statistics, _: weight.square() * statistics.input_norm, scope="layer")
     try:
         config = PruneConfig(method="squared")

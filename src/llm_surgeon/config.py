@@ -105,7 +105,9 @@ class PruneConfig(BaseModel):
         "uniform", description="Sparsity of the layers: uniform, or owl (blocks with more outliers keep more)."
     )
     owl_multiple: float = Field(5.0, gt=0.0, description="An outlier has more than so many times its block's mean.")
-    owl_spread: float = Field(0.08, gt=0.0, lt=0.5, description="How far sparsities differ from their mean, at most.")
+    owl_spread: float = Field(
+        0.08, gt=0.0, lt=0.5, description="Half the difference between the largest and the least sparsity."
+    )
     score_alpha: float = Field(0.5, ge=0.0, description="Exponent of the input norm in ria and stochria.")
     score_norm: float = Field(2.0, gt=0.0, description="The p of lp-ri.")
     score_ratio: float = Field(0.1, gt=0.0, le=1.0, description="Share of rows and columns that stochria draws.")

@@ -51,11 +51,13 @@ class LayerwiseMethod:
             layer, or all layers. None if the method has a way of its own.
         summary: What it is, in a few words.
         data: Whether it looks at calibration tokens.
+        source: Where it comes from.
     """
 
     scope: LayerwiseScope | None
     summary: str
     data: bool = True
+    source: str = ""
 
 
 # All work with every structure: rows and columns, single weights, N:M.
@@ -69,18 +71,23 @@ METHODS: dict[str, Method] = {
     "obs-activations": Method(("activations",), True, "layer-wise optimal brain surgeon, as in SparseGPT"),
 }
 
+_SPARSEGPT = "SparseGPT: Frantar and Alistarh, ICML 2023"
+_WANDA = "Wanda: Sun et al., ICLR 2024"
+_RIA = "Plug-and-Play: Zhang et al., ICLR 2024"
+_SYMMETRIC = "Symmetric Pruning of Large Language Models: Yi and Richtarik, 2025"
+
 # All work with single weights and N:M. The scores are in ``scores.SCORES``, under the same names.
 LAYERWISE: dict[str, LayerwiseMethod] = {
-    "sparsegpt": LayerwiseMethod(None, "adaptive mask and update, column by column"),
+    "sparsegpt": LayerwiseMethod(None, "adaptive mask and update, column by column", source=_SPARSEGPT),
     "magnitude": LayerwiseMethod("global", "|W|", data=False),
-    "wanda": LayerwiseMethod("row", "|W| times the input's norm"),
-    "owanda": LayerwiseMethod("row", "|W| times the output's norm"),
-    "symwanda": LayerwiseMethod("row", "|W| times the sum of both norms"),
-    "symmetric": LayerwiseMethod("layer", "|W| times the norm of its row and column", data=False),
-    "ri": LayerwiseMethod("layer", "|W| relative to its row and column", data=False),
-    "lp-ri": LayerwiseMethod("layer", "the same with another norm", data=False),
-    "ria": LayerwiseMethod("layer", "RI times a power of the input's norm"),
-    "stochria": LayerwiseMethod("layer", "RIA with norms of random subsets"),
+    "wanda": LayerwiseMethod("row", "|W| times the input's norm", source=_WANDA),
+    "owanda": LayerwiseMethod("row", "|W| times the output's norm", source=_SYMMETRIC),
+    "symwanda": LayerwiseMethod("row", "|W| times the sum of both norms", source=_SYMMETRIC),
+    "symmetric": LayerwiseMethod("layer", "|W| times the norm of its row and column", data=False, source=_SYMMETRIC),
+    "ri": LayerwiseMethod("layer", "|W| relative to its row and column", data=False, source=_RIA),
+    "lp-ri": LayerwiseMethod("layer", "the same with another norm", data=False, source=_SYMMETRIC),
+    "ria": LayerwiseMethod("layer", "RI times a power of the input's norm", source=_RIA),
+    "stochria": LayerwiseMethod("layer", "RIA with norms of random subsets", source=_SYMMETRIC),
 }
 
 

@@ -87,3 +87,9 @@ def test_card_says_how_to_load_and_where_it_is_from() -> None:
 
 def test_card_without_export_claims_no_reload() -> None:
     assert "Loaded again" not in model_card(sample_report(export=None))
+
+
+@pytest.mark.parametrize(("method", "source"), [("wanda", "Sun et al."), ("surgeon", "vanderouderaa2024llmsurgeon")])
+def test_the_card_names_the_source_of_its_method(method: str, source: str) -> None:
+    config = PruneConfig(method=method).model_dump(mode="json")
+    assert source in model_card(sample_report().model_copy(update={"config": config}))

@@ -79,9 +79,16 @@ def model_card(report: PruneReport) -> str:
         f"## Measured\n\n{markdown_table(report)}{_checks(report)}",
         LIMITS,
         _origin(report),
-        CITATION,
+        _citation(report),
     ]
     return "\n".join(sections)
+
+
+def _citation(report: PruneReport) -> str:
+    """The paper of a global method's frame, or where a layer-wise method comes from."""
+    config = PruneConfig.model_validate(report.config)
+    source = LAYERWISE[config.method].source if config.layerwise else ""
+    return f"## Source\n\n{source}.\n" if source else CITATION
 
 
 def is_hub_id(model: str) -> bool:
