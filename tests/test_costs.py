@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_surgeon.costs import column_costs, row_costs
+from llm_surgeon.costs import column_costs, row_costs, row_set_costs
 from llm_surgeon.linalg import damped_cholesky, damping_of, inverse_diagonal
 from oracles import constrained_minimum, fisher, random_factor, removed_mask
 
@@ -74,3 +74,45 @@ def test_damping_enters_the_inverse_and_not_the_numerator():
         0.5 * (weight @ a @ weight.T).diagonal() / torch.linalg.inv(g + lam * torch.eye(3, dtype=g.dtype)).diagonal()
     )
     torch.testing.assert_close(row_costs(weight, a, inverse), expected, rtol=1e-10, atol=0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(2, 6), columns=st.integers(1, 5), seed=st.integers(0, 1000), data=st.data())
+def test_joint_costs_of_sets_equal_constrained_least_squares(rows, columns, seed, data):
+    """Sets of different sizes in one call, whole layers included."""
+    weight, a, g = problem(rows, columns, seed)
+    members = st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows, unique=True)
+    sets = [*data.draw(st.lists(members, min_size=1, max_size=3)), list(range(rows))]
+    padded, valid = (
+        torch.nn.utils.rnn.pad_sequence([make(s) for s in sets], batch_first=True)
+        for make in (torch.tensor, lambda s: torch.ones(len(s), dtype=torch.bool))
+    )
+    joint = row_set_costs(weight, a, g, torch.linalg.inv(g), padded, valid, "layer")
+    alone = row_set_costs(weight, a, g, None, padded, valid, "layer")
+    hessian, theta = fisher(a, g), weight.flatten()
+    for number, chosen in enumerate(sets):
+        removed = removed_mask(rows, columns, torch.tensor(chosen), EMPTY)
+        expected, _ = constrained_minimum(hessian, theta, removed)
+        torch.testing.assert_close(float(joint[number]), expected, rtol=1e-8, atol=1e-8)
+        # Nothing else moves: the quadratic form at minus the removed weights.
+        change = -theta * removed
+        expected = float(0.5 * change @ hessian @ change)
+        torch.testing.assert_close(float(alone[number]), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_sets_of_correlated_rows_cost_more_than_their_rows():
+    """Either of two equal gradients could make up for the other; once both are gone, nothing can."""
+    weight, a, _ = problem(2, 3, 0)
+    g = torch.tensor([[1.0, 0.99], [0.99, 1.0]], dtype=torch.float64)
+    inverse = torch.linalg.inv(g)
+    pair, both = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)
+    joint = row_set_costs(weight.abs(), a.abs(), g, inverse, pair, both, "layer")
+    assert float(joint) > 10 * float(row_costs(weight.abs(), a.abs(), inverse.diagonal()).sum())
+
+
+def test_what_is_padding_takes_no_part():
+    weight, a, g = problem(4, 3, 2)
+    inverse = torch.linalg.inv(g)
+    sets, valid = torch.tensor([[1, 3, 0]]), torch.tensor([[True, False, False]])
+    cost = row_set_costs(weight, a, g, inverse, sets, valid, "layer")
+    torch.testing.assert_close(cost[0], row_costs(weight, a, inverse.diagonal())[1])

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_surgeon.selection import Coupling, KeepMask, Side, StructureCosts, count_weights, select
+from choosing import choose
+from llm_surgeon.selection import Coupling, KeepMask, Side, StructureCosts, count_weights
 
 ROWS, COLUMNS, NEURONS = 4, 3, 5
 
@@ -67,7 +68,7 @@ def thresholds(keep, costs, couple, per_weight):
 )
 def test_the_largest_admissible_threshold_wins(seed, target, per_weight, couple):
     keep, costs, couplings = network(seed, couple)
-    result = select(keep, costs, couplings, target, per_weight)
+    result = choose(keep, costs, couplings, target, per_weight)
     best = {name: mask.copy() for name, mask in keep.items()}
     for threshold in thresholds(keep, costs, couple, per_weight):
         after = brute_force(keep, costs, couple, per_weight, threshold)
@@ -93,7 +94,7 @@ def test_the_cheapest_side_kills_a_neuron_and_the_other_is_implied():
         layer.rows.fill_(100.0)
         layer.columns.fill_(100.0)
     costs["down"].columns[2] = 0.5
-    result = select(keep, costs, couplings, count_weights(keep) - COLUMNS - ROWS)
+    result = choose(keep, costs, couplings, count_weights(keep) - COLUMNS - ROWS)
     assert not result.keep["up"].rows[2]
     assert not result.keep["down"].columns[2]
     assert result.chosen["down"].columns.nonzero().flatten().tolist() == [2]
@@ -111,10 +112,10 @@ def test_an_implied_gain_can_make_an_expensive_structure_the_better_choice():
         layer.columns.fill_(100.0)
     costs["down"].columns[1], costs["down"].rows[0] = 5.0, 4.0
     target = count_weights(keep) - 7
-    by_weight = select(keep, costs, couplings, target)
+    by_weight = choose(keep, costs, couplings, target)
     assert not by_weight.keep["up"].rows[1]
     assert by_weight.keep["down"].rows.all()
-    by_cost = select(keep, costs, couplings, target, per_weight=False)
+    by_cost = choose(keep, costs, couplings, target, per_weight=False)
     assert by_cost.keep["up"].rows.all()
     assert not by_cost.keep["down"].rows[0]
 
@@ -127,9 +128,9 @@ def test_members_that_die_one_by_one_kill_their_group():
         "o": StructureCosts(torch.full((4,), 9.0), torch.tensor([0.1, 0.2])),
     }
     coupling = Coupling("v", (Side("v", "rows", torch.tensor([[0]])), Side("o", "columns", torch.tensor([[0, 1]]))))
-    result = select(keep, costs, [coupling], 0, per_weight=False)
+    result = choose(keep, costs, [coupling], 0, per_weight=False)
     assert count_weights(result.keep) == 0
-    result = select(keep, {**costs, "o": StructureCosts(costs["o"].rows, torch.tensor([0.1, 8.0]))}, [coupling], 8)
+    result = choose(keep, {**costs, "o": StructureCosts(costs["o"].rows, torch.tensor([0.1, 8.0]))}, [coupling], 8)
     assert result.keep["o"].columns.tolist() == [False, True]
     assert result.keep["v"].rows.all()
 
@@ -137,19 +138,19 @@ def test_members_that_die_one_by_one_kill_their_group():
 def test_followers_die_with_a_group_and_do_not_kill_it():
     keep = {"o": KeepMask.dense(1, 2), "q": KeepMask.dense(2, 3)}
     index = torch.tensor([[0, 1]])
-    coupling = Coupling("head", (Side("o", "columns", index),), (Side("q", "rows", index),), candidate=False)
+    coupling = Coupling("query head", (Side("o", "columns", index),), (Side("q", "rows", index),))
     cheap_queries = {
         "o": StructureCosts(torch.tensor([9.0]), torch.tensor([9.0, 9.0])),
         "q": StructureCosts(torch.tensor([0.1, 0.1]), torch.full((3,), 9.0)),
     }
-    result = select(keep, cheap_queries, [coupling], 2, per_weight=False)
+    result = choose(keep, cheap_queries, [coupling], 2, per_weight=False)
     assert result.keep["o"].columns.all()
     assert not result.keep["q"].rows.any()
     cheap_output = {
         "o": StructureCosts(torch.tensor([9.0]), torch.tensor([0.1, 0.2])),
         "q": StructureCosts(torch.tensor([8.0, 8.0]), torch.full((3,), 9.0)),
     }
-    result = select(keep, cheap_output, [coupling], 0, per_weight=False)
+    result = choose(keep, cheap_output, [coupling], 0, per_weight=False)
     assert not result.keep["q"].rows.any()
     assert not result.chosen["q"].rows.any()
     assert result.chosen["o"].columns.all()
@@ -162,13 +163,13 @@ def test_what_is_not_a_candidate_is_not_removed_as_a_whole():
         layer.columns.fill_(100.0)
     costs["down"].columns.fill_(1.0)
     coupling = couplings[0]
-    whole = Coupling("all", (Side("down", "columns", torch.arange(NEURONS).view(1, -1)),), candidate=False)
-    group = Coupling("all", (Side("down", "columns", torch.arange(NEURONS).view(1, -1)),), candidate=True)
+    whole = Coupling("feed-forward", (Side("down", "columns", torch.arange(NEURONS).view(1, -1)),))
+    group = Coupling("all", (Side("down", "columns", torch.arange(NEURONS).view(1, -1)),))
     costs["down"].columns[0] = 50.0
     target = 1
-    assert select(keep, costs, [coupling, whole], target).keep["down"].columns[0]
+    assert choose(keep, costs, [coupling, whole], target).keep["down"].columns[0]
     # As a group its sum is below what four cheap and one expensive column need one by one.
-    assert count_weights(select(keep, costs, [coupling, group], 0).keep) == 0
+    assert count_weights(choose(keep, costs, [coupling, group], 0).keep) == 0
 
 
 def test_ties_go_together_and_never_overshoot():
@@ -176,7 +177,7 @@ def test_ties_go_together_and_never_overshoot():
     for layer in costs.values():
         layer.rows.fill_(1.0)
         layer.columns.fill_(1.0)
-    result = select(keep, costs, couplings, count_weights(keep) - 1)
+    result = choose(keep, costs, couplings, count_weights(keep) - 1)
     assert count_weights(result.keep) == count_weights(keep)
     assert result.threshold == float("-inf")
     assert result.structures_chosen == result.structures_implied == 0
@@ -184,8 +185,8 @@ def test_ties_go_together_and_never_overshoot():
 
 def test_later_shots_only_remove():
     keep, costs, couplings = network(5)
-    first = select(keep, costs, couplings, 25).keep
-    second = select(first, costs, couplings, 12).keep
+    first = choose(keep, costs, couplings, 25).keep
+    second = choose(first, costs, couplings, 12).keep
     for name, axis in itertools.product(keep, ("rows", "columns")):
         assert not (second[name].axis(axis) & ~first[name].axis(axis)).any()
     assert 12 <= count_weights(second) <= 25

@@ -9,12 +9,18 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -94,6 +100,44 @@ def gemma3():
     )
 
 
+def gpt2(**changes):
+    settings = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 24,
+        "n_inner": 40,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))
+
+
+def gpt_neox(**changes):
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "rotary_pct": 0.5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**settings, **changes}))
+
+
+def phi3():
+    # Half of each head is rotated, as in Phi-4-mini.
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return llama_like(Phi3Config, Phi3ForCausalLM, hidden_size=32, rope_parameters=rope, **ids)
+
+
 BUILDERS = {
     "llama": llama,
     "llama-biased": lambda: _with_biases(llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
@@ -102,6 +146,10 @@ BUILDERS = {
     "qwen3": lambda: _with_norms(llama_like(Qwen3Config, Qwen3ForCausalLM)),
     "gemma2": lambda: _with_norms(gemma2()),
     "gemma3": lambda: _with_norms(gemma3()),
+    "phi3": phi3,
+    "gpt2": lambda: _with_biases(gpt2()),
+    "gpt-neox": lambda: _with_norms(_with_biases(gpt_neox())),
+    "gpt-neox-serial": lambda: _with_biases(gpt_neox(use_parallel_residual=False)),
     "opt": opt,
     "opt-post-norm": lambda: opt(do_layer_norm_before=False, word_embed_proj_dim=16),
 }

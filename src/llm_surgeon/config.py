@@ -28,7 +28,13 @@ LayerBudget = Literal["uniform", "owl"]
 Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
 
-_ROWS_COLUMNS, _UNSTRUCTURED = "rows-columns", "unstructured"
+_UNSTRUCTURED = "unstructured"
+# What really shrinks; several are joined by "+".
+SHAPES = ("rows-columns", "neurons", "heads", "values", "blocks")
+# Coupled structures of which no layer loses everything unless asked: the share of the dense width that stays.
+_MIN_WIDTH = 0.05
+# Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
+ROUND_TO = 32
 
 
 class PruneConfig(BaseModel):
@@ -49,8 +55,10 @@ class PruneConfig(BaseModel):
     )
     structure: str = Field(
         "rows-columns",
-        description="What is removed as a unit: rows-columns (really smaller), unstructured (single weights become "
-        "zero) or N:M, which keeps N of every M consecutive inputs, e.g. 2:4.",
+        description="What is removed as a unit. Really smaller: rows-columns (of each matrix), neurons, heads, values "
+        "(single value dimensions), blocks (attention or feed-forward parts), or several joined by +, e.g. "
+        "neurons+heads. Zeros in the old shapes: unstructured (single weights), or N:M, which keeps N of every M "
+        "consecutive inputs, e.g. 2:4.",
     )
     method: str = Field(
         "surgeon",
@@ -71,6 +79,23 @@ class PruneConfig(BaseModel):
     )
     shots: int = Field(
         5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each. 1 if layer-wise."
+    )
+    uniform: bool = Field(
+        False,
+        description="For neurons, heads or blocks: the same widths in every block, so that plain transformers classes "
+        "load the export; blocks then go whole.",
+    )
+    round_to: int | None = Field(
+        None,
+        ge=1,
+        description="For neurons: what is left in each block is a multiple of this (unset: 32 with neurons, else 1).",
+    )
+    min_width: float | None = Field(
+        None,
+        ge=0.0,
+        lt=1.0,
+        description="Share of its neurons, heads and value dimensions that each block keeps at least (unset: 0.05 for "
+        "structures made of neurons, heads and values, else 0, which lets layers be emptied).",
     )
     rank_by: RankBy = Field(
         "cost-per-weight", description="Rank structures by cost-per-weight freed, or by cost, the paper's raw one."
@@ -182,8 +207,13 @@ class PruneConfig(BaseModel):
     @field_validator("structure")
     @classmethod
     def _check_structure(cls, structure: str) -> str:
-        if structure not in (_ROWS_COLUMNS, _UNSTRUCTURED) and Pattern.parse(structure) is None:
-            raise ValueError("valid are rows-columns, unstructured, and N:M with 0 < N < M, such as 2:4 or 4:8")
+        parts = structure.split("+")
+        shapes = set(parts) <= set(SHAPES) and len(set(parts)) == len(parts)
+        if not shapes and structure != _UNSTRUCTURED and Pattern.parse(structure) is None:
+            raise ValueError(
+                f"valid are {', '.join(SHAPES)}, several of these joined by +, unstructured, and N:M with 0 < N < M, "
+                "such as 2:4 or 4:8"
+            )
         return structure
 
     @model_validator(mode="after")
@@ -195,11 +225,28 @@ class PruneConfig(BaseModel):
             )
         if any(not 1 <= shot <= self.shots for shot in self.export_shots):
             raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")
+        self._check_shapes()
         if self.layerwise:
             self._check_layerwise()
         else:
             self._check_global()
         return self
+
+    def _check_shapes(self) -> None:
+        """What no structure, or not this one, can do.
+
+        Raises:
+            ValueError: Naming the options that do not go together.
+        """
+        parts = set(self.parts)
+        if (self.uniform and not parts <= {"neurons", "heads", "blocks"}) or (self.uniform and not parts):
+            raise ValueError(f"uniform is for neurons, heads and blocks, not for {self.structure}")
+        if self.uniform and "blocks" in parts and len(parts) > 1:
+            raise ValueError("uniform blocks go whole: neurons and heads cannot be removed in the same run")
+        if self.round_to not in (None, 1) and ("neurons" not in parts or "rows-columns" in parts):
+            raise ValueError("round_to is for structures with neurons and without rows-columns")
+        if self.min_width is not None and not parts:
+            raise ValueError(f"min_width is for structures that shrink, not for {self.structure}")
 
     def _check_global(self) -> None:
         """What no global method can do.
@@ -208,6 +255,8 @@ class PruneConfig(BaseModel):
             ValueError: Naming the options that do not go together.
         """
         curvature = resolve_curvature(self.method, self.curvature)
+        if curvature == "kronecker-sum" and {"heads", "values", "blocks"} & set(self.parts):
+            raise ValueError("the kronecker-sum curvature has no joint costs: structure has to be without whole heads")
         if curvature == "kronecker-sum" and self.max_correlations:
             raise ValueError("the kronecker-sum curvature updates all together: max_correlations has to be 0")
         asked = _layerwise_options(vars(self))
@@ -223,7 +272,7 @@ class PruneConfig(BaseModel):
             ValueError: Naming the options that do not go together.
         """
         pattern, solver = self.pattern, LAYERWISE[self.method].scope is None
-        if self.structure == _ROWS_COLUMNS:
+        if self.parts:
             raise ValueError(
                 f"{self.method} as a layer-wise method removes single weights: structure is unstructured or N:M"
             )
@@ -246,6 +295,24 @@ class PruneConfig(BaseModel):
     def pattern(self) -> Pattern | None:
         """The N:M pattern, if the structure is one."""
         return Pattern.parse(self.structure)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The structures whose removal shrinks the matrices; none for single weights and N:M."""
+        return tuple(self.structure.split("+")) if self.structure.split("+")[0] in SHAPES else ()
+
+    @property
+    def widths_multiple(self) -> int:
+        """What the neurons left in each block are a multiple of."""
+        fast = "neurons" in self.parts and "rows-columns" not in self.parts
+        return self.round_to or (ROUND_TO if fast else 1)
+
+    @property
+    def least_width(self) -> float:
+        """Share of its neurons, heads and value dimensions that each block keeps at least."""
+        if self.min_width is not None:
+            return self.min_width
+        return _MIN_WIDTH if self.parts and not {"rows-columns", "blocks"} & set(self.parts) else 0.0
 
     @property
     def layerwise(self) -> bool:
@@ -277,6 +344,8 @@ class PruneConfig(BaseModel):
         return self.model_dump(mode="json") | {
             "curvature": self.resolved_curvature,
             "scope": self.resolved_scope if self.layerwise and self.pattern is None else None,
+            "round_to": self.widths_multiple if self.parts else None,
+            "min_width": self.least_width if self.parts else None,
         }
 
     def to_yaml(self) -> str:

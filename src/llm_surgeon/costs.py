@@ -11,7 +11,10 @@ inverse of the diagonal (paper, eq. 18 and 23), so its costs are the same functi
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from llm_surgeon.linalg import batched_solve
 
 
 def element_costs(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -58,3 +61,47 @@ def column_costs(weight: Tensor, g: Tensor | None, a_inverse_diagonal: Tensor) -
         ``[C]``, in nats of the loss that the factors were taken of.
     """
     return row_costs(weight.T, g, a_inverse_diagonal)
+
+
+def row_set_costs(
+    weight: Tensor,
+    a: Tensor | None,
+    g: Tensor | None,
+    g_inverse: Tensor | None,
+    sets: Tensor,
+    valid: Tensor,
+    name: str,
+) -> Tensor:
+    """Joint cost of each of several sets of rows: ``1/2 tr([G^-1]_SS^-1 W_S A W_S^T)``.
+
+    With ``E`` selecting all weights of the rows S, ``E (G^-1 (x) A^-1) E^T = [G^-1]_SS (x) A^-1``, whose inverse is
+    ``[G^-1]_SS^-1 (x) A``, so that the general cost ``1/2 (E w)^T (E F^-1 E^T)^-1 E w`` (paper, eq. 16) is the trace.
+    Rows that could make up for each other cost more together than one by one: by block inversion ``[G^-1]_SS^-1`` is
+    what is left of ``G_SS`` once the rows that *stay* have been regressed out. For one row it is ``row_costs``.
+
+    If nothing makes up for a loss (optimal brain damage), ``G_SS`` stands in its place.
+
+    Args:
+        weight: ``[R, C]``.
+        a: Undamped input factor ``[C, C]``; None is the identity.
+        g: Undamped gradient factor ``[R, R]``, if nothing makes up for a loss; None is the identity.
+        g_inverse: Inverse of the damped gradient factor ``[R, R]``; None: nothing makes up for a loss.
+        sets: Rows of each set ``[n, members]``.
+        valid: Which entries of ``sets`` are meant, ``[n, members]``.
+        name: What the layer is, for error messages.
+
+    Returns:
+        ``[n]``, in nats of the loss that the factors were taken of.
+
+    Raises:
+        NotPositiveDefiniteError: If a set's system has no decomposition.
+    """
+    left, above = sets[:, :, None], sets[:, None, :]
+    both = valid[:, :, None] & valid[:, None, :]
+    eye = torch.eye(sets.shape[1], dtype=weight.dtype, device=weight.device)
+    projected = weight if a is None else weight @ a
+    energy = (projected @ weight.T)[left, above] * both
+    if g_inverse is None:
+        return 0.5 * (energy * (eye if g is None else g[left, above])).sum((1, 2))
+    system = torch.where(both, g_inverse[left, above], eye)
+    return 0.5 * batched_solve(system, energy, name).diagonal(dim1=1, dim2=2).sum(1)

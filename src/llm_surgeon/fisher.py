@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm_surgeon.costs import column_costs, element_costs, row_costs
+from llm_surgeon.costs import column_costs, element_costs, row_costs, row_set_costs
 from llm_surgeon.kronecker_sum import kronecker_sum
 from llm_surgeon.linalg import damped_cholesky, damping_of, inverse, inverse_diagonal
+from llm_surgeon.selection import Axis
 from llm_surgeon.updates import (
     remove_columns,
     remove_elements,
@@ -67,6 +68,9 @@ class Fisher(Protocol):
     def column_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
         """Cost of each column, ``[C]``."""
 
+    def set_costs(self, weight: Tensor, axis: Axis, sets: Tensor, valid: Tensor, *, correlated: bool) -> Tensor:
+        """Joint cost of sets of rows or columns ``[n, members]`` as far as they are ``valid``: ``[n]``."""
+
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
         """The kept rows and columns after the update, ``[kept rows, kept columns]``."""
 
@@ -102,6 +106,16 @@ class KroneckerProduct:
     def column_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
         """``1/2 w_c^T G w_c / [A^-1]_cc``, or times ``A_cc``."""
         return column_costs(weight, self._g.matrix, self._a.inverse_diagonal(weight.shape[1], weight, correlated))
+
+    def set_costs(self, weight: Tensor, axis: Axis, sets: Tensor, valid: Tensor, *, correlated: bool) -> Tensor:
+        """``1/2 tr([G^-1]_SS^-1 W_S A W_S^T)`` for rows, and its mirror image for columns."""
+        own, other = (self._g, self._a) if axis == "rows" else (self._a, self._g)
+        weight = weight if axis == "rows" else weight.T
+        if sets.shape[1] == 1:
+            single = row_costs(weight, other.matrix, own.inverse_diagonal(len(weight), weight, correlated))
+            return single[sets[:, 0]] * valid[:, 0]
+        inverse = own.inverse(len(weight), weight) if correlated else None
+        return row_set_costs(weight, other.matrix, own.matrix, inverse, sets, valid, own.name)
 
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
         """Rows, then columns on the result: exact together. In groups: the sum of what each group alone would do."""
@@ -161,6 +175,12 @@ class SumOfTwo:
         """Cost of each column."""
         return self._sum.column_costs(weight) if correlated else _no_gain(self._sum.independent_column_costs(weight))
 
+    def set_costs(self, weight: Tensor, axis: Axis, sets: Tensor, valid: Tensor, *, correlated: bool) -> Tensor:
+        """Of sets of one; larger ones are refused with the recipe."""
+        assert sets.shape[1] == 1
+        costs = self.row_costs if axis == "rows" else self.column_costs
+        return costs(weight, correlated=correlated)[sets[:, 0]] * valid[:, 0]
+
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
         """All together, exactly; groups are refused with the recipe."""
         return self._sum.remove_structures(weight, rows.removed, rows.kept, columns.removed, columns.kept)
@@ -204,6 +224,11 @@ class Diagonal:
     def column_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
         """Sum of the column's elements."""
         return self.element_costs(weight, correlated=correlated).sum(0)
+
+    def set_costs(self, weight: Tensor, axis: Axis, sets: Tensor, valid: Tensor, *, correlated: bool) -> Tensor:
+        """Sum over the members, which are independent."""
+        costs = self.row_costs if axis == "rows" else self.column_costs
+        return (costs(weight, correlated=correlated)[sets] * valid).sum(1)
 
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
         """Independent weights do not make up for one another."""

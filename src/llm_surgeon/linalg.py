@@ -90,6 +90,6 @@ def batched_solve(systems: Tensor, right: Tensor, name: str) -> Tensor:
         if not bool(info.any()):
             return torch.cholesky_solve(right.to(dtype), factors).to(right.dtype)
     raise NotPositiveDefiniteError(
-        f"The correlations of weights removed together in {name} are not positive definite.",
+        f"The correlations of what is removed together in {name} are not positive definite.",
         "Use a larger --dampening-a (inputs) or --dampening-g (gradients), or --max-correlations 0.",
     )

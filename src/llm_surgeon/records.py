@@ -211,13 +211,17 @@ class Memory(Record):
 
 
 class ExportRecord(Record):
-    """Where the export is, how large it is, and how far its reloaded logits are from the model in memory."""
+    """Where the export is, how large it is, and how far its reloaded logits are from the model in memory.
+
+    ``plain`` says whether transformers loads it without running code of the checkpoint.
+    """
 
     path: str
     weight_bytes: int
     dense_weight_bytes: int
     max_logit_difference: float
     logit_scale: float
+    plain: bool = False
 
 
 class PruneReport(Record):
@@ -240,7 +244,8 @@ class PruneReport(Record):
     @property
     def smaller(self) -> bool:
         """Whether the matrices have shrunk; otherwise removed weights are zeros in matrices of the old shape."""
-        return bool(self.config.get("structure", "rows-columns") == "rows-columns")
+        structure = str(self.config.get("structure", "rows-columns"))
+        return structure != "unstructured" and Pattern.parse(structure) is None
 
 
 class Setting(Record):

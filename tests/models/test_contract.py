@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from choosing import choose, shrink
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
@@ -10,13 +11,12 @@ from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.export.save import save_model
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.family import to_index
 from llm_surgeon.models.head import head_of
-from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
+from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline.run import count_parameters
 from llm_surgeon.pipeline.shots import run_shots
 from llm_surgeon.report.progress import SilentProgress
-from llm_surgeon.selection import ALIVE, KeepMask, StructureCosts, close, count_weights, score_groups, select
+from llm_surgeon.selection import ALIVE, KeepMask, StructureCosts, close, count_weights, score_groups
 from tiny import BUILDERS, build, tokenizer, tokens
 
 families = pytest.mark.parametrize("family", BUILDERS)
@@ -34,6 +34,7 @@ def logits(model):
 
 def zero(model, anatomy, keep):
     """Set removed rows (bias included) and columns to zero in the dense model."""
+    anatomy_of(model)  # makes transposed layers plain
     with torch.no_grad():
         for name in anatomy.layers:
             module = model.get_submodule(name)
@@ -41,15 +42,6 @@ def zero(model, anatomy, keep):
             module.weight[:, ~keep[name].columns] = 0
             if module.bias is not None:
                 module.bias[~keep[name].rows] = 0
-
-
-def shrink(model, anatomy, keep):
-    for name, layer in anatomy.layers.items():
-        matrix = read_matrix(model, layer)
-        columns = to_index(keep[name].columns)
-        if layer.bias:
-            columns = torch.cat([columns, torch.tensor([layer.columns])])
-        write_matrix(model, anatomy, layer, keep[name], matrix[keep[name].rows][:, columns])
 
 
 def killed(anatomy, coupling, side_number, groups):
@@ -131,7 +123,7 @@ def random_masks(anatomy, seed, share=0.3):
         )
         for name, mask in keep.items()
     }
-    return select(keep, costs, anatomy.couplings, round((1 - share) * anatomy.prunable_weights)).keep
+    return choose(keep, costs, anatomy.couplings, round((1 - share) * anatomy.prunable_weights)).keep
 
 
 @families
@@ -183,7 +175,7 @@ def test_an_emptied_attention_still_computes(family):
     anatomy = anatomy_of(model)
     keep = anatomy.dense_masks()
     for name in anatomy.layers:
-        if "layers.0.self_attn" in name:
+        if name.startswith(f"{anatomy.attentions[0].module}."):
             keep[name] = KeepMask(torch.zeros_like(keep[name].rows), torch.zeros_like(keep[name].columns))
     zero(masked, anatomy, keep)
     shrink(model, anatomy, keep)
@@ -229,7 +221,7 @@ def test_norms_of_heads_untie_queries_and_keys(family):
     """A key dimension whose query dimension is dead still counts in its norm: the entry says so, and it is so."""
     one, both = build(family), build(family)
     anatomy = anatomy_of(one)
-    assert {coupling.kind for coupling in anatomy.couplings} == {"neuron", "query head", "value dimension"}
+    assert {coupling.kind for coupling in anatomy.couplings}.isdisjoint({"query/key pair", "query/key dimension"})
     keep = anatomy.dense_masks()
     keep["model.layers.0.self_attn.q_proj"].rows[::8] = False
     zero(one, anatomy, keep)

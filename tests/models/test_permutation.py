@@ -6,13 +6,15 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llm_surgeon.channel_permutation import find_permutation, retained
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models import FAMILIES, family_of
-from llm_surgeon.models.family import heads_of
+from llm_surgeon.models.anatomy import examine
+from llm_surgeon.models.parts import attention_part
 from llm_surgeon.models.permutation import fold_neurons, fold_residual, fold_values
 from llm_surgeon.pattern import Pattern
 from tiny import BUILDERS, llama, opt, tokens
@@ -37,7 +39,7 @@ def norms_in_float64(monkeypatch):
     def normalised(x, epsilon):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
-    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", lambda self, x: self.weight * normalised(x, self.variance_epsilon))
     for norm in (Gemma2RMSNorm, Gemma3RMSNorm):
         monkeypatch.setattr(norm, "forward", lambda self, x: (1 + self.weight) * normalised(x, self.eps))
@@ -50,6 +52,7 @@ def build(variant):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
+    examine(model, entry(model))  # makes transposed layers plain
     return model
 
 
@@ -82,8 +85,8 @@ def all_neurons(model):
 
 def all_values(model):
     for number, block in enumerate(blocks_of(model)):
-        heads = heads_of(model.config, entry(model).attention, block)
-        orders = torch.stack([order(heads.width, 10 * number + head) for head in range(heads.kv)])
+        part = attention_part(model.config, entry(model).attention, block, number, "")
+        orders = torch.stack([order(part.width, 10 * number + head) for head in range(part.kv)])
         fold_values(model, entry(model), number, orders)
 
 
@@ -161,7 +164,8 @@ def test_tied_embeddings_stay_tied_and_move_once(variant):
     before = embedding.detach().clone()
     residual(model)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-    expected = before[:, order(24, 99)] if before.shape[1] == 24 else before
+    width = model.config.hidden_size
+    expected = before[:, order(width, 99)] if before.shape[1] == width else before
     assert torch.equal(model.get_input_embeddings().weight, expected)
 
 

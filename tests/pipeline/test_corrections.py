@@ -3,16 +3,16 @@ import importlib.util
 import pytest
 import torch
 
+from choosing import choose, shrink
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.family import to_index
 from llm_surgeon.models.head import head_loss, label_positions
-from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
+from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline import corrections
 from llm_surgeon.pipeline.corrections import Corrections, correct
-from llm_surgeon.selection import StructureCosts, select
+from llm_surgeon.selection import StructureCosts
 from tiny import build, tokens
 
 adapters = pytest.importorskip("llm_surgeon.pipeline.adapters", reason="peft is not installed")
@@ -30,11 +30,11 @@ def pruned(family, state):
     model = build(family)
     anatomy = examine(model, family_of(model.config.model_type), ignore=("layers.1.self_attn.q_proj",))
     if state == "structured":
-        shrink(model, anatomy)
+        cut(model, anatomy)
     return model, anatomy, element_masks(model, anatomy) if state == "masked" else None
 
 
-def shrink(model, anatomy, share=0.5):
+def cut(model, anatomy, share=0.5):
     """Remove random rows and columns."""
     generator = torch.Generator().manual_seed(1)
     dense = anatomy.dense_masks()
@@ -44,12 +44,8 @@ def shrink(model, anatomy, share=0.5):
         )
         for name, mask in dense.items()
     }
-    keep = select(dense, costs, anatomy.couplings, round((1 - share) * anatomy.prunable_weights)).keep
-    for name, layer in anatomy.layers.items():
-        matrix, columns = read_matrix(model, layer), to_index(keep[name].columns)
-        if layer.bias:
-            columns = torch.cat([columns, torch.tensor([layer.columns])])
-        write_matrix(model, anatomy, layer, keep[name], matrix[keep[name].rows][:, columns])
+    keep = choose(dense, costs, anatomy.couplings, round((1 - share) * anatomy.prunable_weights)).keep
+    shrink(model, anatomy, keep)
 
 
 @torch.no_grad()

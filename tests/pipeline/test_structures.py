@@ -142,8 +142,8 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused_and_can_be_left_den
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"structure": "4:2"}, "valid are rows-columns, unstructured"),
-        ({"structure": "heads"}, "valid are rows-columns, unstructured"),
+        ({"structure": "4:2"}, "valid are rows-columns, neurons"),
+        ({"structure": "heads+2:4"}, "valid are rows-columns, neurons"),
         ({"structure": "2:4", "sparsity": 0.6}, "more than 2:4 can reach"),
         ({"method": "magnitude", "curvature": "kfac"}, "valid are surgeon: kfac"),
         ({"method": "obd"}, "surgeon"),

@@ -15,7 +15,10 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import SurgeonError
 
 _PANELS = {
-    "What to remove": ("sparsity", "structure", "method", "shots", "rank_by", "ignore", "export_shots"),
+    "What to remove": (
+        *("sparsity", "structure", "uniform", "round_to", "min_width"),
+        *("method", "shots", "rank_by", "ignore", "export_shots"),
+    ),
     "Curvature and update": (
         *("curvature", "fisher", "fisher_samples", "kronecker_iterations"),
         *("dampening_a", "dampening_g", "max_correlations", "update_steps"),

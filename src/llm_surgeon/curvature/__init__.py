@@ -11,7 +11,7 @@ from llm_surgeon.curvature.factors import Curvature, KroneckerFactors
 from llm_surgeon.curvature.kfac import estimate_kfac
 from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, estimate_nearest, passes_needed
 from llm_surgeon.curvature.passes import Advance, Estimation, Task, Tokens
-from llm_surgeon.models.family import Anatomy
+from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.selection import KeepMask
 
 __all__ = ["Curvature", "Estimation", "KroneckerFactors", "NearestCurvature", "estimate", "passes_needed"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from llm_surgeon.curvature.hooks import Hooks, with_bias
 from llm_surgeon.curvature.passes import PassResult, Task
 from llm_surgeon.fisher import Damping, Diagonal
-from llm_surgeon.models.family import LinearLayer
+from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.selection import KeepMask
 

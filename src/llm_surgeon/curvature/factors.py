@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_surgeon.curvature.gram import GramSum
 from llm_surgeon.curvature.passes import PassResult
 from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct
-from llm_surgeon.models.family import LinearLayer, to_index
+from llm_surgeon.models.anatomy import LinearLayer, to_index
 from llm_surgeon.selection import KeepMask
 
 

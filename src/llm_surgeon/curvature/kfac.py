@@ -11,7 +11,7 @@ from llm_surgeon.curvature.factors import InputSum, KroneckerFactors
 from llm_surgeon.curvature.gram import GramSum
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.curvature.passes import Task
-from llm_surgeon.models.family import LinearLayer
+from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
 
 

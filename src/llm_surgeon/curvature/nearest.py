@@ -17,7 +17,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo
 from llm_surgeon.kronecker_sum import kronecker_sum_bytes
-from llm_surgeon.models.family import LinearLayer, to_index
+from llm_surgeon.models.anatomy import LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.nearest_kronecker import (
     Pair,

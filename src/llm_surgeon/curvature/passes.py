@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.methods import CurvatureName
-from llm_surgeon.models.family import Anatomy
+from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.head import backward as back_propagate
 from llm_surgeon.models.head import head_loss, label_positions, last_states, sample_labels
 from llm_surgeon.models.modes import arithmetic, frozen

@@ -1,4 +1,4 @@
-"""Linear layers without their removed rows and columns.
+"""Linear layers without their removed rows and columns, and attention without its removed heads.
 
 This text travels inside every exported checkpoint, so it needs torch and transformers only, and nothing of the
 package that wrote it.
@@ -6,6 +6,7 @@ package that wrote it.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -91,8 +92,59 @@ def shrink_linears(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
         core = before.core if isinstance(before, PrunedLinear) else before
         bias, device, dtype = core.bias is not None, core.weight.device, core.weight.dtype
         pruned: nn.Module
+        # Whatever they were before (GPT-2 has transposed layers), pruned layers are plain ones.
         if shape["kept_in"] is None and shape["kept_out"] is None:
             pruned = empty_linear(shape["in_features"], shape["out_features"], bias, device, dtype)
         else:
             pruned = PrunedLinear(**shape, bias=bias, device=device, dtype=dtype)
         setattr(parent, child, pruned.requires_grad_(core.weight.requires_grad).train(before.training))
+
+
+class EmptyAttention(nn.Module):
+    """An attention without any heads: what is left of it is the bias of its output projection, or zero.
+
+    Args:
+        before: The attention, whose linear layers are kept under their names.
+        output: Name of its output projection.
+    """
+
+    def __init__(self, before: nn.Module, output: str) -> None:
+        super().__init__()
+        self.layer_idx, self.output = getattr(before, "layer_idx", None), output
+        for name, module in before.named_children():
+            if isinstance(module, (nn.Linear, PrunedLinear)):
+                self.add_module(name, module)
+        self.train(before.training)
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, layer_past: Any = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        """Map hidden states ``[batch, length, width]`` to the same shape, and no attention weights."""
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
+            # The length of the cached text is read from any layer, so that this one has to keep count.
+            none = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(none, none, self.layer_idx)
+        return getattr(self, self.output)(hidden_states[..., :0]), None
+
+
+def narrow_attention(model: nn.Module, counts: dict[str, dict[str, int]], output: str) -> None:
+    """Tell attention modules how many heads they have left.
+
+    Args:
+        model: Its linear layers have the shapes of the heads that are left.
+        counts: Per path of an attention: its attributes that count heads, or nothing if it has none left.
+            ``config.NAME`` is an entry of the module's own configuration.
+        output: Name of the output projection within an attention.
+    """
+    for path, attributes in counts.items():
+        module = model.get_submodule(path)
+        if not attributes and not isinstance(module, EmptyAttention):
+            parent_name, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent_name), child, EmptyAttention(module, output))
+        for name, value in attributes.items():
+            if name.startswith("config."):
+                module.config = copy.copy(module.config)
+                setattr(module.config, name.removeprefix("config."), value)
+            else:
+                setattr(module, name, value)

@@ -8,11 +8,13 @@ from pathlib import Path
 from string import Template
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.errors import OutputError
-from llm_surgeon.models.family import Anatomy, Family
-from llm_surgeon.models.matrix import layer_shape
+from llm_surgeon.export.form import Form, form_of, renamed
+from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.family import Family
 from llm_surgeon.selection import KeepMask
 
 MODELING_FILE = "modeling_pruned.py"
@@ -24,19 +26,20 @@ from transformers import $config_class, $model_class  # noqa: E402
 
 
 class Pruned$config_class($config_class):
-    """The dense model's configuration, with the shapes of the pruned layers in ``pruned_linears``."""
+    """The dense model's configuration, with the shapes of the pruned layers and the heads that are left."""
 
     model_type = "$model_type"
 
 
 class Pruned$model_class($model_class):
-    """transformers' own model with the layers of ``config.pruned_linears`` replaced by smaller ones."""
+    """transformers' own model with smaller layers."""
 
     config_class = Pruned$config_class
 
     def __init__(self, config: Pruned$config_class) -> None:
         super().__init__(config)
         shrink_linears(self, config.pruned_linears)
+        narrow_attention(self, config.pruned_attention, config.pruned_attention_output)
 ''')
 
 
@@ -46,7 +49,7 @@ def save_model(
     anatomy: Anatomy,
     keep: Mapping[str, KeepMask] | None,
     directory: Path,
-) -> None:
+) -> Form:
     """Write weights (safetensors), configuration, tokenizer, generation configuration and, if needed, modelling file.
 
     Args:
@@ -56,20 +59,39 @@ def save_model(
         keep: Rows and columns that are left of them; None if all are, and the architecture is the dense one.
         directory: Where to write; exists.
 
+    Returns:
+        What the export needs to be loaded.
+
     Raises:
         OutputError: If writing fails, a full disk for example.
     """
+    form = form_of(anatomy, keep, model.config)
     try:
-        model.save_pretrained(directory)
+        # The names that a class gives to what it saves are known to its own type only, not to that of an export.
+        model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
         tokenizer.save_pretrained(directory)
         if keep is not None:
-            _write_config(anatomy, keep, directory)
+            _write_config(model, anatomy, form, directory)
+        if not form.plain:
             (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
     # safetensors has an error of its own for a full disk.
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"The export cannot be written: {error}.", "Free some space, or give an --out on another disk."
         ) from None
+    return form
+
+
+def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
+    """Parameters under the names and in the layout of the class that will load them; None if they have them."""
+    transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
+    if len(form.blocks) == anatomy.blocks and not transposed:
+        return None
+    state = {}
+    for name, value in model.state_dict().items():
+        if (new := renamed(anatomy, form.blocks, name)) is not None:
+            state[new] = value.T.contiguous() if name in transposed else value
+    return state
 
 
 def modeling_text(family: Family) -> str:
@@ -86,19 +108,21 @@ def export_type(family: Family) -> str:
     return f"llm_surgeon_{family.model_type}"
 
 
-def _write_config(anatomy: Anatomy, keep: Mapping[str, KeepMask], directory: Path) -> None:
+def _write_config(model: PreTrainedModel, anatomy: Anatomy, form: Form, directory: Path) -> None:
     family, path = anatomy.family, directory / "config.json"
-    module = Path(MODELING_FILE).stem
+    names = type(model.config).attribute_map
     config = json.loads(path.read_text(encoding="utf8"))
-    config |= {
-        "model_type": export_type(family),
-        "architectures": [f"Pruned{family.model_class}"],
-        "auto_map": {
-            "AutoConfig": f"{module}.Pruned{family.config_class}",
-            "AutoModelForCausalLM": f"{module}.Pruned{family.model_class}",
-        },
-        "pruned_linears": {name: layer_shape(anatomy, layer, keep[name]) for name, layer in anatomy.layers.items()},
-    }
+    config |= {names.get(name, name): value for name, value in form.settings.items()}
+    if not form.plain:
+        module = Path(MODELING_FILE).stem
+        config |= {
+            "model_type": export_type(family),
+            "architectures": [f"Pruned{family.model_class}"],
+            "auto_map": {
+                "AutoConfig": f"{module}.Pruned{family.config_class}",
+                "AutoModelForCausalLM": f"{module}.Pruned{family.model_class}",
+            },
+        }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
 

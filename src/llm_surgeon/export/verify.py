@@ -31,16 +31,17 @@ class ReloadCheck:
     scale: float
 
 
-def verify_export(model: PreTrainedModel, directory: Path) -> ReloadCheck:
+def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) -> ReloadCheck:
     """Compare the export with the model in memory.
 
     A fresh process, in which ``llm_surgeon`` cannot be imported and no hub can be asked, loads the directory with
-    ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)``, computes the logits of a probe in
+    ``AutoModelForCausalLM.from_pretrained``, computes the logits of a probe in
     one pass and with the key/value cache, and generates.
 
     Args:
         model: The pruned model in memory.
         directory: The export.
+        plain: Whether it has to load without running code of the checkpoint.
 
     Raises:
         ExportMismatchError: If the process fails or its logits differ.
@@ -51,7 +52,7 @@ def verify_export(model: PreTrainedModel, directory: Path) -> ReloadCheck:
     with torch.inference_mode():
         expected = model(ids.to(device)).logits.float().cpu()
     with tempfile.TemporaryDirectory() as scratch:
-        reloaded = _reload(directory, ids, device, Path(scratch))
+        reloaded = _reload(directory, ids, device, plain, Path(scratch))
     scale = float(expected.abs().max())
     difference = _difference(expected, reloaded["logits"])
     cached = _difference(expected[:, -1:], reloaded["step"])
@@ -70,14 +71,14 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
     return float((expected - actual.float()).abs().max())
 
 
-def _reload(directory: Path, ids: Tensor, device: torch.device, scratch: Path) -> dict[str, Tensor]:
+def _reload(directory: Path, ids: Tensor, device: torch.device, plain: bool, scratch: Path) -> dict[str, Tensor]:
     probe = scratch / "probe.safetensors"
     save_file({"input_ids": ids}, probe)
     # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
     environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("reload_check.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(directory), str(probe), str(device)],
+        [sys.executable, str(script), str(directory), str(probe), str(device), "plain" if plain else "trusted"],
         capture_output=True,
         text=True,
         env=environment,

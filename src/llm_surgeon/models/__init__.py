@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from llm_surgeon.errors import UnsupportedModelError
-from llm_surgeon.models.family import Anatomy, Family, LinearLayer, examine
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, examine
+from llm_surgeon.models.family import Family
 from llm_surgeon.models.gemma import GEMMA2, GEMMA3
+from llm_surgeon.models.gpt2 import GPT2
+from llm_surgeon.models.gpt_neox import GPT_NEOX
 from llm_surgeon.models.llama import LLAMA
 from llm_surgeon.models.mistral import MISTRAL
 from llm_surgeon.models.opt import OPT
+from llm_surgeon.models.phi3 import PHI3
 from llm_surgeon.models.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OPT)
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX)
 }
 
-__all__ = ["FAMILIES", "Anatomy", "Family", "LinearLayer", "examine", "family_of"]
+__all__ = ["FAMILIES", "Anatomy", "Family", "LinearLayer", "examine", "family_of", "register_family"]
+
+
+def register_family(family: Family) -> None:
+    """Make an architecture known that the package has no entry for; its ``model_type`` is the key.
+
+    Raises:
+        ValueError: If there is an entry for it already.
+    """
+    if family.model_type in FAMILIES:
+        raise ValueError(f"there is a family {family.model_type!r} already")
+    FAMILIES[family.model_type] = family
 
 
 def family_of(model_type: str) -> Family:
@@ -31,7 +46,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"Models of type {model_type!r} are not supported; supported are {', '.join(sorted(FAMILIES))}.",
-            "To add the type, describe its blocks in one `Family` entry in llm_surgeon/models (see opt.py there), list "
-            "it in FAMILIES, and run tests/models/test_contract.py.",
+            "To add the type, describe its blocks in one `Family` and hand it to `register_family`: see "
+            "docs/families.md, and opt.py in llm_surgeon/models for an example.",
         )
     return FAMILIES[model_type]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.export.modeling_pruned import PrunedLinear, shrink_linears
-from llm_surgeon.models.family import Anatomy, LinearLayer, to_index
+from llm_surgeon.export.modeling_pruned import PrunedLinear, narrow_attention, shrink_linears
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.family import Family
 from llm_surgeon.selection import KeepMask
 
 
@@ -24,34 +28,73 @@ def core_of(model: nn.Module, layer: LinearLayer) -> nn.Linear:
     return module.core if isinstance(module, PrunedLinear) else module  # type: ignore[return-value]
 
 
-def layer_shape(anatomy: Anatomy, layer: LinearLayer, keep: KeepMask) -> dict[str, int | None]:
+def layer_shape(layer: LinearLayer, keep: KeepMask, extent: KeepMask) -> dict[str, int | None]:
     """The arguments that rebuild a pruned layer: see ``shrink_linears``.
 
-    Along a narrow axis (neurons) the neighbours are as narrow as the matrix, and there is nothing to index.
+    Args:
+        layer: The layer.
+        keep: What is left of it.
+        extent: Rows and columns that the tensors around it still have, see ``Anatomy.extents``. Where these are what
+            is kept, there is nothing to index.
     """
-    rows, columns = int(keep.rows.sum()), int(keep.columns.sum())
-    narrow_rows = (layer.name, "rows") in anatomy.narrow
-    narrow_columns = (layer.name, "columns") in anatomy.narrow
+    (rows, columns), (outputs, inputs) = keep.shape, extent.shape
     return {
-        "in_features": columns if narrow_columns else layer.columns,
-        "out_features": rows if narrow_rows else layer.rows,
-        "kept_in": None if narrow_columns or columns == layer.columns else columns,
-        "kept_out": None if narrow_rows or rows == layer.rows else rows,
+        "in_features": inputs,
+        "out_features": outputs,
+        "kept_in": None if columns == inputs else columns,
+        "kept_out": None if rows == outputs else rows,
     }
 
 
 @torch.no_grad()
-def write_matrix(model: nn.Module, anatomy: Anatomy, layer: LinearLayer, keep: KeepMask, matrix: Tensor) -> None:
-    """Make a layer hold only ``matrix [kept rows, kept columns (+ bias)]``, in a smaller module if it has shrunk."""
-    core = core_of(model, layer)
-    if (len(matrix), matrix.shape[1] - layer.bias) != core.weight.shape:
-        shrink_linears(model, {layer.name: layer_shape(anatomy, layer, keep)})
+def write_matrix(model: nn.Module, layer: LinearLayer, keep: KeepMask, extent: KeepMask, matrix: Tensor) -> None:
+    """Make a layer hold only ``matrix [kept rows, kept columns (+ bias)]``, in a smaller module if it has shrunk.
+
+    Args:
+        model: Changed in place.
+        layer: The layer.
+        keep: What is left of it.
+        extent: Rows and columns that the tensors around it still have, see ``Anatomy.extents``.
+        matrix: Its new weights.
+    """
+    before, shape = model.get_submodule(layer.name), layer_shape(layer, keep, extent)
+    if shape != _shape_of(before):
+        shrink_linears(model, {layer.name: shape})
     module = model.get_submodule(layer.name)
     if isinstance(module, PrunedLinear):
-        for index, mask in ((module.input_index, keep.columns), (module.output_index, keep.rows)):
+        for index, kept, there in (
+            (module.input_index, keep.columns, extent.columns),
+            (module.output_index, keep.rows, extent.rows),
+        ):
             if index is not None:
-                index.copy_(to_index(mask))
+                index.copy_(to_index(kept[there]))
     core = core_of(model, layer)
     core.weight.copy_(matrix[:, : core.in_features])
     if layer.bias:
         core.bias.copy_(matrix[:, -1])
+
+
+def narrow_heads(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
+    """Tell the attention modules of a model whose matrices have shrunk how many heads they have left."""
+    narrow_attention(model, anatomy.attention_counts(keep), attention_output(anatomy.family))
+
+
+def attention_output(family: Family) -> str:
+    """Name of the output projection within its attention."""
+    return family.attention.output.removeprefix(f"{family.attention.module}.")
+
+
+def _shape_of(module: nn.Module) -> dict[str, int | None]:
+    """What ``layer_shape`` says of a layer as it is."""
+    if isinstance(module, PrunedLinear):
+        kept_in = None if module.input_index is None else len(module.input_index)
+        kept_out = None if module.output_index is None else len(module.output_index)
+    else:
+        kept_in = kept_out = None
+    linear = cast(nn.Linear, module)
+    return {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "kept_in": kept_in,
+        "kept_out": kept_out,
+    }

@@ -8,13 +8,16 @@ OPT = Family(
     config_class="OPTConfig",
     blocks="model.decoder.layers",
     attention=Attention(
+        module="self_attn",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
         value="self_attn.v_proj",
         output="self_attn.out_proj",
         rotary=False,
+        counts=(("num_heads", "heads"),),
+        free_heads=False,
     ),
-    feed_forward=FeedForward(inputs=("fc1",), output="fc2", activation="activation_function"),
+    feed_forward=FeedForward(inputs=("fc1",), output="fc2", activation="activation_function", width="ffn_dim"),
     residual=Residual(
         tokens="model.decoder.embed_tokens",
         positions="model.decoder.embed_positions",

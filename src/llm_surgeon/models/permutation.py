@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
-from llm_surgeon.models.family import Family, heads_of
+from llm_surgeon.models.family import Family
+from llm_surgeon.models.parts import Rows, attention_part, feed_forward_part
 
 
 @torch.no_grad()
@@ -43,11 +44,12 @@ def fold_neurons(model: PreTrainedModel, family: Family, block: int, permutation
         UnsupportedModelError: If a layer is not a plain linear layer.
     """
     prefix = f"{family.blocks}.{block}."
-    output = _linear(model, prefix + family.feed_forward.output)
-    inputs = [_linear(model, prefix + name) for name in family.feed_forward.inputs]
-    _check(permutation, output.in_features, "neurons")
-    for layer in inputs:
-        _reorder_rows(layer, permutation)
+    part = feed_forward_part(family.feed_forward, model.get_submodule(prefix[:-1]), block, prefix)
+    output = _linear(model, part.output.layer)
+    _check(permutation, part.neurons, "neurons")
+    inputs = [(_linear(model, rows.layer), rows) for rows in part.inputs]
+    for layer, rows in inputs:
+        _reorder_rows(layer, rows, permutation)
     _reorder(output.weight, 1, permutation)
 
 
@@ -66,14 +68,14 @@ def fold_values(model: PreTrainedModel, family: Family, block: int, permutation:
         UnsupportedModelError: If a layer is not a plain linear layer.
     """
     prefix = f"{family.blocks}.{block}."
-    value, output = (_linear(model, prefix + name) for name in (family.attention.value, family.attention.output))
-    heads = heads_of(model.config, family.attention, model.get_submodule(prefix[:-1]))
-    if len(permutation) != heads.kv:
-        raise ValueError(f"{len(permutation)} orders of dimensions for {heads.kv} key/value heads")
+    part = attention_part(model.config, family.attention, model.get_submodule(prefix[:-1]), block, prefix)
+    value, output = _linear(model, part.value.layer), _linear(model, part.output.layer)
+    if len(permutation) != part.kv:
+        raise ValueError(f"{len(permutation)} orders of dimensions for {part.kv} key/value heads")
     for order in permutation:
-        _check(order, heads.width, "dimensions of a head")
-    per_query = permutation.repeat_interleave(heads.shared, dim=0)
-    _reorder_rows(value, _within_heads(permutation))
+        _check(order, part.width, "dimensions of a head")
+    per_query = permutation.repeat_interleave(part.shared, dim=0)
+    _reorder_rows(value, part.value, _within_heads(permutation))
     _reorder(output.weight, 1, _within_heads(per_query))
 
 
@@ -206,10 +208,13 @@ def _within_heads(permutation: Tensor) -> Tensor:
     return (permutation + width * torch.arange(heads, device=permutation.device)[:, None]).flatten()
 
 
-def _reorder_rows(layer: nn.Linear, permutation: Tensor) -> None:
-    _reorder(layer.weight, 0, permutation)
+def _reorder_rows(layer: nn.Linear, rows: Rows, permutation: Tensor) -> None:
+    """Reorder some rows of a layer among themselves, biases included."""
+    order, places = torch.arange(layer.out_features), rows.index.flatten()
+    order[places] = places[permutation.cpu()]
+    _reorder(layer.weight, 0, order)
     if layer.bias is not None:
-        _reorder(layer.bias, 0, permutation)
+        _reorder(layer.bias, 0, order)
 
 
 def _reorder(parameter: Tensor, axis: int, permutation: Tensor) -> None:

@@ -20,7 +20,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.export.modeling_pruned import PrunedLinear
-from llm_surgeon.models.family import Anatomy
+from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.head import backward, label_positions, last_states
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.modes import arithmetic, frozen

@@ -22,7 +22,7 @@ from llm_surgeon.element_selection import ElementMask, keep_in_scope, select_ele
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.linalg import damping_of
 from llm_surgeon.methods import LAYERWISE
-from llm_surgeon.models.family import Anatomy, LinearLayer
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.permutation import check_residual
 from llm_surgeon.pipeline.clock import Clock

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.channel_permutation import find_permutation
-from llm_surgeon.models.family import Family, LinearLayer, heads_of
+from llm_surgeon.models.anatomy import LinearLayer
+from llm_surgeon.models.family import Family
+from llm_surgeon.models.parts import attention_part
 from llm_surgeon.models.permutation import fold_neurons, fold_residual, fold_values
 from llm_surgeon.pattern import Pattern
 
@@ -66,11 +68,13 @@ def reorder_block(
         if path == family.feed_forward.output:
             fold_neurons(model, family, layer.block, find_permutation(score(layer), pattern))
         elif path == family.attention.output:
-            heads = heads_of(model.config, family.attention, model.get_submodule(f"{family.blocks}.{layer.block}"))
+            prefix = layer.name.removesuffix(path)
+            block = model.get_submodule(prefix[:-1])
+            part = attention_part(model.config, family.attention, block, layer.block, prefix)
             # Where groups of inputs reach over the edge of a head, no order within heads is of use.
-            if heads.width % pattern.group == 0:
-                scores = score(layer).unflatten(1, (heads.kv, heads.shared, heads.width))
-                orders = [find_permutation(scores[:, head].flatten(0, 1), pattern) for head in range(heads.kv)]
+            if part.width % pattern.group == 0:
+                scores = score(layer).unflatten(1, (part.kv, part.shared, part.width))
+                orders = [find_permutation(scores[:, head].flatten(0, 1), pattern) for head in range(part.kv)]
                 fold_values(model, family, layer.block, torch.stack(orders))
 
 

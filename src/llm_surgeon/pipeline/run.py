@@ -185,14 +185,15 @@ def _export(
     """Write the model as it is, check it and time it; ``place`` is where the directory will be in the end."""
     logger.info("writing the export and reloading it in a fresh process")
     directory.mkdir(exist_ok=True)
-    save_model(job.model, job.tokenizer, job.anatomy, _smaller(masks), directory)
-    check = verify_export(job.model, directory)
+    form = save_model(job.model, job.tokenizer, job.anatomy, _smaller(masks), directory)
+    check = verify_export(job.model, directory, form.plain)
     export = ExportRecord(
         path=str(place),
         weight_bytes=weight_bytes(directory),
         dense_weight_bytes=report.memory.model,
         max_logit_difference=check.difference,
         logit_scale=check.scale,
+        plain=form.plain,
     )
     speed = _compare_speed(dense, job) if dense is not None else None
     report = report.model_copy(update={"export": export, "speed": speed})
@@ -209,7 +210,7 @@ def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
     anatomy = examine(skeleton, family, config.ignore)
     check_structure(config, anatomy)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
-    schedule = config.sparsity_schedule if config.structure == "rows-columns" else [0.0] * config.shots
+    schedule = config.sparsity_schedule if config.parts else [0.0] * config.shots
     needed = 0
     for shot in {*config.export_shots, config.shots}:
         kept = count_parameters(skeleton) - schedule[shot - 1] * anatomy.prunable_weights

@@ -13,8 +13,8 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, estimate, passes_needed
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
-from llm_surgeon.models.family import Anatomy
-from llm_surgeon.models.matrix import read_matrix, write_matrix
+from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.matrix import narrow_heads, read_matrix, write_matrix
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
@@ -112,9 +112,11 @@ def _update(
 ) -> None:
     damping = Damping(config.dampening_a, config.dampening_g)
     before, after = structure.shapes, structure.shapes_after(selection)
+    extents = anatomy.extents(after)
     for name, layer in anatomy.layers.items():
         # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
         fisher = partial(curvature.fisher, layer, before[name], damping)
         matrix = structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
-        write_matrix(model, anatomy, layer, after[name], matrix)
+        write_matrix(model, layer, after[name], extents[name], matrix)
+    narrow_heads(model, anatomy, after)
     structure.commit(selection)

@@ -1,0 +1,126 @@
+"""What an export needs to be loaded: a plain transformers class with other numbers, or a modelling file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, present_heads
+from llm_surgeon.models.matrix import attention_output, layer_shape
+from llm_surgeon.selection import KeepMask
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is written.
+
+    Attributes:
+        plain: Whether a transformers class of its own loads it, without code from the checkpoint.
+        settings: Entries of the configuration that differ from the dense model's, by their names in transformers.
+        blocks: Numbers of the blocks that are written; the others have nothing left.
+    """
+
+    plain: bool
+    settings: dict[str, Any]
+    blocks: tuple[int, ...]
+
+
+def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> Form:
+    """The simplest form that holds what is left of a model.
+
+    Args:
+        anatomy: Its layers.
+        keep: What is left of them; None if the matrices have their old shapes.
+        config: Configuration of the dense model.
+    """
+    everything = tuple(range(anatomy.blocks))
+    if keep is None:
+        return Form(True, {}, everything)
+    blocks = tuple(block for block in everything if not _is_dead(anatomy, keep, block)) or everything
+    settings = _depth(config, blocks) if blocks != everything else {}
+    widths = _plain_widths(anatomy, keep, blocks)
+    if widths is not None:
+        return Form(True, settings | widths, blocks)
+    return Form(False, settings | _pruned_entries(anatomy, keep, blocks), blocks)
+
+
+def renamed(anatomy: Anatomy, blocks: tuple[int, ...], name: str) -> str | None:
+    """A parameter's or module's name once only some blocks are left; None if it is gone with its block."""
+    prefix = f"{anatomy.family.blocks}."
+    if not name.startswith(prefix):
+        return name
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{blocks.index(int(number))}.{rest}" if int(number) in blocks else None
+
+
+def _layers_of(anatomy: Anatomy, block: int) -> list[LinearLayer]:
+    return [layer for layer in anatomy.layers.values() if layer.block == block]
+
+
+def _is_dead(anatomy: Anatomy, keep: Mapping[str, KeepMask], block: int) -> bool:
+    """Whether a block adds nothing to the residual stream: all of it is prunable and gone, and has no biases."""
+    kinds = {kind for group in anatomy.family.shared_inputs for kind in group}
+    layers = _layers_of(anatomy, block)
+    return len(layers) == len(kinds) and all(not layer.bias and not keep[layer.name].weights for layer in layers)
+
+
+def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
+    """The entries that depend on the number of blocks."""
+    settings: dict[str, Any] = {"num_hidden_layers": len(blocks)}
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        settings["layer_types"] = [kinds[block] for block in blocks]
+    return settings
+
+
+def _plain_widths(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, int] | None:
+    """The entries with which a plain class has the widths of all blocks; None if there are none."""
+    extents, family = anatomy.extents(keep), anatomy.family
+    layers = [layer for block in blocks for layer in _layers_of(anatomy, block)]
+    if any(keep[layer.name].shape != extents[layer.name].shape for layer in layers):
+        return None
+    neurons = {block: int(extents[layer].columns.sum()) for block, layer in _outputs(anatomy).items()}
+    heads = {part.block: present_heads(part, keep) for part in anatomy.attentions}
+    left = {block: (int(there.any(1).sum()), int(there.sum())) for block, there in heads.items()}
+    settings: dict[str, int] = {}
+    for dense, counts in (
+        ({part.block: part.neurons for part in anatomy.feed_forwards}, neurons),
+        ({part.block: (part.kv, part.kv * part.shared) for part in anatomy.attentions}, left),
+    ):
+        found: set[Any] = {counts[block] for block in blocks if block in counts}
+        if found == {dense[block] for block in blocks if block in dense}:
+            continue
+        if len(found) > 1 or len([block for block in blocks if block in counts]) < len(blocks):
+            return None
+        settings |= _entries(anatomy, found.pop())
+    if settings.get("head_dim") and not family.attention.free_heads:
+        return None
+    return None if 0 in settings.values() else settings
+
+
+def _outputs(anatomy: Anatomy) -> dict[int, str]:
+    return {part.block: part.output.layer for part in anatomy.feed_forwards}
+
+
+def _entries(anatomy: Anatomy, width: int | tuple[int, int]) -> dict[str, int]:
+    """The entries for a number of neurons, or for key/value heads and query heads."""
+    if isinstance(width, int):
+        return {anatomy.family.feed_forward.width: width}
+    kv, heads = width
+    return {"num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": anatomy.attentions[0].width}
+
+
+def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, Any]:
+    """The entries that the modelling file reads."""
+    extents = anatomy.extents(keep)
+    linears = {
+        renamed(anatomy, blocks, name): layer_shape(layer, keep[name], extents[name])
+        for name, layer in anatomy.layers.items()
+    }
+    attentions = {renamed(anatomy, blocks, path): counts for path, counts in anatomy.attention_counts(keep).items()}
+    return {
+        "pruned_linears": {name: shape for name, shape in linears.items() if name is not None},
+        "pruned_attention": {path: counts for path, counts in attentions.items() if path is not None},
+        "pruned_attention_output": attention_output(anatomy.family),
+    }

@@ -1,0 +1,31 @@
+"""Selections of rows and columns, and models without them, for tests that need some."""
+
+import torch
+
+from llm_surgeon.models.anatomy import examine, to_index
+from llm_surgeon.models.matrix import narrow_heads, read_matrix, write_matrix
+from llm_surgeon.selection import bystanders, score_groups, select
+
+# Groups too large to be scored by the sum of their members.
+LARGE = ("query head", "key/value group", "attention", "feed-forward")
+
+
+def choose(keep, costs, couplings, target, per_weight=True):
+    """As pruning of rows and columns does it: small groups are candidates, large ones only follow."""
+    groups = [
+        bystanders(coupling) if coupling.kind in LARGE else score_groups(keep, costs, coupling, per_weight)
+        for coupling in couplings
+    ]
+    return select(keep, costs, groups, target, per_weight)
+
+
+def shrink(model, anatomy, keep):
+    """Cut what is not kept out of a model, without an update."""
+    examine(model, anatomy.family)  # makes transposed layers plain
+    extents = anatomy.extents(keep)
+    for name, layer in anatomy.layers.items():
+        matrix, columns = read_matrix(model, layer), to_index(keep[name].columns)
+        if layer.bias:
+            columns = torch.cat([columns, torch.tensor([layer.columns])])
+        write_matrix(model, layer, keep[name], extents[name], matrix[keep[name].rows][:, columns])
+    narrow_heads(model, anatomy, keep)
