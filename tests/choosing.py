@@ -29,3 +29,16 @@ def shrink(model, anatomy, keep):
             columns = torch.cat([columns, torch.tensor([layer.columns])])
         write_matrix(model, layer, keep[name], extents[name], matrix[keep[name].rows][:, columns])
     narrow_heads(model, anatomy, keep)
+
+
+@torch.no_grad()
+def masked(model, anatomy, keep):
+    """A model with zeros for removed rows (bias included) and columns."""
+    examine(model, anatomy.family)  # makes transposed layers plain
+    for name in anatomy.layers:
+        module = model.get_submodule(name)
+        module.weight[~keep[name].rows] = 0
+        module.weight[:, ~keep[name].columns] = 0
+        if module.bias is not None:
+            module.bias[~keep[name].rows] = 0
+    return model

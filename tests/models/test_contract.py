@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from choosing import choose, shrink
+from choosing import choose, masked, shrink
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
@@ -30,18 +30,6 @@ def anatomy_of(model):
 def logits(model):
     with torch.no_grad():
         return model(tokens(3, 12, seed=7)).logits
-
-
-def zero(model, anatomy, keep):
-    """Set removed rows (bias included) and columns to zero in the dense model."""
-    anatomy_of(model)  # makes transposed layers plain
-    with torch.no_grad():
-        for name in anatomy.layers:
-            module = model.get_submodule(name)
-            module.weight[~keep[name].rows] = 0
-            module.weight[:, ~keep[name].columns] = 0
-            if module.bias is not None:
-                module.bias[~keep[name].rows] = 0
 
 
 def killed(anatomy, coupling, side_number, groups):
@@ -107,8 +95,8 @@ def test_what_is_called_dead_has_no_effect(family):
             only, implied = killed(anatomy, coupling, number, groups)
             assert count_weights(implied) < count_weights(only)
             one, all_dead = build(family), build(family)
-            zero(one, anatomy, only)
-            zero(all_dead, anatomy, implied)
+            masked(one, anatomy, only)
+            masked(all_dead, anatomy, implied)
             torch.testing.assert_close(logits(all_dead), logits(one), rtol=1e-4, atol=1e-5)
             assert (logits(one) - dense).abs().max() > 1e-3
 
@@ -129,13 +117,13 @@ def random_masks(anatomy, seed, share=0.3):
 @families
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_the_shrunk_model_computes_what_the_masked_model_computes(family, share):
-    masked, shrunk = build(family), build(family)
-    anatomy = anatomy_of(masked)
+    reference, shrunk = build(family), build(family)
+    anatomy = anatomy_of(reference)
     keep = random_masks(anatomy, 1, share)
-    zero(masked, anatomy, keep)
+    masked(reference, anatomy, keep)
     shrink(shrunk, anatomy, keep)
-    torch.testing.assert_close(logits(shrunk), logits(masked), rtol=1e-4, atol=1e-5)
-    assert count_parameters(shrunk) < count_parameters(masked)
+    torch.testing.assert_close(logits(shrunk), logits(reference), rtol=1e-4, atol=1e-5)
+    assert count_parameters(shrunk) < count_parameters(reference)
     stored = sum(core_of(shrunk, layer).weight.numel() for layer in anatomy.layers.values())
     assert stored == count_weights(keep)
 
@@ -171,15 +159,15 @@ def test_shots_shrink_the_model_and_the_export_is_equal(family, tmp_path):
 
 @families
 def test_an_emptied_attention_still_computes(family):
-    model, masked = build(family), build(family)
+    model, reference = build(family), build(family)
     anatomy = anatomy_of(model)
     keep = anatomy.dense_masks()
     for name in anatomy.layers:
         if name.startswith(f"{anatomy.attentions[0].module}."):
             keep[name] = KeepMask(torch.zeros_like(keep[name].rows), torch.zeros_like(keep[name].columns))
-    zero(masked, anatomy, keep)
+    masked(reference, anatomy, keep)
     shrink(model, anatomy, keep)
-    torch.testing.assert_close(logits(model), logits(masked), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
 
 
 def test_ignored_layers_stay_whole_and_dense():
@@ -224,7 +212,7 @@ def test_norms_of_heads_untie_queries_and_keys(family):
     assert {coupling.kind for coupling in anatomy.couplings}.isdisjoint({"query/key pair", "query/key dimension"})
     keep = anatomy.dense_masks()
     keep["model.layers.0.self_attn.q_proj"].rows[::8] = False
-    zero(one, anatomy, keep)
+    masked(one, anatomy, keep)
     keep["model.layers.0.self_attn.k_proj"].rows[::8] = False
-    zero(both, anatomy, keep)
+    masked(both, anatomy, keep)
     assert (logits(one) - logits(both)).abs().max() > 1e-3

@@ -105,8 +105,10 @@ class Anatomy:
         counts = {}
         for part in self.attentions:
             heads = present_heads(part, keep)
-            if not bool(heads.all()):
-                counts[part.module] = self._counts(part, heads) if bool(heads.any()) else {}
+            if not bool(heads.any()):
+                counts[part.module] = {}
+            elif not bool(heads.all()) and self.family.attention.counts:
+                counts[part.module] = self._counts(part, heads)
         return counts
 
     def _counts(self, part: AttentionPart, heads: Tensor) -> dict[str, int]:

@@ -1,0 +1,202 @@
+"""Every structure on every family: the export, loaded by a stranger, computes what the masked model computes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from choosing import masked, shrink
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.export.form import form_of
+from llm_surgeon.export.modeling_pruned import EmptyAttention, PrunedLinear
+from llm_surgeon.export.save import save_model
+from llm_surgeon.models import examine, family_of
+from llm_surgeon.models.anatomy import present_heads
+from llm_surgeon.pipeline.shapes import LayerCosts, Shapes, check_shapes
+from llm_surgeon.selection import StructureCosts
+from tiny import BUILDERS, build, llama, tokenizer, tokens
+
+families = pytest.mark.parametrize("family", BUILDERS)
+
+# Name: options, and whether no index is needed at run time.
+STRUCTURES = {
+    "neurons": ({"structure": "neurons", "sparsity": 0.3, "round_to": 4}, True),
+    "heads": ({"structure": "heads", "sparsity": 0.2, "min_width": 0.0}, True),
+    "neurons+heads": ({"structure": "neurons+heads", "sparsity": 0.5, "round_to": 1}, True),
+    "values": ({"structure": "values", "sparsity": 0.1}, False),
+    "blocks": ({"structure": "blocks", "sparsity": 0.5}, True),
+    "heads+rows-columns": ({"structure": "heads+rows-columns", "sparsity": 0.6}, False),
+    "uniform neurons": ({"structure": "neurons", "sparsity": 0.3, "uniform": True, "round_to": 8}, True),
+    "uniform neurons+heads": ({"structure": "neurons+heads", "sparsity": 0.4, "uniform": True, "round_to": 8}, True),
+    "uniform blocks": ({"structure": "blocks", "sparsity": 0.5, "uniform": True}, True),
+}
+IDS = tokens(2, 12, seed=7)
+
+# What somebody has who never heard of this package: torch and transformers.
+STRANGER = """
+import sys
+sys.modules["llm_surgeon"] = None
+import json, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+probe, *exports = sys.argv[1:]
+ids, results = load_file(probe)["ids"], {}
+for export in exports:
+    plain = "pruned_linears" not in json.load(open(export + "/config.json"))
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=not plain).eval()
+    with torch.inference_mode():
+        first = model(ids[:, :-1], use_cache=True)
+        step = model(ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        results[export] = torch.cat([first.logits, step.logits], dim=1).contiguous()
+        model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
+save_file(results, probe + ".out")
+"""
+
+
+def config(name):
+    return PruneConfig.from_mapping(STRUCTURES[name][0])
+
+
+def random_masks(anatomy, recipe, seed=1):
+    """What a recipe leaves if costs are random."""
+    generator = torch.Generator().manual_seed(seed)
+    structure = Shapes(recipe, anatomy)
+
+    def costs(layer):
+        singles = StructureCosts(*(torch.rand(n, generator=generator) for n in (layer.rows, layer.columns)))
+        sides = {key: torch.rand(len(side.index), generator=generator) for key, side in structure._sides_of(layer)}
+        return LayerCosts(singles if "rows-columns" in recipe.parts else None, sides)
+
+    everything = {name: costs(layer) for name, layer in anatomy.layers.items()}
+    return structure.select(everything, round((1 - recipe.sparsity) * anatomy.prunable_weights)).keep
+
+
+def possible(name, anatomy):
+    """Whether the family's plain class can be built so; everything else is possible with every family."""
+    free, biased = anatomy.family.attention.free_heads, any(layer.bias for layer in anatomy.layers.values())
+    return {"uniform neurons+heads": free, "uniform blocks": not biased}.get(name, True)
+
+
+@families
+def test_every_structure_is_loaded_by_a_stranger(family, tmp_path):
+    expected = {}
+    for name in STRUCTURES:
+        model = build(family)
+        anatomy = examine(model, family_of(model.config.model_type))
+        if not possible(name, anatomy):
+            continue
+        keep = random_masks(anatomy, config(name))
+        reference = masked(build(family), anatomy, keep)
+        shrink(model, anatomy, keep)
+        with torch.no_grad():
+            expected[name] = reference(IDS).logits
+            torch.testing.assert_close(model(IDS).logits, expected[name], rtol=1e-4, atol=1e-5)
+        indexed = any(isinstance(module, PrunedLinear) for module in model.modules())
+        assert not (STRUCTURES[name][1] and indexed)
+        form = save_model(model, tokenizer(), anatomy, keep, tmp_path / name.replace(" ", "-"))
+        assert form.plain or not name.startswith("uniform")
+    places = {name: str(tmp_path / name.replace(" ", "-")) for name in expected}
+    save_file({"ids": IDS}, tmp_path / "probe")
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(tmp_path / "probe"), *places.values()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = load_file(tmp_path / "probe.out")
+    for name, place in places.items():
+        torch.testing.assert_close(results[place], expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@families
+def test_uniform_exports_say_in_the_configuration_what_they_are(family, tmp_path):
+    """No modelling file, the dense model type, and the widths under the names of the class."""
+    model = build(family)
+    anatomy = examine(model, family_of(model.config.model_type))
+    keep = random_masks(anatomy, config("uniform neurons"))
+    shrink(model, anatomy, keep)
+    save_model(model, tokenizer(), anatomy, keep, tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == model.config.model_type
+    assert "auto_map" not in written
+    neurons = {int(keep[part.output.layer].columns.sum()) for part in anatomy.feed_forwards}
+    assert neurons == {written[anatomy.family.feed_forward.width]}
+    assert next(iter(neurons)) % 8 == 0
+
+
+def test_whole_blocks_are_left_out():
+    model = build("llama")
+    anatomy = examine(model, family_of("llama"))
+    keep = random_masks(anatomy, config("uniform blocks"))
+    form = form_of(anatomy, keep, model.config)
+    assert form.plain
+    assert len(form.blocks) == 1
+    assert form.settings == {"num_hidden_layers": 1}
+
+
+def test_kinds_of_blocks_stay_with_their_blocks():
+    model = build("gemma2")
+    anatomy = examine(model, family_of("gemma2"))
+    keep = anatomy.dense_masks()
+    for layer in anatomy.layers.values():
+        if layer.block == 0:
+            keep[layer.name].rows.fill_(False)
+            keep[layer.name].columns.fill_(False)
+    form = form_of(anatomy, keep, model.config)
+    assert form.settings == {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+
+
+def test_plain_classes_that_tie_heads_to_the_width_refuse_uniform_heads():
+    anatomy = examine(build("opt"), family_of("opt"))
+    with pytest.raises(ConfigError, match="OPTForCausalLM computes the width of a head"):
+        check_shapes(config("uniform neurons+heads"), anatomy)
+    with pytest.raises(ConfigError, match="its biases would be left"):
+        check_shapes(config("uniform blocks"), anatomy)
+
+
+def test_ignored_blocks_cannot_stay_equal():
+    anatomy = examine(build("llama"), family_of("llama"), ignore=("layers.0.mlp.down_proj",))
+    with pytest.raises(ConfigError, match="some blocks are ignored"):
+        check_shapes(config("uniform neurons"), anatomy)
+
+
+def test_targets_out_of_reach_are_refused_with_what_can_be_had():
+    anatomy = examine(build("llama"), family_of("llama"))
+    recipe = PruneConfig.from_mapping({"structure": "heads", "sparsity": 0.5})
+    with pytest.raises(ConfigError, match=r"With heads 2\d\.\d % of the prunable weights can be removed"):
+        check_shapes(recipe, anatomy)
+
+
+def test_attention_keeps_equally_many_query_heads_for_each_key():
+    """Where rows and columns leave unequal numbers, dead heads stay; whole groups go."""
+    anatomy = examine(llama(num_attention_heads=6, num_key_value_heads=3), family_of("llama"))
+    part, keep = anatomy.attentions[0], anatomy.dense_masks()
+    columns = part.output.index
+    keep[part.output.layer].columns[columns[0].flatten()] = False
+    keep[part.output.layer].columns[columns[1, 0]] = False
+    assert present_heads(part, keep).tolist() == [[False, False], [True, True], [True, True]]
+    keep[part.output.layer].columns[columns[2, 1]] = False
+    assert present_heads(part, keep).tolist() == [[False, False], [False, True], [True, False]]
+
+
+def test_emptied_attention_keeps_count_of_the_cached_text():
+    model = build("llama")
+    anatomy = examine(model, family_of("llama"))
+    keep = anatomy.dense_masks()
+    for name in anatomy.attentions[0].layers:
+        keep[name].rows.fill_(False)
+        keep[name].columns.fill_(False)
+    shrink(model, anatomy, keep)
+    assert isinstance(model.model.layers[0].self_attn, EmptyAttention)
+    with torch.no_grad():
+        whole = model(IDS).logits
+        first = model(IDS[:, :-1], use_cache=True)
+        assert first.past_key_values.get_seq_length() == IDS.shape[1] - 1
+        step = model(IDS[:, -1:], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(step, whole[:, -1:], rtol=1e-4, atol=1e-5)
