@@ -12,22 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_surgeon.evaluation.bench_records import Bench, BenchModel, BenchRun, BenchTiming
-from llm_surgeon.records import Speed
 from llm_surgeon.report.table import TIMES, UNKNOWN, Row, scaled, scaled_bytes
 
-SPEED_HEADINGS = ("model", "prefill tokens/s", TIMES, "decode tokens/s", TIMES, "compile")
+SPEED_HEADINGS = (
+    *("batch", "torch\n.compile", "model"),
+    *("prefill\ntokens/s", TIMES, "decode\ntokens/s", TIMES, "seconds to\ncompile"),
+)
 
 
 def bench_tables(bench: Bench) -> RenderableType:
     """Draw everything for a terminal of 100 columns."""
     notes = [Text(note, style="dim") for note in footnotes(bench)]
-    problems = [Text(problem) for problem in [*zeros(bench), *failures(bench)]]
-    return Group(_models_table(bench), *_speed_tables(bench), *problems, *notes)
+    problems = [Text(problem) for problem in [*zeros(bench), *types(bench), *failures(bench)]]
+    return Group(_models_table(bench), _speed_table(bench), *problems, *notes)
 
 
 def model_headings(bench: Bench) -> Row:
     """A column of peak memory for each batch."""
-    peaks = (f"peak memory, batch {batch}" for batch in bench.models[0].own.peaks)
+    peaks = (f"peak memory,\nbatch {batch}" for batch in bench.models[0].own.peaks)
     return ("model", "parameters", "zeros", "weight files", "type", "load", *peaks)
 
 
@@ -46,11 +48,10 @@ def model_row(model: BenchModel) -> Row:
     )
 
 
-def speed_rows(bench: Bench, runs: Sequence[BenchRun]) -> list[Row]:
-    """The cells of ``SPEED_HEADINGS`` for runs of one batch: the reference, then the others with their ratios."""
-    first = bench.models[0].name
-    rows = [_speed_row(first, [run.timings[0] for run in runs], None)]
-    return rows + [_speed_row(timing.model, [timing], run) for run in runs for timing in run.timings[1:]]
+def speed_rows(bench: Bench) -> list[list[Row]]:
+    """The cells of ``SPEED_HEADINGS``, a section for each batch and way of running: first the reference's row."""
+    grouped = groupby(bench.runs, key=lambda run: (run.compiled, run.batch))
+    return [_section(list(runs)) for _, runs in grouped]
 
 
 def zeros(bench: Bench) -> list[str]:
@@ -64,6 +65,14 @@ def zeros(bench: Bench) -> list[str]:
     ]
 
 
+def types(bench: Bench) -> list[str]:
+    """Warn if the models are not of one type."""
+    names = dict.fromkeys(model.own.dtype for model in bench.models)
+    if len(names) < 2:
+        return []
+    return [f"The models differ in type ({', '.join(names)}), which alone changes their speed; see --dtype."]
+
+
 def failures(bench: Bench) -> list[str]:
     """Say of each model that could not be timed why not."""
     return list(dict.fromkeys(_failures(bench.runs)))
@@ -71,8 +80,9 @@ def failures(bench: Bench) -> list[str]:
 
 def footnotes(bench: Bench) -> list[str]:
     """Say what the columns count, and on what and how everything was measured."""
+    stored = "as stored" if bench.dtype == "auto" else bench.dtype
     return [
-        f"Measured on {bench.device}, {bench.threads} threads; type: {bench.dtype}.",
+        f"Measured on {bench.device}, {bench.threads} CPU threads, type {stored}.",
         _speed_note(bench),
         *_compile_note(bench),
         "Load: the model alone in a fresh process, its files in the page cache, libraries imported; one measurement.",
@@ -83,51 +93,57 @@ def footnotes(bench: Bench) -> list[str]:
 
 
 def _models_table(bench: Bench) -> Table:
-    return _table("Models, each alone in a process", model_headings(bench), map(model_row, bench.models))
-
-
-def _speed_tables(bench: Bench) -> list[Table]:
-    """A table for each batch and way of running."""
-    tables = []
-    for (compiled, batch), runs in groupby(bench.runs, key=lambda run: (run.compiled, run.batch)):
-        title = f"Speed, batch {batch}, {'with' if compiled else 'without'} torch.compile"
-        rows = speed_rows(bench, list(runs))
-        headings = SPEED_HEADINGS if compiled else SPEED_HEADINGS[:-1]
-        tables.append(_table(title, headings, [row[: len(headings)] for row in rows]))
-    return tables
-
-
-def _table(title: str, headings: Row, rows: Iterable[Row]) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for number, heading in enumerate(headings):
-        table.add_column(
-            heading.replace(", ", ",\n", 1), justify="right" if number else "left", overflow="fold", no_wrap=number > 0
-        )
-    for row in rows:
+    table = _empty_table("Models, each alone in a process", model_headings(bench), names=1)
+    for model in bench.models:
         # As text: names of directories are not markup.
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, model_row(model)))
     return table
 
 
-def _speed_row(name: str, timings: Sequence[BenchTiming], run: BenchRun | None) -> Row:
-    """A model's speed in one pair, or the reference's in several."""
+def _speed_table(bench: Bench) -> Table:
+    table = _empty_table("Speed", SPEED_HEADINGS, names=3)
+    for rows in speed_rows(bench):
+        for row in rows:
+            table.add_row(*map(Text, row))
+        table.add_section()
+    return table
+
+
+def _empty_table(title: str, headings: Row, names: int) -> Table:
+    """A table whose first columns are names, and the others numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for number, heading in enumerate(headings):
+        name = number < names
+        # A long name is broken rather than a number.
+        table.add_column(heading, justify="left" if name else "right", overflow="fold", no_wrap=not name)
+    return table
+
+
+def _section(runs: Sequence[BenchRun]) -> list[Row]:
+    """All models of one batch and way of running; what they have in common is in the first row only."""
+    reference = runs[0].timings[0].model
+    rows = [_speed_cells(reference, [run.timings[0] for run in runs], None, None)]
+    for run in runs:
+        rows += [_speed_cells(other.model, [other], run.prefill_ratio, run.decode_ratio) for other in run.timings[1:]]
+    common = (str(runs[0].batch), "yes" if runs[0].compiled else "no")
+    return [(*(common if number == 0 else ("", "")), *row) for number, row in enumerate(rows)]
+
+
+def _speed_cells(name: str, timings: Sequence[BenchTiming], prefill: float | None, decode: float | None) -> Row:
+    """A model's speed in one pair, or the reference's in several, and the ratios of the pair."""
     speeds = [timing.speed for timing in timings if timing.speed]
     if not speeds:
-        return (name, "failed", *[UNKNOWN] * (len(SPEED_HEADINGS) - 2))
-    seconds = [timing.compile_seconds for timing in timings if timing.compile_seconds is not None]
+        return (name, "failed", *[UNKNOWN] * (len(SPEED_HEADINGS) - 4))
+    # The first time; after that, torch finds most of it in its cache.
+    seconds = next((timing.compile_seconds for timing in timings if timing.compile_seconds is not None), None)
     return (
         name,
-        f"{_median(speeds, 'prefill'):,.0f}",
-        _ratio(run.prefill_ratio if run else None),
-        f"{_median(speeds, 'decode'):,.1f}",
-        _ratio(run.decode_ratio if run else None),
-        # The first time; after that, torch finds most of it in its cache.
-        f"{seconds[0]:,.0f} s" if seconds else UNKNOWN,
+        f"{median(speed.prefill for speed in speeds):,.0f}",
+        _ratio(prefill),
+        f"{median(speed.decode for speed in speeds):,.1f}",
+        _ratio(decode),
+        UNKNOWN if seconds is None else f"{seconds:,.0f} s",
     )
-
-
-def _median(speeds: Sequence[Speed], name: str) -> float:
-    return median(float(getattr(speed, name)) for speed in speeds)
 
 
 def _ratio(ratio: float | None) -> str:
