@@ -14,9 +14,10 @@ from rich.text import Text
 from llm_surgeon.evaluation.bench_records import Bench, BenchModel, BenchRun, BenchTiming
 from llm_surgeon.report.table import TIMES, UNKNOWN, Row, scaled, scaled_bytes
 
+MODEL_HEADINGS = ("model", "parameters", "zeros", "weight files", "type", "load")
 SPEED_HEADINGS = (
     *("batch", "torch\n.compile", "model"),
-    *("prefill\ntokens/s", TIMES, "decode\ntokens/s", TIMES, "seconds to\ncompile"),
+    *("prefill\ntokens/s", TIMES, "decode\ntokens/s", TIMES, "peak\nmemory", "compile\ntime"),
 )
 
 
@@ -27,14 +28,8 @@ def bench_tables(bench: Bench) -> RenderableType:
     return Group(_models_table(bench), _speed_table(bench), *problems, *notes)
 
 
-def model_headings(bench: Bench) -> Row:
-    """A column of peak memory for each batch."""
-    peaks = (f"peak memory,\nbatch {batch}" for batch in bench.models[0].own.peaks)
-    return ("model", "parameters", "zeros", "weight files", "type", "load", *peaks)
-
-
 def model_row(model: BenchModel) -> Row:
-    """The cells of ``model_headings``."""
+    """The cells of ``MODEL_HEADINGS``."""
     own = model.own
     share = own.zero_weights / own.linear_weights if own.linear_weights else 0.0
     return (
@@ -44,14 +39,13 @@ def model_row(model: BenchModel) -> Row:
         scaled_bytes(own.weight_bytes) if own.weight_bytes else UNKNOWN,
         own.dtype,
         f"{own.load_seconds:.2f} s",
-        *(scaled_bytes(peak) for peak in own.peaks.values()),
     )
 
 
 def speed_rows(bench: Bench) -> list[list[Row]]:
     """The cells of ``SPEED_HEADINGS``, a section for each batch and way of running: first the reference's row."""
     grouped = groupby(bench.runs, key=lambda run: (run.compiled, run.batch))
-    return [_section(list(runs)) for _, runs in grouped]
+    return [_section(bench, list(runs)) for _, runs in grouped]
 
 
 def zeros(bench: Bench) -> list[str]:
@@ -81,8 +75,10 @@ def failures(bench: Bench) -> list[str]:
 def footnotes(bench: Bench) -> list[str]:
     """Say what the columns count, and on what and how everything was measured."""
     stored = "as stored" if bench.dtype == "auto" else bench.dtype
+    # The words for a CPU name its threads.
+    threads = "" if bench.device.startswith("cpu") else f", {bench.threads} CPU threads"
     return [
-        f"Measured on {bench.device}, {bench.threads} CPU threads, type {stored}.",
+        f"Measured on {bench.device}{threads}, type {stored}.",
         _speed_note(bench),
         *_compile_note(bench),
         "Load: the model alone in a fresh process, its files in the page cache, libraries imported; one measurement.",
@@ -93,7 +89,7 @@ def footnotes(bench: Bench) -> list[str]:
 
 
 def _models_table(bench: Bench) -> Table:
-    table = _empty_table("Models, each alone in a process", model_headings(bench), names=1)
+    table = _empty_table("Models", MODEL_HEADINGS, names=1)
     for model in bench.models:
         # As text: names of directories are not markup.
         table.add_row(*map(Text, model_row(model)))
@@ -101,7 +97,7 @@ def _models_table(bench: Bench) -> Table:
 
 
 def _speed_table(bench: Bench) -> Table:
-    table = _empty_table("Speed", SPEED_HEADINGS, names=3)
+    table = _empty_table("Speed and memory", SPEED_HEADINGS, names=3)
     for rows in speed_rows(bench):
         for row in rows:
             table.add_row(*map(Text, row))
@@ -119,21 +115,26 @@ def _empty_table(title: str, headings: Row, names: int) -> Table:
     return table
 
 
-def _section(runs: Sequence[BenchRun]) -> list[Row]:
+def _section(bench: Bench, runs: Sequence[BenchRun]) -> list[Row]:
     """All models of one batch and way of running; what they have in common is in the first row only."""
-    reference = runs[0].timings[0].model
-    rows = [_speed_cells(reference, [run.timings[0] for run in runs], None, None)]
+    batch, compiled = runs[0].batch, runs[0].compiled
+    rows = [_speed_cells([run.timings[0] for run in runs], None, None)]
     for run in runs:
-        rows += [_speed_cells(other.model, [other], run.prefill_ratio, run.decode_ratio) for other in run.timings[1:]]
-    common = (str(runs[0].batch), "yes" if runs[0].compiled else "no")
-    return [(*(common if number == 0 else ("", "")), *row) for number, row in enumerate(rows)]
+        rows += [_speed_cells([timing], run.prefill_ratio, run.decode_ratio) for timing in run.timings[1:]]
+    common = (str(batch), "yes" if compiled else "no")
+    peaks = [UNKNOWN if compiled else scaled_bytes(model.own.peaks[batch]) for model in bench.models]
+    return [
+        (*(("", "") if number else common), *cells[:-1], peak, cells[-1])
+        for number, (cells, peak) in enumerate(zip(rows, peaks, strict=True))
+    ]
 
 
-def _speed_cells(name: str, timings: Sequence[BenchTiming], prefill: float | None, decode: float | None) -> Row:
-    """A model's speed in one pair, or the reference's in several, and the ratios of the pair."""
+def _speed_cells(timings: Sequence[BenchTiming], prefill: float | None, decode: float | None) -> Row:
+    """A model's name, its speed in one pair, or the reference's in several, the ratios, and the time to compile."""
+    name = timings[0].model
     speeds = [timing.speed for timing in timings if timing.speed]
     if not speeds:
-        return (name, "failed", *[UNKNOWN] * (len(SPEED_HEADINGS) - 4))
+        return (name, "failed", *[UNKNOWN] * 4)
     # The first time; after that, torch finds most of it in its cache.
     seconds = next((timing.compile_seconds for timing in timings if timing.compile_seconds is not None), None)
     return (
@@ -174,14 +175,14 @@ def _compile_note(bench: Bench) -> list[str]:
     if not any(run.compiled for run in bench.runs):
         return []
     return [
-        "Compile: seconds of the first run, in which torch compiles, or finds it in its cache; it is not in the "
-        "rates. The compiled models use a cache of fixed size."
+        "Compile time: of the first run, in which torch compiles or finds it in its own cache; not in the rates. "
+        "Compiled models decode with a cache of fixed size."
     ]
 
 
 def _memory_note(bench: Bench) -> str:
-    what = "load, prefill and decoding, without torch.compile"
+    how = "of the model alone in a fresh process: loading, prefill and decoding, without torch.compile"
     before = max(model.own.bytes_before for model in bench.models)
     if not before:
-        return f"Peak memory: of tensors on the GPU, {what}."
-    return f"Peak memory: resident in the process, {what}; Python and libraries are {scaled_bytes(before)} of it."
+        return f"Peak memory: of tensors on the GPU, {how}."
+    return f"Peak memory: resident, {how}; Python and its libraries are {scaled_bytes(before)} of it."
