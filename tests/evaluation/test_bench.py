@@ -98,7 +98,7 @@ def test_without_against_the_first_is_the_reference_and_names_are_distinct(here,
 
 
 def test_one_model_is_measured_alone(here, checkpoint):
-    result = bench([checkpoint], batches=[1], dtype="bfloat16", **SMALL)
+    result = bench(checkpoint, batches=[1], dtype="bfloat16", **SMALL)
     (run,) = result.runs
     (timing,) = run.timings
     assert timing.speed.dtype == result.models[0].own.dtype == "bfloat16"
@@ -115,7 +115,8 @@ def test_own_measures_count_what_is_stored(here, checkpoint, sparse):
         assert own.linear_weights == sum(inside)
         assert own.weight_bytes > 4 * own.parameters
         assert list(own.peaks) == [1, 3]
-        assert 0 < own.bytes_before <= own.peaks[1] <= own.peaks[3]
+        # Linux sums its counters of pages lazily, hence the slack.
+        assert 0 < own.bytes_before < own.peaks[1] + 2**20 < own.peaks[3] + 2**21
     dense, zeros = (found.own for found in result.models)
     assert (dense.stores_zeros, zeros.stores_zeros) == (False, True)
     assert zeros.zero_weights == sum(inside) // 2
@@ -246,4 +247,4 @@ def test_a_process_of_its_own_measures_the_same(checkpoint):
     varying = {"load_seconds", "bytes_before", "peaks"}
     own = alone.measure_apart(task).own
     assert own.model_dump(exclude=varying) == alone.measure(task).own.model_dump(exclude=varying)
-    assert own.peaks[2] >= own.bytes_before > 0
+    assert own.peaks[2] > own.bytes_before > 0

@@ -37,7 +37,7 @@ class _Setting:
 
 
 def bench(
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     against: str | Path | None = None,
     batches: Sequence[int] = (1, 8),
     prompt: int = 512,
@@ -53,7 +53,7 @@ def bench(
     Modelling code that a model brings is run, as with ``load``; only measure models that you trust.
 
     Args:
-        models: Exports of this package, Hugging Face directories, hub ids, or ``demo``; at least one.
+        models: Exports of this package, Hugging Face directories, hub ids, or ``demo``: one or several.
         against: The reference, of the same kinds; unset: the first of the models.
         batches: Sequences side by side; everything is measured for each of these numbers.
         prompt: Tokens per sequence of the prefill.
@@ -72,9 +72,10 @@ def bench(
             positions.
         ModelError: If a model cannot be found, loaded or run.
     """
-    given = [str(model) for model in ([] if against is None else [against]) + list(models)]
+    listed = [models] if isinstance(models, str | Path) else list(models)
+    given = [str(model) for model in ([] if against is None else [against]) + listed]
     setting = _setting(batches, prompt, generate, repeats, compiled, device, dtype)
-    if not models or not batches:
+    if not listed or not batches:
         raise ConfigError("There is nothing to measure.", "Name at least one model and one batch.")
     for model in given:
         _check(model, setting)

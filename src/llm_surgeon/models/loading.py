@@ -78,7 +78,7 @@ def positions_of(source: str) -> int | None:
         ModelError: If there is no configuration.
     """
     settings = _settings(source)
-    positions = settings.get("text_config", settings).get("max_position_embeddings")
+    positions = (settings.get("text_config") or settings).get("max_position_embeddings")
     return positions if isinstance(positions, int) else None
 
 
