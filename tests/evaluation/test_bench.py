@@ -205,6 +205,21 @@ def test_a_compiled_model_decodes_what_it_decodes_otherwise(monkeypatch, backend
     torch.compiler.reset()
 
 
+def test_of_models_that_share_code_the_second_is_compiled_for_its_own_sizes_too(monkeypatch):
+    compile_function, symbols = torch.compile, []
+
+    def backend(module, inputs):
+        sizes = [size for given in inputs for size in (given.shape if isinstance(given, torch.Tensor) else [given])]
+        symbols.append(sum(isinstance(size, torch.SymInt) for size in sizes))
+        return module
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile_function(function, backend=backend))
+    models = [tiny.llama(num_hidden_layers=1, intermediate_size=width) for width in (40, 30)]
+    run = time_pair(["wide", "narrow"], models, WORK, True, CPU)
+    assert [timing.failure for timing in run.timings] == [None, None]
+    assert symbols == [0] * 4, "a prefill and a step each"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

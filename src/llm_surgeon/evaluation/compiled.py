@@ -33,6 +33,9 @@ def compiled_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> tu
     options = pass_options(model) | {"past_key_values": cache}
     # The first pass with a cache lays it out; compiled, it would be a program of its own.
     model(input_ids=token_ids, **options)
+    # Two models may share their code. Without this, torch would compile the second one for prompts of any length,
+    # because it has met two lengths in the first one: prompts and single tokens.
+    torch._dynamo.mark_static(token_ids)
     forward = torch.compile(model.forward)
 
     def run() -> Rates:
@@ -40,8 +43,8 @@ def compiled_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> tu
         return time_run(forward, token_ids, generate, options)
 
     start = perf_counter()
-    # Without this, torch goes on uncompiled once it has compiled a function too often.
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    # Else, torch goes on uncompiled once it has compiled a function too often, and remembers earlier processes' sizes.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, automatic_dynamic_local_pgo=False):
         run()
     seconds = perf_counter() - start
     with torch.compiler.set_stance("fail_on_recompile"):
