@@ -38,8 +38,7 @@ def bench(
 ) -> None:
     """Measure speed, peak memory and loading time of each MODEL, the speed in alternating pairs with a reference.
 
-    Runs modelling code that the exports bring. A model that fails is in the table, the others go on, and the exit
-    status is then 1.
+    Runs modelling code that the exports bring. If a model fails, the others go on, and the exit status is 1.
     """
     with errors_as_messages():
         from llm_surgeon.evaluation.bench import bench as measure
