@@ -1,8 +1,9 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``,
-``evaluate_tasks``, ``load``, ``compare`` (methods on identical tokens), ``PruneConfig``, ``Setting``, ``PruneReport``,
-``Perplexity``, ``TaskScores``, ``Comparison``, and ``SurgeonError``, the base of all errors.
+``evaluate_tasks``, ``load``, ``compare`` (methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``,
+``Setting``, ``PruneReport``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``, and
+``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_surgeon.config import PruneConfig
     from llm_surgeon.errors import SurgeonError
+    from llm_surgeon.evaluation.bench import bench
+    from llm_surgeon.evaluation.bench_records import Bench
     from llm_surgeon.evaluation.tasks import evaluate_tasks
     from llm_surgeon.models.loading import load
     from llm_surgeon.pipeline.comparison import compare
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Bench",
     "Comparison",
     "Perplexity",
     "PruneConfig",
@@ -28,6 +32,7 @@ __all__ = [
     "Setting",
     "SurgeonError",
     "TaskScores",
+    "bench",
     "compare",
     "evaluate",
     "evaluate_tasks",
@@ -38,6 +43,7 @@ __all__ = [
 
 # Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
 _HOMES = {
+    "Bench": "evaluation.bench_records",
     "Comparison": "records",
     "Perplexity": "records",
     "PruneConfig": "config",
@@ -45,6 +51,7 @@ _HOMES = {
     "Setting": "records",
     "SurgeonError": "errors",
     "TaskScores": "records",
+    "bench": "evaluation.bench",
     "compare": "pipeline.comparison",
     "evaluate": "pipeline.run",
     "evaluate_tasks": "evaluation.tasks",

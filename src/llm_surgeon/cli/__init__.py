@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llm_surgeon.cli.bench import bench
 from llm_surgeon.cli.compare import compare
 from llm_surgeon.cli.evaluate import evaluate
 from llm_surgeon.cli.prune import prune
@@ -13,6 +14,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.command()(prune)
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(bench)
 
 
 @app.callback()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import console, errors_as_messages, print_error
-from llm_surgeon.errors import ConfigError, OutputError
+from llm_surgeon.cli.shared import console, errors_as_messages, print_error, write_result
+from llm_surgeon.errors import ConfigError
 from llm_surgeon.report.log import log_to_stderr, quiet_transformers
 
 if TYPE_CHECKING:
@@ -108,10 +108,7 @@ def _show(evaluation: Evaluation, out: Path | None) -> None:
     if evaluation.tasks is not None:
         output.print(task_table(evaluation.model, evaluation.tasks))
     if out is not None:
-        try:
-            out.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf8")
-        except OSError as error:
-            raise OutputError(f"{out} cannot be written: {error.strerror}.", "Give another --out.") from None
+        write_result(out, evaluation)
     for failure in failures:
         print_error(failure.cause, failure.remedy)
     if failures:

@@ -6,13 +6,15 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.errors import SurgeonError
+from llm_surgeon.errors import OutputError, SurgeonError
+from llm_surgeon.records import Record
 
 _PANELS = {
     "What to remove": (
@@ -58,6 +60,18 @@ def console() -> Console:
     """Where results go: standard output."""
     # A log file has no width of its own; the tables need 100 columns.
     return Console() if sys.stdout.isatty() else Console(width=100)
+
+
+def write_result(out: Path, result: Record) -> None:
+    """Write a record as JSON.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    try:
+        out.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf8")
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}.", "Give another --out.") from None
 
 
 @contextmanager

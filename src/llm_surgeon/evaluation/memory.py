@@ -33,6 +33,11 @@ def peak_device_bytes(device: torch.device | str) -> int:
     return torch.cuda.max_memory_allocated(device) if _uses_cuda(device) else 0
 
 
+def peak_bytes(device: torch.device) -> int:
+    """Peak of the device if it is a GPU, else of the process's resident memory, since the last reset."""
+    return peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
+
+
 def reset_peak(device: torch.device | str = "cpu") -> bool:
     """Start measuring anew: the peaks become what is held now.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -36,13 +37,28 @@ class Workload:
             if value < 1:
                 raise ConfigError(f"{name} of the speed measurement is {value}.", "Give a number of at least 1.")
 
+    def check_positions(self, positions: int | None) -> None:
+        """Make sure that prompt and generated tokens fit into a model's positions; None: it has no such limit.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        if positions is not None and self.prompt + self.generate > positions:
+            raise ConfigError(
+                f"{self.prompt} prompt and {self.generate} generated tokens exceed the model's {positions} positions.",
+                "Time a shorter prompt or fewer generated tokens.",
+            )
+
 
 @dataclass(frozen=True)
-class _Rates:
+class Rates:
     """Tokens per second of one run."""
 
     prefill: float
     decode: float
+
+
+Run = Callable[[], Rates]
 
 
 def compare_speed(
@@ -76,12 +92,12 @@ def compare_speed(
     """
     work = Workload(prompt, generate, batch, repeats)
     dense_rates, pruned_rates = _time_in_turn([dense, pruned], work, torch.device(device or dense.device))
-    pairs = list(zip(dense_rates, pruned_rates, strict=True))
+    prefill_ratio, decode_ratio = ratios(dense_rates, pruned_rates)
     return SpeedComparison(
-        dense=_speed(dense, dense_rates, work),
-        pruned=_speed(pruned, pruned_rates, work),
-        prefill_ratio=median(after.prefill / before.prefill for before, after in pairs),
-        decode_ratio=median(after.decode / before.decode for before, after in pairs),
+        dense=speed_of(dense, dense_rates, work),
+        pruned=speed_of(pruned, pruned_rates, work),
+        prefill_ratio=prefill_ratio,
+        decode_ratio=decode_ratio,
     )
 
 
@@ -89,45 +105,120 @@ def measure_speed(model: PreTrainedModel, work: Workload | None = None) -> Speed
     """Time one model where it lies; to compare two, ``compare_speed`` is fairer. Raises as it does."""
     work = work or Workload()
     (rates,) = _time_in_turn([model], work, model.device)
-    return _speed(model, rates, work)
+    return speed_of(model, rates, work)
 
 
-def _time_in_turn(models: Sequence[PreTrainedModel], work: Workload, device: torch.device) -> list[list[_Rates]]:
-    """Run the models one after the other, ``repeats`` times; one list of rates per model."""
+@contextmanager
+def ready_to_time(models: Sequence[PreTrainedModel], work: Workload, device: torch.device) -> Iterator[Tensor]:
+    """Evaluation mode without gradients for the models while they are timed.
+
+    Args:
+        models: All of them, where they are.
+        work: What will be timed.
+        device: Where they have to be.
+
+    Yields:
+        The prompts ``[batch, prompt]`` on the device: random, from a fixed seed, the same for all models.
+
+    Raises:
+        ConfigError: If a model has too few positions.
+        ModelError: If a model is on another device.
+    """
     for model in models:
         _check(model, work, device)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models)
     seeded = torch.Generator().manual_seed(0)
     token_ids = torch.randint(vocabulary, (work.batch, work.prompt), generator=seeded).to(device)
-    rates: list[list[_Rates]] = [[] for _ in models]
     with ExitStack() as modes, torch.inference_mode():
         for model in models:
             modes.enter_context(frozen(model))
-        for model in models:  # memory is allocated and kernels are chosen in the first run
-            _run(model, token_ids, work.generate)
-        for _ in range(work.repeats):
-            for model, runs in zip(models, rates, strict=True):
-                runs.append(_run(model, token_ids, work.generate))
+        yield token_ids
+
+
+def warm_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> Run:
+    """A run of the model as it is, done once: memory is allocated and kernels are chosen in the first run."""
+    run = partial(time_run, model, token_ids, generate, pass_options(model))
+    run()
+    return run
+
+
+def in_turn(runs: Sequence[Run], repeats: int) -> list[list[Rates]]:
+    """Do the runs one after the other, ``repeats`` times; one list of rates per run."""
+    rates: list[list[Rates]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, measured in zip(runs, rates, strict=True):
+            measured.append(run())
     return rates
 
 
-def _run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> _Rates:
-    """One prefill and the decoding after it."""
+def ratios(before: Sequence[Rates], after: Sequence[Rates]) -> tuple[float, float]:
+    """Medians of the pairs' ratios of ``after`` to ``before``: of prefill and of decoding."""
+    pairs = list(zip(before, after, strict=True))
+    return (
+        median(second.prefill / first.prefill for first, second in pairs),
+        median(second.decode / first.decode for first, second in pairs),
+    )
+
+
+def pass_options(model: PreTrainedModel) -> dict[str, Any]:
+    """What every pass of the model is called with besides its tokens."""
     options: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1  # generation reads the last position only
-    _synchronise(token_ids.device)
+    return options
+
+
+def time_run(forward: Callable[..., Any], token_ids: Tensor, generate: int, options: Mapping[str, Any]) -> Rates:
+    """Time one prefill and the decoding after it.
+
+    Args:
+        forward: The model, or what is called in its place.
+        token_ids: The prompts ``[batch, prompt]``.
+        generate: Tokens per sequence decoded.
+        options: Of ``pass_options``; ``past_key_values`` too if the prefill is to fill a cache that is there.
+    """
+    synchronise(token_ids.device)
     start = perf_counter()
-    output = model(input_ids=token_ids, **options)
-    _synchronise(token_ids.device)
+    output = forward(input_ids=token_ids, **options)
+    synchronise(token_ids.device)
     prefilled = perf_counter()
     for _ in range(generate):
         next_ids = output.logits[:, -1:].argmax(dim=-1)
-        output = model(input_ids=next_ids, past_key_values=output.past_key_values, **options)
-    _synchronise(token_ids.device)
+        output = forward(input_ids=next_ids, **{**options, "past_key_values": output.past_key_values})
+    synchronise(token_ids.device)
     end = perf_counter()
     batch = token_ids.shape[0]
-    return _Rates(prefill=token_ids.numel() / (prefilled - start), decode=batch * generate / (end - prefilled))
+    return Rates(prefill=token_ids.numel() / (prefilled - start), decode=batch * generate / (end - prefilled))
+
+
+def speed_of(model: PreTrainedModel, rates: Sequence[Rates], work: Workload) -> Speed:
+    """The medians of a model's runs, and what was timed."""
+    return Speed(
+        prefill=median(rate.prefill for rate in rates),
+        decode=median(rate.decode for rate in rates),
+        prompt=work.prompt,
+        generated=work.generate,
+        batch=work.batch,
+        repeats=work.repeats,
+        device=describe(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: a rate means nothing without the GPU's name or the number of threads."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def _time_in_turn(models: Sequence[PreTrainedModel], work: Workload, device: torch.device) -> list[list[Rates]]:
+    """Run the models one after the other, ``repeats`` times; one list of rates per model."""
+    with ready_to_time(models, work, device) as token_ids:
+        runs = [warm_run(model, token_ids, work.generate) for model in models]
+        return in_turn(runs, work.repeats)
 
 
 def _check(model: PreTrainedModel, work: Workload, device: torch.device) -> None:
@@ -136,37 +227,10 @@ def _check(model: PreTrainedModel, work: Workload, device: torch.device) -> None
         raise ModelError(
             f"A model to be timed is on {model.device}, not on {device}.", "Move both models to one device first."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and work.prompt + work.generate > positions:
-        raise ConfigError(
-            f"{work.prompt} prompt and {work.generate} generated tokens exceed the model's {positions} positions.",
-            "Time a shorter prompt or fewer generated tokens.",
-        )
+    work.check_positions(getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     """Wait for a GPU, which computes after the call has returned."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _speed(model: PreTrainedModel, rates: Sequence[_Rates], work: Workload) -> Speed:
-    return Speed(
-        prefill=median(rate.prefill for rate in rates),
-        decode=median(rate.decode for rate in rates),
-        prompt=work.prompt,
-        generated=work.generate,
-        batch=work.batch,
-        repeats=work.repeats,
-        device=_describe(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-
-
-def _describe(device: torch.device) -> str:
-    """The device in words: a rate means nothing without the GPU's name or the number of threads."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
-    return str(device)

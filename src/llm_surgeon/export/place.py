@@ -82,6 +82,17 @@ def directory_in_place(out: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def in_place(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that becomes ``path`` when the block ends well: nobody ever reads half a file."""
+    beside = path.with_name(f"{path.name}.partial")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,8 @@ DTYPES: dict[str, Any] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Weights that a hub repository may hold besides its safetensors.
+_OTHER_FORMATS = ["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.pt", "*.pth", "*/*", "consolidated*"]
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 
@@ -49,19 +52,61 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def check_dtype(dtype: str) -> None:
+    """Make sure that a type has a name of ``DTYPES``.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"The type {dtype!r} is not known.", f"Use one of {', '.join(DTYPES)}.")
+
+
 def model_type_of(source: str) -> str:
     """``model_type`` of a local directory or a hub id, read without running code of the checkpoint.
 
     Raises:
         ModelError: If there is no configuration.
     """
+    return str(_settings(source).get("model_type"))
+
+
+def positions_of(source: str) -> int | None:
+    """Positions of a local directory or a hub id, read without running code of the checkpoint; None: not said.
+
+    Raises:
+        ModelError: If there is no configuration.
+    """
+    settings = _settings(source)
+    positions = (settings.get("text_config") or settings).get("max_position_embeddings")
+    return positions if isinstance(positions, int) else None
+
+
+def local_directory(model: str) -> Path:
+    """The directory of a model: as it is, or in the cache, where a hub id or ``demo`` is fetched to if need be.
+
+    Raises:
+        ModelError: If it cannot be fetched.
+    """
+    path = Path(resolve_source(model))
+    if path.is_dir():
+        return path
     try:
+        return Path(snapshot_download(model, ignore_patterns=_OTHER_FORMATS))
+    except _FAILURES as error:
+        raise _not_loaded(model, "model", error) from None
+
+
+def _settings(source: str) -> dict[str, Any]:
+    """What config.json says."""
+    try:
+        settings: dict[str, Any]
         settings, _ = PreTrainedConfig.get_config_dict(source)
     except _FAILURES as error:
         raise _not_loaded(source, "configuration", error) from None
     if not settings:
         raise _not_loaded(source, "configuration", ModelError("there is no config.json.", ""))
-    return str(settings.get("model_type"))
+    return settings
 
 
 def load_config(source: str) -> Any:
@@ -136,8 +181,7 @@ def load(
         ModelError: If there is no model to load.
         ConfigError: If the device does not exist or the type is not known.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"The type {dtype!r} is not known.", f"Use one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     source, where = resolve_source(str(path)), resolve_device(device)
     return load_model(source, dtype, where, trust_remote_code=True), load_tokenizer(source, True)
 

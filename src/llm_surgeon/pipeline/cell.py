@@ -15,16 +15,17 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import DataError, OutputError
 from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
 from llm_surgeon.evaluation.perplexity import EvaluationText
+from llm_surgeon.export.place import in_place
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.head import head_of
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_device, resolve_source
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline.corrections import require_peft
-from llm_surgeon.pipeline.folder import in_place
-from llm_surgeon.pipeline.job import Job, run_job, versions
+from llm_surgeon.pipeline.job import Job, run_job
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.records import CellMeasures, DenseRecord
 from llm_surgeon.report.progress import Progress
+from llm_surgeon.versions import versions
 
 
 def measure_dense(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from llm_surgeon.evaluation.memory import peak_device_bytes, peak_resident_bytes, reset_peak
+from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
 
 
 class Clock:
@@ -32,8 +32,3 @@ class Clock:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peaks[name] = max(self.peaks.get(name, 0), peak_bytes(self._device))
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak of the device if it is a GPU, else of the process's resident memory, since the last reset."""
-    return peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()

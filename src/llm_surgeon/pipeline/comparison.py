@@ -15,7 +15,8 @@ from typing import Any
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ComparisonError
-from llm_surgeon.pipeline.folder import Folder, in_place
+from llm_surgeon.export.place import in_place
+from llm_surgeon.pipeline.folder import Folder
 from llm_surgeon.pipeline.process import Task, work_apart
 from llm_surgeon.pipeline.variants import SHARED, Options, PlannedCell, plan
 from llm_surgeon.records import Cell, Comparison, DenseRecord, Failure, Setting

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ComparisonError, OutputError
-from llm_surgeon.export.place import check_output
+from llm_surgeon.export.place import check_output, in_place
 from llm_surgeon.pipeline.variants import PlannedCell
 from llm_surgeon.records import Cell, Comparison, Record
 
 _OTHER = "Give another --out for this comparison."
 _Kind = TypeVar("_Kind", bound=Record)
-
-
-@contextlib.contextmanager
-def in_place(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that becomes ``path`` when the block ends well: nobody ever reads half a file."""
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class Folder:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.evaluation.memory import reset_peak
+from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import Anatomy
-from llm_surgeon.pipeline.clock import Clock, peak_bytes
+from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.layerwise import run_layerwise
 from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.shots import run_shots
@@ -24,10 +22,9 @@ from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.records import LayerRecord, Memory, Perplexity, PruneReport, ShotRecord, Size
 from llm_surgeon.report.progress import Progress
+from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = ("llm-surgeon", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,6 @@ def run_job(
         peak = max(peak, *shots[-1].peaks.values())
         after_shot(report(), masks)
     return report(), masks
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result, for the report."""
-    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}
 
 
 def _evaluated(job: Job, result: ShotResult) -> ShotRecord:

@@ -1,0 +1,69 @@
+"""The command ``bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_surgeon.cli.shared import command_line, console, errors_as_messages, write_result
+from llm_surgeon.report.log import log_to_stderr
+
+
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Exports, Hugging Face directories, hub ids, or the word demo; the first is the "
+            "reference, unless --against names one.",
+            metavar="MODEL...",
+        ),
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="The dense model to compare with (default: the first MODEL).")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences side by side. Repeat for more (default: 1, 8).")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens per sequence of the prefill.")] = 512,
+    generate: Annotated[int, typer.Option(min=1, help="Tokens per sequence decoded after it.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Alternating pairs of runs for each batch.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Measure the speed once more with torch.compile.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Measure speed, peak memory and loading time of each MODEL, the speed in alternating pairs with a reference.
+
+    Runs modelling code that the exports bring. If a model fails, the others go on, and the exit status is 1.
+    """
+    with errors_as_messages():
+        from llm_surgeon.evaluation.bench import bench as measure
+        from llm_surgeon.export.place import check_result_file
+        from llm_surgeon.report.bench_table import bench_tables, failures
+        from llm_surgeon.report.log import quiet_transformers
+
+        quiet_transformers()
+        log_to_stderr()
+        if out is not None:
+            check_result_file(out)
+        result = measure(
+            models,
+            against,
+            batch or (1, 8),
+            prompt=prompt,
+            generate=generate,
+            repeats=repeats,
+            compiled=compiled,
+            device=device,
+            dtype=dtype,
+            command=command_line(),
+        )
+        console().print(bench_tables(result))
+        if out is not None:
+            write_result(out, result)
+        if failures(result):
+            raise typer.Exit(1)
