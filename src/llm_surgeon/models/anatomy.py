@@ -102,7 +102,7 @@ class Anatomy:
 
     def attention_counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
         """What the attributes of each narrowed attention have to be, by its path; nothing for an emptied one."""
-        counts = {}
+        counts: dict[str, dict[str, int]] = {}
         for part in self.attentions:
             heads = present_heads(part, keep)
             if not bool(heads.any()):
