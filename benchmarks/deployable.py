@@ -117,7 +117,7 @@ def markdown(rows: dict[str, Any], where: dict[str, Any]) -> str:
         f"{dense['weight_bytes'] / 2**20:.0f} MiB; dense perplexity 22.05. Five shots to 50 %, one per 10 %. "
         f"{where['date']}, {where['machine']}. Command: `{where['command']}`\n\n{table(heading, lines)}\n\n"
         "- Removed: share of the linear weights of the blocks.\n"
-        f"- Prefill of {PROMPT} tokens, decoding of {GENERATED} with the cache, batch 1: times as fast as the dense model, "
+        f"- Prefill of {PROMPT} tokens, decoding of {GENERATED} with the cache, batch 1: times as fast as dense, "
         "median of 7 alternating pairs.\n- Peak: resident memory of a process that loads the export and does both.\n"
     )
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from llm_surgeon.models.anatomy import examine, to_index
-from llm_surgeon.models.matrix import narrow_heads, read_matrix, write_matrix
+from llm_surgeon.models.anatomy import examine
+from llm_surgeon.models.matrix import cut_out
 from llm_surgeon.selection import bystanders, score_groups, select
 
 # Groups too large to be scored by the sum of their members.
@@ -22,13 +22,7 @@ def choose(keep, costs, couplings, target, per_weight=True):
 def shrink(model, anatomy, keep):
     """Cut what is not kept out of a model, without an update."""
     examine(model, anatomy.family)  # makes transposed layers plain
-    extents = anatomy.extents(keep)
-    for name, layer in anatomy.layers.items():
-        matrix, columns = read_matrix(model, layer), to_index(keep[name].columns)
-        if layer.bias:
-            columns = torch.cat([columns, torch.tensor([layer.columns])])
-        write_matrix(model, layer, keep[name], extents[name], matrix[keep[name].rows][:, columns])
-    narrow_heads(model, anatomy, keep)
+    cut_out(model, anatomy, keep)
 
 
 @torch.no_grad()

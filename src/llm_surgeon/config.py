@@ -20,6 +20,7 @@ from llm_surgeon.methods import (
     resolve_curvature,
 )
 from llm_surgeon.pattern import Pattern
+from llm_surgeon.quantity import parse_quantity
 
 RankBy = Literal["cost-per-weight", "cost"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -29,6 +30,8 @@ Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
 
 _UNSTRUCTURED = "unstructured"
+# What may be given instead of the sparsity.
+TARGETS = ("target_params", "target_bytes", "target_latency")
 # What really shrinks; several are joined by "+".
 SHAPES = ("rows-columns", "neurons", "heads", "values", "blocks")
 # Coupled structures of which no layer loses everything unless asked: the share of the dense width that stays.
@@ -52,6 +55,16 @@ class PruneConfig(BaseModel):
         lt=1.0,
         description="Fraction of the prunable linear weights to remove; embeddings and lm_head are excluded. "
         "For N:M unless given: what removing M-N of every M weights makes.",
+    )
+    target_params: int | None = Field(
+        None, description="Instead of sparsity: parameters of the result, all of them, e.g. 90M."
+    )
+    target_bytes: int | None = Field(None, description="Instead of sparsity: bytes of its weight files, e.g. 300MiB.")
+    target_latency: float | None = Field(
+        None,
+        gt=0.0,
+        description="Instead of sparsity: milliseconds of a pass over 512 tokens on this device, measured before on "
+        "copies of the model with random removals, and afterwards on the result.",
     )
     structure: str = Field(
         "rows-columns",
@@ -194,8 +207,16 @@ class PruneConfig(BaseModel):
         given = {key: value for key, value in values.items() if value is not None}
         if goes_layerwise(given):
             given = {"structure": _UNSTRUCTURED, "shots": 1} | given
+        targets = [name for name in TARGETS if name in given]
+        if len([*targets, *(["sparsity"] if "sparsity" in given else [])]) > 1:
+            raise ValueError(f"only one of sparsity, {', '.join(TARGETS)} can be given")
         pattern = Pattern.parse(given.get("structure"))
         return given if pattern is None else {"sparsity": pattern.sparsity} | given
+
+    @field_validator("target_params", "target_bytes", mode="before")
+    @classmethod
+    def _check_target(cls, target: Any) -> Any:
+        return None if target is None else parse_quantity(target)
 
     @field_validator("method")
     @classmethod
@@ -239,6 +260,8 @@ class PruneConfig(BaseModel):
             ValueError: Naming the options that do not go together.
         """
         parts = set(self.parts)
+        if self.target is not None and not parts:
+            raise ValueError(f"{self.target} is for structures that shrink, not for {self.structure}: give sparsity")
         if (self.uniform and not parts <= {"neurons", "heads", "blocks"}) or (self.uniform and not parts):
             raise ValueError(f"uniform is for neurons, heads and blocks, not for {self.structure}")
         if self.uniform and "blocks" in parts and len(parts) > 1:
@@ -295,6 +318,17 @@ class PruneConfig(BaseModel):
     def pattern(self) -> Pattern | None:
         """The N:M pattern, if the structure is one."""
         return Pattern.parse(self.structure)
+
+    @property
+    def target(self) -> str | None:
+        """Which target is given instead of the sparsity."""
+        return next((name for name in TARGETS if getattr(self, name) is not None), None)
+
+    def at(self, sparsity: float) -> PruneConfig:
+        """The recipe with the sparsity that its target comes to."""
+        return self.model_validate(
+            self.model_dump() | dict.fromkeys(TARGETS) | {"sparsity": min(max(sparsity, 1e-6), 1 - 1e-6)}
+        )
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -224,6 +224,14 @@ class ExportRecord(Record):
     plain: bool = False
 
 
+class TargetRecord(Record):
+    """A target that was given instead of a sparsity, and what the result has: parameters, bytes or milliseconds."""
+
+    target: str
+    wanted: float
+    reached: float
+
+
 class PruneReport(Record):
     """Everything a run measured. ``report.json`` is this record."""
 
@@ -239,6 +247,7 @@ class PruneReport(Record):
     versions: dict[str, str]
     command: str | None = None
     export: ExportRecord | None = None
+    target: TargetRecord | None = None
     speed: SpeedComparison | None = None
 
     @property

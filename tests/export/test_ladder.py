@@ -16,8 +16,7 @@ from llm_surgeon.export.modeling_pruned import EmptyAttention, PrunedLinear
 from llm_surgeon.export.save import save_model
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import present_heads
-from llm_surgeon.pipeline.shapes import LayerCosts, Shapes, check_shapes
-from llm_surgeon.selection import StructureCosts
+from llm_surgeon.pipeline.shapes import Shapes, check_shapes
 from tiny import BUILDERS, build, llama, tokenizer, tokens
 
 families = pytest.mark.parametrize("family", BUILDERS)
@@ -65,14 +64,8 @@ def random_masks(anatomy, recipe, seed=1):
     """What a recipe leaves if costs are random."""
     generator = torch.Generator().manual_seed(seed)
     structure = Shapes(recipe, anatomy)
-
-    def costs(layer):
-        singles = StructureCosts(*(torch.rand(n, generator=generator) for n in (layer.rows, layer.columns)))
-        sides = {key: torch.rand(len(side.index), generator=generator) for key, side in structure._sides_of(layer)}
-        return LayerCosts(singles if "rows-columns" in recipe.parts else None, sides)
-
-    everything = {name: costs(layer) for name, layer in anatomy.layers.items()}
-    return structure.select(everything, round((1 - recipe.sparsity) * anatomy.prunable_weights)).keep
+    costs = structure.made_up_costs(lambda count: torch.rand(count, generator=generator))
+    return structure.select(costs, round((1 - recipe.sparsity) * anatomy.prunable_weights)).keep
 
 
 def possible(name, anatomy):

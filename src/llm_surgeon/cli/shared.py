@@ -18,7 +18,8 @@ from llm_surgeon.records import Record
 
 _PANELS = {
     "What to remove": (
-        *("sparsity", "structure", "uniform", "round_to", "min_width"),
+        *("sparsity", "target_params", "target_bytes", "target_latency"),
+        *("structure", "uniform", "round_to", "min_width"),
         *("method", "shots", "rank_by", "ignore", "export_shots"),
     ),
     "Curvature and update": (

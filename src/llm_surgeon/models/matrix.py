@@ -74,6 +74,19 @@ def write_matrix(model: nn.Module, layer: LinearLayer, keep: KeepMask, extent: K
         core.bias.copy_(matrix[:, -1])
 
 
+@torch.no_grad()
+def cut_out(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
+    """Cut what is not kept out of a dense model, in place, without making up for it."""
+    extents = anatomy.extents(keep)
+    for name, layer in anatomy.layers.items():
+        matrix, columns = read_matrix(model, layer), to_index(keep[name].columns)
+        if layer.bias:
+            columns = torch.cat([columns, columns.new_tensor([layer.columns])])
+        matrix = matrix[to_index(keep[name].rows).to(matrix.device)][:, columns.to(matrix.device)]
+        write_matrix(model, layer, keep[name], extents[name], matrix)
+    narrow_heads(model, anatomy, keep)
+
+
 def narrow_heads(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
     """Tell the attention modules of a model whose matrices have shrunk how many heads they have left."""
     narrow_attention(model, anatomy.attention_counts(keep), attention_output(anatomy.family))

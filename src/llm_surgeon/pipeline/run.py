@@ -27,6 +27,7 @@ from llm_surgeon.models.loading import (
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, count_parameters, measure, run_job
 from llm_surgeon.pipeline.structures import Masks, check_structure
+from llm_surgeon.pipeline.targets import count_based, latency_based, reached
 from llm_surgeon.pipeline.texts import evaluation_text, prepare_texts
 from llm_surgeon.records import (
     ExportRecord,
@@ -88,10 +89,13 @@ def prune(
     if config.lora:
         require_peft()
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
+    resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
+    check_structure(resolved, anatomy)
     texts = prepare_texts(tokenizer, config)
+    resolved = latency_based(resolved, model, anatomy)
     name = source or model.config.name_or_path or type(model).__name__
-    job = Job(model, tokenizer, anatomy, texts, config, progress or SilentProgress(), name)
-    return run_job(job)[0] if out is None else _prune_into(job, out)
+    job = Job(model, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), name)
+    return run_job(job)[0] if out is None else _prune_into(job, out, asked=config)
 
 
 def evaluate(
@@ -155,17 +159,25 @@ def prune_checkpoint(
         require_peft()
     device = resolve_device(config.device)
     source = resolve_source(model)
-    _check_before_loading(source, out, config)
+    resolved = _check_before_loading(source, out, config)
     tokenizer = load_tokenizer(source)
     texts = prepare_texts(tokenizer, config)
     network = load_model(source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
-    job = Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model, command)
-    return _prune_into(job, out, dense=source)
+    resolved = latency_based(resolved, network, anatomy)
+    job = Job(network, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), model, command)
+    return _prune_into(job, out, config, dense=source)
 
 
-def _prune_into(job: Job, out: Path, dense: str | None = None) -> PruneReport:
-    """Prune, and export beside the final place before moving there; ``dense`` is what to time the result against."""
+def _prune_into(job: Job, out: Path, asked: PruneConfig, dense: str | None = None) -> PruneReport:
+    """Prune, and export beside the final place before moving there.
+
+    Args:
+        job: What to work on.
+        out: The final place.
+        asked: The recipe as it was given.
+        dense: What to time the result against.
+    """
     with directory_in_place(out) as beside:
 
         def keep_shot(report: PruneReport, masks: Masks) -> None:
@@ -176,13 +188,29 @@ def _prune_into(job: Job, out: Path, dense: str | None = None) -> PruneReport:
         report, masks = run_job(job, keep_shot)
         # Zeros in matrices of the old shape take as long to multiply by as any number.
         timed = dense if _smaller(masks) else None
-        return _export(job, masks, report, beside, out, timed)
+        return _export(job, masks, report, beside, out, timed, asked)
 
 
 def _export(
-    job: Job, masks: Masks, report: PruneReport, directory: Path, place: Path, dense: str | None = None
+    job: Job,
+    masks: Masks,
+    report: PruneReport,
+    directory: Path,
+    place: Path,
+    dense: str | None = None,
+    asked: PruneConfig | None = None,
 ) -> PruneReport:
-    """Write the model as it is, check it and time it; ``place`` is where the directory will be in the end."""
+    """Write the model as it is, check it and time it.
+
+    Args:
+        job: What was worked on.
+        masks: What is left.
+        report: What is known so far.
+        directory: Where to write.
+        place: Where the directory will be in the end.
+        dense: What to time the result against.
+        asked: The recipe as it was given, if this is its result.
+    """
     logger.info("writing the export and reloading it in a fresh process")
     directory.mkdir(exist_ok=True)
     form = save_model(job.model, job.tokenizer, job.anatomy, _smaller(masks), directory)
@@ -196,26 +224,34 @@ def _export(
         plain=form.plain,
     )
     speed = _compare_speed(dense, job) if dense is not None else None
-    report = report.model_copy(update={"export": export, "speed": speed})
+    parameters = report.shots[-1].size.total
+    target = None if asked is None else reached(asked, job.model, parameters, export.weight_bytes)
+    report = report.model_copy(update={"export": export, "speed": speed, "target": target})
     _write_report(report, job.config, directory)
     return report
 
 
-def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
-    """Find out from the configuration alone whether the model is supported and its export fits on the disk."""
+def _check_before_loading(source: str, out: Path, config: PruneConfig) -> PruneConfig:
+    """Find out from the configuration alone whether the model is supported and its export fits on the disk.
+
+    Returns:
+        The recipe with the sparsity of its target, unless that has to be timed.
+    """
     family = family_of(model_type_of(source))
     settings = load_config(source)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(settings)
     anatomy = examine(skeleton, family, config.ignore)
-    check_structure(config, anatomy)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
+    config = count_based(config, anatomy, count_parameters(skeleton), dtype.itemsize)
+    check_structure(config, anatomy)
     schedule = config.sparsity_schedule if config.parts else [0.0] * config.shots
     needed = 0
     for shot in {*config.export_shots, config.shots}:
         kept = count_parameters(skeleton) - schedule[shot - 1] * anatomy.prunable_weights
         needed += int(kept * dtype.itemsize) + _SMALL_FILES
     check_disk_space(out, needed)
+    return config
 
 
 def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
