@@ -189,12 +189,17 @@ class Speed(Record):
 
 
 class SpeedComparison(Record):
-    """Dense and pruned model timed in alternating pairs; the ratios are medians over the pairs."""
+    """Dense and pruned model timed in alternating pairs; the ratios are medians over the pairs.
+
+    The limits are what prefill could gain by its multiplications, and decoding by the weights it reads.
+    """
 
     dense: Speed
     pruned: Speed
     prefill_ratio: float
     decode_ratio: float
+    prefill_limit: float | None = None
+    decode_limit: float | None = None
 
 
 class Memory(Record):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.place import check_disk_space, check_output, directory_in_place
 from llm_surgeon.export.save import save_model, weight_bytes
@@ -223,7 +225,7 @@ def _export(
         logit_scale=check.scale,
         plain=form.plain,
     )
-    speed = _compare_speed(dense, job) if dense is not None else None
+    speed = _compare_speed(dense, job, _smaller(masks)) if dense is not None else None
     parameters = report.shots[-1].size.total
     target = None if asked is None else reached(asked, job.model, parameters, export.weight_bytes)
     report = report.model_copy(update={"export": export, "speed": speed, "target": target})
@@ -260,13 +262,19 @@ def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
     return shrunk or None
 
 
-def _compare_speed(source: str, job: Job) -> SpeedComparison:
+def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
     dense = load_model(source, job.config.dtype, next(job.model.parameters()).device)
     longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
     generate = min(_GENERATED, max(1, longest // 4))
-    return compare_speed(dense, job.model, prompt=min(_PROMPT, longest - generate), generate=generate)
+    prompt = min(_PROMPT, longest - generate)
+    measured = compare_speed(dense, job.model, prompt=prompt, generate=generate)
+    if keep is None:
+        return measured
+    head_weights = job.model.get_output_embeddings().weight.numel()
+    prefill, decode = speed_limits(job.anatomy, keep, head_weights, prompt)
+    return measured.model_copy(update={"prefill_limit": prefill, "decode_limit": decode})
 
 
 def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> None:

@@ -26,6 +26,8 @@ _TIMED_AT = (0.0, 0.3, 0.6, 0.9)
 _REPEATS = 3
 # A latency beyond its target by this share is worth a warning: timings vary by as much.
 _LATENCY_TOLERANCE = 1.05
+# What a threshold leaves may exceed the target by a part of the largest candidate.
+_COUNT_TOLERANCE = 1.01
 
 
 def count_based(config: PruneConfig, anatomy: Anatomy, total: int, itemsize: int) -> PruneConfig:
@@ -126,7 +128,7 @@ def reached(config: PruneConfig, model: PreTrainedModel, parameters: int, weight
         "target_latency": lambda: 1000 * seconds_of(model),
     }[config.target]()
     wanted = float(getattr(config, config.target))
-    tolerance = _LATENCY_TOLERANCE if config.target == "target_latency" else 1.0
+    tolerance = _LATENCY_TOLERANCE if config.target == "target_latency" else _COUNT_TOLERANCE
     if found > tolerance * wanted:
         logger.warning("%s is %g, and %g was asked for", config.target, found, wanted)
     return TargetRecord(target=config.target, wanted=wanted, reached=found)

@@ -30,13 +30,25 @@ tokenizer = AutoTokenizer.from_pretrained(DIR$trust)
 """
 
 SMALLER = """\
-The rows and columns that were removed are gone from the
-files, layer by layer, so the checkpoint brings its own modelling file: hence `trust_remote_code`."""
+What was removed is gone from the files, layer by layer, so
+the checkpoint brings its own modelling file: hence `trust_remote_code`."""
+
+PLAIN = """\
+What was removed is gone from the files, equally in all
+layers, so that the configuration says it all."""
 
 ZEROS = """\
 The weights that were removed are zeros in matrices
 of the old shape: the files are as large as the dense model's, and it runs no faster, unless what runs it makes use of
 the zeros (2:4 patterns on some GPUs, for example)."""
+
+_UNITS = {
+    "rows-columns": "rows and columns",
+    "neurons": "neurons",
+    "heads": "heads",
+    "values": "value dimensions",
+    "blocks": "attention and feed-forward parts",
+}
 
 _UNTOUCHED = "the rest stays as it was"
 
@@ -98,10 +110,9 @@ def is_hub_id(model: str) -> bool:
 
 
 def _loading(report: PruneReport) -> str:
-    smaller = report.smaller
-    return Template(LOADING).substitute(
-        why=SMALLER if smaller else ZEROS, trust=", trust_remote_code=True" if smaller else ""
-    )
+    own_code = report.smaller and not (report.export is not None and report.export.plain)
+    why = SMALLER if own_code else PLAIN if report.smaller else ZEROS
+    return Template(LOADING).substitute(why=why, trust=", trust_remote_code=True" if own_code else "")
 
 
 def _front_matter(report: PruneReport) -> dict[str, Any]:
@@ -120,15 +131,22 @@ def model_name(model: str) -> str:
 
 def _what_was_done(report: PruneReport) -> str:
     kept = report.shots[-1].size.prunable / report.dense_size.prunable if report.shots else 1.0
-    what = "Whole rows and columns" if report.smaller else f"Single weights ({report.config['structure']})"
     method = report.config.get("method", "surgeon")
     return (
         "## What was done\n\n"
-        f"{what} of the linear layers were removed in {len(report.shots)} shot(s) by the method `{method}`\n"
+        f"{_removed(report.config)} of the linear layers were removed in {len(report.shots)} shot(s)\n"
+        f"by the method `{method}`\n"
         f"{_how(method, report.config)}\n"
         f"{100 * kept:.1f} % of the prunable weights were kept. The recipe:\n\n"
         f"{_fenced('yaml', to_yaml(_plain(report)['config']))}"
     )
+
+
+def _removed(config: Mapping[str, Any]) -> str:
+    """What was removed as a unit, in words."""
+    recipe = PruneConfig.model_validate(config)
+    words = " and ".join(_UNITS[part] for part in recipe.parts)
+    return f"Whole {words}" if words else f"Single weights ({recipe.structure})"
 
 
 def _how(method: str, config: Mapping[str, Any]) -> str:

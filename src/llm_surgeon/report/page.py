@@ -304,6 +304,7 @@ def _export(export: ExportRecord | None) -> str:
             ("weight files", f"{scaled_bytes(export.weight_bytes)} ({share:.1f} % of the dense model's)"),
             ("largest difference of the logits", f"{export.max_logit_difference:.1e}, loaded again from disk"),
             ("scale of the logits", f"{export.logit_scale:.3g}"),
+            ("loads as", "a plain transformers class" if export.plain else "a class that the checkpoint brings"),
         )
     )
 
@@ -313,11 +314,22 @@ def _speed(speed: SpeedComparison | None) -> str:
         return _said("Speed was not measured.")
     dense, pruned = speed.dense, speed.pruned
     rows = (
-        ("prefill", f"{dense.prefill:,.1f}", f"{pruned.prefill:,.1f}", f"{speed.prefill_ratio:.2f}{TIMES}"),
-        ("decode", f"{dense.decode:,.1f}", f"{pruned.decode:,.1f}", f"{speed.decode_ratio:.2f}{TIMES}"),
+        _speed_row("prefill", dense.prefill, pruned.prefill, speed.prefill_ratio, speed.prefill_limit),
+        _speed_row("decode", dense.decode, pruned.decode, speed.decode_ratio, speed.decode_limit),
+    )
+    limits = _said(
+        "The limit is what would be gained if time were proportional to multiplications (prefill) or to the weights "
+        "read for each token (decoding, one sequence). What keeps from it: embeddings, norms and activations stay as "
+        "wide as they were, small matrices run at a lower rate, and rows and columns of the residual stream are "
+        "gathered by index."
     )
     # How it was measured already stands among the notes of the first table.
-    return _table("Tokens per second", ("", "dense", "pruned", "pruned to dense"), rows)
+    return _table("Tokens per second", ("", "dense", "pruned", "pruned to dense", "limit"), rows) + limits
+
+
+def _speed_row(name: str, dense: float, pruned: float, ratio: float, limit: float | None) -> tuple[str, ...]:
+    best = UNKNOWN if limit is None else f"{limit:.2f}{TIMES}"
+    return name, f"{dense:,.1f}", f"{pruned:,.1f}", f"{ratio:.2f}{TIMES}", best
 
 
 def _origin(report: PruneReport) -> str:
