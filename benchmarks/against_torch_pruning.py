@@ -55,7 +55,7 @@ class Recipe:
     Attributes:
         importance: ``magnitude`` or ``taylor``.
         head_ratio: Its ratio for heads; None: the same as for the rest, as in its published recipe.
-        everywhere: Whether neurons (and heads) of all blocks are ranked together.
+        everywhere: Whether the neurons of all blocks are ranked together.
         hidden: Whether the hidden dimension is narrowed too, with sizes a multiple of 4, as in its published recipe.
     """
 
@@ -70,11 +70,9 @@ class Recipe:
         return "all blocks together" if self.everywhere else "each block"
 
 
-NEURONS = [
-    Recipe(importance, heads, everywhere)
-    for importance, everywhere in (("magnitude", False), ("taylor", False), ("taylor", True))
-    for heads in (1 / 3, 0.0)
-]
+# Its ranking of the heads of all blocks together counts key/value heads as all heads there are, so heads stay there.
+NEURONS = [Recipe(importance, heads) for importance in ("magnitude", "taylor") for heads in (1 / 3, 0.0)]
+NEURONS.append(Recipe("taylor", 0.0, everywhere=True))
 PUBLISHED = [Recipe(importance, None, hidden=True) for importance in ("magnitude", "taylor")]
 
 
@@ -240,7 +238,7 @@ def our_rows(folders: list[Path]) -> list[dict[str, Any]]:
     rows = []
     for folder in folders:
         report = PruneReport.model_validate_json((folder / "report.json").read_text(encoding="utf8"))
-        method = f"{report.config['method']}, {report.config['shots']} shots"
+        method = f"{report.config['method']}, shots: {report.config['shots']}"
         seconds = 0.0
         for shot in report.shots:
             seconds += shot.seconds
@@ -248,7 +246,7 @@ def our_rows(folders: list[Path]) -> list[dict[str, Any]]:
             if abs(target - (1 - shot.sparsity)) < 0.01 and shot.perplexity:
                 rows.append(
                     {
-                        "structure": f"llm-surgeon, {report.config['structure']}",
+                        "structure": f"llm-surgeon, {report.config.get('structure', 'rows-columns')}",
                         "importance": method,
                         "ranking": "all blocks together",
                         "target": target,
@@ -307,22 +305,23 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['date']}, {result['machine']}, on the {result['device']}, torch {result['versions']['torch']}, "
         f"transformers {result['versions']['transformers']}. Command: `{result['command']}`\n\n"
         f"{table(heading, rows)}\n\n"
-        "- No training and no update of the weights that stay. Per block the dense model has 1536 neurons, 9 query "
-        "heads and 3 key/value heads; its hidden states are 576 wide. A range is from the block with least to the one "
-        "with most.\n"
+        "- No training. Torch-Pruning leaves the weights that stay as they are. Per block the dense model has 1536 "
+        "neurons, 9 query heads and 3 key/value heads; its hidden states are 576 wide. A range is from the block with "
+        "least to the one with most.\n"
         "- The ratio for neurons is searched so that the size is the smallest one not below the target (80, 70, 50 %); "
         "heads go in thirds, so there is a row with a third of the query heads asked for and one with none. "
         f"Without such an adjustment, one ratio for both gives: {asked}.\n"
         "- With grouped queries, Torch-Pruning removes the same number of query heads from each group and keeps "
         "every key/value head. Two thirds of 9 query heads would leave as many as there are key/value heads; it then "
         "takes the attention for an ungrouped one, its check refuses the block's attention, and all heads stay, "
-        "without a message.\n"
+        "without a message. Ranked over all blocks, it takes the number of key/value heads for that of all heads, and "
+        "asks for far too many to go, so that row leaves heads alone.\n"
         "- Magnitude: group L2, mean over the group's layers, as in its recipe for language models. Taylor: "
         "`GroupTaylorImportance` with its defaults, gradient in float32 of the next-token loss summed over "
         f"{result['protocol']['samples']} windows of {result['protocol']['seq_len']} tokens, "
         f"{result['gradient_seconds']} s once for all rows.\n"
         "- Seconds: pruning alone, without the gradient and the search; of llm-surgeon, all shots up to this size "
-        "with their curvature.\n"
+        "with their curvature and updates.\n"
         "- Its recipe is examples/LLMs/prune_llm.py: one ratio for hidden dimension, neurons and heads, each block "
         "alike, sizes a multiple of 4. It uses magnitude; Taylor in it is ours, as are the sizes. The embedding is "
         "narrowed with it, which the share of kept weights does not count.\n"
