@@ -9,12 +9,14 @@ first-order Taylor with the gradient summed over all calibration windows. The pr
 size is the smallest one that is not below the target; nothing is trained or updated afterwards. --ours adds the shots
 of an export of llm-surgeon that have these sizes.
 
-Writes benchmarks/results/torch_pruning.json and .md after each row.
+Writes benchmarks/results/torch_pruning.json and .md after each row. Rows that are in the result already are not run
+again; remove the JSON file to start afresh.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PROTOCOL, circumstances, table, write
+from common import PROTOCOL, circumstances, finished, table, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -41,7 +43,7 @@ try:
 except ImportError:
     raise SystemExit("This benchmark needs Torch-Pruning: pip install torch-pruning==1.6.1") from None
 
-VERSION = "1.6.1"
+NAME, VERSION = "torch_pruning", "1.6.1"
 TARGETS = (0.8, 0.7, 0.5)
 # Halvings of the interval of the pruning ratio: finer than one neuron of 1,536.
 HALVINGS = 11
@@ -65,15 +67,19 @@ class Recipe:
     hidden: bool = False
 
     @property
-    def ranking(self) -> str:
-        """In words."""
-        return "all blocks together" if self.everywhere else "each block"
+    def asked(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {
+            "structure": "neurons+heads+hidden (its recipe)" if self.hidden else "neurons+heads",
+            "importance": self.importance,
+            "ranking": "all blocks together" if self.everywhere else "each block",
+        } | ({} if self.head_ratio is None else {"head_pruning_ratio": round(self.head_ratio, 5)})
 
 
 # Its ranking of the heads of all blocks together counts key/value heads as all heads there are, so heads stay there.
 NEURONS = [Recipe(importance, heads) for importance in ("magnitude", "taylor") for heads in (1 / 3, 0.0)]
 NEURONS.append(Recipe("taylor", 0.0, everywhere=True))
-PUBLISHED = [Recipe(importance, None, hidden=True) for importance in ("magnitude", "taylor")]
+PUBLISHED = Recipe("magnitude", None, hidden=True)
 
 
 def fresh(gradients: Gradients | None = None, blocks: int | None = None) -> PreTrainedModel:
@@ -172,7 +178,7 @@ def search(share: Callable[[float], float], target: float) -> float:
     return low
 
 
-def ratio_for(recipe: Recipe, target: float, gradients: Gradients) -> float:
+def ratio_for(recipe: Recipe, target: float, gradients: Gradients | None) -> float:
     """Search on one block where all blocks are cut alike, for which importance does not matter; else on the model."""
     uniform = not recipe.everywhere
     trial = Recipe("magnitude", recipe.head_ratio, hidden=recipe.hidden) if uniform else recipe
@@ -191,10 +197,10 @@ def prunable(model: PreTrainedModel) -> int:
     return examine(model, family_of(model.config.model_type)).prunable_weights
 
 
-def measured(recipe: Recipe, target: float, gradients: Gradients, text: EvaluationText) -> dict[str, Any]:
+def measured(recipe: Recipe, target: float, gradients: Gradients | None, text: EvaluationText) -> dict[str, Any]:
     """Search, prune and evaluate: one row."""
     ratio = ratio_for(recipe, target, gradients)
-    model = fresh(gradients if recipe.importance == "taylor" else None)
+    model = fresh(gradients)
     dense, start = prunable(model), time.perf_counter()
     cut(model, recipe, ratio)
     seconds = time.perf_counter() - start
@@ -203,19 +209,31 @@ def measured(recipe: Recipe, target: float, gradients: Gradients, text: Evaluati
     neurons = [shapes(block)["gate_proj"][0] for block in model.model.layers]
     heads = [shapes(block)["q_proj"][0] // width for block in model.model.layers]
     return {
-        "structure": "neurons+heads+hidden (its recipe)" if recipe.hidden else "neurons+heads",
-        "importance": recipe.importance,
-        "ranking": recipe.ranking,
+        "head_pruning_ratio": round(ratio, 5),
+        **recipe.asked,
         "target": target,
         "kept": round(kept(model, dense), 5),
         "pruning_ratio": round(ratio, 5),
-        "head_pruning_ratio": round(ratio if recipe.head_ratio is None else recipe.head_ratio, 5),
         "neurons": [min(neurons), max(neurons)],
         "query_heads": [min(heads), max(heads)],
         "key_value_heads": model.model.layers[0].self_attn.k_proj.out_features // width,
         "hidden": model.model.embed_tokens.weight.shape[1],
         "perplexity": round(perplexity(model, text).perplexity, 2),
         "seconds": round(seconds, 1),
+    }
+
+
+def described(protocol: dict[str, Any], tokens: CalibrationTokens, text: EvaluationText) -> dict[str, Any]:
+    """A result without rows: what is to be measured, and on what."""
+    return circumstances("python benchmarks/against_torch_pruning.py CALIBRATION.txt EVALUATION.txt") | {
+        "device": "cpu",
+        "versions": versions() | {"torch-pruning": VERSION},
+        "protocol": protocol,
+        "calibration": tokens.provenance,
+        "gradient_seconds": None,
+        "dense_perplexity": round(perplexity(fresh(), text).perplexity, 2),
+        "unadjusted": [unadjusted(target) for target in TARGETS],
+        "rows": [],
     }
 
 
@@ -316,15 +334,16 @@ def markdown(result: dict[str, Any]) -> str:
         "takes the attention for an ungrouped one, its check refuses the block's attention, and all heads stay, "
         "without a message. Ranked over all blocks, it takes the number of key/value heads for that of all heads, and "
         "asks for far too many to go, so that row leaves heads alone.\n"
-        "- Magnitude: group L2, mean over the group's layers, as in its recipe for language models. Taylor: "
+        "- Magnitude: `GroupMagnitudeImportance`, L2, mean over the group's layers, as in its recipe for language models "
+        f"(whose `GroupNormImportance` is not in {VERSION}). Taylor: "
         "`GroupTaylorImportance` with its defaults, gradient in float32 of the next-token loss summed over "
         f"{result['protocol']['samples']} windows of {result['protocol']['seq_len']} tokens, "
         f"{result['gradient_seconds']} s once for all rows.\n"
         "- Seconds: pruning alone, without the gradient and the search; of llm-surgeon, all shots up to this size "
         "with their curvature and updates.\n"
         "- Its recipe is examples/LLMs/prune_llm.py: one ratio for hidden dimension, neurons and heads, each block "
-        "alike, sizes a multiple of 4. It uses magnitude; Taylor in it is ours, as are the sizes. The embedding is "
-        "narrowed with it, which the share of kept weights does not count.\n"
+        "alike, sizes a multiple of 4. The embedding is narrowed with it, which the share of kept weights does not "
+        "count.\n" + (f"- {result['note']}\n" if result.get("note") else "")
     )
 
 
@@ -334,6 +353,7 @@ def main() -> None:
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
     parser.add_argument("--ours", type=Path, action="append", default=[], help="export of llm-surgeon; may be repeated")
+    parser.add_argument("--note", help="what a reader of the table has to know")
     parser.add_argument("--samples", type=int, default=PROTOCOL["samples"])
     parser.add_argument("--eval-tokens", type=int, default=PROTOCOL["eval_tokens"])
     arguments = parser.parse_args()
@@ -342,23 +362,24 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in ("calibration", "evaluation", "samples", "eval_tokens")}
     texts = prepare_texts(load_tokenizer(resolve_source("demo")), PruneConfig.from_mapping(PROTOCOL | given))
     assert texts.evaluation is not None
-    start = time.perf_counter()
-    gradients = calibrate(texts.calibration)
-    result = circumstances("python benchmarks/against_torch_pruning.py CALIBRATION.txt EVALUATION.txt") | {
-        "device": "cpu",
-        "versions": versions() | {"torch-pruning": VERSION},
-        "protocol": {name: (PROTOCOL | given)[name] for name in PROTOCOL if name not in ("sparsity", "shots")},
-        "calibration": texts.calibration.provenance,
-        "gradient_seconds": round(time.perf_counter() - start, 1),
-        "dense_perplexity": round(perplexity(fresh(), texts.evaluation).perplexity, 2),
-        "unadjusted": [unadjusted(target) for target in TARGETS],
-        "rows": our_rows(arguments.ours),
-    }
-    for recipe in NEURONS + PUBLISHED:
-        for target in TARGETS:
-            result["rows"].append(measured(recipe, target, gradients, texts.evaluation))
-            print(result["rows"][-1], flush=True)
-            write("torch_pruning", result, markdown(result))
+    protocol = {name: (PROTOCOL | given)[name] for name in PROTOCOL if name not in ("sparsity", "shots")}
+    result = finished(NAME) or described(protocol, texts.calibration, texts.evaluation)
+    if result["protocol"] != protocol:
+        parser.error("the result that is there has another protocol: remove its JSON file")
+    result["note"] = arguments.note or result.get("note")
+    result["rows"] = our_rows(arguments.ours) + [row for row in result["rows"] if "pruning_ratio" in row]
+    write(NAME, result, markdown(result))
+    gradients: Gradients | None = None
+    for recipe, target in itertools.product([*NEURONS, PUBLISHED], TARGETS):
+        if any((recipe.asked | {"target": target}).items() <= row.items() for row in result["rows"]):
+            continue
+        if recipe.importance == "taylor" and gradients is None:
+            start = time.perf_counter()
+            gradients = calibrate(texts.calibration)
+            result["gradient_seconds"] = round(time.perf_counter() - start, 1)
+        used = gradients if recipe.importance == "taylor" else None
+        result["rows"].append(measured(recipe, target, used, texts.evaluation))
+        write(NAME, result, markdown(result))
 
 
 if __name__ == "__main__":
