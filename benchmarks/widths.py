@@ -2,7 +2,7 @@
 
     python benchmarks/widths.py [--device cpu|cuda] [--dtype float32|bfloat16]
 
-Times the three matrices of SmolLM2-135M's feed-forward part on 512 tokens and on one, at widths around half of the dense
+Times the three matrices of SmolLM2-135M's feed-forward part on 512 tokens and on one, at widths around half the dense
 one that are multiples of 1, 2, 4, ... and of nothing larger. Writes benchmarks/results/widths.json and .md.
 """
 

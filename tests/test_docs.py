@@ -3,11 +3,17 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from llm_surgeon import PruneConfig, prune
+from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.methods import LAYERWISE
-from llm_surgeon.models import examine, family_of
+from llm_surgeon.models import FAMILIES, examine, family_of
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.scores import SCORES
-from tiny import build, tokenizer
+from tiny import build, llama_like, tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -38,3 +44,26 @@ def test_the_table_has_every_layerwise_method():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
         scope = {"global": "all layers", None: "its blocks"}.get(row.scope, row.scope)
         assert line.endswith(f"| {scope} |")
+
+
+def test_the_example_of_a_family_works(text_file, tmp_path):
+    """Real OLMo, which the package has no entry for: pruned, exported as a plain class, reloaded by a stranger."""
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "families.md").read_text(encoding="utf8"), flags=re.DOTALL)
+    with pytest.raises(UnsupportedModelError, match="'olmo'"):
+        family_of("olmo")
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    model = llama_like(OlmoConfig, OlmoForCausalLM, **ids).eval()
+    recipe = PruneConfig(
+        structure="neurons+heads", uniform=True, round_to=4, sparsity=0.4, shots=2, samples=8, seq_len=16,
+        calibration=str(text_file), evaluation="none", precision="float32",
+    )  # fmt: skip
+    try:
+        exec(example, {})
+        report = prune(model, tokenizer(), recipe, out=tmp_path / "out")
+        with pytest.raises(ValueError, match="there is a family 'olmo' already"):
+            exec(example, {})
+    finally:
+        FAMILIES.pop("olmo", None)
+    assert report.export.plain
+    assert 0.3 < report.shots[-1].sparsity <= 0.4

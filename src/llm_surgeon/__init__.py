@@ -2,8 +2,9 @@
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``,
 ``evaluate_tasks``, ``load``, ``compare`` (methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``,
-``Setting``, ``PruneReport``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``, and
-``SurgeonError``, the base of all errors.
+``Setting``, ``PruneReport``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family`` with
+``Family``, ``Attention``, ``FeedForward`` and ``Residual`` (an architecture of one's own); and ``SurgeonError``, the
+base of all errors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from llm_surgeon.evaluation.bench import bench
     from llm_surgeon.evaluation.bench_records import Bench
     from llm_surgeon.evaluation.tasks import evaluate_tasks
+    from llm_surgeon.models import register_family
+    from llm_surgeon.models.family import Attention, Family, FeedForward, Residual
     from llm_surgeon.models.loading import load
     from llm_surgeon.pipeline.comparison import compare
     from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
@@ -24,11 +27,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Attention",
     "Bench",
     "Comparison",
+    "Family",
+    "FeedForward",
     "Perplexity",
     "PruneConfig",
     "PruneReport",
+    "Residual",
     "Setting",
     "SurgeonError",
     "TaskScores",
@@ -39,15 +46,20 @@ __all__ = [
     "load",
     "prune",
     "prune_checkpoint",
+    "register_family",
 ]
 
 # Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
 _HOMES = {
+    "Attention": "models.family",
     "Bench": "evaluation.bench_records",
     "Comparison": "records",
+    "Family": "models.family",
+    "FeedForward": "models.family",
     "Perplexity": "records",
     "PruneConfig": "config",
     "PruneReport": "records",
+    "Residual": "models.family",
     "Setting": "records",
     "SurgeonError": "errors",
     "TaskScores": "records",
@@ -58,6 +70,7 @@ _HOMES = {
     "load": "models.loading",
     "prune": "pipeline.run",
     "prune_checkpoint": "pipeline.run",
+    "register_family": "models",
 }
 
 

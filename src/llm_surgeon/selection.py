@@ -293,10 +293,14 @@ class _Admitted:
 
 @dataclass(frozen=True)
 class _Removed:
-    """What is left (True = kept), what went for its own cost (True = removed), and what killed each group."""
+    """What is left (True = kept), what went for its own cost (True = removed), and how each group died.
+
+    ``marked`` are the groups that went for their own score, ``causes`` the sides that killed groups.
+    """
 
     keep: dict[str, KeepMask]
     chosen: dict[str, KeepMask]
+    marked: list[Tensor]
     causes: list[Tensor]
 
 
@@ -318,16 +322,17 @@ def _removed(
         else:
             rows, columns = torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
         after[name], chosen[name] = KeepMask(mask.rows & ~rows, mask.columns & ~columns), KeepMask(rows, columns)
-    causes = []
+    everything, causes = [], []
     for group in groups:
         cause = torch.where(_dead_sides(keep, group.coupling).any(0), DEAD_BEFORE, ALIVE)
         marked, killing = goes(group.score), group.side_costs.argmin(0)
         _kill(after, group.coupling, marked, cause, killing)
         for number, side in enumerate(group.coupling.sides):
             _set(chosen, side, marked & (killing == number), True)
+        everything.append(marked)
         causes.append(cause)
     close(after, groups, causes, chosen)
-    return _Removed(after, chosen, causes)
+    return _Removed(after, chosen, everything, causes)
 
 
 def _kill(
@@ -364,8 +369,7 @@ def _explain(
     own = sum(_count_structures(mask) for mask in chosen.values())
     if costs is None:
         loss = sum(
-            float(group.side_costs.amin(0)[(cause >= 0) & group.score.isfinite()].sum())
-            for group, cause in zip(groups, removed.causes, strict=True)
+            float(group.side_costs.amin(0)[marked].sum()) for group, marked in zip(groups, removed.marked, strict=True)
         )
     else:
         loss = sum(
