@@ -1,8 +1,9 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``,
-``evaluate_tasks``, ``load``, ``compare`` (methods on identical tokens), ``PruneConfig``, ``Setting``, ``PruneReport``,
-``Perplexity``, ``TaskScores``, ``Comparison``, and ``SurgeonError``, the base of all errors.
+``evaluate_tasks``, ``plan`` (what a run will take), ``load``, ``compare`` (methods on identical tokens),
+``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``, ``Comparison``, and
+``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from llm_surgeon.models.loading import load
     from llm_surgeon.pipeline.comparison import compare
     from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
-    from llm_surgeon.records import Comparison, Perplexity, PruneReport, Setting, TaskScores
+    from llm_surgeon.planning.plan import plan
+    from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
 
 __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Perplexity",
+    "Plan",
     "PruneConfig",
     "PruneReport",
     "Setting",
@@ -32,6 +35,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "load",
+    "plan",
     "prune",
     "prune_checkpoint",
 ]
@@ -40,6 +44,7 @@ __all__ = [
 _HOMES = {
     "Comparison": "records",
     "Perplexity": "records",
+    "Plan": "records",
     "PruneConfig": "config",
     "PruneReport": "records",
     "Setting": "records",
@@ -49,6 +54,7 @@ _HOMES = {
     "evaluate": "pipeline.run",
     "evaluate_tasks": "evaluation.tasks",
     "load": "models.loading",
+    "plan": "planning.plan",
     "prune": "pipeline.run",
     "prune_checkpoint": "pipeline.run",
 }

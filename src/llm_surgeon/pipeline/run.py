@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
@@ -16,18 +15,18 @@ from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import (
-    DTYPES,
-    load_config,
     load_model,
     load_tokenizer,
-    model_type_of,
     resolve_device,
     resolve_source,
 )
 from llm_surgeon.pipeline.corrections import require_peft
-from llm_surgeon.pipeline.job import Job, count_parameters, measure, run_job
-from llm_surgeon.pipeline.structures import Masks, check_structure
+from llm_surgeon.pipeline.job import Job, measure, run_job
+from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import evaluation_text, prepare_texts
+from llm_surgeon.planning.plan import foresee, warn_if_short
+from llm_surgeon.planning.sizes import disk_bytes
+from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.records import (
     ExportRecord,
     Perplexity,
@@ -42,8 +41,6 @@ from llm_surgeon.selection import KeepMask
 
 logger = logging.getLogger(__name__)
 
-# Files of an export beside its weights: tokenizer, report, picture, modelling file.
-_SMALL_FILES = 32 * 2**20
 _PROMPT, _GENERATED = 512, 32
 
 
@@ -155,12 +152,15 @@ def prune_checkpoint(
         require_peft()
     device = resolve_device(config.device)
     source = resolve_source(model)
-    _check_before_loading(source, out, config)
+    skeleton = skeleton_of(source, config)
+    check_disk_space(out, disk_bytes(skeleton, config))
     tokenizer = load_tokenizer(source)
     texts = prepare_texts(tokenizer, config)
+    foreseen = foresee(model, skeleton, config, device, texts)
+    warn_if_short(foreseen)
     network = load_model(source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
-    job = Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model, command)
+    job = Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model, command, foreseen)
     return _prune_into(job, out, dense=source)
 
 
@@ -198,23 +198,6 @@ def _export(
     report = report.model_copy(update={"export": export, "speed": speed})
     _write_report(report, job.config, directory)
     return report
-
-
-def _check_before_loading(source: str, out: Path, config: PruneConfig) -> None:
-    """Find out from the configuration alone whether the model is supported and its export fits on the disk."""
-    family = family_of(model_type_of(source))
-    settings = load_config(source)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(settings)
-    anatomy = examine(skeleton, family, config.ignore)
-    check_structure(config, anatomy)
-    dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
-    schedule = config.sparsity_schedule if config.structure == "rows-columns" else [0.0] * config.shots
-    needed = 0
-    for shot in {*config.export_shots, config.shots}:
-        kept = count_parameters(skeleton) - schedule[shot - 1] * anatomy.prunable_weights
-        needed += int(kept * dtype.itemsize) + _SMALL_FILES
-    check_disk_space(out, needed)
 
 
 def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
