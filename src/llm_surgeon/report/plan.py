@@ -73,7 +73,11 @@ def _phases(plan: Plan) -> Table:
     table.add_row("whole run", scaled_bytes(plan.host_peak), *device, "", time(plan.seconds))
     free = (scaled_bytes(plan.device_available),) if plan.device_available is not None else ()
     table.add_row("available", scaled_bytes(plan.host_available), *free, "", "")
-    how = "from one batch on this machine" if plan.probed else "rough, by rates of a common machine; --probe measures them"
+    how = (
+        "from one batch on this machine"
+        if plan.probed
+        else "rough, by rates of a common machine; --probe measures them"
+    )
     table.caption = Text(f"Peaks of each phase; on a CPU, freed memory stays with the process. Time: {how}.")
     return table
 
