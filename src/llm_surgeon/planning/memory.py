@@ -20,7 +20,7 @@ Parts = dict[str, int]
 
 # Bytes that the C allocator holds beside each byte of tensors in use: freed space between them that is too small for
 # the next, and kernels of the matrix libraries. Measured, see benchmarks/results/memory.md.
-SLACK = 0.2
+SLACK = 0.25
 # Square matrices that one layer's costs or update need at once beside its factors: two factors whole, their damped
 # copies, decompositions and inverses.
 SQUARES = 6
