@@ -98,15 +98,14 @@ class _Model:
             needs["evaluation"] = self._on_device({**window, **self._pruned()})
         needs["export and check"] = self._export()
         if shrinks(config):
-            needs["speed"] = self._on_device({"dense model once more": self._weights, **self._pruned()})
+            needs["speed"] = self._on_device(self._pruned(), apart={"dense model once more": self._weights})
         return needs
 
     def _load(self) -> Need:
         """Files are mapped, so they are resident only as far as they are read; another type makes a copy."""
         files: Parts = {"weight files while read": self._skeleton.stored_bytes} if self._converts else {}
-        if self._device.type == "cpu":
-            return self._on_device(files)
-        return Need({"process": self._process, "weights": self._weights, **files}, {"weights": self._weights})
+        weights: Parts = {"weights": self._weights}
+        return Need({"process": self._process, **weights, **files}, {} if self._device.type == "cpu" else weights)
 
     def _shot(self) -> dict[str, Need]:
         """At their largest, which is in the first shot or, with small matrices beside the dense ones, the second."""
@@ -137,7 +136,8 @@ class _Model:
     def _export(self) -> Need:
         """The reload check is a process of its own, but it takes the same memory."""
         last = weight_bytes(self._skeleton, self._config, self._config.sparsity)
-        return self._on_device(self._pruned(), {"process of the reload check": RELOAD_PROCESS + last})
+        need = self._on_device(self._pruned(), apart={"weights of the reload check": last})
+        return Need({**need.host, "process of the reload check": RELOAD_PROCESS}, need.device)
 
     def _pruned(self) -> Parts:
         """The small matrices beside the dense ones: on a CPU, a mapped file stays as long as any part of it is used."""
@@ -146,14 +146,21 @@ class _Model:
         first = self._config.sparsity_schedule[0]
         return {"pruned weights": round((1 - first) * self._prunable) * self._skeleton.dtype.itemsize}
 
-    def _on_device(self, tensors: Parts, on_host: Parts | None = None) -> Need:
-        """Weights and tensors where the run is; what the run has on the host in any case; the allocator's part."""
-        on_host = on_host or {}
+    def _on_device(self, tensors: Parts, on_host: Parts | None = None, apart: Parts | None = None) -> Need:
+        """Weights and tensors where the run is, with what the allocator holds beside the tensors.
+
+        Args:
+            tensors: Where the run is.
+            on_host: What is on the host in any case.
+            apart: Where the run is, but not from the allocator's free space: files that are mapped, other processes.
+        """
+        on_host, apart = on_host or {}, apart or {}
         if self._device.type != "cpu":
             host = {"process": self._process + GPU_PROCESS, **on_host}
-            return Need(host, {"weights": self._weights, **tensors})
-        slack = round(SLACK * (sum(tensors.values()) + sum(on_host.values())))
-        return Need({"process": self._process, "weights": self._weights, **tensors, **on_host, "allocator": slack}, {})
+            return Need(host, {"weights": self._weights, **tensors, **apart})
+        held = {**tensors, **on_host}
+        slack = round(SLACK * sum(held.values()))
+        return Need({"process": self._process, "weights": self._weights, **held, **apart, "allocator": slack}, {})
 
 
 def process_bytes() -> int:

@@ -18,7 +18,7 @@ from llm_surgeon.planning.probe import Probe, probe_batch
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
 from llm_surgeon.planning.skeleton import Skeleton, skeleton_of, weightless
-from llm_surgeon.planning.trace import Traces, factor_bytes, trace
+from llm_surgeon.planning.trace import Traces, estimation_of, factor_bytes, trace
 from llm_surgeon.records import Plan, PlannedPhase
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ def _calibrated(
     """Rates and passes as a probe has found them; decompositions are as much faster or slower than expected."""
     passes = pass_operations(skeleton, config) * probe.tokens / probe.seconds
     rates = Rates(passes, rates.float32 * passes / rates.passes)
-    if not traces.curvature:
+    # A nearest product holds other factors than the pass that stands in for its own.
+    if not traces.curvature or estimation_of(config).curvature != config.resolved_curvature:
         return rates, traces
     factors = factor_bytes(skeleton.network, skeleton.anatomy, config)
     measured = passes_within(probe.peak, skeleton, factors, device, process)
