@@ -1,10 +1,10 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``,
-``evaluate_tasks``, ``load``, ``compare`` (methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``,
-``Setting``, ``PruneReport``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family`` with
-``Family``, ``Attention``, ``FeedForward`` and ``Residual`` (an architecture of one's own); and ``SurgeonError``, the
-base of all errors.
+``evaluate_tasks``, ``plan`` (what a run will take), ``load``, ``compare`` (methods on identical tokens), ``bench``
+(speed and memory), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``,
+``Comparison``, ``Bench``; ``register_family`` with ``Family``, ``Attention``, ``FeedForward`` and ``Residual`` (an
+architecture of one's own); and ``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from llm_surgeon.models.loading import load
     from llm_surgeon.pipeline.comparison import compare
     from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
-    from llm_surgeon.records import Comparison, Perplexity, PruneReport, Setting, TaskScores
+    from llm_surgeon.planning.plan import plan
+    from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Family",
     "FeedForward",
     "Perplexity",
+    "Plan",
     "PruneConfig",
     "PruneReport",
     "Residual",
@@ -44,6 +46,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "load",
+    "plan",
     "prune",
     "prune_checkpoint",
     "register_family",
@@ -57,6 +60,7 @@ _HOMES = {
     "Family": "models.family",
     "FeedForward": "models.family",
     "Perplexity": "records",
+    "Plan": "records",
     "PruneConfig": "config",
     "PruneReport": "records",
     "Residual": "models.family",
@@ -68,6 +72,7 @@ _HOMES = {
     "evaluate": "pipeline.run",
     "evaluate_tasks": "evaluation.tasks",
     "load": "models.loading",
+    "plan": "planning.plan",
     "prune": "pipeline.run",
     "prune_checkpoint": "pipeline.run",
     "register_family": "models",

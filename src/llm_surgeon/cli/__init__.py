@@ -7,10 +7,12 @@ import typer
 from llm_surgeon.cli.bench import bench
 from llm_surgeon.cli.compare import compare
 from llm_surgeon.cli.evaluate import evaluate
+from llm_surgeon.cli.plan import plan
 from llm_surgeon.cli.prune import prune
 from llm_surgeon.runtime import keep_freed_memory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(plan)
 app.command()(prune)
 app.command(name="eval")(evaluate)
 app.command()(compare)

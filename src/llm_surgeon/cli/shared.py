@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import OutputError, SurgeonError
 from llm_surgeon.records import Record
 
@@ -50,6 +52,51 @@ def option(name: str, more: str = "", default: Any = None) -> Any:
     text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
     panel = next((panel for panel, names in _PANELS.items() if name in names), "Machine")
     return typer.Option(help=f"{text} {more}".rstrip(), rich_help_panel=panel)
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--recipe`` and an option for each of the recipe's keys, in place of its ``**given``.
+
+    What it is then called with is for ``config_of``.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    recipe = typer.Option(help="YAML file of these options; the command line overrides.")
+    options = {"recipe": Annotated[Path | None, recipe]} | {
+        name: Annotated[_typed(field.annotation) | None, option(name)]
+        for name, field in PruneConfig.model_fields.items()
+    }
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in options.items()
+    ]
+    # Typer asks the function for its signature, and this attribute is what it is told.
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return command
+
+
+def _typed(annotation: Any) -> Any:
+    """The type of a key as the command line has it: the recipe checks choices itself, and lists them in its message."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return str
+    if origin is tuple:
+        return list[arguments[0]]  # type: ignore[valid-type]
+    if NoneType in arguments:
+        return _typed(next(argument for argument in arguments if argument is not NoneType))
+    return annotation
+
+
+def config_of(given: Mapping[str, Any]) -> PruneConfig:
+    """The recipe that the options of ``with_recipe`` make together.
+
+    Raises:
+        ConfigError: If the file cannot be read, a key is unknown or a value is out of range.
+    """
+    options: dict[str, Any] = read_recipe(given["recipe"]) if given["recipe"] else {}
+    return PruneConfig.from_mapping(
+        options | {name: value for name, value in given.items() if name != "recipe" and value is not None}
+    )
 
 
 def command_line() -> str:

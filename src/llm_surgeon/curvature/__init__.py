@@ -25,6 +25,7 @@ def estimate(
     how: Estimation,
     advance: Advance = lambda _tokens: None,
     previous: Curvature | None = None,
+    make_task: type[Task] = Task,
 ) -> Curvature:
     """Estimate the curvature of every prunable layer.
 
@@ -36,6 +37,7 @@ def estimate(
         how: Which approximation, and how.
         advance: Called with the number of tokens after each batch.
         previous: The estimate of the last shot, from which a power iteration sets out.
+        make_task: What runs the passes.
 
     Raises:
         NonFiniteError: If the loss is not finite.
@@ -43,7 +45,7 @@ def estimate(
     """
     if how.curvature == "identity":
         return KroneckerFactors({}, {}, frozenset(), None)
-    task = Task(model, anatomy, keep, tokens, how, advance)
+    task = make_task(model, anatomy, keep, tokens, how, advance)
     if how.curvature == "diagonal":
         return estimate_diagonal(task)
     if how.curvature in TERMS:

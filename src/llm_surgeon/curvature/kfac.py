@@ -29,7 +29,7 @@ def estimate_kfac(task: Task) -> KroneckerFactors:
         if backward:
             for name, layer in task.anatomy.layers.items():
                 core = core_of(task.model, layer)
-                gradients[name] = GramSum(int(task.keep[name].rows.sum()), core.weight.device)
+                gradients[name] = GramSum(core.out_features, core.weight.device)
                 hooks.on_gradient(core, gradients[name].add)
         result = task.run(hooks, backward=backward)
     full_width = frozenset(group for group, readers in groups.items() if len(readers) > 1)
@@ -43,7 +43,7 @@ def _watch_input(task: Task, hooks: Hooks, readers: list[LinearLayer]) -> InputS
     if len(readers) > 1:
         module, size = task.model.get_submodule(first.name), first.columns
     else:
-        module, size = core, int(task.keep[first.name].columns.sum())
+        module, size = core, core.in_features
     total = InputSum(size, any(layer.bias for layer in readers), core.weight.device)
     hooks.on_input(module, total.add)
     return total

@@ -5,7 +5,7 @@ Each half step of the power iteration is one pass over the data: inputs and grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +140,17 @@ def _start(task: Task, layer: LinearLayer, previous: NearestCurvature | None, te
     return torch.eye(core.in_features + layer.bias, device=core.weight.device)
 
 
+def nearest_bytes(sizes: Iterable[tuple[int, int, bool]], terms: int) -> int:
+    """Bytes of the factors while they are estimated, at most.
+
+    Args:
+        sizes: Rows, columns and whether there is a bias, of each layer.
+        terms: Products per layer.
+    """
+    # The terms, one more while it is summed, and its parts.
+    return sum((terms + 2) * (rows**2 + (columns + bias) ** 2) * 4 for rows, columns, bias in sizes)
+
+
 def check_affordable(task: Task) -> None:
     """Refuse before any work what would not fit.
 
@@ -148,8 +159,7 @@ def check_affordable(task: Task) -> None:
     """
     device, terms = next(task.model.parameters()).device, TERMS[task.how.curvature]
     sizes = [(*task.keep[name].shape, layer.bias) for name, layer in task.anatomy.layers.items()]
-    # The terms, one more while it is summed, and its parts.
-    held = sum((terms + 2) * (rows**2 + (columns + bias) ** 2) * 4 for rows, columns, bias in sizes)
+    held = nearest_bytes(sizes, terms)
     if terms > 1:
         held += max(kronecker_sum_bytes(rows, columns + bias, 4) for rows, columns, bias in sizes)
     free = available_bytes(device)

@@ -106,13 +106,16 @@ def run_pass(
     device = next(model.parameters()).device
     loss, count = 0.0, 0
     generator = torch.Generator(device).manual_seed(how.seed) if how.sampled_labels else None
-    with frozen(model), arithmetic(device, how.precision), torch.set_grad_enabled(backward):
+    with frozen(model), torch.set_grad_enabled(backward):
         if backward:
             hooks.start_graph_at(model.get_input_embeddings())
         for input_ids, attention_mask in tokens.batches(how.batch_size):
             batch = _Batch(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
             hooks.positions = batch.positions
-            loss += _run_batch(model, batch, backward, how.sampled_labels, generator)
+            # Until it ends, autocast keeps the rounded inputs of the head. Scattered among the freed logits of earlier
+            # batches they leave no room there for the next ones, and the memory of a pass grows with every batch.
+            with arithmetic(device, how.precision):
+                loss += _run_batch(model, batch, backward, how.sampled_labels, generator)
             count += len(batch.positions)
             advance(input_ids.numel())
             _check_loss(loss)

@@ -187,6 +187,12 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
     )
 
 
+def straighten(model: nn.Module, anatomy: Anatomy) -> None:
+    """Replace the transposed layers of another model of the same architecture, in place, as ``examine`` does."""
+    for name in anatomy.layers:
+        _straighten(model, name)
+
+
 def _straighten(block: nn.Module, kind: str) -> None:
     """Replace a transposed linear layer by a plain one, in place."""
     module = block.get_submodule(kind)

@@ -20,7 +20,7 @@ from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.shots import run_shots
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts
-from llm_surgeon.records import LayerRecord, Memory, Perplexity, PruneReport, ShotRecord, Size
+from llm_surgeon.records import LayerRecord, Memory, Perplexity, Plan, PruneReport, ShotRecord, Size
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.versions import versions
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on; ``source`` and ``command`` are for the report."""
+    """What a run works on; ``source``, ``command`` and ``plan`` are for the report."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -39,6 +39,7 @@ class Job:
     progress: Progress
     source: str
     command: str | None = None
+    plan: Plan | None = None
 
 
 def run_job(
@@ -75,6 +76,7 @@ def run_job(
             memory=Memory(peak=peak, model=model_bytes, factors=factor_bytes),
             versions=versions(),
             command=job.command,
+            plan=job.plan,
         )
 
     run = run_layerwise if job.config.layerwise else run_shots

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
@@ -18,11 +17,8 @@ from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import (
-    DTYPES,
-    load_config,
     load_model,
     load_tokenizer,
-    model_type_of,
     resolve_device,
     resolve_source,
 )
@@ -31,6 +27,9 @@ from llm_surgeon.pipeline.job import Job, count_parameters, measure, run_job
 from llm_surgeon.pipeline.structures import Masks, check_structure
 from llm_surgeon.pipeline.targets import count_based, latency_based, reached
 from llm_surgeon.pipeline.texts import evaluation_text, prepare_texts
+from llm_surgeon.planning.plan import foresee, warn_if_short
+from llm_surgeon.planning.sizes import disk_bytes
+from llm_surgeon.planning.skeleton import settled, skeleton_of
 from llm_surgeon.records import (
     ExportRecord,
     Perplexity,
@@ -45,8 +44,6 @@ from llm_surgeon.selection import KeepMask
 
 logger = logging.getLogger(__name__)
 
-# Files of an export beside its weights: tokenizer, report, picture, modelling file.
-_SMALL_FILES = 32 * 2**20
 _PROMPT, _GENERATED = 512, 32
 
 
@@ -161,13 +158,19 @@ def prune_checkpoint(
         require_peft()
     device = resolve_device(config.device)
     source = resolve_source(model)
-    resolved = _check_before_loading(source, out, config)
+    skeleton = skeleton_of(source, config)
+    resolved = settled(skeleton, config)
+    check_disk_space(out, disk_bytes(skeleton, resolved))
     tokenizer = load_tokenizer(source)
     texts = prepare_texts(tokenizer, config)
+    # What a latency comes to is only known once the model has been timed.
+    foreseen = foresee(model, skeleton, resolved, device, texts) if resolved.target is None else None
+    if foreseen is not None:
+        warn_if_short(foreseen)
     network = load_model(source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     resolved = latency_based(resolved, network, anatomy)
-    job = Job(network, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), model, command)
+    job = Job(network, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), model, command, foreseen)
     return _prune_into(job, out, config, dense=source)
 
 
@@ -231,29 +234,6 @@ def _export(
     report = report.model_copy(update={"export": export, "speed": speed, "target": target})
     _write_report(report, job.config, directory)
     return report
-
-
-def _check_before_loading(source: str, out: Path, config: PruneConfig) -> PruneConfig:
-    """Find out from the configuration alone whether the model is supported and its export fits on the disk.
-
-    Returns:
-        The recipe with the sparsity of its target, unless that has to be timed.
-    """
-    family = family_of(model_type_of(source))
-    settings = load_config(source)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(settings)
-    anatomy = examine(skeleton, family, config.ignore)
-    dtype = DTYPES[config.dtype] if config.dtype != "auto" else (getattr(settings, "dtype", None) or torch.float32)
-    config = count_based(config, anatomy, count_parameters(skeleton), dtype.itemsize)
-    check_structure(config, anatomy)
-    schedule = config.sparsity_schedule if config.parts else [0.0] * config.shots
-    needed = 0
-    for shot in {*config.export_shots, config.shots}:
-        kept = count_parameters(skeleton) - schedule[shot - 1] * anatomy.prunable_weights
-        needed += int(kept * dtype.itemsize) + _SMALL_FILES
-    check_disk_space(out, needed)
-    return config
 
 
 def _smaller(masks: Masks) -> dict[str, KeepMask] | None:

@@ -19,6 +19,7 @@ from llm_surgeon.report.figures import (
     seconds_by_phase,
     times_svg,
 )
+from llm_surgeon.report.plan import compared
 from llm_surgeon.report.plots import kept_percent
 from llm_surgeon.report.table import (
     HEADINGS,
@@ -99,6 +100,7 @@ def report_page(report: PruneReport) -> str:
         ("costs", "Costs", _costs(report.shots)),
         ("time", "Time", _time(report.shots)),
         ("memory", "Memory", _memory(report.shots, report.memory)),
+        ("plan", "Plan", _plan(report)),
         ("export", "Export check", _export(report.export)),
         ("speed", "Speed", _speed(report.speed)),
         ("origin", "Origin", _origin(report)),
@@ -288,6 +290,18 @@ def _memory(shots: Sequence[ShotRecord], memory: Memory) -> str:
     ]
     caption = "Peaks count memory of the device if it is a GPU, else memory resident in the process."
     return f"{facts}\n{_figure(svg, caption)}\n{_table('Peak of each phase', ('shot', *phases), rows)}"
+
+
+def _plan(report: PruneReport) -> str:
+    rows = compared(report)
+    if not rows:
+        return _said("Nothing was predicted.")
+    notes = (
+        "Predicted before the model was loaded, from its configuration and the recipe. Time by rates of a common "
+        "machine."
+    )
+    table = _table("Predicted and measured", ("", "predicted", "measured", "predicted to measured"), rows)
+    return f"{table}\n{_said(notes, 'notes')}"
 
 
 def _bytes(count: int) -> str:

@@ -1,0 +1,40 @@
+"""The command ``plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_surgeon.cli.shared import config_of, console, errors_as_messages, with_recipe
+from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+
+
+@with_recipe
+def plan(
+    model: Annotated[str, typer.Argument(help="A local Hugging Face directory, a hub id, or the word demo.")],
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the model after all, and time and measure one batch.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the plan to; must not exist.")] = None,
+    **given: Any,
+) -> None:
+    """Say what pruning MODEL will take and give, by the options of prune, without loading its weights."""
+    with errors_as_messages():
+        config = config_of(given)
+        # Imported late, see prune.
+        from llm_surgeon.export.place import check_result_file
+        from llm_surgeon.planning.plan import plan as foresee
+        from llm_surgeon.planning.plan import warn_if_short
+        from llm_surgeon.report.plan import plan_tables
+
+        quiet_transformers()
+        log_to_stderr()
+        if out is not None:
+            check_result_file(out)
+        foreseen = foresee(model, config, probe)
+        console().print(plan_tables(foreseen))
+        warn_if_short(foreseen)
+        if out is not None:
+            out.write_text(foreseen.model_dump_json(indent=2) + "\n", encoding="utf8")

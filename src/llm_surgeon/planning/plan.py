@@ -1,0 +1,154 @@
+"""What a run will take and give, from the configuration of the model and the recipe."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.evaluation.memory import available_bytes
+from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.pipeline.corrections import require_peft
+from llm_surgeon.pipeline.texts import Texts, prepare_texts
+from llm_surgeon.planning.loaders import loaders
+from llm_surgeon.planning.memory import host_available, needs_of, passes_within, process_bytes
+from llm_surgeon.planning.probe import Probe, probe_batch
+from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
+from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
+from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of, weightless
+from llm_surgeon.planning.trace import Traces, estimation_of, factor_bytes, trace
+from llm_surgeon.records import Plan, PlannedPhase
+
+logger = logging.getLogger(__name__)
+
+# The report's peak is of what is between.
+_UNREPORTED = ("load", "export and check", "speed")
+
+
+def plan(model: str, config: PruneConfig, probe: bool = False) -> Plan:
+    """Say what pruning a checkpoint will take and give, without loading its weights.
+
+    Args:
+        model: A local directory, a hub id, or ``demo``.
+        config: The recipe.
+        probe: Whether to load the model after all, and to time and measure one batch.
+
+    Returns:
+        Sizes, memory and seconds by phase, disk, and what can load the result. Memory of the host is that of this
+        process, in which the run is expected.
+
+    Raises:
+        SurgeonError: Whatever ``prune_checkpoint`` raises before it loads the model; ``probe`` raises what a pass does.
+    """
+    if config.lora:
+        require_peft()
+    device, source = resolve_device(config.device), resolve_source(model)
+    skeleton = skeleton_of(source, config)
+    config = settled(skeleton, config)
+    if config.target is not None:
+        raise ConfigError(
+            "What a latency comes to is only known once the model has been timed.",
+            "Plan with --sparsity, or let prune find the sparsity.",
+        )
+    texts = prepare_texts(load_tokenizer(source), config)
+    return foresee(model, skeleton, config, device, texts, probe=probe)
+
+
+def foresee(
+    model: str, skeleton: Skeleton, config: PruneConfig, device: torch.device, texts: Texts, probe: bool = False
+) -> Plan:
+    """The plan of a run whose texts are prepared and whose model is still to be loaded; see ``plan``."""
+    traces = trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device)
+    process, rates = process_bytes(), default_rates(config, device)
+    if probe:
+        probed = probe_batch(skeleton, config, device, texts.calibration)
+        rates, traces = _calibrated(skeleton, config, device, process, probed, rates, traces)
+    last = config.sparsity_schedule[-1]
+    return Plan(
+        model=model,
+        family=skeleton.anatomy.family.model_type,
+        device=str(device),
+        kinds=kinds_of(skeleton),
+        dense_size=dense_size(skeleton),
+        size=size_after(skeleton, last),
+        dense_weight_bytes=skeleton.weight_bytes,
+        weight_bytes=weight_bytes(skeleton, config, last),
+        disk=disk_bytes(skeleton, config),
+        phases=_phases(skeleton, config, device, traces, process, rates, texts),
+        host_available=host_available(),
+        device_available=available_bytes(device) if device.type == "cuda" else None,
+        loaders=loaders(config, skeleton.anatomy.family.model_type),
+        probed=probe,
+    )
+
+
+def warn_if_short(foreseen: Plan) -> None:
+    """Log a warning if there is less memory than the plan needs: what takes most of it, and what to do."""
+    places = [("memory", foreseen.host_available, [phase.host for phase in foreseen.phases])]
+    if foreseen.device_available is not None:
+        places.append((f"memory of {foreseen.device}", foreseen.device_available, [p.device for p in foreseen.phases]))
+    for place, available, phases in places:
+        parts = max(phases, key=lambda phase: sum(phase.values()))
+        if sum(parts.values()) > available:
+            largest = max(parts, key=lambda part: parts[part])
+            logger.warning(
+                "about %.1f GiB of %s will be needed, and %.1f GiB are free; the largest part is %s with %.1f GiB: %s",
+                sum(parts.values()) / 2**30,
+                place,
+                available / 2**30,
+                largest,
+                parts[largest] / 2**30,
+                _remedy(largest),
+            )
+
+
+def _remedy(part: str) -> str:
+    if part in ("passes", "allocator", "hidden states"):
+        return "use a smaller --batch-size or --seq-len"
+    if part == "factors":
+        return "leave layers out with --ignore, or use a layer-wise method; a smaller --batch-size helps a little"
+    return "use --dtype bfloat16, a smaller --batch-size, or a machine with more memory"
+
+
+def _calibrated(
+    skeleton: Skeleton,
+    config: PruneConfig,
+    device: torch.device,
+    process: int,
+    probe: Probe,
+    rates: Rates,
+    traces: Traces,
+) -> tuple[Rates, Traces]:
+    """Rates and passes as a probe has found them; decompositions are as much faster or slower than expected."""
+    passes = pass_operations(skeleton, config) * probe.tokens / probe.seconds
+    rates = Rates(passes, rates.float32 * passes / rates.passes)
+    # A nearest product holds other factors than the pass that stands in for its own.
+    if not traces.curvature or estimation_of(config).curvature != config.resolved_curvature:
+        return rates, traces
+    factors = factor_bytes(skeleton.network, skeleton.anatomy, config)
+    measured = passes_within(probe.peak, skeleton, factors, device, process)
+    return rates, replace(traces, curvature=measured)
+
+
+def _phases(
+    skeleton: Skeleton,
+    config: PruneConfig,
+    device: torch.device,
+    traces: Traces,
+    process: int,
+    rates: Rates,
+    texts: Texts,
+) -> tuple[PlannedPhase, ...]:
+    text = texts.evaluation
+    evaluated = 0 if text is None else len(text.windows) * text.window
+    seconds = phase_seconds(skeleton, config, rates, evaluated)
+    needs = needs_of(skeleton, config, device, traces, process)
+    return tuple(
+        PlannedPhase(
+            name=name, host=need.host, device=need.device, seconds=seconds[name], reports=name not in _UNREPORTED
+        )
+        for name, need in needs.items()
+    )

@@ -1,0 +1,57 @@
+"""One real batch, timed and measured, where shapes alone say too little of a machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.curvature import estimate
+from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
+from llm_surgeon.models import examine
+from llm_surgeon.models.loading import load_model
+from llm_surgeon.planning.skeleton import Skeleton
+from llm_surgeon.planning.trace import estimation_of
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one batch took.
+
+    Attributes:
+        tokens: Tokens in it.
+        seconds: Its time.
+        peak: Peak bytes: of the device if it is a GPU, else resident in the process.
+    """
+
+    tokens: int
+    seconds: float
+    peak: int
+
+
+def probe_batch(skeleton: Skeleton, config: PruneConfig, device: torch.device, tokens: CalibrationTokens) -> Probe:
+    """Load the model and run one batch twice, of which the second counts: in the first, kernels are chosen.
+
+    Args:
+        skeleton: The model.
+        config: The recipe.
+        device: Where the run is to be.
+        tokens: Calibration tokens.
+
+    Raises:
+        ModelError: If the model cannot be loaded.
+        NonFiniteError: If the loss is not finite.
+    """
+    network = load_model(skeleton.source, config.dtype, device)
+    anatomy = examine(network, skeleton.anatomy.family, config.ignore)
+    ids, mask = next(iter(tokens.batches(config.batch_size)))
+    batch = CalibrationTokens(ids, mask, {})
+    reset_peak(device)
+    for _ in range(2):
+        start = time.perf_counter()
+        estimate(network, anatomy, anatomy.dense_masks(), batch, estimation_of(config))
+        seconds = time.perf_counter() - start
+    return Probe(ids.numel(), seconds, peak_bytes(device))

@@ -1,0 +1,89 @@
+"""A model without its weights: what the configuration alone says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.models import Anatomy, examine, family_of
+from llm_surgeon.models.anatomy import straighten
+from llm_surgeon.models.loading import DTYPES, load_config, model_type_of
+from llm_surgeon.pipeline.structures import check_structure
+from llm_surgeon.pipeline.targets import count_based
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model as its configuration describes it.
+
+    Attributes:
+        source: A local directory or a hub id.
+        network: The model on the meta device.
+        anatomy: Its prunable layers.
+        stored: Type of the weights in the files, as the configuration says.
+        dtype: Type in which the recipe loads them.
+    """
+
+    source: str
+    network: PreTrainedModel
+    anatomy: Anatomy
+    stored: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the loaded weights."""
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight files: counted where they lie here, else what the configuration makes of them."""
+        files = sum(path.stat().st_size for path in Path(self.source).glob("*.safetensors"))
+        return files or self.parameters * self.stored.itemsize
+
+
+def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
+    """Find out from the configuration alone whether a model is supported, and what it is like.
+
+    Raises:
+        ModelError: If there is no configuration.
+        UnsupportedModelError: If there is no entry for the architecture.
+        ConfigError: If every layer is ignored.
+    """
+    family = family_of(model_type_of(source))
+    settings = load_config(source)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(settings)
+    anatomy = examine(network, family, config.ignore)
+    stored = getattr(settings, "dtype", None) or torch.float32
+    return Skeleton(source, network, anatomy, stored, stored if config.dtype == "auto" else DTYPES[config.dtype])
+
+
+def settled(skeleton: Skeleton, config: PruneConfig) -> PruneConfig:
+    """The recipe with the sparsity of its target, unless that has to be timed, if the layers allow it.
+
+    Raises:
+        ConfigError: If they do not, or the target cannot be reached.
+    """
+    resolved = count_based(config, skeleton.anatomy, skeleton.parameters, skeleton.dtype.itemsize)
+    check_structure(resolved, skeleton.anatomy)
+    return resolved
+
+
+def weightless(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
+    """The model once more, made of tensors that claim to be on a device; for use under a ``FakeTensorMode``."""
+    settings: Any = skeleton.network.config
+    with device:
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=skeleton.dtype)
+    straighten(network, skeleton.anatomy)
+    return network

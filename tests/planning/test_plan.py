@@ -1,0 +1,137 @@
+import logging
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llm_surgeon import PruneConfig, plan, prune_checkpoint
+from llm_surgeon.errors import ConfigError, DataError, ModelError
+from llm_surgeon.planning.loaders import loaders
+from llm_surgeon.planning.memory import SLACK, passes_within
+from llm_surgeon.planning.plan import warn_if_short
+from llm_surgeon.planning.probe import Probe
+from llm_surgeon.planning.skeleton import skeleton_of
+
+SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 512, "shots": 2, "device": "cpu"}
+
+
+@pytest.fixture
+def recipe(text_file):
+    return lambda **changes: PruneConfig.from_mapping({**SMALL, "calibration": str(text_file), **changes})
+
+
+def named(foreseen):
+    return {phase.name: phase for phase in foreseen.phases}
+
+
+def tensor_bytes(directory):
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def test_zeros_are_as_large_as_planned_to_the_byte(checkpoint, recipe):
+    foreseen = plan(str(checkpoint), recipe(structure="unstructured"))
+    # Matrices keep their shapes, so the export is as large as the dense model's files.
+    assert foreseen.weight_bytes == tensor_bytes(checkpoint) == foreseen.dense_weight_bytes
+    assert foreseen.size.prunable == foreseen.dense_size.prunable // 2
+
+
+def test_a_run_keeps_its_plan_and_comes_out_about_as_planned(checkpoint, recipe, tmp_path):
+    report = prune_checkpoint(str(checkpoint), tmp_path / "out", recipe(sparsity=0.4))
+    foreseen = report.plan
+    assert foreseen is not None
+    assert foreseen.dense_size == report.dense_size
+    assert report.shots[-1].size.prunable == pytest.approx(foreseen.size.prunable, rel=0.05)
+    indices = sum(layer.rows + layer.columns for layer in report.layers) * 8
+    assert foreseen.weight_bytes * 0.95 < tensor_bytes(tmp_path / "out") < foreseen.weight_bytes * 1.05 + indices
+    assert foreseen.disk > foreseen.weight_bytes
+    assert set(report.shots[0].peaks) <= set(named(foreseen))
+    assert foreseen.host_peak >= foreseen.peak > report.memory.model
+    assert foreseen.device_peak == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "predicted to measured" in page
+
+
+def test_what_is_pruned_is_listed_by_kind(checkpoint, recipe):
+    foreseen = plan(str(checkpoint), recipe(ignore=["lm_head", "o_proj"]))
+    assert [kind.kind for kind in foreseen.kinds] == ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sum(kind.weights for kind in foreseen.kinds) == foreseen.dense_size.prunable
+    assert all(kind.layers == 2 for kind in foreseen.kinds)
+
+
+def test_a_larger_batch_needs_more(checkpoint, recipe):
+    small, large = (named(plan(str(checkpoint), recipe(batch_size=size)))["curvature"] for size in (1, 4))
+    assert large.host["passes"] > 2 * small.host["passes"]
+    assert large.host["factors"] == small.host["factors"]
+
+
+def test_a_layerwise_plan_grows_with_the_samples(checkpoint, recipe):
+    few, many = (named(plan(str(checkpoint), recipe(method="wanda", shots=1, samples=n))) for n in (8, 16))
+    assert many["curvature"].host["hidden states"] == 2 * few["curvature"].host["hidden states"]
+    assert "speed" not in many, "zeros are not timed"
+
+
+def test_weights_of_another_type_are_converted_while_the_files_are_read(checkpoint, recipe):
+    foreseen = plan(str(checkpoint), recipe(dtype="bfloat16"))
+    files = skeleton_of(str(checkpoint), recipe()).stored_bytes
+    assert named(foreseen)["load"].host["weight files while read"] == files
+    assert foreseen.dense_weight_bytes == foreseen.dense_size.total * 2
+
+
+def test_a_probe_says_what_was_measured(checkpoint, recipe, monkeypatch):
+    measured = Probe(tokens=64, seconds=2.0, peak=20 * 2**30)
+    monkeypatch.setattr("llm_surgeon.planning.plan.probe_batch", lambda *_: measured)
+    foreseen = plan(str(checkpoint), recipe(shots=1), probe=True)
+    assert foreseen.probed
+    phase = named(foreseen)["curvature"]
+    assert phase.host_bytes == pytest.approx(measured.peak, abs=8)
+    # 8 samples of 32 tokens are four times as many as were probed.
+    assert phase.seconds == pytest.approx(8.0)
+
+
+def test_a_probe_runs_a_real_batch(checkpoint, recipe):
+    foreseen = plan(str(checkpoint), recipe(), probe=True)
+    assert foreseen.probed
+    assert named(foreseen)["curvature"].seconds > 0
+
+
+def test_passes_are_what_a_measured_peak_leaves_for_them(checkpoint, recipe):
+    skeleton = skeleton_of(str(checkpoint), recipe())
+    passes = passes_within(10**9, skeleton, 10**6, torch.device("cpu"), 10**7)
+    assert 10**7 + skeleton.weight_bytes + (1 + SLACK) * (passes + 10**6) == pytest.approx(10**9)
+    assert passes_within(0, skeleton, 0, torch.device("cpu"), 0) == 0
+
+
+def test_too_little_memory_is_a_warning_with_a_remedy(checkpoint, recipe, caplog):
+    foreseen = plan(str(checkpoint), recipe())
+    with caplog.at_level(logging.WARNING, "llm_surgeon"):
+        warn_if_short(foreseen)
+        assert not caplog.messages
+        phase = named(foreseen)["curvature"].model_copy(update={"host": {"process": 1, "passes": 2**40}})
+        warn_if_short(foreseen.model_copy(update={"phases": (phase,)}))
+    (message,) = caplog.messages
+    assert "passes with 1024.0 GiB" in message
+    assert "--batch-size" in message
+
+
+def test_mistakes_are_found_as_in_a_run(checkpoint, recipe, tmp_path):
+    with pytest.raises(ModelError):
+        plan(str(tmp_path / "nothing"), recipe())
+    with pytest.raises(DataError):
+        plan(str(checkpoint), recipe(samples=100_000))
+    with pytest.raises(ConfigError):
+        plan(str(checkpoint), recipe(device="cuda:99"))
+    with pytest.raises(ConfigError):
+        plan(str(checkpoint), recipe(structure="7:16"))
+
+
+def test_loaders_tell_shapes_apart():
+    (smaller,) = loaders(PruneConfig(), "llama")
+    assert "trust_remote_code" in smaller
+    for structure in ("unstructured", "2:4"):
+        (zeros,) = loaders(PruneConfig(structure=structure), "qwen2")
+        assert "qwen2" in zeros
+        assert "no faster" in zeros

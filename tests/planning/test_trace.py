@@ -1,0 +1,110 @@
+"""Traced bytes against those of the same code on real tensors."""
+
+import pytest
+import torch
+
+from llm_surgeon import PruneConfig
+from llm_surgeon.curvature import Estimation, estimate
+from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.models import examine, family_of
+from llm_surgeon.models.anatomy import straighten
+from llm_surgeon.planning.trace import LiveBytes, factor_bytes, trace
+from tiny import BUILDERS, build, tokens
+
+CPU = torch.device("cpu")
+CURVATURES = {"kfac": "surgeon", "diagonal": "k-obd", "activations": "l-obd"}
+
+
+def traced(model, **options):
+    config = PruneConfig.from_mapping({"batch_size": 2, "seq_len": 16, "samples": 4, "eval_window": 32, **options})
+    anatomy = examine(model, family_of(model.config.model_type))
+
+    def weightless():
+        network = type(model)(model.config)
+        straighten(network, anatomy)
+        return network
+
+    return trace(weightless, anatomy, config, CPU), config, anatomy
+
+
+def measured(model, anatomy, config, batch=2):
+    """Bytes beside weights and factors at the peak of a real batch."""
+    how = Estimation(config.batch_size, config.precision, config.resolved_curvature)
+    ids = tokens(batch, config.seq_len)
+    with CountingRealTensors() as live:
+        factors = estimate(model, anatomy, anatomy.dense_masks(), CalibrationTokens(ids, None, {}), how)
+        return live.peak - factors.nbytes, factors.nbytes
+
+
+class CountingRealTensors(LiveBytes):
+    """The same count where numbers exist: every operation gives what it gives."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in torch.utils._pytree.tree_leaves(result):
+            if isinstance(item, torch.Tensor):
+                self._count(item.untyped_storage())
+        return result
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_pass_is_as_large_as_a_real_one(family, precision):
+    model = build(family)
+    traces, config, anatomy = traced(model, precision=precision)
+    real, _ = measured(model, anatomy, config)
+    # The masks of tiny tests' batches and the labels' positions are the only numbers that a trace has to guess.
+    assert traces.curvature == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_factors_are_those_of_an_estimation(curvature):
+    model = build("llama-biased")
+    traces, config, anatomy = traced(model, method=CURVATURES[curvature], curvature=curvature)
+    real, factors = measured(model, anatomy, config)
+    assert factor_bytes(model, anatomy, config) == factors
+    assert traces.curvature == pytest.approx(real, rel=0.03)
+
+
+def test_more_blocks_are_extrapolated_exactly(monkeypatch):
+    model = build("llama")
+    model = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 9}))
+    shallow = traced(model)[0]
+    monkeypatch.setattr("llm_surgeon.planning.trace.DEPTH", 9)
+    assert traced(model)[0] == shallow
+
+
+def test_an_evaluation_window_is_as_large_as_a_real_one():
+    model = build("llama")
+    traces, config, _ = traced(model)
+    text = EvaluationText(tokens(1, 32)[0], "text", 32, 32, config.precision)
+    with CountingRealTensors() as live:
+        perplexity(model, text)
+    assert traces.evaluation == pytest.approx(live.peak, rel=0.03)
+
+
+def test_a_layerwise_method_keeps_the_hidden_states_of_all_tokens():
+    traces, _, _ = traced(build("llama"), method="wanda")
+    states = 2 * 16 * 24 * 4
+    assert states <= traces.waiting < 2 * states
+    assert traces.watching > 0
+    assert traces.curvature == 0
+
+
+def test_what_is_not_done_takes_nothing():
+    traces, config, anatomy = traced(build("llama"), method="magnitude", evaluation="none")
+    assert (traces.curvature, traces.evaluation, traces.training) == (0, 0, 0)
+    assert factor_bytes(build("llama"), anatomy, config) == 0
+
+
+def test_live_bytes_forget_what_is_gone():
+    with CountingRealTensors() as live:
+        first = torch.zeros(100)
+        second = first + 1
+        assert live.now == 800
+        view = second[:10]
+        del first, second
+        assert live.now == 400
+        del view
+    assert (live.now, live.peak) == (0, 800)
