@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.methods import (
@@ -28,6 +28,7 @@ Precision = Literal["bfloat16", "float32"]
 LayerBudget = Literal["uniform", "owl"]
 Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
+Quantity = Annotated[int, BeforeValidator(parse_quantity)]
 
 _UNSTRUCTURED = "unstructured"
 # What may be given instead of the sparsity.
@@ -56,10 +57,12 @@ class PruneConfig(BaseModel):
         description="Fraction of the prunable linear weights to remove; embeddings and lm_head are excluded. "
         "For N:M unless given: what removing M-N of every M weights makes.",
     )
-    target_params: int | None = Field(
+    target_params: Quantity | None = Field(
         None, description="Instead of sparsity: parameters of the result, all of them, e.g. 90M."
     )
-    target_bytes: int | None = Field(None, description="Instead of sparsity: bytes of its weight files, e.g. 300MiB.")
+    target_bytes: Quantity | None = Field(
+        None, description="Instead of sparsity: bytes of its weight files, e.g. 300MiB."
+    )
     target_latency: float | None = Field(
         None,
         gt=0.0,
@@ -212,11 +215,6 @@ class PruneConfig(BaseModel):
             raise ValueError(f"only one of sparsity, {', '.join(TARGETS)} can be given")
         pattern = Pattern.parse(given.get("structure"))
         return given if pattern is None else {"sparsity": pattern.sparsity} | given
-
-    @field_validator("target_params", "target_bytes", mode="before")
-    @classmethod
-    def _check_target(cls, target: Any) -> Any:
-        return None if target is None else parse_quantity(target)
 
     @field_validator("method")
     @classmethod

@@ -78,7 +78,8 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
 def _typed(annotation: Any) -> Any:
     """The type of a key as the command line has it: the recipe checks choices itself, and lists them in its message."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
+    # What has a form of its own (90M) is read by the recipe as well.
+    if origin in (Literal, Annotated):
         return str
     if origin is tuple:
         return list[arguments[0]]  # type: ignore[valid-type]
