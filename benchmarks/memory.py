@@ -3,15 +3,15 @@
 Two models (the demo, and a random Qwen 2 of other proportions: few wide blocks, biases, an output head of its own) in
 two settings each. Few samples are enough for a peak. To be run without OMP_NUM_THREADS: memory depends on threads.
 
-    python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt
+    python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt [--again]
 
-Writes benchmarks/results/memory.json and memory.md.
+``--again`` predicts anew and keeps what was measured before. Writes benchmarks/results/memory.json and
+memory.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import circumstances, table, write
+from common import circumstances, finished, table, write
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from llm_surgeon import PruneReport
+from llm_surgeon import Plan, PruneReport
 from llm_surgeon.models.loading import load_tokenizer, resolve_source
 
 SETTINGS: list[dict[str, Any]] = [
@@ -52,32 +52,36 @@ def other_model(directory: Path) -> Path:
     return directory
 
 
-def run(model: str, setting: dict[str, Any], texts: list[str], out: Path) -> PruneReport:
-    """Prune in a fresh process, and read its report."""
+def options_of(setting: dict[str, Any], texts: list[str]) -> list[str]:
+    """The command line of a setting."""
     options = {**SHORT, **setting, "calibration": texts[0], "evaluation": texts[1], "device": "cpu"}
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    subprocess.run([sys.executable, "-m", "llm_surgeon", "prune", model, "--out", str(out), *flags], check=True)
-    return PruneReport.model_validate_json((out / "report.json").read_text(encoding="utf8"))
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def row(name: str, setting: dict[str, Any], report: PruneReport) -> dict[str, Any]:
-    """What is compared of one run."""
-    plan, export = report.plan, report.export
-    assert plan is not None
-    assert export is not None
-    shots = {phase: max(shot.peaks[phase] for shot in report.shots) for phase in report.shots[0].peaks}
-    predicted = {phase.name: phase for phase in plan.phases}
+def predicted(model: str, options: list[str], out: Path) -> dict[str, Any]:
+    """Plan in a fresh process."""
+    command = [sys.executable, "-m", "llm_surgeon", "plan", model, "--out", str(out), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    plan = Plan.model_validate_json(out.read_text(encoding="utf8"))
+    shots = sum(phase.seconds for phase in plan.phases if phase.name in ("curvature", "selection", "update"))
     return {
-        "model": name,
-        **setting,
-        "predicted_peak": plan.peak,
-        "measured_peak": report.memory.peak,
-        "predicted_weight_bytes": plan.weight_bytes,
-        "measured_weight_bytes": export.weight_bytes,
-        "predicted_shot_seconds": sum(predicted[phase].seconds for phase in ("curvature", "selection", "update")),
-        "measured_shot_seconds": sum(shot.seconds for shot in report.shots),
-        "measured_peaks": shots,
-        "plan": plan.model_dump(),
+        "peak": plan.peak,
+        "weight_bytes": plan.weight_bytes,
+        "shot_seconds": shots,
+        "curvature": next(phase for phase in plan.phases if phase.name == "curvature").host,
+    }
+
+
+def measured(model: str, options: list[str], out: Path) -> dict[str, Any]:
+    """Prune in a fresh process, and read its report."""
+    subprocess.run([sys.executable, "-m", "llm_surgeon", "prune", model, "--out", str(out), *options], check=True)
+    report = PruneReport.model_validate_json((out / "report.json").read_text(encoding="utf8"))
+    assert report.export is not None
+    return {
+        "peak": report.memory.peak,
+        "weight_bytes": report.export.weight_bytes,
+        "shot_seconds": sum(shot.seconds for shot in report.shots),
+        "peaks": {phase: max(shot.peaks[phase] for shot in report.shots) for phase in report.shots[0].peaks},
     }
 
 
@@ -85,22 +89,20 @@ def markdown(result: dict[str, Any]) -> str:
     """The tables of the result."""
     rows, parts = [], []
     for found in result["runs"]:
-        setting = f"{found['model']}, {found['batch_size']} x {found['seq_len']}"
-        peak, weights = found["predicted_peak"], found["predicted_weight_bytes"]
+        setting, before, after = found["setting"], found["predicted"], found["measured"]
         rows.append(
             (
                 setting,
-                f"{peak / 2**20:,.0f}",
-                f"{found['measured_peak'] / 2**20:,.0f}",
-                f"{100 * (peak / found['measured_peak'] - 1):+.1f} %",
-                f"{weights / 2**20:,.1f}",
-                f"{found['measured_weight_bytes'] / 2**20:,.1f}",
-                f"{found['predicted_shot_seconds']:,.0f}",
-                f"{found['measured_shot_seconds']:,.0f}",
+                f"{before['peak'] / 2**20:,.0f}",
+                f"{after['peak'] / 2**20:,.0f}",
+                f"{100 * (before['peak'] / after['peak'] - 1):+.1f} %",
+                f"{before['weight_bytes'] / 2**20:,.1f}",
+                f"{after['weight_bytes'] / 2**20:,.1f}",
+                f"{before['shot_seconds']:,.0f}",
+                f"{after['shot_seconds']:,.0f}",
             )
         )
-        curvature = next(phase for phase in found["plan"]["phases"] if phase["name"] == "curvature")
-        parts.append((setting, *(f"{curvature['host'].get(part, 0) / 2**20:,.0f}" for part in PARTS)))
+        parts.append((setting, *(f"{before['curvature'].get(part, 0) / 2**20:,.0f}" for part in PARTS)))
     heading = ("batch x tokens", "peak, predicted (MiB)", "measured", "error", "weight files, predicted (MiB)",
                "measured", "shots, predicted (s)", "measured")  # fmt: skip
     return (
@@ -113,24 +115,31 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-PARTS = ("process", "weights", "pruned weights", "factors", "passes", "allocator")
+PARTS = ("process", "weights", "pruned weights", "factors", "passes", "allocator", "freed logits")
 
 
 def main() -> None:
-    """Run both models in both settings."""
+    """Both models in both settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
+    parser.add_argument("--again", action="store_true", help="predict anew, keep what was measured")
     arguments = parser.parse_args()
-    texts, runs = [arguments.calibration, arguments.evaluation], []
+    texts = [arguments.calibration, arguments.evaluation]
+    earlier = finished("memory")
+    before = {found["setting"]: found["measured"] for found in earlier["runs"]} if arguments.again else {}
+    runs = []
     with tempfile.TemporaryDirectory() as scratch:
-        other = other_model(Path(scratch) / "random-qwen2")
+        other = other_model(Path(scratch) / "random Qwen 2")
         for model in ("demo", str(other)):
-            for number, setting in enumerate(SETTINGS):
-                out = Path(scratch) / f"{Path(model).name}-{number}"
-                runs.append(row(Path(model).name, setting, run(model, setting, texts, out)))
-                print(json.dumps({k: v for k, v in runs[-1].items() if k != "plan"}), flush=True)
-    result = {**circumstances(COMMAND), "recipe": SHORT, "runs": runs}
+            for setting in SETTINGS:
+                name = f"{Path(model).name}, {setting['batch_size']} x {setting['seq_len']}"
+                options, out = options_of(setting, texts), Path(scratch) / name
+                foreseen = predicted(model, options, out.with_suffix(".json"))
+                found = before.get(name) or measured(model, options, out)
+                runs.append({"setting": name, "predicted": foreseen, "measured": found})
+    when = {key: earlier[key] for key in ("date", "machine", "threads", "command")} if arguments.again else {}
+    result = {**circumstances(COMMAND), **when, "recipe": SHORT, "runs": runs}
     write("memory", result, markdown(result))
 
 

@@ -15,7 +15,7 @@ def damaged(family="llama", scale=0.05):
     model, generator = build(family), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "proj" in name or "fc" in name:
+            if any(kind in name for kind in ("proj", "fc", "mlp", "attention")):
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
     return model
 

@@ -73,7 +73,7 @@ def test_a_disk_that_fills_while_writing_is_an_error_of_ours(tmp_path, monkeypat
     model = build("llama")
     anatomy = examine(model, family_of("llama"))
 
-    def full(_directory):
+    def full(_directory, **_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model, "save_pretrained", full)

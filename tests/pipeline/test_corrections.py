@@ -207,7 +207,7 @@ def test_tied_embeddings_stay_tied_and_untouched():
 
 def test_a_rank_beyond_that_of_a_matrix_and_empty_matrices_work():
     model, anatomy, _ = pruned("llama", "dense")
-    shrink(model, anatomy, share=0.97)
+    cut(model, anatomy, share=0.97)
     shapes = [core_of(model, layer).weight.shape for layer in anatomy.layers.values()]
     assert any(shape.numel() == 0 for shape in shapes)
     assert any(0 < min(shape) < 6 for shape in shapes)

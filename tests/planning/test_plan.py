@@ -5,12 +5,17 @@ import torch
 from safetensors import safe_open
 
 from llm_surgeon import PruneConfig, plan, prune_checkpoint
+from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, DataError, ModelError
+from llm_surgeon.models.head import CHUNK
+from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.planning.loaders import loaders
-from llm_surgeon.planning.memory import SLACK, passes_within
+from llm_surgeon.planning.memory import LOGITS_LEFT, READ_AROUND, SLACK, logits_left, passes_within, weights_read
 from llm_surgeon.planning.plan import warn_if_short
 from llm_surgeon.planning.probe import Probe
 from llm_surgeon.planning.skeleton import skeleton_of
+from llm_surgeon.planning.trace import factor_bytes
+from tiny import VOCABULARY, llama
 
 SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 512, "shots": 2, "device": "cpu"}
 
@@ -99,10 +104,31 @@ def test_a_probe_runs_a_real_batch(checkpoint, recipe):
 
 
 def test_passes_are_what_a_measured_peak_leaves_for_them(checkpoint, recipe):
+    config = recipe(seq_len=512)
+    skeleton = skeleton_of(str(checkpoint), config)
+    factors, left = factor_bytes(skeleton.network, skeleton.anatomy, config), logits_left(skeleton, config)
+    passes = passes_within(10**9, skeleton, config, torch.device("cpu"), 10**7, 10**6)
+    assert 10**7 + 10**6 + left + (1 + SLACK) * (passes + factors) == pytest.approx(10**9)
+    assert passes_within(0, skeleton, config, torch.device("cpu"), 0, 0) == 0
+
+
+def test_freed_logits_stay_if_a_batch_has_several_chunks(checkpoint, recipe):
     skeleton = skeleton_of(str(checkpoint), recipe())
-    passes = passes_within(10**9, skeleton, 10**6, torch.device("cpu"), 10**7)
-    assert 10**7 + skeleton.weight_bytes + (1 + SLACK) * (passes + 10**6) == pytest.approx(10**9)
-    assert passes_within(0, skeleton, 0, torch.device("cpu"), 0) == 0
+    assert logits_left(skeleton, recipe(batch_size=1, seq_len=CHUNK + 1)) == 0
+    assert logits_left(skeleton, recipe(batch_size=1, seq_len=CHUNK + 2)) == LOGITS_LEFT * CHUNK * VOCABULARY * 4
+    assert logits_left(skeleton, recipe(batch_size=4, seq_len=512, method="l-obd")) == 0, "no way back"
+
+
+def test_rows_that_no_text_reads_stay_in_the_file(tmp_path, recipe):
+    for tied in (True, False):
+        llama(tie_word_embeddings=tied, vocab_size=50_000).save_pretrained(tmp_path / str(tied))
+    text = CalibrationTokens(torch.zeros(1, 8, dtype=torch.int64), None, {})
+    tied, own = (skeleton_of(str(tmp_path / str(tied)), recipe()) for tied in (True, False))
+    cpu, texts = torch.device("cpu"), Texts(text, None)
+    assert weights_read(tied, cpu, texts) == tied.weight_bytes
+    assert weights_read(own, cpu, texts) == own.weight_bytes - 50_000 * 24 * 4 + READ_AROUND
+    other = skeleton_of(str(tmp_path / "False"), recipe(dtype="bfloat16"))
+    assert weights_read(other, cpu, texts) == other.weight_bytes, "converted, so all of it is read"
 
 
 def test_too_little_memory_is_a_warning_with_a_remedy(checkpoint, recipe, caplog):

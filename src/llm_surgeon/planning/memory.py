@@ -6,21 +6,32 @@ The passes are traced (``trace.py``), factors and weights counted. Constants sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import psutil
 import torch
+from torch import Tensor
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.evaluation.memory import available_bytes
+from llm_surgeon.models.head import CHUNK
+from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.planning.sizes import weight_bytes
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.planning.trace import Traces, factor_bytes
+from llm_surgeon.runtime import freed_bytes
 
 Parts = dict[str, int]
 
 # Bytes that the C allocator holds beside each byte of tensors in use: freed space between them that is too small for
 # the next, and kernels of the matrix libraries. Measured, see benchmarks/results/memory.md.
-SLACK = 0.25
+SLACK = 0.19
+# Logits are the largest tensors, and if a batch has several chunks of them, later ones do not fit where earlier ones
+# were: so many float32 chunks of freed space stay after the first shot, and as many more after the second, in which
+# the new matrices lie between. Measured like the share above.
+LOGITS_LEFT = 4
+# The kernel reads a mapped file in pieces of this size around the byte that is asked for.
+READ_AROUND = 2**16
 # Square matrices that one layer's costs or update need at once beside its factors: two factors whole, their damped
 # copies, decompositions and inverses.
 SQUARES = 6
@@ -42,7 +53,7 @@ class Need:
 
 
 def needs_of(
-    skeleton: Skeleton, config: PruneConfig, device: torch.device, traces: Traces, process: int
+    skeleton: Skeleton, config: PruneConfig, device: torch.device, traces: Traces, process: int, weights: int
 ) -> dict[str, Need]:
     """What each phase of a run needs, in the order in which they first run.
 
@@ -52,35 +63,73 @@ def needs_of(
         device: Where the run is to be.
         traces: What its passes take.
         process: Bytes that the process holds before the model is loaded.
+        weights: Bytes of the weights that will be in memory, see ``weights_read``.
     """
-    return _Model(skeleton, config, device, traces, process).needs()
+    return _Model(skeleton, config, device, traces, process, weights).needs()
 
 
-def passes_within(measured: int, skeleton: Skeleton, factors: int, device: torch.device, process: int) -> int:
-    """What a pass takes beside weights and factors, so that the need of its phase comes out as it was measured.
+def weights_read(skeleton: Skeleton, device: torch.device, texts: Texts) -> int:
+    """Bytes of the weights that a run on these texts has in memory.
+
+    On a CPU, weights of the stored type stay in the mapped file until they are read. Of an input embedding that is not
+    the output embedding too, only the rows of the texts' tokens are.
+    """
+    embedding = cast(Tensor, skeleton.network.get_input_embeddings().weight)
+    head = skeleton.network.get_output_embeddings()
+    if device.type != "cpu" or skeleton.converts or head.weight is embedding:
+        return skeleton.weight_bytes
+    row = embedding.shape[1] * skeleton.dtype.itemsize
+    ids = [texts.calibration.input_ids.flatten()] + ([texts.evaluation.tokens] if texts.evaluation else [])
+    pieces = len(torch.unique(torch.cat(ids) * row // READ_AROUND))
+    whole = embedding.numel() * skeleton.dtype.itemsize
+    return skeleton.weight_bytes - max(0, whole - pieces * max(row, READ_AROUND))
+
+
+def passes_within(
+    measured: int, skeleton: Skeleton, config: PruneConfig, device: torch.device, process: int, weights: int
+) -> int:
+    """What a pass takes beside weights and factors, so that the need of a first shot comes out as it was measured.
 
     Args:
         measured: Peak bytes of a pass: of the device if it is a GPU, else of the process.
         skeleton: The model.
-        factors: Bytes of the factors.
+        config: The recipe.
         device: Where it was measured.
         process: Bytes that the process held before.
+        weights: Bytes of the weights in memory.
     """
+    factors = factor_bytes(skeleton.network, skeleton.anatomy, config)
     if device.type != "cpu":
-        return max(0, measured - skeleton.weight_bytes - factors)
-    return max(0, round((measured - process - skeleton.weight_bytes) / (1 + SLACK)) - factors)
+        return max(0, measured - weights - factors)
+    rest = measured - process - weights - logits_left(skeleton, config)
+    return max(0, round(rest / (1 + SLACK)) - factors)
+
+
+def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
+    """Bytes of freed space that a shot's passes leave and cannot use again, on a CPU."""
+    several = config.batch_size * (config.seq_len - 1) > CHUNK
+    curvature = config.resolved_curvature
+    if not several or curvature in (None, "identity", "activations"):
+        return 0
+    vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
+    return LOGITS_LEFT * CHUNK * vocabulary * 4
 
 
 class _Model:
     """The parts of all phases; ``device`` decides which of them are on the host."""
 
     def __init__(
-        self, skeleton: Skeleton, config: PruneConfig, device: torch.device, traces: Traces, process: int
+        self,
+        skeleton: Skeleton,
+        config: PruneConfig,
+        device: torch.device,
+        traces: Traces,
+        process: int,
+        weights: int,
     ) -> None:
         self._skeleton, self._config, self._device = skeleton, config, device
-        self._traces, self._process = traces, process
-        self._weights, self._prunable = skeleton.weight_bytes, skeleton.anatomy.prunable_weights
-        self._converts = skeleton.stored != skeleton.dtype
+        self._traces, self._process, self._weights = traces, process, weights
+        self._prunable = skeleton.anatomy.prunable_weights
         largest = max(max(layer.rows, layer.columns + layer.bias) for layer in skeleton.anatomy.layers.values())
         self._squares: Parts = {"decompositions": SQUARES * largest**2 * 4}
 
@@ -103,30 +152,44 @@ class _Model:
 
     def _load(self) -> Need:
         """Files are mapped, so they are resident only as far as they are read; another type makes a copy."""
-        files: Parts = {"weight files while read": self._skeleton.stored_bytes} if self._converts else {}
+        files: Parts = {"weight files while read": self._skeleton.stored_bytes} if self._skeleton.converts else {}
         weights: Parts = {"weights": self._weights}
         return Need({"process": self._process, **weights, **files}, {} if self._device.type == "cpu" else weights)
 
     def _shot(self) -> dict[str, Need]:
         """At their largest, which is in the first shot or, with small matrices beside the dense ones, the second."""
-        factors, passes = self._statistics()
-        later = self._pruned() if self._config.shots > 1 else {}
+        passes, larger = self._passes(), self._held()
         masks: Parts = {} if self._config.parts else {"masks": self._prunable}
         costs: Parts = {} if self._config.parts else {"costs of single weights": ELEMENT_BYTES * self._prunable}
         return {
-            "curvature": self._on_device({**factors, **passes, **later}, masks),
-            "selection": self._on_device({**factors, **self._squares, **later}, costs),
-            "update": self._on_device({**factors, **self._squares, **self._pruned()}, masks),
+            "curvature": self._on_device({**passes, **larger}, masks, self._freed()),
+            "selection": self._on_device({**self._squares, **larger}, costs),
+            "update": self._on_device({**self._squares, **self._statistics(), **self._pruned()}, masks),
         }
 
-    def _statistics(self) -> tuple[Parts, Parts]:
-        """What is held of the calibration tokens, and what reading them takes beside that."""
-        traces, config = self._traces, self._config
+    def _freed(self) -> Parts:
+        """Freed space of logits, of the first two shots."""
+        left = logits_left(self._skeleton, self._config) * min(2, self._config.shots)
+        return {"freed logits": left} if left and self._device.type == "cpu" else {}
+
+    def _passes(self) -> Parts:
+        """What reading the tokens takes, beside what is held of them."""
+        return {"passes": self._traces.watching if self._config.layerwise else self._traces.curvature}
+
+    def _held(self) -> Parts:
+        """What is held of the tokens, with the matrices that the shot before has left: of the larger of two shots."""
+        first, pruned = self._statistics(), self._pruned() if self._config.shots > 1 else {}
+        # Factors have become about as much smaller as the weights.
+        kept = 1 - self._config.sparsity_schedule[0]
+        second = {part: round(kept * size) for part, size in first.items()} | pruned
+        return max(first, second, key=lambda parts: sum(parts.values()))
+
+    def _statistics(self) -> Parts:
+        """What is held of the calibration tokens in the first shot."""
+        config = self._config
         if config.layerwise:
-            batches = -(-config.samples // config.batch_size)
-            return {"hidden states": traces.waiting * batches}, {"passes": traces.watching}
-        factors = factor_bytes(self._skeleton.network, self._skeleton.anatomy, config)
-        return {"factors": factors}, {"passes": traces.curvature}
+            return {"hidden states": self._traces.waiting * -(-config.samples // config.batch_size)}
+        return {"factors": factor_bytes(self._skeleton.network, self._skeleton.anatomy, config)}
 
     def _adapters(self) -> Parts:
         """Low-rank factors in float32, with gradients and two moments."""
@@ -141,7 +204,7 @@ class _Model:
 
     def _pruned(self) -> Parts:
         """The small matrices beside the dense ones: on a CPU, a mapped file stays as long as any part of it is used."""
-        if not self._config.parts or self._device.type != "cpu" or self._converts:
+        if not self._config.parts or self._device.type != "cpu" or self._skeleton.converts:
             return {}
         first = self._config.sparsity_schedule[0]
         return {"pruned weights": round((1 - first) * self._prunable) * self._skeleton.dtype.itemsize}
@@ -152,7 +215,7 @@ class _Model:
         Args:
             tensors: Where the run is.
             on_host: What is on the host in any case.
-            apart: Where the run is, but not from the allocator's free space: files that are mapped, other processes.
+            apart: Where the run is, but no tensors of the allocator: files that are mapped, other processes.
         """
         on_host, apart = on_host or {}, apart or {}
         if self._device.type != "cpu":
@@ -164,8 +227,8 @@ class _Model:
 
 
 def process_bytes() -> int:
-    """Bytes that this process holds now."""
-    return int(psutil.Process().memory_info().rss)
+    """Bytes that this process holds now, without those that the next tensors will take first."""
+    return int(psutil.Process().memory_info().rss) - freed_bytes()
 
 
 def host_available() -> int:

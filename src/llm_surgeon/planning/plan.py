@@ -14,12 +14,12 @@ from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_s
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
-from llm_surgeon.planning.memory import host_available, needs_of, passes_within, process_bytes
-from llm_surgeon.planning.probe import Probe, probe_batch
+from llm_surgeon.planning.memory import Need, host_available, needs_of, passes_within, process_bytes, weights_read
+from llm_surgeon.planning.probe import probe_batch
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
 from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of, weightless
-from llm_surgeon.planning.trace import Traces, estimation_of, factor_bytes, trace
+from llm_surgeon.planning.trace import estimation_of, trace
 from llm_surgeon.records import Plan, PlannedPhase
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,15 @@ def foresee(
     """The plan of a run whose texts are prepared and whose model is still to be loaded; see ``plan``."""
     traces = trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device)
     process, rates = process_bytes(), default_rates(config, device)
+    weights = weights_read(skeleton, device, texts)
     if probe:
         probed = probe_batch(skeleton, config, device, texts.calibration)
-        rates, traces = _calibrated(skeleton, config, device, process, probed, rates, traces)
+        rates = _calibrated(rates, pass_operations(skeleton, config) * probed.tokens / probed.seconds)
+        # A nearest product holds other factors than the pass that stands in for its own.
+        if traces.curvature and estimation_of(config).curvature == config.resolved_curvature:
+            measured = passes_within(probed.peak, skeleton, config, device, process, weights)
+            traces = replace(traces, curvature=measured)
+    needs = needs_of(skeleton, config, device, traces, process, weights)
     last = config.sparsity_schedule[-1]
     return Plan(
         model=model,
@@ -77,7 +83,7 @@ def foresee(
         dense_weight_bytes=skeleton.weight_bytes,
         weight_bytes=weight_bytes(skeleton, config, last),
         disk=disk_bytes(skeleton, config),
-        phases=_phases(skeleton, config, device, traces, process, rates, texts),
+        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts))),
         host_available=host_available(),
         device_available=available_bytes(device) if device.type == "cuda" else None,
         loaders=loaders(config, skeleton.anatomy.family.model_type),
@@ -106,46 +112,24 @@ def warn_if_short(foreseen: Plan) -> None:
 
 
 def _remedy(part: str) -> str:
-    if part in ("passes", "allocator", "hidden states"):
+    if part in ("passes", "allocator", "freed logits", "hidden states"):
         return "use a smaller --batch-size or --seq-len"
     if part == "factors":
         return "leave layers out with --ignore, or use a layer-wise method; a smaller --batch-size helps a little"
     return "use --dtype bfloat16, a smaller --batch-size, or a machine with more memory"
 
 
-def _calibrated(
-    skeleton: Skeleton,
-    config: PruneConfig,
-    device: torch.device,
-    process: int,
-    probe: Probe,
-    rates: Rates,
-    traces: Traces,
-) -> tuple[Rates, Traces]:
-    """Rates and passes as a probe has found them; decompositions are as much faster or slower than expected."""
-    passes = pass_operations(skeleton, config) * probe.tokens / probe.seconds
-    rates = Rates(passes, rates.float32 * passes / rates.passes)
-    # A nearest product holds other factors than the pass that stands in for its own.
-    if not traces.curvature or estimation_of(config).curvature != config.resolved_curvature:
-        return rates, traces
-    factors = factor_bytes(skeleton.network, skeleton.anatomy, config)
-    measured = passes_within(probe.peak, skeleton, factors, device, process)
-    return rates, replace(traces, curvature=measured)
+def _calibrated(rates: Rates, passes: float) -> Rates:
+    """Rates with that of the passes as a probe has found it; decompositions are as much faster or slower than that."""
+    return Rates(passes, rates.float32 * passes / rates.passes)
 
 
-def _phases(
-    skeleton: Skeleton,
-    config: PruneConfig,
-    device: torch.device,
-    traces: Traces,
-    process: int,
-    rates: Rates,
-    texts: Texts,
-) -> tuple[PlannedPhase, ...]:
-    text = texts.evaluation
-    evaluated = 0 if text is None else len(text.windows) * text.window
-    seconds = phase_seconds(skeleton, config, rates, evaluated)
-    needs = needs_of(skeleton, config, device, traces, process)
+def _evaluated(texts: Texts) -> int:
+    """Tokens of all windows of the evaluation text."""
+    return 0 if texts.evaluation is None else len(texts.evaluation.windows) * texts.evaluation.window
+
+
+def _phases(needs: dict[str, Need], seconds: dict[str, float]) -> tuple[PlannedPhase, ...]:
     return tuple(
         PlannedPhase(
             name=name, host=need.host, device=need.device, seconds=seconds[name], reports=name not in _UNREPORTED

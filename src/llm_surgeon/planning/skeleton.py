@@ -46,6 +46,11 @@ class Skeleton:
         return self.parameters * self.dtype.itemsize
 
     @property
+    def converts(self) -> bool:
+        """Whether loading makes another type of the stored weights, and so a copy."""
+        return self.stored != self.dtype
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the weight files: counted where they lie here, else what the configuration makes of them."""
         files = sum(path.stat().st_size for path in Path(self.source).glob("*.safetensors"))
