@@ -119,10 +119,10 @@ PARTS = ("process", "weights", "pruned weights", "factors", "passes", "allocator
 
 
 NOTE = """\
-The shares of `allocator` and `freed logits` were fitted on these runs and some shorter ones, so the errors above are those
-of a fit. One run that took no part in it (demo, 4 x 512, 8 samples, without export, 2026-11-22) peaked at 3,640 MiB in
-its first shot, where 3,522 are predicted (-3 %), and at 4,889 MiB in its second, where 3,955 are predicted (-19 %): there
-the heap breaks up between the matrices of new sizes, which nothing here foresees.
+The shares of `allocator` and `freed logits` were fitted on these runs and some shorter ones, so the errors above are
+those of a fit. One run that took no part in it (demo, 4 x 512, 8 samples, without export, 2026-11-22) peaked at 3,640
+MiB in its first shot, where 3,522 are predicted (-3 %), and at 4,889 MiB in its second, where 3,955 are predicted
+(-19 %): there the heap breaks up between the matrices of new sizes, which nothing here foresees.
 
 Seconds are of rates of a common machine, without `--probe`; others used this one at the same time, so the measured ones
 say little."""
