@@ -120,9 +120,13 @@ PARTS = ("process", "weights", "pruned weights", "factors", "passes", "allocator
 
 NOTE = """\
 The shares of `allocator` and `freed logits` were fitted on these runs and some shorter ones, so the errors above are
-those of a fit. One run that took no part in it (demo, 4 x 512, 8 samples, without export, 2026-11-22) peaked at 3,640
-MiB in its first shot, where 3,522 are predicted (-3 %), and at 4,889 MiB in its second, where 3,955 are predicted
-(-19 %): there the heap breaks up between the matrices of new sizes, which nothing here foresees.
+those of a fit. Two runs that took no part in it (demo, 8 samples, without export, 2026-11-22):
+
+- 2 x 512, five shots to 50 %: 4,008 MiB measured, 3,472 predicted (-13 %); 3,032 in the first shot.
+- 4 x 512, two shots to 60 %: 4,889 MiB measured, 3,955 predicted (-19 %); 3,653 in the first shot (3,522 predicted).
+
+What is missing comes after the first shot: the heap breaks up between matrices of new sizes, which nothing here
+foresees.
 
 Seconds are of rates of a common machine, without `--probe`; others used this one at the same time, so the measured ones
 say little."""
