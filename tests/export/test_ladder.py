@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from choosing import masked, shrink
 from llm_surgeon.config import PruneConfig
@@ -193,3 +194,21 @@ def test_emptied_attention_keeps_count_of_the_cached_text():
         assert first.past_key_values.get_seq_length() == IDS.shape[1] - 1
         step = model(IDS[:, -1:], past_key_values=first.past_key_values, use_cache=True).logits
     torch.testing.assert_close(step, whole[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["neurons+heads", "blocks", "uniform neurons+heads", "heads+rows-columns"])
+def test_exports_keep_their_type_and_compile(name, tmp_path):
+    """bfloat16 stays bfloat16; the graph of the whole pass is one piece; attention is torch's own."""
+    model = build("llama").bfloat16()
+    anatomy = examine(model, family_of("llama"))
+    keep = random_masks(anatomy, config(name))
+    shrink(model, anatomy, keep)
+    form = save_model(model, tokenizer(), anatomy, keep, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=not form.plain).eval()
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        expected = loaded(IDS, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(loaded, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
