@@ -7,6 +7,7 @@ knows how the other weights could make up for a loss, or optimal brain damage (F
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from llm_surgeon.costs import column_costs, element_costs, row_costs, row_set_costs
 from llm_surgeon.kronecker_sum import kronecker_sum
-from llm_surgeon.linalg import damped_cholesky, damping_of, inverse, inverse_diagonal
+from llm_surgeon.linalg import damped_cholesky, damping_of, inverse
 from llm_surgeon.selection import Axis
 from llm_surgeon.updates import (
     remove_columns,
@@ -268,14 +269,18 @@ class _Factor:
         """Diagonal of the damped inverse, or the inverse of the undamped diagonal where all is independent."""
         if self.matrix is None:
             return like.new_ones(size)
-        if not correlated:
-            return 1 / self.matrix.diagonal()
-        return inverse_diagonal(damped_cholesky(self.matrix, self.damping, self.name))
+        return self._inverse.diagonal() if correlated else 1 / self.matrix.diagonal()
 
     def inverse(self, size: int, like: Tensor) -> Tensor:
         """The damped inverse, ``[size, size]``."""
         if self.matrix is None:
             return torch.eye(size, dtype=like.dtype, device=like.device)
+        return self._inverse
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """Of the damped matrix; several structures of a layer may ask for it."""
+        assert self.matrix is not None
         return inverse(damped_cholesky(self.matrix, self.damping, self.name))
 
     def remove_rows(self, weight: Tensor, split: Split) -> Tensor:

@@ -60,11 +60,6 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
     )
 
 
-def inverse_diagonal(cholesky: Tensor) -> Tensor:
-    """Diagonal ``[n]`` of ``(L L^T)^-1`` from the lower factor ``L [n, n]``."""
-    return inverse(cholesky).diagonal()
-
-
 def inverse(cholesky: Tensor) -> Tensor:
     """``(L L^T)^-1 [n, n]`` from the lower factor ``L [n, n]``."""
     result: Tensor = torch.cholesky_inverse(cholesky)
