@@ -184,3 +184,21 @@ def test_every_global_method_has_coupled_structures(method, text_file):
     assert 0.3 < report.shots[-1].sparsity <= 0.4
     assert report.shots[-1].costs.score == "cost per weight freed"
     assert sum(report.shots[-1].costs.removed) > 0
+
+
+@pytest.mark.parametrize(
+    ("structure", "options"),
+    [
+        ("neurons", {"curvature": "kronecker-sum"}),
+        ("neurons+heads", {"curvature": "nearest-kronecker"}),
+        ("neurons+heads", {"curvature": "diagonal", "method": "k-obd"}),
+        ("heads+rows-columns", {}),
+        ("blocks+rows-columns", {"rank_by": "cost"}),
+    ],
+)
+def test_other_curvatures_and_mixtures(structure, options):
+    multiple = {"round_to": 1} if "neurons" in structure else {}
+    _, anatomy, result = pruned("llama-biased", structure=structure, sparsity=0.4, **multiple, **options)
+    assert 0.3 < 1 - count_weights(result.masks) / anatomy.prunable_weights <= 0.4
+    assert result.removed > 0
+    assert result.costs.threshold == result.threshold
