@@ -135,8 +135,10 @@ def draw(rows: dict[str, Any]) -> None:
             color=colour,
             label=name,
         )
-    axes.axhline(22.05, color="0.6", linewidth=1)
+    axes.axhline(22.05, color="0.4", linewidth=1, linestyle=":")
     axes.set_yscale("log")
+    # Beyond this a model says nothing any more.
+    axes.set_ylim(20, 1000)
     axes.set_xlabel("prefill, times as fast as the dense model")
     axes.set_ylabel("perplexity (dotted: dense)")
     axes.legend(frameon=False)
