@@ -2,8 +2,8 @@
 
     python benchmarks/widths.py [--device cpu|cuda] [--dtype float32|bfloat16]
 
-Times the three matrices of SmolLM2-135M's feed-forward part on 512 tokens and on one, at widths around half the dense
-one that are multiples of 1, 2, 4, ... and of nothing larger. Writes benchmarks/results/widths.json and .md.
+Times the three matrices of SmolLM2-135M's feed-forward part on 512 tokens and on one, at widths around half of the
+dense one that are multiples of 1, 2, 4, ... and of nothing larger. Writes benchmarks/results/widths.json and .md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
         f"{DENSE}. {arguments.dtype} on {device}, torch {torch.__version__}, {where['date']}, {where['machine']}. "
         f"Command: `{where['command']}`\n\n"
     )
-    lines = [(name, *(f"{rows[tokens][name]:.2f}" for tokens in rows)) for name in rows[512]]
+    lines = [(name, *(f"{rows[tokens][name]:,.0f}" for tokens in rows)) for name in rows[512]]
     write("widths", where | {"rows": rows}, text + table(("multiple of", "512 tokens", "one token"), lines) + "\n")
 
 

@@ -72,7 +72,7 @@ class PruneConfig(BaseModel):
     structure: str = Field(
         "rows-columns",
         description="What is removed as a unit. Really smaller: rows-columns (of each matrix), neurons, heads, values "
-        "(single value dimensions), blocks (attention or feed-forward parts), or several joined by +, e.g. "
+        "(single value dimensions), blocks (attention or feed-forward parts; costly), or several joined by +, e.g. "
         "neurons+heads. Zeros in the old shapes: unstructured (single weights), or N:M, which keeps N of every M "
         "consecutive inputs, e.g. 2:4.",
     )
