@@ -31,7 +31,7 @@ def test_it_prints_the_tables_and_writes_the_record(bench, checkpoint, tmp_path)
         assert shown in flat(done.output)
     record = json.loads(out.read_text())
     assert [run["batch"] for run in record["runs"]] == [1, 2]
-    assert record["command"].startswith("llm-surgeon ")
+    assert record["command"].startswith("llm-surgeon")
 
 
 def test_a_failure_is_shown_and_told_by_the_exit_status(bench, checkpoint, monkeypatch):

@@ -24,7 +24,7 @@ ALLOWED = {
     "refinement.py": set(),
     "channel_permutation.py": {"llm_surgeon.pattern", "scipy.optimize"},
 }
-STANDARD = {"__future__", "collections.abc", "dataclasses", "logging", "math", "typing", "torch"}
+STANDARD = {"__future__", "collections.abc", "dataclasses", "functools", "logging", "math", "typing", "torch"}
 
 
 @pytest.mark.parametrize("name", ALLOWED)
