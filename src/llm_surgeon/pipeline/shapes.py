@@ -236,6 +236,28 @@ class Shapes:
             for name, layer in self._anatomy.layers.items()
         }
 
+    def random_masks(self, sparsity: float, seed: int) -> Mapping[str, KeepMask]:
+        """What is left when candidates go at random, large ones no sooner than small ones."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def costs(freed: Tensor) -> Tensor:
+            return freed * torch.rand(freed.shape, generator=generator, dtype=torch.float64)
+
+        groups = []
+        for coupling in self._couplings:
+            group = bystanders(coupling)
+            if coupling.kind in self._kinds:
+                freed = joint_group(self.masks, coupling, group.side_costs).freed
+                group = joint_group(self.masks, coupling, costs(freed).expand(len(coupling.sides), -1))
+            groups.append(group)
+        singles = None
+        if self._singles:
+            layers = self._anatomy.layers.items()
+            wide = {n: (torch.full((la.rows,), la.columns), torch.full((la.columns,), la.rows)) for n, la in layers}
+            singles = {name: StructureCosts(*(costs(freed.double()) for freed in axes)) for name, axes in wide.items()}
+        target = round((1 - sparsity) * self._anatomy.prunable_weights)
+        return select(self.masks, singles, self._shaped(groups), target, fill=self._config.uniform).keep
+
     def least_weights(self) -> int:
         """Weights that are left when every candidate is gone."""
         return 0 if self._singles else count_weights(self.select(self.made_up_costs(torch.ones), 0).keep)

@@ -6,7 +6,6 @@ import copy
 import logging
 from itertools import accumulate, pairwise
 
-import torch
 from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
@@ -98,10 +97,7 @@ def _time(model: PreTrainedModel, anatomy: Anatomy, config: PruneConfig, sparsit
     """Seconds of a pass of a copy with random removals."""
     if not sparsity:
         return seconds_of(model)
-    generator = torch.Generator().manual_seed(0)
-    structure = Shapes(config, anatomy)
-    costs = structure.made_up_costs(lambda count: torch.rand(count, generator=generator))
-    keep = structure.select(costs, round((1 - sparsity) * anatomy.prunable_weights)).keep
+    keep = Shapes(config, anatomy).random_masks(sparsity, seed=0)
     smaller = copy.deepcopy(model)
     cut_out(smaller, anatomy, keep)
     return seconds_of(smaller)
