@@ -4,14 +4,30 @@ import pytest
 import torch
 
 from llm_surgeon.errors import NonFiniteError, NotPositiveDefiniteError
-from llm_surgeon.linalg import ESCALATION, MAX_ESCALATIONS, damped_cholesky, damping_of, inverse
+from llm_surgeon.linalg import (
+    ESCALATION,
+    MAX_ESCALATIONS,
+    damped_cholesky,
+    damping_of,
+    inverse,
+    inverse_diagonal,
+    triangular_inverse,
+)
 from oracles import random_factor
 
 
-def test_inverse_diagonal_equals_the_dense_inverse():
+def test_inverse_equals_the_dense_inverse():
     matrix = random_factor(9, torch.Generator().manual_seed(0))
-    actual = inverse(torch.linalg.cholesky(matrix)).diagonal()
-    torch.testing.assert_close(actual, torch.linalg.inv(matrix).diagonal(), rtol=1e-10, atol=0)
+    actual = inverse(torch.linalg.cholesky(matrix))
+    torch.testing.assert_close(actual, torch.linalg.inv(matrix), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 9, 128, 129, 401])
+def test_inverse_diagonal_equals_that_of_the_dense_inverse(size):
+    matrix = random_factor(size, torch.Generator().manual_seed(0))
+    lower = torch.linalg.cholesky(matrix)
+    torch.testing.assert_close(triangular_inverse(lower) @ lower, torch.eye(size, dtype=lower.dtype))
+    torch.testing.assert_close(inverse_diagonal(lower), torch.linalg.inv(matrix).diagonal(), rtol=1e-9, atol=0)
 
 
 def test_cholesky_is_of_the_damped_matrix_and_leaves_its_argument_alone():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_surgeon.costs import column_costs, element_costs, row_costs, row_set_costs
 from llm_surgeon.kronecker_sum import kronecker_sum
-from llm_surgeon.linalg import damped_cholesky, damping_of, inverse
+from llm_surgeon.linalg import damped_cholesky, damping_of, inverse, inverse_diagonal
 from llm_surgeon.selection import Axis
 from llm_surgeon.updates import (
     remove_columns,
@@ -269,7 +269,7 @@ class _Factor:
         """Diagonal of the damped inverse, or the inverse of the undamped diagonal where all is independent."""
         if self.matrix is None:
             return like.new_ones(size)
-        return self._inverse.diagonal() if correlated else 1 / self.matrix.diagonal()
+        return self._inverse_diagonal if correlated else 1 / self.matrix.diagonal()
 
     def inverse(self, size: int, like: Tensor) -> Tensor:
         """The damped inverse, ``[size, size]``."""
@@ -277,11 +277,20 @@ class _Factor:
             return torch.eye(size, dtype=like.dtype, device=like.device)
         return self._inverse
 
+    # Several structures of a layer may ask for each of these.
+
+    @cached_property
+    def _cholesky(self) -> Tensor:
+        assert self.matrix is not None
+        return damped_cholesky(self.matrix, self.damping, self.name)
+
+    @cached_property
+    def _inverse_diagonal(self) -> Tensor:
+        return inverse_diagonal(self._cholesky)
+
     @cached_property
     def _inverse(self) -> Tensor:
-        """Of the damped matrix; several structures of a layer may ask for it."""
-        assert self.matrix is not None
-        return inverse(damped_cholesky(self.matrix, self.damping, self.name))
+        return inverse(self._cholesky)
 
     def remove_rows(self, weight: Tensor, split: Split) -> Tensor:
         """Kept rows after an exact update; the identity has nothing to compensate with."""

@@ -66,6 +66,42 @@ def inverse(cholesky: Tensor) -> Tensor:
     return result
 
 
+def inverse_diagonal(cholesky: Tensor) -> Tensor:
+    """The diagonal of ``(L L^T)^-1 [n]`` from the lower factor ``L [n, n]``: the squared columns of ``L^-1``, summed.
+
+    A third of the work of the whole inverse.
+    """
+    return triangular_inverse(cholesky).square_().sum(0)
+
+
+def triangular_inverse(lower: Tensor) -> Tensor:
+    """``L^-1`` of a lower triangular ``L``, both ``[n, n]``.
+
+    By halves, ``[[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]``, so that nearly all of the work is products
+    of matrices. LAPACK's routine is not within reach, and solving for the identity does three times the work.
+    """
+    inverted = torch.zeros_like(lower)
+    _invert_into(lower, inverted)
+    return inverted
+
+
+# Where halving stops; between 64 and 200 it makes no difference.
+_SMALL = 128
+
+
+def _invert_into(lower: Tensor, inverted: Tensor) -> None:
+    size = len(lower)
+    if size <= _SMALL:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverted.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    half = size // 2
+    head, tail = slice(0, half), slice(half, size)
+    _invert_into(lower[head, head], inverted[head, head])
+    _invert_into(lower[tail, tail], inverted[tail, tail])
+    inverted[tail, head] = -(inverted[tail, tail] @ lower[tail, head]) @ inverted[head, head]
+
+
 def batched_solve(systems: Tensor, right: Tensor, name: str) -> Tensor:
     """Solve many small symmetric positive definite systems, in float64 if their own type fails.
 

@@ -6,7 +6,7 @@ from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.head import head_loss, head_of, label_positions
+from llm_surgeon.models.head import Head, head_loss, label_positions
 from llm_surgeon.models.modes import frozen
 from tiny import BUILDERS, build, tokens
 
@@ -142,7 +142,7 @@ def test_chunked_head_gives_the_loss_and_gradient_of_the_whole_model(family, mon
     assert head_loss(model, flat, labels) == pytest.approx(total)
     logits = model(input_ids).logits.detach().flatten(0, 1)[positions]
     assert total == pytest.approx(float(F.cross_entropy(logits, labels, reduction="sum")), rel=1e-5)
-    expected = torch.autograd.grad(F.cross_entropy(head_of(model)(flat), labels, reduction="sum"), flat)[0]
+    expected = torch.autograd.grad(F.cross_entropy(Head(model)(flat), labels, reduction="sum"), flat)[0]
     torch.testing.assert_close(gradient, expected)
 
 

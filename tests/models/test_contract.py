@@ -11,7 +11,7 @@ from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.export.save import save_model
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.head import head_of
+from llm_surgeon.models.head import Head
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline.run import count_parameters
 from llm_surgeon.pipeline.shots import run_shots
@@ -79,7 +79,7 @@ def test_head_of_backbone_gives_the_logits(family):
     ids = tokens(2, 5)
     with torch.no_grad():
         expected = model(ids).logits
-        actual = head_of(model)(model.base_model(input_ids=ids).last_hidden_state)
+        actual = Head(model)(model.base_model(input_ids=ids).last_hidden_state)
     torch.testing.assert_close(actual, expected)
 
 

@@ -22,7 +22,7 @@ from llm_surgeon.methods import CurvatureName
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.head import backward as back_propagate
 from llm_surgeon.models.head import head_loss, label_positions, last_states, sample_labels
-from llm_surgeon.models.modes import arithmetic, frozen
+from llm_surgeon.models.modes import arithmetic, fast_pass
 from llm_surgeon.selection import KeepMask
 
 Advance = Callable[[int], None]
@@ -106,7 +106,7 @@ def run_pass(
     device = next(model.parameters()).device
     loss, count = 0.0, 0
     generator = torch.Generator(device).manual_seed(how.seed) if how.sampled_labels else None
-    with frozen(model), torch.set_grad_enabled(backward):
+    with fast_pass(model, how.precision), torch.set_grad_enabled(backward):
         if backward:
             hooks.start_graph_at(model.get_input_embeddings())
         for input_ids, attention_mask in tokens.batches(how.batch_size):

@@ -18,11 +18,11 @@ from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import head as heads
 from llm_surgeon.records import Perplexity
 
-Head = Callable[[Tensor], Tensor]
+ToLogits = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def kl_divergence(dense_head: Head, head: Head, dense: Tensor, states: Tensor) -> float:
+def kl_divergence(dense_head: ToLogits, head: ToLogits, dense: Tensor, states: Tensor) -> float:
     """Sum over positions of KL(dense || pruned) = sum of p_dense (log p_dense - log p_pruned), in nats.
 
     Args:
@@ -72,7 +72,7 @@ def perplexity_and_divergence(
     text: EvaluationText,
     dense: Tensor,
     advance: Callable[[int], None] = lambda _tokens: None,
-    dense_head: Head | None = None,
+    dense_head: ToLogits | None = None,
 ) -> tuple[Perplexity, float]:
     """Perplexity of a pruned model and its divergence from the dense one, in one pass over the text.
 
@@ -97,7 +97,7 @@ def perplexity_and_divergence(
 
     def compare(states: Tensor) -> None:
         nonlocal total
-        own = heads.head_of(model)
+        own = heads.Head(model)
         total += kl_divergence(dense_head or own, own, next(remaining).to(states.device), states)
 
     measured = perplexity(model, text, advance, compare)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-# Tokens whose logits exist at once: a vocabulary of 50,000 in float32 makes 50 MB of these.
-CHUNK = 256
+# Tokens whose logits exist at once: a vocabulary of 50,000 in float32 makes 100 MB of these. With fewer, the head's
+# weights are read too often.
+CHUNK = 512
 
 
 def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,7 +33,7 @@ def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[T
     return positions, input_ids.flatten()[positions + 1]
 
 
-def head_of(model: PreTrainedModel, own_copy: bool = False) -> Callable[[Tensor], Tensor]:
+class Head:
     """What turns last hidden states ``[n, width]`` into logits ``[n, vocabulary]`` in float32.
 
     That is the output embedding, and with some families (Gemma 2) a cap on the logits.
@@ -43,21 +42,50 @@ def head_of(model: PreTrainedModel, own_copy: bool = False) -> Callable[[Tensor]
         model: A causal language model.
         own_copy: Whether the weights are copied, so that later changes of the model do not matter.
     """
-    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    head = deepcopy(head) if own_copy else head
 
-    def logits(states: Tensor) -> Tensor:
-        values: Tensor = head(states).float()
-        return values if cap is None else cap * torch.tanh(values / cap)
+    def __init__(self, model: PreTrainedModel, own_copy: bool = False) -> None:
+        head = model.get_output_embeddings()
+        self._linear = deepcopy(head) if own_copy else head
+        self._cap = getattr(model.config, "final_logit_softcapping", None)
 
-    return logits
+    def __call__(self, states: Tensor) -> Tensor:
+        """The logits."""
+        values: Tensor = self._linear(states).float()
+        return values if self._cap is None else self._cap * torch.tanh(values / self._cap)
+
+    def likelihood(self, states: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
+        """Sum of the negative log-likelihoods of labels ``[n]``, and if asked its gradient at the states.
+
+        The gradient at the logits is ``softmax(logits) - onehot(labels)``, written down here rather than left to
+        automatic differentiation, which holds three times as many numbers of the size of the logits.
+
+        Args:
+            states: ``[n, width]``.
+            labels: ``[n]``.
+            gradient: ``[n, width]``, filled with the gradient.
+        """
+        logits, label = self(states), labels[:, None]
+        # With a cap, ``l = c tanh(z / c)``, so that ``dl/dz = 1 - (l / c)^2``.
+        slope = None if self._cap is None else 1 - (logits / self._cap).square_()
+        log_probabilities = logits.log_softmax(-1)
+        del logits
+        total = -float(log_probabilities.gather(1, label).sum())
+        if gradient is not None:
+            by_logits = log_probabilities.exp_()
+            by_logits.scatter_add_(1, label, by_logits.new_full(label.shape, -1.0))
+            if slope is not None:
+                by_logits.mul_(slope)
+            weight = self._linear.weight
+            gradient.copy_(by_logits.to(weight.dtype) @ weight)
+        return total
 
 
+@torch.no_grad()
 def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
     """Sum of the negative log-likelihoods of some positions, and if asked its gradient at their last hidden states.
 
     Args:
-        model: A causal language model whose logits ``head_of`` makes of its last hidden states.
+        model: A causal language model whose logits ``Head`` makes of its last hidden states.
         hidden: ``[n, width]`` last hidden states.
         labels: ``[n]`` next tokens.
         gradient: ``[n, width]``, filled with the gradient; None computes none.
@@ -65,15 +93,10 @@ def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: 
     Returns:
         The sum in nats.
     """
-    head, total = head_of(model), 0.0
+    head, total = Head(model), 0.0
     for start in range(0, len(labels), CHUNK):
         part = slice(start, start + CHUNK)
-        with torch.set_grad_enabled(gradient is not None):
-            states = hidden[part].detach().requires_grad_(gradient is not None)
-            loss = F.cross_entropy(head(states), labels[part], reduction="sum")
-        if gradient is not None:
-            (gradient[part],) = torch.autograd.grad(loss, states)
-        total += float(loss.detach())
+        total += head.likelihood(hidden[part], labels[part], None if gradient is None else gradient[part])
     return total
 
 
@@ -129,7 +152,7 @@ def sample_labels(model: PreTrainedModel, hidden: Tensor, samples: int, generato
     Returns:
         ``[samples, n]``.
     """
-    head = head_of(model)
+    head = Head(model)
     parts = []
     for start in range(0, len(hidden), CHUNK):
         probabilities = head(hidden[start : start + CHUNK]).softmax(-1)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from llm_surgeon.models.attention import attention_by_blocks
+
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -42,4 +44,28 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     The products' results stay float32: a *sum* rounded to bfloat16 would be indefinite, rounded *inputs* are not.
     """
     with products(precision), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+@contextlib.contextmanager
+def reduced_weights(model: nn.Module, precision: str) -> Iterator[None]:
+    """With ``bfloat16``, let linear layers hold their weights in it, as autocast would cast them batch after batch.
+
+    The embedding keeps its own, also where the head shares it. Weights in half precision are left alone.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and precision == "bfloat16"]
+    before = [(layer, layer.weight) for layer in layers if layer.weight.dtype == torch.float32]
+    try:
+        for layer, weight in before:
+            layer.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+        yield
+    finally:
+        for layer, weight in before:
+            layer.weight = weight
+
+
+@contextlib.contextmanager
+def fast_pass(model: nn.Module, precision: str) -> Iterator[None]:
+    """A model that is only run, not changed: frozen, with weights and attention as the precision allows."""
+    with frozen(model), reduced_weights(model, precision), attention_by_blocks():
         yield

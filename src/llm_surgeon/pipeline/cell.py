@@ -17,7 +17,7 @@ from llm_surgeon.evaluation.divergence import perplexity_and_divergence, referen
 from llm_surgeon.evaluation.perplexity import EvaluationText
 from llm_surgeon.export.place import in_place
 from llm_surgeon.models import Anatomy, examine, family_of
-from llm_surgeon.models.head import head_of
+from llm_surgeon.models.head import Head
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_device, resolve_source
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline.corrections import require_peft
@@ -92,7 +92,7 @@ def measure_cell(
     network = load_model(source, config.dtype, resolve_device(config.device))
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     # Reordered channels reorder the head too, and the dense model's states are in their old order.
-    dense_head = head_of(network, own_copy=True) if config.permute else None
+    dense_head = Head(network, own_copy=True) if config.permute else None
     # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
     silent = Texts(prepared.calibration, None)
     report, _ = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model))
