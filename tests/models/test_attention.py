@@ -83,7 +83,12 @@ def test_padding_and_full_precision_are_left_to_the_fused_attention(monkeypatch)
 
 def test_the_fused_attention_is_back_afterwards_also_after_an_error():
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(KeyError), attention_by_blocks():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
-        raise KeyError
+
+    def fail():
+        with attention_by_blocks():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from llm_surgeon import PruneConfig, prune, prune_checkpoint
+from llm_surgeon.curvature.sweep import Sweep
 from llm_surgeon.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from llm_surgeon.methods import LAYERWISE
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pattern import Pattern
 from llm_surgeon.pipeline.layerwise import run_layerwise
-from llm_surgeon.pipeline.sweep import Sweep
 from llm_surgeon.pipeline.texts import prepare_texts
 from llm_surgeon.pipeline.watched import watch
 from llm_surgeon.refinement import expected_error

@@ -10,9 +10,12 @@ from llm_surgeon.curvature.diagonal import estimate_diagonal
 from llm_surgeon.curvature.factors import Curvature, KroneckerFactors
 from llm_surgeon.curvature.kfac import estimate_kfac
 from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, estimate_nearest, passes_needed
-from llm_surgeon.curvature.passes import Advance, Estimation, Task, Tokens
+from llm_surgeon.curvature.passes import Advance, Estimation
+from llm_surgeon.curvature.task import Task
+from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.selection import KeepMask
+from llm_surgeon.storage import TensorStore
 
 __all__ = ["Curvature", "Estimation", "KroneckerFactors", "NearestCurvature", "estimate", "passes_needed"]
 
@@ -21,11 +24,12 @@ def estimate(
     model: PreTrainedModel,
     anatomy: Anatomy,
     keep: Mapping[str, KeepMask],
-    tokens: Tokens,
+    tokens: CalibrationTokens,
     how: Estimation,
     advance: Advance = lambda _tokens: None,
     previous: Curvature | None = None,
     make_task: type[Task] = Task,
+    store: TensorStore | None = None,
 ) -> Curvature:
     """Estimate the curvature of every prunable layer.
 
@@ -38,6 +42,7 @@ def estimate(
         advance: Called with the number of tokens after each batch.
         previous: The estimate of the last shot, from which a power iteration sets out.
         make_task: What runs the passes.
+        store: Where a layer-major pass keeps what would not fit otherwise; in memory if None.
 
     Raises:
         NonFiniteError: If the loss is not finite.
@@ -45,7 +50,8 @@ def estimate(
     """
     if how.curvature == "identity":
         return KroneckerFactors({}, {}, frozenset(), None)
-    task = make_task(model, anatomy, keep, tokens, how, advance)
+    store = store or TensorStore(next(model.parameters()).device)
+    task = make_task(model, anatomy, keep, tokens, how, advance, store)
     if how.curvature == "diagonal":
         return estimate_diagonal(task)
     if how.curvature in TERMS:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.curvature.hooks import Hooks, with_bias
-from llm_surgeon.curvature.passes import PassResult, Task
+from llm_surgeon.curvature.passes import PassResult
+from llm_surgeon.curvature.task import Task
 from llm_surgeon.fisher import Damping, Diagonal
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of

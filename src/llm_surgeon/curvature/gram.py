@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_surgeon.storage import Stored, TensorStore
+
 # Height of the strips that the upper triangle is stored in: low enough to save nearly half of the work, high enough
 # for full speed of the products. On a CPU with AVX-512, size 1536: 8.1 ms for 192, 9.0 for 384, 13.8 for one product.
 STRIP = 192
@@ -20,20 +22,25 @@ class GramSum:
 
     Only the strips that hold the upper triangle are computed and stored: rows i to i + STRIP of the columns from i
     on. Sums are float32 whatever the inputs' type; the products themselves follow
-    ``torch.get_float32_matmul_precision()``.
+    ``torch.get_float32_matmul_precision()``. Nothing is held before the first addition.
     """
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.size = size
         self._device = device
         self._padded = -(-size // MULTIPLE) * MULTIPLE
-        self._strips = [
-            torch.zeros(min(STRIP, self._padded - start), self._padded - start, dtype=torch.float32, device=device)
-            for start in range(0, self._padded, STRIP)
-        ]
+        self._strips: list[Tensor] = []
+        self._stored: list[Stored] = []
+
+    @property
+    def _shapes(self) -> list[tuple[int, int]]:
+        padded = self._padded
+        return [(min(STRIP, padded - start), padded - start) for start in range(0, padded, STRIP)]
 
     def add(self, x: Tensor) -> None:
         """Add the outer products of the rows of ``x [tokens, size]``."""
+        if not self._strips:
+            self._strips = [torch.zeros(shape, dtype=torch.float32, device=self._device) for shape in self._shapes]
         if self._padded == self.size:
             wide = x.float()
         else:
@@ -43,12 +50,18 @@ class GramSum:
             start = number * STRIP
             strip.addmm_(wide[:, start : start + STRIP].T, wide[:, start:])
 
+    def put_away(self, store: TensorStore) -> None:
+        """Give the sum, which is complete, to a store."""
+        self._stored = [store.put(strip) for strip in self._strips]
+        self._strips = []
+
     def dense(self) -> Tensor:
         """The whole matrix, ``[size, size]`` float32."""
-        if not self._strips:
-            return torch.zeros(0, 0, device=self._device)
-        full = self._strips[0].new_empty(self._padded, self._padded)
-        for number, strip in enumerate(self._strips):
+        strips = self._strips or [stored.get() for stored in self._stored]
+        if not strips:
+            return torch.zeros(self.size, self.size, device=self._device)
+        full = strips[0].new_empty(self._padded, self._padded)
+        for number, strip in enumerate(strips):
             start, height = number * STRIP, strip.shape[0]
             # The square at the head of a strip was computed whole, but its two halves differ in rounding.
             square = strip[:, :height]
@@ -59,5 +72,5 @@ class GramSum:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(strip.nbytes for strip in self._strips)
+        """Bytes of the sum, wherever it is."""
+        return sum(rows * columns * 4 for rows, columns in self._shapes)

@@ -17,7 +17,7 @@ class Hooks:
 
     Attributes:
         positions: Flat positions of the tokens that count in the batch under way: those with a label where gradients
-            are taken, else those that are no padding.
+            are taken, else those that are no padding. While it is None, nothing is handed over.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,8 @@ class Hooks:
         """Hand over each input ``[tokens, columns]`` of a module."""
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            receive(self._counted(arguments[0].detach()))
+            if self.positions is not None:
+                receive(self._counted(arguments[0].detach()))
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
@@ -46,7 +47,8 @@ class Hooks:
         """Hand over each output ``[tokens, rows]`` of a module."""
 
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            receive(self._counted(output.detach()))
+            if self.positions is not None:
+                receive(self._counted(output.detach()))
 
         self._handles.append(module.register_forward_hook(hook))
 
@@ -54,7 +56,7 @@ class Hooks:
         """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output."""
 
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
+            if output.requires_grad and self.positions is not None:
                 output.register_hook(lambda gradient: receive(self._counted(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))
@@ -63,8 +65,8 @@ class Hooks:
         """Hand over input ``[tokens, columns]`` and gradient ``[tokens, rows]`` of the same tokens together."""
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs = self._counted(arguments[0].detach())
-            if output.requires_grad:
+            if output.requires_grad and self.positions is not None:
+                inputs = self._counted(arguments[0].detach())
                 output.register_hook(lambda gradient: receive(inputs, self._counted(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from llm_surgeon.curvature.factors import InputSum, KroneckerFactors
 from llm_surgeon.curvature.gram import GramSum
 from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.passes import Task
+from llm_surgeon.curvature.task import Task
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
 
@@ -31,7 +31,16 @@ def estimate_kfac(task: Task) -> KroneckerFactors:
                 core = core_of(task.model, layer)
                 gradients[name] = GramSum(core.out_features, core.weight.device)
                 hooks.on_gradient(core, gradients[name].add)
-        result = task.run(hooks, backward=backward)
+
+        def put_away(block: int) -> None:
+            for group, readers in groups.items():
+                if readers[0].block == block:
+                    inputs[group].gram.put_away(task.store)
+            for layer in task.anatomy.layers.values():
+                if layer.block == block and backward:
+                    gradients[layer.name].put_away(task.store)
+
+        result = task.run(hooks, backward=backward, finished=put_away)
     full_width = frozenset(group for group, readers in groups.items() if len(readers) > 1)
     return KroneckerFactors(inputs, gradients, full_width, result)
 

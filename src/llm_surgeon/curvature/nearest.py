@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.curvature.hooks import Hooks, with_bias
-from llm_surgeon.curvature.passes import Estimation, PassResult, Task
+from llm_surgeon.curvature.passes import Estimation, PassResult
+from llm_surgeon.curvature.task import Task
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo

@@ -8,32 +8,24 @@ Fisher takes the text's own next tokens as labels; the true Fisher samples them 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks
+from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.methods import CurvatureName
-from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.head import backward as back_propagate
 from llm_surgeon.models.head import head_loss, label_positions, last_states, sample_labels
 from llm_surgeon.models.modes import arithmetic, fast_pass
-from llm_surgeon.selection import KeepMask
 
 Advance = Callable[[int], None]
-
-
-class Tokens(Protocol):
-    """What curvature needs of calibration tokens."""
-
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches of ``input_ids`` and an attention mask or None."""
-        ...
+Order = Literal["batch-major", "layer-major"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,8 @@ class Estimation:
         sampled_labels: Labels drawn from the model per token (true Fisher); 0 takes the text's own (empirical).
         iterations: Power iterations of the nearest Kronecker products.
         seed: Seed of the sampled labels.
+        order: ``batch-major`` takes each batch through the whole model, ``layer-major`` all batches through one block
+            before the next, with one block's sums and activations at a time.
     """
 
     batch_size: int
@@ -55,6 +49,7 @@ class Estimation:
     sampled_labels: int = 0
     iterations: int = 2
     seed: int = 0
+    order: Order = "batch-major"
 
 
 @dataclass(frozen=True)
@@ -66,37 +61,14 @@ class PassResult:
     gradients_per_token: int
 
 
-@dataclass(frozen=True)
-class Task:
-    """What an estimator works on.
-
-    Attributes:
-        model: The model, as pruned so far.
-        anatomy: Its prunable layers.
-        keep: Rows and columns that are left of them; agrees with the model.
-        tokens: Calibration tokens.
-        how: Which approximation, and how.
-        advance: Called with the number of tokens after each batch.
-    """
-
-    model: PreTrainedModel
-    anatomy: Anatomy
-    keep: Mapping[str, KeepMask]
-    tokens: Tokens
-    how: Estimation
-    advance: Advance
-
-    def run(self, hooks: Hooks, *, backward: bool) -> PassResult:
-        """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
-
-        Raises:
-            NonFiniteError: If the loss is not finite.
-        """
-        return run_pass(self.model, hooks, self.tokens, self.how, backward=backward, advance=self.advance)
-
-
 def run_pass(
-    model: PreTrainedModel, hooks: Hooks, tokens: Tokens, how: Estimation, *, backward: bool, advance: Advance
+    model: PreTrainedModel,
+    hooks: Hooks,
+    tokens: CalibrationTokens,
+    how: Estimation,
+    *,
+    backward: bool,
+    advance: Advance,
 ) -> PassResult:
     """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
 
@@ -110,7 +82,7 @@ def run_pass(
         if backward:
             hooks.start_graph_at(model.get_input_embeddings())
         for input_ids, attention_mask in tokens.batches(how.batch_size):
-            batch = _Batch(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
+            batch = LabelledBatch(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
             hooks.positions = batch.positions
             # Until it ends, autocast keeps the rounded inputs of the head. Scattered among the freed logits of earlier
             # batches they leave no room there for the next ones, and the memory of a pass grows with every batch.
@@ -118,12 +90,17 @@ def run_pass(
                 loss += _run_batch(model, batch, backward, how.sampled_labels, generator)
             count += len(batch.positions)
             advance(input_ids.numel())
-            _check_loss(loss)
+            check_loss(loss)
     return PassResult(loss / count, count, how.sampled_labels or 1)
 
 
-class _Batch:
-    """Tokens of one batch, and where they have labels."""
+class LabelledBatch:
+    """Tokens of one batch ``[batch, length]``, and where they have labels.
+
+    Attributes:
+        positions: Flat positions with a label, ``[n]``.
+        labels: The tokens that follow there, ``[n]``.
+    """
 
     def __init__(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         self.input_ids = input_ids
@@ -132,7 +109,7 @@ class _Batch:
 
 
 def _run_batch(
-    model: PreTrainedModel, batch: _Batch, backward: bool, samples: int, generator: torch.Generator | None
+    model: PreTrainedModel, batch: LabelledBatch, backward: bool, samples: int, generator: torch.Generator | None
 ) -> float:
     """Through the blocks and back; returns the summed loss of the text's own labels."""
     states = last_states(model, batch.input_ids, batch.attention_mask)
@@ -146,7 +123,12 @@ def _run_batch(
     return head_loss(model, last, batch.labels)
 
 
-def _check_loss(loss: float) -> None:
+def check_loss(loss: float) -> None:
+    """Make sure that the loss so far is a number.
+
+    Raises:
+        NonFiniteError: If it is not.
+    """
     if not math.isfinite(loss):
         raise NonFiniteError(
             "The loss on the calibration tokens is not finite: the activations of the model overflow.",

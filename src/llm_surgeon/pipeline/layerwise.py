@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.budgets import outlier_ratio, outlier_weighted
 from llm_surgeon.config import PruneConfig
+from llm_surgeon.curvature.sweep import Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.element_selection import ElementMask, keep_in_scope, select_elements
 from llm_surgeon.errors import ConfigError, NonFiniteError
@@ -30,7 +31,6 @@ from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.permuting import StreamOrder, reorder_block
 from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.structures import check_structure
-from llm_surgeon.pipeline.sweep import Sweep
 from llm_surgeon.pipeline.watched import Watched, watch
 from llm_surgeon.refinement import Refinement, refine
 from llm_surgeon.report.progress import Phase, Progress

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from llm_surgeon.curvature.gram import GramSum
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.curvature.moments import Moments
+from llm_surgeon.curvature.sweep import Advance, Sweep
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
-from llm_surgeon.pipeline.sweep import Advance, Sweep
 from llm_surgeon.scores import Statistics
 
 

@@ -24,12 +24,13 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.curvature.nearest import TERMS, nearest_bytes
-from llm_surgeon.curvature.passes import PassResult, Task
+from llm_surgeon.curvature.passes import PassResult
+from llm_surgeon.curvature.sweep import Sweep
+from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.methods import LAYERWISE
 from llm_surgeon.models import Anatomy
-from llm_surgeon.pipeline.sweep import Sweep
 from llm_surgeon.pipeline.watched import watch
 
 # A model this deep is traced whole; of a deeper one, two shallow ones say what each further pair of blocks adds. A
@@ -79,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 class _Idle(Task):
     """A task whose pass reads nothing: what an estimator makes before it stays as it is."""
 
-    def run(self, hooks: Hooks, *, backward: bool) -> PassResult:
+    def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None] = lambda _block: None) -> PassResult:
         """Nothing."""
         return PassResult(0.0, 1, 1)
 

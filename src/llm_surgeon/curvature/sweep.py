@@ -2,6 +2,7 @@
 
 The arguments of a block (masks, positions, rotary embeddings) are made by transformers and change with its releases.
 They are not rebuilt here: one pass through the model, with blocks that do nothing, records what each is called with.
+What comes before and after the blocks is run in the same way, by the model itself.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.models.attention import attention_by_blocks
 from llm_surgeon.models.head import last_states
-from llm_surgeon.models.modes import arithmetic, frozen
+from llm_surgeon.models.modes import arithmetic, frozen, reduced_weights
+from llm_surgeon.storage import Stored, TensorStore
 
 Advance = Callable[[int], None]
 
@@ -32,16 +35,20 @@ class _Call:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """One batch on its way through the blocks.
 
     Attributes:
+        input_ids: ``[batch, length]``.
+        attention_mask: The same shape, or None where nothing is padding.
         hidden: Hidden states that enter the block whose turn it is, ``[batch, length, width]``.
         positions: Flat positions of real tokens.
         calls: The call of each block.
     """
 
-    hidden: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    hidden: Stored
     positions: Tensor
     calls: list[_Call]
 
@@ -57,55 +64,90 @@ class Sweep:
         tokens: Calibration tokens.
         batch_size: Sequences per pass.
         precision: ``bfloat16`` (autocast) or ``float32``.
+        store: Where the hidden states are kept; in the memory of the model's device if None.
+
+    Attributes:
+        batches: In order.
+        store: Where hidden states are kept.
     """
 
     def __init__(
-        self, model: PreTrainedModel, blocks: str, tokens: CalibrationTokens, batch_size: int, precision: str
+        self,
+        model: PreTrainedModel,
+        blocks: str,
+        tokens: CalibrationTokens,
+        batch_size: int,
+        precision: str,
+        store: TensorStore | None = None,
     ) -> None:
         self._model, self._precision = model, precision
         self._blocks = cast(nn.ModuleList, model.get_submodule(blocks))
+        self._stand_in = _StandIn(self._blocks)
         self._device = next(model.parameters()).device
-        with self._running():
-            self._batches = list(self._record(tokens, batch_size))
+        self.store = store or TensorStore(self._device)
+        with torch.no_grad(), frozen(model):
+            self.batches = list(self._record(tokens, batch_size))
+
+    def __len__(self) -> int:
+        """Blocks."""
+        return len(self._blocks)
 
     def watch(self, block: int, hooks: Hooks, advance: Advance = lambda _tokens: None) -> None:
         """Run a block for what ``hooks`` see of it; the batches stay in front of it."""
-        with self._running():
-            for batch in self._batches:
+        with torch.no_grad(), self.ready(block):
+            for batch in self.batches:
                 hooks.positions = batch.positions
-                self._run(block, batch)
-                advance(batch.hidden.shape[:2].numel())
+                self.run(block, batch, batch.hidden.get())
+                advance(batch.input_ids.numel())
 
-    def pass_through(self, block: int, advance: Advance = lambda _tokens: None) -> None:
-        """Take the batches through a block, in front of the next one; to be called for each block in turn."""
-        with self._running():
-            for batch in self._batches:
-                batch.hidden = self._run(block, batch)
-                advance(batch.hidden.shape[:2].numel())
+    def pass_through(self, block: int, advance: Advance = lambda _tokens: None, keep: bool = False) -> None:
+        """Take the batches through a block, in front of the next one; to be called for each block in turn.
 
-    def _run(self, block: int, batch: _Batch) -> Tensor:
+        Args:
+            block: Its number.
+            advance: Called with the number of tokens after each batch.
+            keep: Whether what entered the block stays in the store, as somebody else holds it.
+        """
+        with torch.no_grad(), self.ready(block):
+            for batch in self.batches:
+                entered = batch.hidden
+                batch.hidden = self.store.put(self.run(block, batch, entered.get()))
+                if not keep:
+                    entered.release()
+                advance(batch.input_ids.numel())
+
+    def run(self, block: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """What a block makes of hidden states ``[batch, length, width]``; to be called where it is ``ready``."""
         call = batch.calls[block]
-        output = self._blocks[block](batch.hidden, *call.arguments, **call.named)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        with arithmetic(self._device, self._precision):
+            output = self._blocks[block](hidden, *call.arguments, **call.named)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def last_states(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """What the model makes of what leaves its last block: last hidden states, flat, ``[batch * length, width]``."""
+        with self._stand_in.in_place(hidden), arithmetic(self._device, self._precision):
+            return last_states(self._model, batch.input_ids, batch.attention_mask)
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        with torch.no_grad(), frozen(self._model), arithmetic(self._device, self._precision):
+    def ready(self, block: int) -> Iterator[None]:
+        """The block as it is run: frozen, with weights and attention as the precision allows."""
+        module = self._blocks[block]
+        with frozen(module), reduced_weights(module, self._precision), attention_by_blocks():
             yield
 
-    def _record(self, tokens: CalibrationTokens, batch_size: int) -> Iterator[_Batch]:
-        recorder = _Recorder(self._blocks)
+    def _record(self, tokens: CalibrationTokens, batch_size: int) -> Iterator[Batch]:
         for input_ids, attention_mask in tokens.batches(batch_size):
             real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            ids = input_ids.to(self._device)
             mask = None if attention_mask is None else attention_mask.to(self._device)
-            with recorder.in_place():
-                last_states(self._model, input_ids.to(self._device), mask)
+            with self._stand_in.in_place(), arithmetic(self._device, self._precision):
+                last_states(self._model, ids, mask)
             positions = real.flatten().nonzero().flatten().to(self._device)
-            yield _Batch(recorder.entered, positions, recorder.calls)
+            yield Batch(ids, mask, self.store.put(self._stand_in.entered), positions, self._stand_in.calls)
 
 
-class _Recorder:
+class _StandIn:
     """Stands in for the forward functions of all blocks: keeps what they are called with and hands on the input.
 
     Attributes:
@@ -119,6 +161,7 @@ class _Recorder:
         self.calls: list[_Call] = []
         self._blocks, self._first = blocks, blocks[0].forward
         self._tuples: bool | None = None
+        self._handed: Tensor | None = None
 
     def __call__(self, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
         """Take the place of a block's ``forward``."""
@@ -128,12 +171,17 @@ class _Recorder:
         if not self.calls:
             self.entered = hidden
         self.calls.append(_Call(arguments, named))
-        return (hidden,) if self._tuples else hidden
+        handed = hidden if self._handed is None else self._handed
+        return (handed,) if self._tuples else handed
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Be the ``forward`` of every block for one batch."""
-        self.calls = []
+    def in_place(self, handed: Tensor | None = None) -> Iterator[None]:
+        """Be the ``forward`` of every block for one batch.
+
+        Args:
+            handed: What leaves the blocks, if it is not what entered them.
+        """
+        self.calls, self._handed = [], handed
         # An attribute of the instance hides the method of the class; there may be one already.
         before = [vars(block).get("forward") for block in self._blocks]
         try:
@@ -141,6 +189,7 @@ class _Recorder:
                 block.forward = self
             yield
         finally:
+            self._handed = None
             for block, own in zip(self._blocks, before, strict=True):
                 vars(block).pop("forward", None)
                 if own is not None:

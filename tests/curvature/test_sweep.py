@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from llm_surgeon.curvature.hooks import Hooks
+from llm_surgeon.curvature.sweep import Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import family_of
-from llm_surgeon.pipeline.sweep import Sweep
 from tiny import BUILDERS, build, tokens
 
 
@@ -43,11 +43,11 @@ def test_a_sweep_gives_what_the_model_gives(family, padded):
             hooks.on_output(model.get_submodule(blocks)[number], received.append)
             sweep.watch(number, hooks)
         sweep.pass_through(number)
-        for batch, whole, part in zip(sweep._batches, expected, received, strict=True):
-            assert torch.equal(batch.hidden, whole[number])
+        for batch, whole, part in zip(sweep.batches, expected, received, strict=True):
+            assert torch.equal(batch.hidden.get(), whole[number])
             # Padding is not among what is watched.
             assert torch.equal(part, whole[number].flatten(0, 1)[batch.positions])
-    assert sum(len(batch.positions) for batch in sweep._batches) == (104 if padded else 128)
+    assert sum(len(batch.positions) for batch in sweep.batches) == (104 if padded else 128)
 
 
 def test_a_block_that_returns_a_tuple_is_met_with_one(monkeypatch):
@@ -77,7 +77,7 @@ def test_a_block_that_returns_a_tuple_is_met_with_one(monkeypatch):
     assert seen == [tuple]
     for number in range(2):
         sweep.pass_through(number)
-        torch.testing.assert_close(sweep._batches[0].hidden, expected[number])
+        torch.testing.assert_close(sweep.batches[0].hidden.get(), expected[number])
 
 
 def test_the_model_is_as_it_was():

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from llm_surgeon import storage
+from llm_surgeon.errors import DiskSpaceError
+from llm_surgeon.storage import Budgets, TensorStore
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("host", [0, 10**6])
+def test_gives_back_what_was_put(host, dtype, tmp_path):
+    store = TensorStore(CPU, Budgets(host=host), tmp_path)
+    tensor = torch.arange(12).view(3, 4).to(dtype)
+    stored = store.put(tensor)
+    assert torch.equal(stored.get(), tensor)
+    assert store.bytes_on_disk == (0 if host else tensor.nbytes)
+    stored.release()
+    stored.release()
+    assert store.bytes_on_disk == 0
+
+
+def test_room_that_is_given_back_is_used_again(tmp_path):
+    store = TensorStore(CPU, Budgets(host=100), tmp_path)
+    first, second = store.put(torch.zeros(20)), store.put(torch.zeros(20))
+    assert store.bytes_on_disk == 80
+    first.release()
+    third = store.put(torch.ones(25))
+    assert store.bytes_on_disk == 80
+    assert torch.equal(second.get(), torch.zeros(20))
+    assert torch.equal(third.get(), torch.ones(25))
+
+
+def test_empty_tensors_need_no_file(tmp_path):
+    stored = TensorStore(CPU, Budgets(host=-1), tmp_path).put(torch.zeros(0, 3))
+    assert stored.get().shape == (0, 3)
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "posix_fallocate", full)
+    with pytest.raises(DiskSpaceError, match=r"No space left.*--host-memory"):
+        TensorStore(CPU, Budgets(host=0), tmp_path).put(torch.zeros(1000))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scratch_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DiskSpaceError, match="No such file"):
+        TensorStore(CPU, Budgets(host=0), tmp_path / "gone").put(torch.zeros(1000))
