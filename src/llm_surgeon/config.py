@@ -25,6 +25,7 @@ from llm_surgeon.quantity import parse_quantity
 RankBy = Literal["cost-per-weight", "cost"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["bfloat16", "float32"]
+PassOrder = Literal["auto", "batch-major", "layer-major"]
 LayerBudget = Literal["uniform", "owl"]
 Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
@@ -122,6 +123,20 @@ class PruneConfig(BaseModel):
     samples: int = Field(128, ge=1, description="Calibration sequences.")
     seq_len: int = Field(512, ge=2, description="Tokens per calibration sequence.")
     batch_size: int = Field(2, ge=1, description="Calibration sequences per pass; fewer need less memory.")
+    order: PassOrder = Field(
+        "auto",
+        description="Of a pass for the curvature: batch-major (each batch through the whole model), layer-major (all "
+        "batches through one block before the next: a third more time, and what does not fit may wait on the host or "
+        "on disk), or auto: layer-major where the other would not fit.",
+    )
+    device_memory: Quantity | None = Field(
+        None, description="Bytes of GPU memory that the run may use, e.g. 24GiB (unset: what is free)."
+    )
+    host_memory: Quantity | None = Field(
+        None,
+        description="Bytes of main memory that the run may use, e.g. 16GiB (unset: what is free). What fits neither "
+        "there nor on the device waits on disk, in TMPDIR.",
+    )
     dampening_a: float = Field(
         0.01, gt=0.0, description="Damping of the input factor A, as a fraction of its mean diagonal."
     )
@@ -245,6 +260,8 @@ class PruneConfig(BaseModel):
         if any(not 1 <= shot <= self.shots for shot in self.export_shots):
             raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")
         self._check_shapes()
+        if self.target_latency is not None and (self.device_memory or self.host_memory):
+            raise ValueError("with target_latency nothing is planned: no device_memory, no host_memory")
         if self.layerwise:
             self._check_layerwise()
         else:
@@ -301,6 +318,8 @@ class PruneConfig(BaseModel):
             resolve_curvature(self.method, self.curvature)
         if self.shots != 1:
             raise ValueError(f"{self.method} goes through the layers once: shots has to be 1 (got {self.shots})")
+        if self.order == "batch-major":
+            raise ValueError(f"{self.method} goes layer by layer: order cannot be batch-major")
         if pattern is not None and self.sparsity != pattern.sparsity:
             raise ValueError(f"{self.method} with {self.structure} removes {pattern.sparsity:g}: leave sparsity out")
         if pattern is not None and (self.scope or self.layer_budget != "uniform"):

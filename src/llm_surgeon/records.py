@@ -392,6 +392,10 @@ class Plan(Record):
         device_available: The same of the GPU; None without one.
         loaders: What can load the result.
         probed: Whether a batch was timed and measured; else time is that of a common machine.
+        order: Of the passes, ``batch-major`` or ``layer-major``; what the recipe's ``auto`` comes to.
+        store_host: Bytes of memory in which a layer-major run may let hidden states and factors wait; None: any.
+        store_device: The same of the GPU.
+        scratch: Bytes that will wait on disk in the meantime.
     """
 
     model: str
@@ -408,6 +412,10 @@ class Plan(Record):
     device_available: int | None
     loaders: tuple[str, ...]
     probed: bool = False
+    order: Literal["batch-major", "layer-major"] = "batch-major"
+    store_host: int | None = None
+    store_device: int | None = None
+    scratch: int = 0
 
     @property
     def host_peak(self) -> int:

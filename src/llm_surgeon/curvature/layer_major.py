@@ -20,7 +20,7 @@ from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, Pas
 from llm_surgeon.curvature.sweep import Batch, Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.head import head_loss, sample_labels
-from llm_surgeon.models.modes import arithmetic, fast_pass
+from llm_surgeon.models.modes import arithmetic, frozen, reduced_weights
 from llm_surgeon.storage import Stored, TensorStore
 
 
@@ -110,7 +110,8 @@ class LayerMajorPass:
         """The summed loss of the text's own labels; with ``backward``, gradients at what leaves the last block."""
         how, loss = self._how, 0.0
         generator = torch.Generator(self._device).manual_seed(how.seed) if how.sampled_labels else None
-        with fast_pass(self._model, how.precision):
+        head = self._model.get_output_embeddings()
+        with frozen(self._model), reduced_weights(head, how.precision):
             for waiting in self._waiting:
                 with arithmetic(self._device, how.precision):
                     loss += self._head_of_batch(waiting, backward, generator)

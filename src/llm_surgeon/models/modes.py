@@ -57,7 +57,8 @@ def reduced_weights(model: nn.Module, precision: str) -> Iterator[None]:
     before = [(layer, layer.weight) for layer in layers if layer.weight.dtype == torch.float32]
     try:
         for layer, weight in before:
-            layer.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+            with torch.no_grad():
+                layer.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
         yield
     finally:
         for layer, weight in before:

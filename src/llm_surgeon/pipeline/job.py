@@ -22,6 +22,7 @@ from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.records import LayerRecord, Memory, Perplexity, Plan, PruneReport, ShotRecord, Size
 from llm_surgeon.report.progress import Progress
+from llm_surgeon.storage import Budgets, TensorStore
 from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,21 @@ def run_job(
         )
 
     run = run_layerwise if job.config.layerwise else run_shots
-    for result in run(model, job.anatomy, job.texts.calibration, job.config, job.progress):
+    for result in run(model, job.anatomy, job.texts.calibration, job.config, job.progress, _store(job)):
         masks, factor_bytes = result.masks, max(factor_bytes, result.factor_bytes)
         shots.append(_evaluated(job, result))
         peak = max(peak, *shots[-1].peaks.values())
         after_shot(report(), masks)
     return report(), masks
+
+
+def _store(job: Job) -> TensorStore | None:
+    """Where what a run cannot hold waits, if the run goes layer by layer."""
+    if not (job.plan.order == "layer-major" if job.plan else job.config.order == "layer-major"):
+        return None
+    limits = {"host": job.plan.store_host, "device": job.plan.store_device} if job.plan else {}
+    known = {place: limit for place, limit in limits.items() if limit is not None}
+    return TensorStore(next(job.model.parameters()).device, Budgets(**known))
 
 
 def _evaluated(job: Job, result: ShotResult) -> ShotRecord:

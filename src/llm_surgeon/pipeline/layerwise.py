@@ -36,6 +36,7 @@ from llm_surgeon.refinement import Refinement, refine
 from llm_surgeon.report.progress import Phase, Progress
 from llm_surgeon.scores import SCORES, ScoreOptions, wanda
 from llm_surgeon.sparsegpt import inverse_factor, solve
+from llm_surgeon.storage import TensorStore
 
 
 def run_layerwise(
@@ -44,8 +45,11 @@ def run_layerwise(
     tokens: CalibrationTokens,
     config: PruneConfig,
     progress: Progress,
+    store: TensorStore | None = None,
 ) -> Iterator[ShotResult]:
     """Prune a model in place by a layer-wise method; yields once, as ``run_shots`` does after its last shot.
+
+    Hidden states of all tokens wait in the store, or in memory without one.
 
     Raises:
         ConfigError: If the layers do not allow the structure, or the budgets are out of bounds.
@@ -57,7 +61,7 @@ def run_layerwise(
     if config.permute:
         check_residual(model, anatomy.family)
     clock = Clock(next(model.parameters()).device)
-    run = _Run(model, anatomy, tokens, config, clock)
+    run = _Run(model, anatomy, tokens, config, clock, store)
     passes = (2 * len(run.blocks) - 1) * (run.reads + run.surveys) + len(run.blocks) * (config.permute and run.reads)
     with progress.phase(f"{config.method}: block after block", passes * tokens.input_ids.numel()) as phase:
         plan = run.survey(phase)
@@ -99,10 +103,16 @@ class _Run:
     """One run; each step does what the recipe asks for and nothing else."""
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTokens, config: PruneConfig, clock: Clock
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        tokens: CalibrationTokens,
+        config: PruneConfig,
+        clock: Clock,
+        store: TensorStore | None,
     ) -> None:
         self._model, self._anatomy, self._tokens, self._config = model, anatomy, tokens, config
-        self._clock = clock
+        self._clock, self._store = clock, store
         self.blocks: list[list[LinearLayer]] = [[] for _ in cast(nn.ModuleList, self._block_list())]
         for layer in anatomy.layers.values():
             self.blocks[layer.block].append(layer)
@@ -170,7 +180,9 @@ class _Run:
         if reads:
             with self._clock.phase("curvature"):
                 family, config = self._anatomy.family, self._config
-                sweep = Sweep(self._model, family.blocks, self._tokens, config.batch_size, config.precision)
+                sweep = Sweep(
+                    self._model, family.blocks, self._tokens, config.batch_size, config.precision, self._store
+                )
         for block, layers in enumerate(self.blocks):
             if reorder:
                 self._reorder(layers, self._watch(sweep, block, phase))

@@ -85,6 +85,11 @@ def prune(
         check_output(out)
     elif config.export_shots:
         raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
+    if config.device_memory is not None or config.host_memory is not None:
+        raise ConfigError(
+            "How much memory is left beside a model that is loaded already is not known.",
+            "Use prune_checkpoint with device_memory and host_memory; here order='layer-major' is what saves memory.",
+        )
     if config.lora:
         require_peft()
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)

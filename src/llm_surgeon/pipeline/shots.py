@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, estimate, passes_needed
+from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.anatomy import Anatomy
@@ -21,6 +22,7 @@ from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.structures import Structure, structure_of
 from llm_surgeon.report.progress import Progress
+from llm_surgeon.storage import TensorStore
 
 
 def run_shots(
@@ -29,10 +31,12 @@ def run_shots(
     tokens: CalibrationTokens,
     config: PruneConfig,
     progress: Progress,
+    store: TensorStore | None = None,
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
-    Curvature is estimated afresh in each shot, on the model as pruned so far.
+    Curvature is estimated afresh in each shot, on the model as pruned so far; layer by layer if there is a store for
+    what has to wait.
 
     Raises:
         ConfigError: If the layers do not allow the structure.
@@ -43,10 +47,10 @@ def run_shots(
     previous: Curvature | None = None
     for number, sparsity in enumerate(config.sparsity_schedule, start=1):
         clock = Clock(next(model.parameters()).device)
-        how = _estimation(config, number)
+        how = _estimation(config, number, "batch-major" if store is None else "layer-major")
         work = tokens.input_ids.numel() * passes_needed(how, warm=previous is not None)
         with clock.phase("curvature"), progress.phase(f"shot {number}/{config.shots}: curvature", work) as phase:
-            curvature = estimate(model, anatomy, structure.shapes, tokens, how, phase.advance, previous)
+            curvature = estimate(model, anatomy, structure.shapes, tokens, how, phase.advance, previous, store=store)
         with clock.phase("selection"):
             costs = _all_costs(model, anatomy, structure, curvature, config)
             selection = structure.select(costs, round((1 - sparsity) * anatomy.prunable_weights))
@@ -75,7 +79,7 @@ def run_shots(
         yield result
 
 
-def _estimation(config: PruneConfig, shot: int) -> Estimation:
+def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
     assert config.resolved_curvature is not None  # layer-wise methods do not come here
     return Estimation(
         batch_size=config.batch_size,
@@ -85,6 +89,7 @@ def _estimation(config: PruneConfig, shot: int) -> Estimation:
         iterations=config.kronecker_iterations,
         # Each shot draws its own labels.
         seed=config.seed + shot,
+        order=order,
     )
 
 

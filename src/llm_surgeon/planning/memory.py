@@ -5,6 +5,7 @@ The passes are traced (``trace.py``), factors and weights counted. Constants sta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.config import PruneConfig
+from llm_surgeon.curvature.kfac import PUT_AWAY
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.head import CHUNK
 from llm_surgeon.pipeline.texts import Texts
+from llm_surgeon.planning.order import Waiting
 from llm_surgeon.planning.sizes import weight_bytes
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.planning.trace import Traces, factor_bytes
@@ -53,7 +56,13 @@ class Need:
 
 
 def needs_of(
-    skeleton: Skeleton, config: PruneConfig, device: torch.device, traces: Traces, process: int, weights: int
+    skeleton: Skeleton,
+    config: PruneConfig,
+    device: torch.device,
+    traces: Traces,
+    process: int,
+    weights: int,
+    waiting: Waiting | None = None,
 ) -> dict[str, Need]:
     """What each phase of a run needs, in the order in which they first run.
 
@@ -64,8 +73,15 @@ def needs_of(
         traces: What its passes take.
         process: Bytes that the process holds before the model is loaded.
         weights: Bytes of the weights that will be in memory, see ``weights_read``.
+        waiting: What waits in the store if the run goes layer by layer; None if it does not.
     """
-    return _Model(skeleton, config, device, traces, process, weights).needs()
+    return _Model(skeleton, config, device, traces, process, weights, waiting).needs()
+
+
+def peak_of_shots(needs: Mapping[str, Need]) -> tuple[int, int]:
+    """Most bytes of main memory and of the GPU in the phases of shots."""
+    phases = [needs[name] for name in ("curvature", "selection", "update")]
+    return max(sum(p.host.values()) for p in phases), max(sum(p.device.values()) for p in phases)
 
 
 def weights_read(skeleton: Skeleton, device: torch.device, texts: Texts) -> int:
@@ -126,8 +142,9 @@ class _Model:
         traces: Traces,
         process: int,
         weights: int,
+        waiting: Waiting | None,
     ) -> None:
-        self._skeleton, self._config, self._device = skeleton, config, device
+        self._skeleton, self._config, self._device, self._waiting = skeleton, config, device, waiting
         self._traces, self._process, self._weights = traces, process, weights
         self._prunable = skeleton.anatomy.prunable_weights
         largest = max(max(layer.rows, layer.columns + layer.bias) for layer in skeleton.anatomy.layers.values())
@@ -162,9 +179,11 @@ class _Model:
         masks: Parts = {} if self._config.parts else {"masks": self._prunable}
         costs: Parts = {} if self._config.parts else {"costs of single weights": ELEMENT_BYTES * self._prunable}
         return {
-            "curvature": self._on_device({**passes, **larger}, masks, self._freed()),
-            "selection": self._on_device({**self._squares, **larger}, costs),
-            "update": self._on_device({**self._squares, **self._statistics(), **self._pruned()}, masks),
+            "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), self._freed()),
+            "selection": self._on_device({**self._squares, **larger}, costs | self._on_host()),
+            "update": self._on_device(
+                {**self._squares, **self._statistics(), **self._pruned()}, masks | self._on_host()
+            ),
         }
 
     def _freed(self) -> Parts:
@@ -185,11 +204,23 @@ class _Model:
         return max(first, second, key=lambda parts: sum(parts.values()))
 
     def _statistics(self) -> Parts:
-        """What is held of the calibration tokens in the first shot."""
-        config = self._config
-        if config.layerwise:
-            return {"hidden states": self._traces.waiting * -(-config.samples // config.batch_size)}
-        return {"factors": factor_bytes(self._skeleton.network, self._skeleton.anatomy, config)}
+        """What is held of the calibration tokens in the first shot, where the run is."""
+        if self._waiting is not None:
+            kept = self._config.layerwise or self._config.resolved_curvature in PUT_AWAY
+            waiting: Parts = {self._store: self._waiting.device} if self._waiting.device else {}
+            return waiting if kept else {**waiting, **self._factors()}
+        return self._factors()
+
+    def _factors(self) -> Parts:
+        return {"factors": factor_bytes(self._skeleton.network, self._skeleton.anatomy, self._config)}
+
+    def _on_host(self) -> Parts:
+        """What waits there."""
+        return {self._store: self._waiting.host} if self._waiting is not None and self._waiting.host else {}
+
+    @property
+    def _store(self) -> str:
+        return "hidden states" if self._config.layerwise else "hidden states and factors"
 
     def _adapters(self) -> Parts:
         """Low-rank factors in float32, with gradients and two moments."""

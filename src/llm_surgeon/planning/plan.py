@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 
 import torch
 
 from llm_surgeon.config import PruneConfig
+from llm_surgeon.curvature.passes import Order
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_source
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
-from llm_surgeon.planning.memory import Need, host_available, needs_of, passes_within, process_bytes, weights_read
+from llm_surgeon.planning.memory import (
+    SLACK,
+    Need,
+    host_available,
+    needs_of,
+    passes_within,
+    peak_of_shots,
+    process_bytes,
+    weights_read,
+)
+from llm_surgeon.planning.order import (
+    Room,
+    Waiting,
+    budgets_of,
+    goes_layer_major,
+    order_name,
+    placed,
+    waiting_bytes,
+)
 from llm_surgeon.planning.probe import probe_batch
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
 from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of, weightless
-from llm_surgeon.planning.trace import estimation_of, trace
+from llm_surgeon.planning.trace import Traces, estimation_of, trace
 from llm_surgeon.records import Plan, PlannedPhase
+from llm_surgeon.storage import Budgets
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +81,36 @@ def plan(model: str, config: PruneConfig, probe: bool = False) -> Plan:
 def foresee(
     model: str, skeleton: Skeleton, config: PruneConfig, device: torch.device, texts: Texts, probe: bool = False
 ) -> Plan:
-    """The plan of a run whose texts are prepared and whose model is still to be loaded; see ``plan``."""
-    traces = trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device)
+    """The plan of a run whose texts are prepared and whose model is still to be loaded; see ``plan``.
+
+    Raises:
+        ConfigError: If it needs more memory than the recipe allows.
+    """
     process, rates = process_bytes(), default_rates(config, device)
     weights = weights_read(skeleton, device, texts)
+    room = room_for(config, device)
+
+    def traced(order: Order) -> Traces:
+        return trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device, order)
+
+    def needed(traces: Traces, waiting: Waiting | None) -> dict[str, Need]:
+        return needs_of(skeleton, config, device, traces, process, weights, waiting)
+
+    traces = traced("batch-major")
+    layer_major = goes_layer_major(config, room, lambda: peak_of_shots(needed(traces, None)))
+    traces = traced("layer-major") if layer_major and not config.layerwise else traces
     if probe:
         probed = probe_batch(skeleton, config, device, texts.calibration)
         rates = _calibrated(rates, pass_operations(skeleton, config) * probed.tokens / probed.seconds)
         # A nearest product holds other factors than the pass that stands in for its own.
-        if traces.curvature and estimation_of(config).curvature == config.resolved_curvature:
+        if traces.curvature and not layer_major and estimation_of(config).curvature == config.resolved_curvature:
             measured = passes_within(probed.peak, skeleton, config, device, process, weights)
             traces = replace(traces, curvature=measured)
-    needs = needs_of(skeleton, config, device, traces, process, weights)
+    waiting, budgets = None, Budgets()
+    if layer_major:
+        budgets = budgets_of(config, room, peak_of_shots(needed(traces, Waiting())), SLACK)
+        waiting = placed(waiting_bytes(skeleton, config), budgets, device)
+    needs = needed(traces, waiting)
     last = config.sparsity_schedule[-1]
     return Plan(
         model=model,
@@ -83,12 +122,24 @@ def foresee(
         dense_weight_bytes=skeleton.weight_bytes,
         weight_bytes=weight_bytes(skeleton, config, last),
         disk=disk_bytes(skeleton, config),
-        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts))),
-        host_available=host_available(),
-        device_available=available_bytes(device) if device.type == "cuda" else None,
+        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts), layer_major)),
+        host_available=room.host,
+        device_available=room.device,
         loaders=loaders(config, skeleton.anatomy.family.model_type),
         probed=probe,
+        order=order_name(layer_major),
+        store_host=None if budgets.host == math.inf else round(budgets.host),
+        store_device=None if budgets.device == math.inf else round(budgets.device),
+        scratch=waiting.disk if waiting else 0,
     )
+
+
+def room_for(config: PruneConfig, device: torch.device) -> Room:
+    """What is free, or what the recipe allows."""
+    on_gpu = available_bytes(device) if device.type == "cuda" else None
+    if on_gpu is not None and config.device_memory is not None:
+        on_gpu = config.device_memory
+    return Room(config.host_memory or host_available(), on_gpu)
 
 
 def warn_if_short(foreseen: Plan) -> None:
@@ -112,10 +163,12 @@ def warn_if_short(foreseen: Plan) -> None:
 
 
 def _remedy(part: str) -> str:
-    if part in ("passes", "allocator", "freed logits", "hidden states"):
+    if part.startswith("hidden states"):
+        return "set --host-memory, so that less of it waits in memory and more on disk"
+    if part in ("passes", "allocator", "freed logits"):
         return "use a smaller --batch-size or --seq-len"
     if part == "factors":
-        return "leave layers out with --ignore, or use a layer-wise method; a smaller --batch-size helps a little"
+        return "use --order layer-major or auto, leave layers out with --ignore, or use a layer-wise method"
     return "use --dtype bfloat16, a smaller --batch-size, or a machine with more memory"
 
 

@@ -75,7 +75,9 @@ def _factor_operations(skeleton: Skeleton, curvature: str) -> float:
     return float(inputs + gradients)
 
 
-def phase_seconds(skeleton: Skeleton, config: PruneConfig, rates: Rates, evaluated: int) -> dict[str, float]:
+def phase_seconds(
+    skeleton: Skeleton, config: PruneConfig, rates: Rates, evaluated: int, layer_major: bool = False
+) -> dict[str, float]:
     """Seconds of each phase, of all shots together.
 
     Args:
@@ -83,18 +85,23 @@ def phase_seconds(skeleton: Skeleton, config: PruneConfig, rates: Rates, evaluat
         config: The recipe.
         rates: Operations per second.
         evaluated: Tokens of the evaluation text.
+        layer_major: Whether passes go forward twice.
     """
     tokens = config.samples * config.seq_len
     # What a shot works on is what the one before has left.
     kept = [1.0, *(1 - sparsity for sparsity in config.sparsity_schedule)][:-1]
     window = 2 * skeleton.parameters * evaluated / rates.passes
     read = skeleton.weight_bytes / DISK
+    operations = sum(pass_operations(skeleton, config, k) for k in kept)
+    if layer_major and not config.layerwise:
+        prunable = skeleton.anatomy.prunable_weights
+        operations += sum(2 * k * prunable for k in kept)
     speed = SPEED_RUNS * (2 * skeleton.parameters * SPEED_PROMPT / rates.float32)
     speed += SPEED_RUNS * SPEED_DECODED * skeleton.weight_bytes / MEMORY_RATE
     return {
         "load": read,
         "dense evaluation": window,
-        "curvature": _passes(config) * tokens * sum(pass_operations(skeleton, config, k) for k in kept) / rates.passes,
+        "curvature": _passes(config) * tokens * operations / rates.passes,
         "selection": sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32,
         "update": sum(_updates(skeleton, config) * k for k in kept) / rates.float32,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,

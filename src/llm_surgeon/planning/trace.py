@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, masking_utils
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.curvature.hooks import Hooks
+from llm_surgeon.curvature.kfac import PUT_AWAY
 from llm_surgeon.curvature.nearest import TERMS, nearest_bytes
-from llm_surgeon.curvature.passes import PassResult
+from llm_surgeon.curvature.passes import Order, PassResult
 from llm_surgeon.curvature.sweep import Sweep
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
@@ -32,6 +33,7 @@ from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.methods import LAYERWISE
 from llm_surgeon.models import Anatomy
 from llm_surgeon.pipeline.watched import watch
+from llm_surgeon.storage import Stored, TensorStore
 
 # A model this deep is traced whole; of a deeper one, two shallow ones say what each further pair of blocks adds. A
 # pair, because some families have blocks of two kinds in turn.
@@ -77,6 +79,20 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class _Nowhere(TensorStore):
+    """A store that takes no room: what is asked for is made anew."""
+
+    def put(self, tensor: Tensor) -> Stored:
+        """Remember the shape."""
+        shape, dtype = tensor.shape, tensor.dtype
+
+        class Shape(Stored):
+            def get(self) -> Tensor:
+                return torch.empty(shape, dtype=dtype, device=self._device)
+
+        return Shape(torch.empty(0), self.device, lambda: None)
+
+
 class _Idle(Task):
     """A task whose pass reads nothing: what an estimator makes before it stays as it is."""
 
@@ -90,7 +106,8 @@ class Traces:
     """Bytes of tensors beside the weights, at the peak of each kind of pass.
 
     Attributes:
-        curvature: Of a batch for the curvature, without its factors; 0 if there is none.
+        curvature: Of a batch for the curvature, without its factors; 0 if there is none. Layer by layer it is without
+            what waits in the store, and with the factors of one block.
         training: The same with gradients in any case, for corrections.
         evaluation: Of a window.
         waiting: Hidden states of a batch in front of a block, in layer-wise methods.
@@ -104,7 +121,13 @@ class Traces:
     watching: int = 0
 
 
-def trace(make: Callable[[], PreTrainedModel], anatomy: Anatomy, config: PruneConfig, device: torch.device) -> Traces:
+def trace(
+    make: Callable[[], PreTrainedModel],
+    anatomy: Anatomy,
+    config: PruneConfig,
+    device: torch.device,
+    order: Order = "batch-major",
+) -> Traces:
     """Send the passes of a run through a model without weights.
 
     Args:
@@ -112,12 +135,13 @@ def trace(make: Callable[[], PreTrainedModel], anatomy: Anatomy, config: PruneCo
         anatomy: Its prunable layers.
         config: The recipe.
         device: Where the run is to be.
+        order: Of the pass for the curvature.
     """
     tracer = _Tracer(make, anatomy, config, device)
     reads = not config.layerwise and config.resolved_curvature != "identity"
     waiting, watching = tracer.sweep() if config.layerwise else (0, 0)
     return Traces(
-        curvature=tracer.batch(estimation_of(config)) if reads else 0,
+        curvature=tracer.batch(replace(estimation_of(config), order=order)) if reads else 0,
         training=tracer.batch(Estimation(config.batch_size, config.precision)) if config.lora else 0,
         evaluation=tracer.window() if config.evaluation != "none" else 0,
         waiting=waiting,
@@ -175,8 +199,9 @@ class _Tracer:
     def _estimate(self, how: Estimation, anatomy: Anatomy) -> int:
         with self._counted() as live:
             tokens = self._tokens(min(self._config.batch_size, self._config.samples))
-            factors = estimate(self._network, anatomy, {}, tokens, how)
-            return live.peak - factors.nbytes
+            factors = estimate(self._network, anatomy, {}, tokens, how, store=_Nowhere(self._device))
+            kept = how.order == "batch-major" or how.curvature not in PUT_AWAY
+            return live.peak - (factors.nbytes if kept else 0)
 
     def _evaluate(self, _anatomy: Anatomy) -> int:
         window = self._config.eval_window

@@ -78,8 +78,15 @@ def _phases(plan: Plan) -> Table:
         if plan.probed
         else "rough, by rates of a common machine; --probe measures them"
     )
-    table.caption = Text(f"Peaks of each phase; on a CPU, freed memory stays with the process. Time: {how}.")
+    table.caption = Text(
+        f"Passes are {plan.order}{_scratch(plan)}. Peaks of each phase; on a CPU, freed memory stays with the process. "
+        f"Time: {how}."
+    )
     return table
+
+
+def _scratch(plan: Plan) -> str:
+    return f", with up to {scaled_bytes(plan.scratch)} waiting on disk" if plan.scratch else ""
 
 
 def _largest(phase: PlannedPhase) -> str:

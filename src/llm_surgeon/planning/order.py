@@ -1,0 +1,103 @@
+"""In which order a pass takes the calibration tokens, and where what it has to keep will wait."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.curvature.kfac import PUT_AWAY
+from llm_surgeon.curvature.passes import Order
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.planning.skeleton import Skeleton
+from llm_surgeon.planning.trace import estimation_of, factor_bytes
+from llm_surgeon.storage import Budgets
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Most bytes that wait at once in the store of a layer-major pass or a layer-wise method, by place."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a run may come to hold of main memory and, where it is on one, of the GPU."""
+
+    host: int
+    device: int | None
+
+
+def waiting_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
+    """Most bytes that a run has in its store at once, if it goes layer by layer.
+
+    Hidden states that entered the blocks are there for all blocks when the backward pass begins, and for none when it
+    ends; sums the other way round. Gradients are there once for each draw of labels.
+    """
+    network, how = skeleton.network, estimation_of(config)
+    width: int = network.config.get_text_config().hidden_size
+    # Under autocast what goes from block to block keeps the type of the weights.
+    states = config.samples * config.seq_len * width * skeleton.dtype.itemsize
+    if config.layerwise or how.curvature == "activations":
+        sums = 0 if config.layerwise else factor_bytes(network, skeleton.anatomy, config)
+        return states * 2 + sums
+    sums = factor_bytes(network, skeleton.anatomy, config) if config.resolved_curvature in PUT_AWAY else 0
+    return max(states * skeleton.anatomy.blocks, sums) + states * (1 + max(1, how.sampled_labels))
+
+
+def goes_layer_major(config: PruneConfig, room: Room, need: Callable[[], tuple[int, int]]) -> bool:
+    """Whether the order of a recipe comes to layer-major.
+
+    Args:
+        config: The recipe.
+        room: What there is.
+        need: Says the bytes of main memory and of the GPU that a batch-major pass takes at its peak.
+    """
+    if config.layerwise or config.order != "auto" or config.resolved_curvature == "identity":
+        return config.layerwise or config.order == "layer-major"
+    host, device = need()
+    return host > room.host or (room.device is not None and device > room.device)
+
+
+def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: float) -> Budgets:
+    """What a store may take of the memory that is left beside everything else.
+
+    Args:
+        config: The recipe.
+        room: What there is.
+        floor: Bytes of main memory and of the GPU that the shots take without the store.
+        slack: Bytes that the allocator of the host holds beside each byte in use.
+
+    Raises:
+        ConfigError: If a limit was asked for that is too low even so.
+    """
+    for asked, option, least in zip(
+        (config.host_memory, config.device_memory), ("--host-memory", "--device-memory"), floor, strict=True
+    ):
+        if asked is not None and least > asked:
+            raise ConfigError(
+                f"Even layer by layer the run needs about {least / 2**30:.2f} GiB, and {option} is "
+                f"{asked / 2**30:.2f} GiB.",
+                f"Raise {option}, or use a smaller --batch-size or --dtype bfloat16.",
+            )
+    host, device = floor
+    left = math.inf if room.device is None else max(0.0, room.device - device)
+    return Budgets(device=left, host=max(0.0, (room.host - host) / (1 + slack)))
+
+
+def placed(total: int, budgets: Budgets, device: torch.device) -> Waiting:
+    """Where so many bytes will wait."""
+    on_device = 0 if device.type == "cpu" else round(min(total, budgets.device))
+    on_host = round(min(total - on_device, budgets.host))
+    return Waiting(on_device, on_host, total - on_device - on_host)
+
+
+def order_name(layer_major: bool) -> Order:
+    """As an estimation spells it."""
+    return "layer-major" if layer_major else "batch-major"
