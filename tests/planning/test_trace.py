@@ -1,5 +1,7 @@
 """Traced bytes against those of the same code on real tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import straighten
-from llm_surgeon.planning.trace import LiveBytes, factor_bytes, trace
+from llm_surgeon.planning.trace import LiveBytes, _Nowhere, estimation_of, factor_bytes, trace
 from tiny import BUILDERS, build, tokens
 
 CPU = torch.device("cpu")
@@ -25,7 +27,8 @@ def traced(model, **options):
         straighten(network, anatomy)
         return network
 
-    return trace(weightless, anatomy, config, CPU), config, anatomy
+    order = "layer-major" if config.order == "layer-major" else "batch-major"
+    return trace(weightless, anatomy, config, CPU, order), config, anatomy
 
 
 def measured(model, anatomy, config, batch=2):
@@ -108,3 +111,21 @@ def test_live_bytes_forget_what_is_gone():
         assert live.now == 400
         del view
     assert (live.now, live.peak) == (0, 800)
+
+
+def test_layer_by_layer_a_pass_does_not_grow_with_depth():
+    model = build("llama")
+    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 9})
+    shallow, deep = (traced(x, order="layer-major")[0].curvature for x in (model, type(model)(config)))
+    assert deep == shallow
+
+
+def test_layer_by_layer_a_pass_is_as_large_as_a_real_one():
+    model = build("llama")
+    traces, config, anatomy = traced(model, order="layer-major")
+    store = _Nowhere(torch.device("cpu"))
+    how = replace(estimation_of(config), order="layer-major")
+    batch = CalibrationTokens(tokens(2, 16), None, {})
+    with CountingRealTensors() as live:
+        estimate(model, anatomy, anatomy.dense_masks(), batch, how, store=store)
+    assert traces.curvature == pytest.approx(live.peak, rel=0.03)
