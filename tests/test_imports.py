@@ -17,7 +17,7 @@ ALLOWED = {
     "element_selection.py": {"llm_surgeon.pattern", "math"},
     "fisher.py": {
         *("llm_surgeon.costs", "llm_surgeon.kronecker_sum", "llm_surgeon.linalg", "llm_surgeon.selection"),
-        "llm_surgeon.updates",
+        *("llm_surgeon.updates", "llm_surgeon.stopwatch"),
     },
     "kronecker_sum.py": {"llm_surgeon.linalg", "llm_surgeon.errors"},
     "nearest_kronecker.py": set(),

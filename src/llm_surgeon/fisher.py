@@ -17,6 +17,7 @@ from llm_surgeon.costs import column_costs, element_costs, row_costs, row_set_co
 from llm_surgeon.kronecker_sum import kronecker_sum
 from llm_surgeon.linalg import damped_cholesky, damping_of, inverse, inverse_diagonal
 from llm_surgeon.selection import Axis
+from llm_surgeon.stopwatch import timed
 from llm_surgeon.updates import (
     remove_columns,
     remove_elements,
@@ -282,15 +283,20 @@ class _Factor:
     @cached_property
     def _cholesky(self) -> Tensor:
         assert self.matrix is not None
-        return damped_cholesky(self.matrix, self.damping, self.name)
+        with timed("decomposition"):
+            return damped_cholesky(self.matrix, self.damping, self.name)
 
     @cached_property
     def _inverse_diagonal(self) -> Tensor:
-        return inverse_diagonal(self._cholesky)
+        lower = self._cholesky
+        with timed("decomposition"):
+            return inverse_diagonal(lower)
 
     @cached_property
     def _inverse(self) -> Tensor:
-        return inverse(self._cholesky)
+        lower = self._cholesky
+        with timed("decomposition"):
+            return inverse(lower)
 
     def remove_rows(self, weight: Tensor, split: Split) -> Tensor:
         """Kept rows after an exact update; the identity has nothing to compensate with."""

@@ -148,6 +148,7 @@ class ShotRecord(Record):
     """One shot: what it aimed at, what it removed, what it cost. Times are seconds.
 
     ``peaks`` holds the peak bytes of each phase: of the device if it is a GPU, else resident in the process.
+    ``profile`` divides ``seconds`` by what was done: model pass, factor sums, decomposition, transfers and so on.
     ``threshold`` and ``costs`` are None for layer-wise methods, which compare nothing across layers.
     """
 
@@ -168,6 +169,7 @@ class ShotRecord(Record):
     correction: CorrectionRecord | None = None
     costs: CostHistogram | None = None
     peaks: dict[str, int] = {}
+    profile: dict[str, float] = {}
 
     @property
     def seconds(self) -> float:

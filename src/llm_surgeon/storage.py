@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.errors import DiskSpaceError
+from llm_surgeon.stopwatch import timed
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Stored:
     def get(self) -> Tensor:
         """The tensor, on the device. It is the stored one itself if it is there already: not to be changed."""
         assert self._held is not None, "it has been released"
-        return self._held.to(self._device, non_blocking=True)
+        with timed("transfers"):
+            return self._held.to(self._device, non_blocking=True)
 
     def release(self) -> None:
         """Give its bytes back."""
@@ -75,13 +77,14 @@ class TensorStore:
         size = tensor.nbytes
         place = next((name for name, free in self._free.items() if size <= free), None)
         if place is None:
-            held = _mapped(tensor.shape, tensor.dtype, self._scratch)
-            held.copy_(tensor)
+            with timed("transfers"):
+                held = _mapped(tensor.shape, tensor.dtype, self._scratch).copy_(tensor)
             self.bytes_on_disk += size
             return Stored(held, self.device, lambda: self._gone_from_disk(size))
         self._free[place] -= size
         if place == "host" and tensor.device.type != "cpu":
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+            with timed("transfers"):
+                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
         else:
             held = tensor.detach()
         return Stored(held, self.device, lambda: self._gone(place, size))

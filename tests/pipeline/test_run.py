@@ -240,3 +240,11 @@ def test_a_model_in_memory_can_be_exported(text_file, tmp_path):
     (tmp_path / "full" / "file").write_text("x")
     with pytest.raises(OutputError, match="not empty"):
         prune(build("opt"), tokenizer(), config(text_file), out=tmp_path / "full")
+
+
+def test_the_profile_divides_the_time_of_a_shot(checkpoint, text_file):
+    report = prune(load(checkpoint)[0], tokenizer(), config(text_file, shots=1, evaluation="none"))
+    shot = report.shots[0]
+    assert {"model pass", "factor sums", "decomposition", "costs and selection", "update"} <= set(shot.profile)
+    assert all(seconds > 0 for seconds in shot.profile.values())
+    assert sum(shot.profile.values()) == pytest.approx(shot.seconds)

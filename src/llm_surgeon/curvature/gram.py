@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_surgeon.stopwatch import timed
 from llm_surgeon.storage import Stored, TensorStore
 
 # Height of the strips that the upper triangle is stored in: low enough to save nearly half of the work, high enough
@@ -41,14 +42,15 @@ class GramSum:
         """Add the outer products of the rows of ``x [tokens, size]``."""
         if not self._strips:
             self._strips = [torch.zeros(shape, dtype=torch.float32, device=self._device) for shape in self._shapes]
-        if self._padded == self.size:
-            wide = x.float()
-        else:
-            wide = x.new_zeros(len(x), self._padded, dtype=torch.float32)
-            wide[:, : self.size] = x
-        for number, strip in enumerate(self._strips):
-            start = number * STRIP
-            strip.addmm_(wide[:, start : start + STRIP].T, wide[:, start:])
+        with timed("factor sums"):
+            if self._padded == self.size:
+                wide = x.float()
+            else:
+                wide = x.new_zeros(len(x), self._padded, dtype=torch.float32)
+                wide[:, : self.size] = x
+            for number, strip in enumerate(self._strips):
+                start = number * STRIP
+                strip.addmm_(wide[:, start : start + STRIP].T, wide[:, start:])
 
     def put_away(self, store: TensorStore) -> None:
         """Give the sum, which is complete, to a store."""

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of the phases of a shot."""
+"""Seconds and peak memory of the phases of a shot, and the seconds of the parts that its work is made of."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
+from llm_surgeon.stopwatch import Elapsed, Part, listening
 
 
 class Clock:
@@ -23,12 +24,27 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._device = device
+        self._parts: list[tuple[str, Part, Elapsed]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure a block."""
         reset_peak(self._device)
         start = time.perf_counter()
-        yield
+        with listening(lambda part, elapsed: self._parts.append((name, part, elapsed))):
+            yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peaks[name] = max(self.peaks.get(name, 0), peak_bytes(self._device))
+
+    def profile(self) -> dict[str, float]:
+        """Seconds by what was done: what phases consist of, and the rest of each under a name of its own."""
+        result: dict[str, float] = {}
+        rest = dict(self.seconds)
+        for phase, part, elapsed in self._parts:
+            seconds = elapsed()
+            result[part] = result.get(part, 0.0) + seconds
+            rest[phase] -= seconds
+        names = {"curvature": "model pass", "selection": "costs and selection"}
+        return {names.get(phase, phase): max(0.0, seconds) for phase, seconds in rest.items()} | result

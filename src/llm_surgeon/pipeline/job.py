@@ -144,6 +144,7 @@ def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, eval
         correction_seconds=result.seconds.get("correction", 0.0),
         correction=result.correction,
         peaks=result.peaks | evaluation.peaks,
+        profile=result.profile,
     )
 
 

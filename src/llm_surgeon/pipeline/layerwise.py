@@ -81,6 +81,7 @@ def run_layerwise(
         correction=corrected,
         seconds={"curvature": 0.0, "selection": 0.0, "update": 0.0} | clock.seconds,
         peaks=clock.peaks,
+        profile=clock.profile(),
     )
 
 

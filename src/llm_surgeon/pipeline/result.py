@@ -12,6 +12,8 @@ from llm_surgeon.records import CorrectionRecord, CostHistogram
 class ShotResult:
     """What a shot did: what is left, what its threshold was, and the seconds and peak bytes of its phases.
 
+    ``profile`` divides the seconds by what was done, see ``Clock.profile``.
+
     Attributes:
         masks: What is left, per layer.
         threshold: The largest score removed; None if there is no common one.
@@ -34,3 +36,4 @@ class ShotResult:
     correction: CorrectionRecord | None
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    profile: dict[str, float] = field(default_factory=dict)

@@ -72,6 +72,7 @@ def run_shots(
             correction=corrected,
             seconds=clock.seconds,
             peaks=clock.peaks,
+            profile=clock.profile(),
         )
         # Only a power iteration has use for the last shot's factors; others would stay until the next are complete.
         previous = curvature if isinstance(curvature, NearestCurvature) else None

@@ -264,7 +264,17 @@ def _time(shots: Sequence[ShotRecord]) -> str:
     if len(shots) > 1:
         rows.append(_seconds_row("all", [sum(values) for values in zip(*seconds, strict=True)]))
     table = _table("Seconds of each phase", ("shot", *PHASE_COLOURS, "sum"), rows)
-    return f"{_figure(svg, 'The evaluation only reports on a shot; it takes no part in the pruning.')}\n{table}"
+    figure = _figure(svg, "The evaluation only reports on a shot; it takes no part in the pruning.")
+    return "\n".join((figure, table, _profile(shots)))
+
+
+def _profile(shots: Sequence[ShotRecord]) -> str:
+    """What the time of the shots went to; empty if it was not measured."""
+    parts = list(dict.fromkeys(part for shot in shots for part in shot.profile))
+    if not parts:
+        return ""
+    rows = [_seconds_row(str(shot.shot), [shot.profile.get(part, 0.0) for part in parts]) for shot in shots]
+    return _table("Seconds by what was done, without the evaluation", ("shot", *parts, "sum"), rows)
 
 
 def _seconds_row(name: str, seconds: Sequence[float]) -> tuple[str, ...]:
