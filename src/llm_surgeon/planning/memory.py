@@ -187,8 +187,9 @@ class _Model:
         }
 
     def _freed(self) -> Parts:
-        """Freed space of logits, of the first two shots."""
-        left = logits_left(self._skeleton, self._config) * min(2, self._config.shots)
+        """Freed space of logits, of the first two shots; layer by layer they come once a shot, one after the other."""
+        times = min(2, self._config.shots) if self._waiting is None else 1
+        left = logits_left(self._skeleton, self._config) * times
         return {"freed logits": left} if left and self._device.type == "cpu" else {}
 
     def _passes(self) -> Parts:
