@@ -76,8 +76,9 @@ def test_the_diagonal_is_that_of_the_exact_fisher(family):
 
 def test_a_warm_start_takes_one_iteration_and_goes_on_where_the_last_ended():
     model, input_ids = build("llama"), tokens(6, 8)
-    _, once = estimated(model, input_ids, "kronecker-sum", iterations=1)
-    anatomy, more = estimated(model, input_ids, "kronecker-sum", iterations=5, previous=once)
+    anatomy, once = estimated(model, input_ids, "kronecker-sum", iterations=1)
+    start = once.warm_start(anatomy.layers, anatomy.dense_masks())
+    _, more = estimated(model, input_ids, "kronecker-sum", iterations=5, previous=start)
     exact = {n: nearest_kronecker_sum(a, g, 1, 40)[0] for n, (a, g) in samples(model, anatomy, input_ids).items()}
 
     def distance(curvature):
@@ -97,7 +98,7 @@ def test_a_warm_start_leaves_out_what_was_removed_meanwhile():
     keep.columns[[0, 3]] = False
     a = found.terms[name][0][1]
     index = torch.tensor([i for i in range(layer.columns + 1) if i not in (0, 3)])
-    torch.testing.assert_close(found.start(layer, keep, 0), a[index][:, index])
+    torch.testing.assert_close(found.warm_start({name: layer}, {name: keep}).inputs[name][0], a[index][:, index])
 
 
 def test_one_term_is_a_product_and_two_are_a_sum():
