@@ -10,9 +10,9 @@ from llm_surgeon.pattern import Pattern
 
 
 class Record(BaseModel):
-    """Base of the records: frozen and serialisable."""
+    """Base of the records: frozen and serialisable; what JSON has no number for (infinity) is a string there."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Size(Record):

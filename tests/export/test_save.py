@@ -4,7 +4,7 @@ import pytest
 
 from llm_surgeon.errors import DiskSpaceError, OutputError
 from llm_surgeon.export import save
-from llm_surgeon.export.place import check_disk_space, check_output, directory_in_place
+from llm_surgeon.export.place import check_disk_space, check_output
 from llm_surgeon.export.save import modeling_text, save_model
 from llm_surgeon.models import FAMILIES, examine, family_of
 from tiny import build, tokenizer
@@ -18,40 +18,6 @@ def test_the_modelling_file_stands_alone(model_type):
     names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     family = FAMILIES[model_type]
     assert {"PrunedLinear", f"Pruned{family.model_class}", f"Pruned{family.config_class}"} <= names
-
-
-def test_a_directory_appears_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "a" / "b"
-
-    def fail():
-        with directory_in_place(out) as beside:
-            (beside / "half").write_text("written")
-            raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert list((tmp_path / "a").iterdir()) == []
-    with directory_in_place(out) as beside:
-        (beside / "whole").write_text("written")
-        assert not out.exists()
-    assert [p.name for p in out.iterdir()] == ["whole"]
-    assert [p.name for p in out.parent.iterdir()] == ["b"]
-
-
-def test_an_empty_directory_is_filled_and_one_filled_meanwhile_is_not_harmed(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with directory_in_place(out) as beside:
-        (beside / "file").write_text("x")
-    assert (out / "file").exists()
-
-    def collide():
-        with directory_in_place(out) as beside:
-            (beside / "other").write_text("y")
-
-    with pytest.raises(OutputError, match="appeared meanwhile"):
-        collide()
-    assert [p.name for p in out.iterdir()] == ["file"]
 
 
 def test_output_that_is_a_file_or_full_is_refused(tmp_path):

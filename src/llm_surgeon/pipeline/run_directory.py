@@ -123,11 +123,14 @@ class RunDirectory:
                 flush(self.export)
                 with in_place(self.path / _REPORT) as path:
                     path.write_text(report.model_dump_json(), encoding="utf8")
-            # Without it, the process was ended after this.
-            if self.export.is_dir():
-                check_output(self.out)
-                os.replace(self.export, self.out)  # replaces an empty directory too
+            self._put_in_place()
         return report
+
+    def _put_in_place(self) -> None:
+        # If it is not there, an earlier process was ended after this.
+        if self.export.is_dir():
+            check_output(self.out)
+            os.replace(self.export, self.out)  # replaces an empty directory too
 
     def leave(self) -> None:
         """Keep what the same command can go on with, and say so; or nothing."""
@@ -167,7 +170,7 @@ class RunDirectory:
             return None
         self.checkpoints.tidy()
         for path in self.path.glob(f"*{PARTIAL}"):
-            path.unlink()
+            _remove(path)
         if self.finished is None:
             (self.path / _REPORT).unlink(missing_ok=True)
             self._remove_unfinished_export()
