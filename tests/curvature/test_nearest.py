@@ -17,9 +17,9 @@ from tiny import BUILDERS, build, tokens
 FAMILIES = pytest.mark.parametrize("family", BUILDERS)
 
 
-def estimated(model, input_ids, curvature, batch_size=3, previous=None, **how):
+def estimated(model, input_ids, curvature, batch_size=3, previous=None, precision="float32", **how):
     anatomy = examine(model, family_of(model.config.model_type))
-    how = Estimation(batch_size=batch_size, precision="float32", curvature=curvature, **how)
+    how = Estimation(batch_size=batch_size, precision=precision, curvature=curvature, **how)
     calibration = CalibrationTokens(input_ids, None, {})
     return anatomy, estimate(model, anatomy, anatomy.dense_masks(), calibration, how, previous=previous)
 
@@ -72,6 +72,17 @@ def test_the_diagonal_is_that_of_the_exact_fisher(family):
         expected = (g**2).T @ (a**2) / len(a)
         costs = fisher.element_costs(torch.ones_like(expected), correlated=False)
         torch.testing.assert_close(costs, expected / 2, rtol=1e-4, atol=1e-7 * float(expected.max()))
+
+
+def test_sums_are_float32_in_bfloat16_passes_too():
+    """A sum rounded to bfloat16 is indefinite, and has no Cholesky decomposition on a CPU."""
+    anatomy, found = estimated(build("llama"), tokens(6, 8), "nearest-kronecker", precision="bfloat16", iterations=1)
+    keep = anatomy.dense_masks()
+    for name, layer in anatomy.layers.items():
+        assert {factor.dtype for factor in found.terms[name][0]} == {torch.float32}
+        fisher = found.fisher(layer, keep[name], Damping(0.01, 0.1))
+        weight = torch.ones(layer.rows, layer.columns + layer.bias)
+        assert bool((fisher.row_costs(weight, correlated=True) > 0).all())
 
 
 def test_a_warm_start_takes_one_iteration_and_goes_on_where_the_last_ended():
