@@ -87,7 +87,7 @@ CASES = {
     "transposed, bfloat16": ("gpt2", {"structure": "neurons+rows-columns", "dtype": "bfloat16"}),
     "neurons+heads": ("phi3", {"structure": "neurons+heads", "round_to": 2}),
     "values": ("llama", {"structure": "values+neurons", "round_to": 1, "fisher": "true"}),
-    "an emptied attention": ("llama", {"structure": "blocks", "sparsity": 0.4}),
+    "an emptied attention": ("llama", {"structure": "blocks", "sparsity": 0.8}),
     "unstructured": ("llama-biased", {"structure": "unstructured"}),
     "2:4": ("opt", {"structure": "2:4"}),
     "power iteration": ("opt", {"curvature": "nearest-kronecker", "sparsity": 0.4}),
@@ -280,18 +280,29 @@ def test_without_a_shot_to_lose_another_recipe_begins_anew(copied):
     assert go_on().continued == ()
 
 
+def reworded(path, change):
+    """Change the words of the newest checkpoint, with the checksum that fits."""
+    words, sums = path / "shot-2.json", path / "shot-2.sha256"
+    saved = json.loads(words.read_text())
+    change(saved)
+    words.write_text(json.dumps(saved))
+    first = sums.read_text().splitlines()[0]
+    sums.write_text(f"{first}\n{hashlib.sha256(words.read_bytes()).hexdigest()}  shot-2.json\n")
+
+
 def test_other_versions_are_a_warning(copied, caplog):
     path, go_on = copied
-    saved = json.loads((path / "shot-2.json").read_text())
-    saved["run"]["circumstances"]["torch"] = "1.0"
-    (path / "shot-2.json").write_text(json.dumps(saved))
-    checkpoints = Checkpoints(path)
-    digest = hashlib.sha256((path / "shot-2.json").read_bytes()).hexdigest()
-    lines = (path / "shot-2.sha256").read_text().splitlines()
-    (path / "shot-2.sha256").write_text(f"{lines[0]}\n{digest}  shot-2.json\n")
-    assert checkpoints.newest().shot == 2
+    reworded(path, lambda saved: saved["run"]["circumstances"].update(torch="1.0"))
     assert go_on().continued == (2,)
     assert f"torch was '1.0' and is '{torch.__version__}'" in caplog.text
+
+
+def test_a_checkpoint_in_other_words_is_neither_used_nor_lost(copied):
+    path, go_on = copied
+    reworded(path, lambda saved: saved.update(news="of a later version"))
+    with pytest.raises(OutputError, match=r"another version of llm-surgeon.* Continue with that version"):
+        go_on()
+    assert Checkpoints(path).shots() == [2, 1]
 
 
 def test_two_runs_into_one_directory(text_file, checkpoint, tmp_path, monkeypatch):

@@ -112,9 +112,9 @@ def in_place(path: Path) -> Iterator[Path]:
     beside = path.with_name(f"{path.name}{PARTIAL}")
     try:
         yield beside
-        _flush(beside)
+        sync(beside)
         os.replace(beside, path)
-        _flush(path.parent)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -122,10 +122,11 @@ def in_place(path: Path) -> Iterator[Path]:
 def flush(directory: Path) -> None:
     """Wait until a directory, with all that is in it, is on the disk."""
     for path in (*directory.rglob("*"), directory):
-        _flush(path)
+        sync(path)
 
 
-def _flush(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such thing
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature import WarmStart
 from llm_surgeon.element_selection import ElementMask
+from llm_surgeon.errors import OutputError
 from llm_surgeon.export.place import in_place, writing
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, write_matrix
@@ -82,15 +83,25 @@ class Checkpoints:
         return sorted(self._numbers("sha256"), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest one whose words are intact; damaged ones are removed, with a warning."""
+        """The newest one whose words are intact; damaged ones are removed, with a warning.
+
+        Raises:
+            OutputError: If it was written by a version of this package with other words.
+        """
         for shot in self.shots():
             if self._intact(shot, self._words(shot)):
-                try:
-                    return Checkpoint.model_validate_json(self._words(shot).read_bytes())
-                except ValueError:
-                    logger.warning("the checkpoint of shot %d is of another version of llm-surgeon", shot)
+                return self._read(shot)
             self._remove(shot)
         return None
+
+    def _read(self, shot: int) -> Checkpoint:
+        try:
+            return Checkpoint.model_validate_json(self._words(shot).read_bytes())
+        except ValueError as error:  # a ValidationError is a ValueError
+            raise OutputError(
+                f"{self._words(shot)} was written by another version of llm-surgeon: {str(error).splitlines()[0]}.",
+                f"Continue with that version, or remove {self._directory}, or give another --out.",
+            ) from None
 
     def newest_whole(self) -> Checkpoint | None:
         """The same of those whose tensors are intact too, which takes as long as to read them."""

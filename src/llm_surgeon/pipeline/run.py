@@ -13,7 +13,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
-from llm_surgeon.export.place import PARTIAL, check_disk_space, writing
+from llm_surgeon.export.place import PARTIAL, check_disk_space, flush, writing
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
@@ -279,6 +279,7 @@ def _export_shot(job: Job, run: RunDirectory, reached: Reached) -> None:
     if shot in job.config.export_shots and shot < job.config.shots and not directory.exists():
         beside = directory.with_name(f"{directory.name}{PARTIAL}")
         _export(job, reached, beside, run.out / directory.name)
+        flush(beside)
         beside.rename(directory)
 
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from llm_surgeon.config import PruneConfig, differences
 from llm_surgeon.errors import OutputError
-from llm_surgeon.export.place import PARTIAL, check_output, flush, in_place, writing
+from llm_surgeon.export.place import PARTIAL, check_output, flush, in_place, sync, writing
 from llm_surgeon.pipeline.checkpoint import Checkpoints
 from llm_surgeon.records import PruneReport, Record, RunRecord
 
@@ -131,6 +131,7 @@ class RunDirectory:
         if self.export.is_dir():
             check_output(self.out)
             os.replace(self.export, self.out)  # replaces an empty directory too
+            sync(self.out.parent)
 
     def leave(self) -> None:
         """Keep what the same command can go on with, and say so; or nothing."""
@@ -138,7 +139,8 @@ class RunDirectory:
             self.remove()
             return
         if self.finished is None:
-            self._remove_unfinished_export()
+            with contextlib.suppress(OSError):
+                self._remove_unfinished_export()
         shots = self.checkpoints.shots()
         where = f"continues after shot {shots[0]}" if shots else "continues"
         logger.warning("the same command %s (%s has what it needs)", where, self.path)
@@ -196,11 +198,13 @@ def run_directory(out: Path) -> Iterator[RunDirectory]:
     It goes when the block ends well. If not, it stays as far as the same command can go on with it.
 
     Raises:
-        OutputError: If ``out`` cannot be used, another process works on it, or its run directory is none.
+        OutputError: If ``out`` cannot be used, another process works on it, or its run directory is none, or was left
+            by another version of this package.
     """
     out = Path(os.path.abspath(out))
     with _locked(out):
-        run = RunDirectory(out)
+        with writing(_path_of(out), _WORDS):
+            run = RunDirectory(out)
         try:
             if run.finished is None:
                 check_output(out)
