@@ -21,9 +21,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common import circumstances, finished, table, write
 
@@ -230,16 +231,16 @@ def _killed(attempt: Attempt, phase: str, times: int, delay: float) -> bool:
     return True
 
 
-def measured(kills: int, seed: int, cases: list[str], quick: bool) -> list[dict[str, Any]]:
+def measured(kills: int, seed: int, cases: list[str], quick: bool) -> Iterator[dict[str, Any]]:
     """Runs of all cases in turn until there were enough kills."""
-    generator, runs = random.Random(seed), []
+    generator, runs = random.Random(seed), cast(list[dict[str, Any]], [])
     with tempfile.TemporaryDirectory() as scratch:
         places = {name: prepared(Path(scratch) / str(n), CASES[name], quick) for n, name in enumerate(cases)}
         while (missing := kills - sum(len(run["kills"]) for run in runs)) > 0:
             name = cases[len(runs) % len(cases)]
             runs.append({"case": name, **run_until_done(places[name], generator, missing)})
             print(runs[-1], file=sys.stderr)
-    return runs
+            yield runs[-1]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -269,11 +270,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one case, no reload check, nothing written: for tests")
     arguments = parser.parse_args()
     cases = list(CASES)[:1] if arguments.quick else list(CASES)
-    runs = measured(arguments.kills, arguments.seed, cases, arguments.quick)
-    if not arguments.quick:
-        runs = [*(finished("faults")["runs"] if arguments.more else []), *runs]
-        result = {**circumstances("python benchmarks/faults.py"), "runs": runs}
-        write("faults", result, markdown(result))
+    runs = finished("faults")["runs"] if arguments.more else []
+    for run in measured(arguments.kills, arguments.seed, cases, arguments.quick):
+        runs.append(run)
+        if not arguments.quick:
+            result = {**circumstances("python benchmarks/faults.py"), "runs": runs}
+            write("faults", result, markdown(result))
     raise SystemExit(any(run["status"] or run["left"] or not run["same"] for run in runs))
 
 

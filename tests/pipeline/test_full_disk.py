@@ -17,6 +17,9 @@ from llm_surgeon.errors import DiskSpaceError
 from llm_surgeon.pipeline import run as run_module
 from llm_surgeon.pipeline.checkpoint import Checkpoints
 
+sys.path.append(str(Path(__file__).parent.parent))  # for the script
+from quick import without_what_has_other_tests
+
 resource = pytest.importorskip("resource", reason="this system has no limits of file size")
 
 SMALL = {"samples": 8, "seq_len": 16, "shots": 3, "precision": "float32", "evaluation": "none", "sparsity": 0.3}
@@ -92,8 +95,9 @@ def refused(full, out, model, text, patch):
 
 
 @pytest.fixture
-def undisturbed(checkpoint, text_file, tmp_path):
+def undisturbed(checkpoint, text_file, tmp_path, monkeypatch):
     """The weights of a run with room enough."""
+    without_what_has_other_tests(monkeypatch)
     prune_checkpoint(str(checkpoint), tmp_path / "undisturbed", recipe(text_file))
     return weights(tmp_path / "undisturbed")
 
@@ -120,6 +124,7 @@ def test_a_small_file_system(checkpoint, text_file, tmp_path, undisturbed):
 def main(small, model, text, result):
     out = Path(small) / "out"
     with pytest.MonkeyPatch.context() as patch:
+        without_what_has_other_tests(patch)
         refused(lambda: filled(Path(small), 16_384), out, model, text, patch)
     shutil.copyfile(out / "model.safetensors", result)
 

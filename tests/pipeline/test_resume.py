@@ -17,18 +17,10 @@ from llm_surgeon.pipeline import run as run_module
 from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoints
 from llm_surgeon.records import PruneReport
+from quick import without_what_has_other_tests
 from tiny import build, tokenizer
 
 SMALL = {"samples": 8, "seq_len": 16, "eval_window": 32, "eval_tokens": 64, "shots": 3, "precision": "float32"}
-
-
-def without_what_has_other_tests(patch):
-    """No plan, reload check, timing and pictures."""
-    patch.setattr(run_module, "foresee", lambda *_: None)
-    patch.setattr(run_module, "verify_export", lambda *_: ReloadCheck(0.0, 1.0))
-    patch.setattr(run_module, "_compare_speed", lambda *_: None)
-    patch.setattr(run_module, "report_page", lambda _: "")
-    patch.setattr(run_module, "kept_fraction_png", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
