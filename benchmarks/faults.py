@@ -270,11 +270,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one case, no reload check, nothing written: for tests")
     arguments = parser.parse_args()
     cases = list(CASES)[:1] if arguments.quick else list(CASES)
-    runs = finished("faults")["runs"] if arguments.more else []
+    earlier = finished("faults") if arguments.more else {"runs": [], "command": ""}
+    runs, command = earlier["runs"], " ".join(["python benchmarks/faults.py", *sys.argv[1:]])
+    commands = "; ".join(filter(None, [earlier["command"], command]))
     for run in measured(arguments.kills, arguments.seed, cases, arguments.quick):
         runs.append(run)
         if not arguments.quick:
-            result = {**circumstances("python benchmarks/faults.py"), "runs": runs}
+            result = {**circumstances(commands), "runs": runs}
             write("faults", result, markdown(result))
     raise SystemExit(any(run["status"] or run["left"] or not run["same"] for run in runs))
 
