@@ -202,3 +202,22 @@ def test_help_is_quick_because_it_loads_neither_torch_nor_transformers():
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "llm_surgeon", "--help"], capture_output=True, text=True, check=True)
     assert "compare" in done.stdout
+
+
+def test_an_interrupt_says_how_to_go_on(checkpoint, text_file, tmp_path, monkeypatch):
+    from llm_surgeon.pipeline.checkpoint import Checkpoints
+
+    def interrupted(self, record, tensors):
+        write(self, record, tensors)
+        raise KeyboardInterrupt
+
+    write = Checkpoints.write
+    monkeypatch.setattr(Checkpoints, "write", interrupted)
+    command = ["prune", str(checkpoint), "--out", str(tmp_path / "out"), "--calibration", str(text_file), *SMALL]
+    done = runner.invoke(app, command)
+    assert done.exit_code == 130
+    assert "the same command continues after shot 1" in flat(done.output)
+    assert "interrupted; nothing is at --out yet" in flat(done.output)
+    done = runner.invoke(app, [*command, "--seed", "1"])
+    assert done.exit_code == 1
+    assert "seed was 0 and is 1. Restore that to continue it" in flat(done.output)

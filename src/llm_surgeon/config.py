@@ -446,6 +446,15 @@ def _problem(issue: Mapping[str, Any]) -> str:
     )
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has changed between two mappings of options, each in words; other keys may be among them."""
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe as a mapping of options with underscores; hyphens in keys are accepted.
 

@@ -10,9 +10,9 @@ from llm_surgeon.pattern import Pattern
 
 
 class Record(BaseModel):
-    """Base of the records: frozen and serialisable."""
+    """Base of the records: frozen and serialisable; what JSON has no number for (infinity) is a string there."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Size(Record):
@@ -240,7 +240,7 @@ class TargetRecord(Record):
 
 
 class PruneReport(Record):
-    """Everything a run measured. ``report.json`` is this record."""
+    """Everything a run measured. ``report.json`` is this record; ``continued``: after which shots, if it was ended."""
 
     model: str
     family: str
@@ -257,12 +257,33 @@ class PruneReport(Record):
     target: TargetRecord | None = None
     speed: SpeedComparison | None = None
     plan: Plan | None = None
+    continued: tuple[int, ...] = ()
 
     @property
     def smaller(self) -> bool:
         """Whether the matrices have shrunk; otherwise removed weights are zeros in matrices of the old shape."""
         structure = str(self.config.get("structure", "rows-columns"))
         return structure != "unstructured" and Pattern.parse(structure) is None
+
+
+class RunRecord(Record):
+    """What a run in its directory works on, which the same command has to find again.
+
+    Attributes:
+        model: As it was named.
+        files: What shows that the model is still the same: its files, or its revision on the hub.
+        recipe: Every option as it was given.
+        texts: Digest of the tokens.
+        circumstances: Versions, device, threads and processes, on which the last bits of the weights depend.
+        sparsity: What a target in milliseconds came to; None without one.
+    """
+
+    model: str
+    files: dict[str, str]
+    recipe: dict[str, Any]
+    texts: str
+    circumstances: dict[str, str]
+    sparsity: float | None = None
 
 
 class Setting(Record):
@@ -388,7 +409,7 @@ class Plan(Record):
         size: After the last shot.
         dense_weight_bytes: Bytes of the dense weights as loaded.
         weight_bytes: Bytes of the weight files of the export.
-        disk: Bytes of all exports together.
+        disk: Bytes of exports and checkpoints, at most at once.
         phases: In the order in which they first run; seconds are of all shots together.
         host_available: Bytes of memory that are free for the run, what this process has included.
         device_available: The same of the GPU; None without one.

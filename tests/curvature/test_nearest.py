@@ -17,9 +17,9 @@ from tiny import BUILDERS, build, tokens
 FAMILIES = pytest.mark.parametrize("family", BUILDERS)
 
 
-def estimated(model, input_ids, curvature, batch_size=3, previous=None, **how):
+def estimated(model, input_ids, curvature, batch_size=3, previous=None, precision="float32", **how):
     anatomy = examine(model, family_of(model.config.model_type))
-    how = Estimation(batch_size=batch_size, precision="float32", curvature=curvature, **how)
+    how = Estimation(batch_size=batch_size, precision=precision, curvature=curvature, **how)
     calibration = CalibrationTokens(input_ids, None, {})
     return anatomy, estimate(model, anatomy, anatomy.dense_masks(), calibration, how, previous=previous)
 
@@ -74,10 +74,22 @@ def test_the_diagonal_is_that_of_the_exact_fisher(family):
         torch.testing.assert_close(costs, expected / 2, rtol=1e-4, atol=1e-7 * float(expected.max()))
 
 
+def test_sums_are_float32_in_bfloat16_passes_too():
+    """A sum rounded to bfloat16 is indefinite, and has no Cholesky decomposition on a CPU."""
+    anatomy, found = estimated(build("llama"), tokens(6, 8), "nearest-kronecker", precision="bfloat16", iterations=1)
+    keep = anatomy.dense_masks()
+    for name, layer in anatomy.layers.items():
+        assert {factor.dtype for factor in found.terms[name][0]} == {torch.float32}
+        fisher = found.fisher(layer, keep[name], Damping(0.01, 0.1))
+        weight = torch.ones(layer.rows, layer.columns + layer.bias)
+        assert bool((fisher.row_costs(weight, correlated=True) > 0).all())
+
+
 def test_a_warm_start_takes_one_iteration_and_goes_on_where_the_last_ended():
     model, input_ids = build("llama"), tokens(6, 8)
-    _, once = estimated(model, input_ids, "kronecker-sum", iterations=1)
-    anatomy, more = estimated(model, input_ids, "kronecker-sum", iterations=5, previous=once)
+    anatomy, once = estimated(model, input_ids, "kronecker-sum", iterations=1)
+    start = once.warm_start(anatomy.layers, anatomy.dense_masks())
+    _, more = estimated(model, input_ids, "kronecker-sum", iterations=5, previous=start)
     exact = {n: nearest_kronecker_sum(a, g, 1, 40)[0] for n, (a, g) in samples(model, anatomy, input_ids).items()}
 
     def distance(curvature):
@@ -97,7 +109,7 @@ def test_a_warm_start_leaves_out_what_was_removed_meanwhile():
     keep.columns[[0, 3]] = False
     a = found.terms[name][0][1]
     index = torch.tensor([i for i in range(layer.columns + 1) if i not in (0, 3)])
-    torch.testing.assert_close(found.start(layer, keep, 0), a[index][:, index])
+    torch.testing.assert_close(found.warm_start({name: layer}, {name: keep}).inputs[name][0], a[index][:, index])
 
 
 def test_one_term_is_a_product_and_two_are_a_sum():

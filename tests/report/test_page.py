@@ -251,6 +251,13 @@ def test_threshold_and_floor_are_written(full: Page) -> None:
     assert "7 in shot 1, 7 in shot 2" in full.text("figcaption")
 
 
+def test_continued_runs_say_so() -> None:
+    report = sample_report()
+    assert "continued after" not in report_page(report)
+    continued = report_page(report.model_copy(update={"continued": (2, 3)}))
+    assert "The run was ended and continued after shot 2, 3." in continued
+
+
 def test_origin_is_exact(full: Page) -> None:
     command, recipe, calibration = [data for inside, data in full.texts if inside == "code"]
     assert command == "llm-surgeon prune demo --sparsity 0.5 --shots 2"

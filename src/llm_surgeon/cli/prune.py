@@ -14,11 +14,17 @@ from llm_surgeon.report.log import log_to_stderr, quiet_transformers
 @with_recipe
 def prune(
     model: Annotated[str, typer.Argument(help="A local Hugging Face directory, a hub id, or the word demo.")],
-    out: Annotated[Path, typer.Option(help="Directory to make; must not exist, or be empty.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory to make; must not exist, or be empty. Until it is complete, OUT.run beside it holds "
+            "checkpoints: after an error or a kill, the same command continues after the last complete shot."
+        ),
+    ],
     **given: Any,
 ) -> None:
     """Prune MODEL's linear layers, correct what is left, export it and check the export."""
-    with errors_as_messages():
+    with errors_as_messages("interrupted; nothing is at --out yet"):
         config = config_of(given)
         # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.
         from llm_surgeon.pipeline.run import prune_checkpoint

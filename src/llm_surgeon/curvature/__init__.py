@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.curvature.diagonal import estimate_diagonal
 from llm_surgeon.curvature.factors import Curvature, KroneckerFactors
 from llm_surgeon.curvature.kfac import estimate_kfac
-from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, estimate_nearest, passes_needed
+from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, WarmStart, estimate_nearest, passes_needed
 from llm_surgeon.curvature.passes import Advance, Estimation
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
@@ -17,7 +17,15 @@ from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.storage import TensorStore
 
-__all__ = ["Curvature", "Estimation", "KroneckerFactors", "NearestCurvature", "estimate", "passes_needed"]
+__all__ = [
+    "Curvature",
+    "Estimation",
+    "KroneckerFactors",
+    "NearestCurvature",
+    "WarmStart",
+    "estimate",
+    "passes_needed",
+]
 
 
 def estimate(
@@ -27,7 +35,7 @@ def estimate(
     tokens: CalibrationTokens,
     how: Estimation,
     advance: Advance = lambda _tokens: None,
-    previous: Curvature | None = None,
+    previous: WarmStart | None = None,
     make_task: type[Task] = Task,
     store: TensorStore | None = None,
 ) -> Curvature:
@@ -40,7 +48,7 @@ def estimate(
         tokens: Calibration tokens.
         how: Which approximation, and how.
         advance: Called with the number of tokens after each batch.
-        previous: The estimate of the last shot, from which a power iteration sets out.
+        previous: What the last shot found, from which a power iteration sets out.
         make_task: What runs the passes.
         store: Where a layer-major pass keeps what would not fit otherwise; in memory if None.
 
@@ -55,6 +63,5 @@ def estimate(
     if how.curvature == "diagonal":
         return estimate_diagonal(task)
     if how.curvature in TERMS:
-        warm = previous if isinstance(previous, NearestCurvature) else None
-        return estimate_nearest(task, warm)
+        return estimate_nearest(task, previous)
     return estimate_kfac(task)

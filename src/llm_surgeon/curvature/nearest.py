@@ -5,7 +5,7 @@ Each half step of the power iteration is one pass over the data: inputs and grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,17 @@ from llm_surgeon.selection import KeepMask
 HalfStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 TERMS = {"nearest-kronecker": 1, "kronecker-sum": 2}
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Where a power iteration sets out from: what the last shot found, as far as it is still there.
+
+    Attributes:
+        inputs: Per layer, A of each term over the kept columns, the bias last.
+    """
+
+    inputs: Mapping[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,13 +76,15 @@ class NearestCurvature:
         """Bytes held by the factors."""
         return sum(factor.nbytes for pairs in self.terms.values() for pair in pairs for factor in pair)
 
-    def start(self, layer: LinearLayer, keep: KeepMask, term: int) -> Tensor:
-        """A of a term, of the columns that are still there: where the next shot sets out from."""
+    def warm_start(self, layers: Mapping[str, LinearLayer], keep: Mapping[str, KeepMask]) -> WarmStart:
+        """What the next shot sets out from, once only ``keep`` is left."""
+        return WarmStart({name: self._inputs_left(layer, keep[name]) for name, layer in layers.items()})
+
+    def _inputs_left(self, layer: LinearLayer, keep: KeepMask) -> list[Tensor]:
         columns = to_index(keep.columns[self.keep[layer.name].columns])
-        a = self.terms[layer.name][term][1]
         if layer.bias:
-            columns = torch.cat([columns, columns.new_tensor([a.shape[0] - 1])])
-        return a[columns][:, columns]
+            columns = torch.cat([columns, columns.new_tensor([len(self.terms[layer.name][0][1]) - 1])])
+        return [a[columns][:, columns].contiguous() for _, a in self.terms[layer.name]]
 
 
 def passes_needed(how: Estimation, warm: bool) -> int:
@@ -84,12 +97,12 @@ def _iterations(how: Estimation, warm: bool) -> int:
     return 1 if warm else how.iterations
 
 
-def estimate_nearest(task: Task, previous: NearestCurvature | None) -> NearestCurvature:
+def estimate_nearest(task: Task, previous: WarmStart | None) -> NearestCurvature:
     """Power iteration for one term after the other, each on what the terms before leave.
 
     Args:
         task: What to work on.
-        previous: The estimate of the last shot, to set out from.
+        previous: What the last shot found, to set out from.
 
     Raises:
         ConfigError: If the factors and their decomposition would not fit into memory; says how much they need.
@@ -128,15 +141,17 @@ def _adder(
     step: HalfStep, layer: LinearLayer, opposite: Tensor, totals: dict[str, Tensor]
 ) -> Callable[[Tensor, Tensor], None]:
     def add(inputs: Tensor, gradients: Tensor) -> None:
-        part = step(with_bias(inputs, layer.bias), gradients, opposite)
+        # Autocast would round the sums, which would then be indefinite.
+        with torch.autocast(inputs.device.type, enabled=False):
+            part = step(with_bias(inputs, layer.bias), gradients, opposite)
         totals[layer.name] = totals[layer.name].add_(part) if layer.name in totals else part
 
     return add
 
 
-def _start(task: Task, layer: LinearLayer, previous: NearestCurvature | None, term: int) -> Tensor:
+def _start(task: Task, layer: LinearLayer, previous: WarmStart | None, term: int) -> Tensor:
     if previous is not None:
-        return previous.start(layer, task.keep[layer.name], term)
+        return previous.inputs[layer.name][term]
     core = core_of(task.model, layer)
     return torch.eye(core.in_features + layer.bias, device=core.weight.device)
 

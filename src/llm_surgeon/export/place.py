@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from llm_surgeon.errors import DiskSpaceError, OutputError
+
+# A full disk, a used up quota, and the largest file that a process may write.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What ends the name of a file or directory that is not complete.
+PARTIAL = ".partial"
 
 
 def check_output(out: Path) -> None:
@@ -48,7 +55,7 @@ def check_disk_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(_existing_parent(out)).free
     if free < needed:
         raise DiskSpaceError(
-            f"The export needs about {needed / 2**20:.0f} MiB at {out}, and {free / 2**20:.0f} MiB are free.",
+            f"Exports and checkpoints need about {_mebibytes(needed)} at {out}, and {_mebibytes(free)} are free.",
             "Free some space, or give an output directory on another disk.",
         )
 
@@ -58,42 +65,72 @@ def _existing_parent(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def directory_in_place(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
+def writing(path: Path, needed: int) -> Iterator[None]:
+    """Name what goes wrong while something is written.
+
+    Args:
+        path: What is written, or the directory that it is in.
+        needed: Bytes of it, about.
 
     Raises:
-        OutputError: If the directory cannot be made or moved.
+        DiskSpaceError: If the disk or a quota is full; says how much is needed.
+        OutputError: If it cannot be written for another reason.
     """
-    out = out.absolute()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out.parent} cannot be written: {error.strerror}.", "Give another --out.") from None
-    try:
-        yield beside
-        # mkdtemp makes it private; the result should have the usual rights.
-        beside.chmod(0o777 & ~_umask())
-        try:
-            os.replace(beside, out)  # replaces an empty directory too
-        except OSError as error:
-            raise OutputError(f"{out} appeared meanwhile: {error.strerror}.", "Give another --out.") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        yield
+    # safetensors has an error of its own.
+    except (OSError, SafetensorError) as error:
+        if not says_full(error):
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise OutputError(f"{path} cannot be written: {reason}.", "Give an --out that you may write.") from None
+        free = shutil.disk_usage(_existing_parent(path)).free
+        raise DiskSpaceError(
+            f"The disk is full, or a quota used up: {path} needs about {_mebibytes(needed)}, and "
+            f"{_mebibytes(free)} of its disk are free.",
+            f"Free {_mebibytes(needed)} there.",
+        ) from None
+
+
+def says_full(error: object) -> bool:
+    """Whether an error, or what another process said of one, is of a full disk, a quota or a limit of file size."""
+    if getattr(error, "errno", None) in _FULL:
+        return True
+    # Rust's errors, and those of other processes, have the number in their text only.
+    return any(f"(os error {number})" in str(error) or f"[Errno {number}]" in str(error) for number in _FULL)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 @contextlib.contextmanager
 def in_place(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that becomes ``path`` when the block ends well: nobody ever reads half a file."""
-    beside = path.with_name(f"{path.name}.partial")
+    """A file beside ``path`` that becomes ``path`` when the block ends well: nobody ever reads half a file.
+
+    Not after a power failure either: it is on the disk before it has its name.
+    """
+    beside = path.with_name(f"{path.name}{PARTIAL}")
     try:
         yield beside
+        sync(beside)
         os.replace(beside, path)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def flush(directory: Path) -> None:
+    """Wait until a directory, with all that is in it, is on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such thing
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

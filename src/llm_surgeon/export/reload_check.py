@@ -5,9 +5,22 @@ Usage: ``python reload_check.py DIRECTORY PROBE DEVICE plain|trusted``. PROBE is
 unimportable first: the export must not need it.
 """
 
+import os
 import sys
+import threading
 
 sys.modules["llm_surgeon"] = None  # type: ignore[assignment]
+
+
+def end_with_parent() -> None:
+    """End this process when the one that asked for it has ended, be it by a kill: standard input ends with it."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402

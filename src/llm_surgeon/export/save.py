@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_surgeon.errors import OutputError
 from llm_surgeon.export.form import Form, form_of, renamed
+from llm_surgeon.export.place import writing
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.family import Family
 from llm_surgeon.selection import KeepMask
@@ -63,10 +62,11 @@ def save_model(
         What the export needs to be loaded.
 
     Raises:
-        OutputError: If writing fails, a full disk for example.
+        DiskSpaceError: If the disk is full.
+        OutputError: If writing fails for another reason.
     """
     form = form_of(anatomy, keep, model.config)
-    try:
+    with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
         # The names that a class gives to what it saves are known to its own type only, not to that of an export.
         model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
         tokenizer.save_pretrained(directory)
@@ -74,11 +74,6 @@ def save_model(
             _write_config(model, anatomy, form, directory)
         if not form.plain:
             (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
-    # safetensors has an error of its own for a full disk.
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"The export cannot be written: {error}.", "Free some space, or give an --out on another disk."
-        ) from None
     return form
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ExportMismatchError
+from llm_surgeon.export.place import PARTIAL, says_full
 
 PROBE_TOKENS = 64
 
@@ -45,13 +47,15 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
 
     Raises:
         ExportMismatchError: If the process fails or its logits differ.
+        OSError: If there is no room for the logits.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     with torch.inference_mode():
         expected = model(ids.to(device)).logits.float().cpu()
-    with tempfile.TemporaryDirectory() as scratch:
+    # Beside the export, so that nothing stays elsewhere if this process is killed.
+    with tempfile.TemporaryDirectory(prefix="check-", suffix=PARTIAL, dir=directory.parent) as scratch:
         reloaded = _reload(directory, ids, device, plain, Path(scratch))
     scale = float(expected.abs().max())
     difference = _difference(expected, reloaded["logits"])
@@ -77,15 +81,24 @@ def _reload(directory: Path, ids: Tensor, device: torch.device, plain: bool, scr
     # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
     environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("reload_check.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(directory), str(probe), str(device), "plain" if plain else "trusted"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    # The reading end is the process's standard input, which ends with this process, however that ends.
+    reading, writing = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(script), str(directory), str(probe), str(device), "plain" if plain else "trusted"],
+            stdin=reading,
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        if says_full(last[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise ExportMismatchError(
             f"The export cannot be loaded in a fresh process: {last[0]}.",
             "Nothing was written. Please report this with the versions of torch and transformers.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,26 @@ def _settings(source: str) -> dict[str, Any]:
     if not settings:
         raise _not_loaded(source, "configuration", ModelError("there is no config.json.", ""))
     return settings
+
+
+def source_files(source: str, config: Any) -> dict[str, str]:
+    """What changes when a model is written anew: size and time of its files, or its revision on the hub.
+
+    Args:
+        source: A local directory or a hub id.
+        config: Its configuration as ``load_config`` gives it.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        return {"revision": f"{source} {getattr(config, '_commit_hash', None)}"}
+    weights = (path for ending in ("safetensors", "bin") for path in directory.glob(f"*.{ending}"))
+    return {path.name: _stamp(path) for path in sorted([*weights, directory / "config.json"])}
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    seconds, rest = divmod(status.st_mtime_ns, 10**9)
+    return f"{status.st_size:,} bytes of {datetime.datetime.fromtimestamp(seconds, datetime.UTC):%F %T}.{rest:09d}"
 
 
 def load_config(source: str) -> Any:

@@ -117,4 +117,5 @@ def absorb(layers: list[MaskedLoraLinear]) -> None:
             "Use a lower learning rate for the corrections, or --dtype float32.",
         )
     for layer, weight in zip(layers, corrected, strict=True):
-        layer.core.weight.data = weight
+        # In place: a layer lies where it lay before, so that a continued run computes the same to the last bit.
+        layer.core.weight.copy_(weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import cast
 
@@ -63,7 +62,7 @@ def measure_dense(
     return DenseRecord(
         perplexity=measured,
         calibration=prepared.calibration.provenance,
-        texts=_digest(prepared),
+        texts=prepared.digest,
         versions=versions(),
     )
 
@@ -95,7 +94,7 @@ def measure_cell(
     dense_head = Head(network, own_copy=True) if config.permute else None
     # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
     silent = Texts(prepared.calibration, None)
-    report, _ = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model))
+    report = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model)).report
     text = _evaluation(prepared)
     states = load_file(reference)["states"]
     with progress.phase("pruned: perplexity and divergence", text.work) as phase:
@@ -114,7 +113,7 @@ def measure_cell(
 def _prepared(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: str | None) -> Texts:
     """The texts, if they are what they were when ``digest`` was taken; checked before the model is loaded."""
     texts = prepare_texts(tokenizer, config)
-    if digest is not None and _digest(texts) != digest:
+    if digest is not None and texts.digest != digest:
         raise DataError(
             "The calibration or the evaluation text is not what it was when the comparison was begun.",
             "Restore the text, or make a new comparison with another --out.",
@@ -124,13 +123,6 @@ def _prepared(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: s
 
 def _evaluation(texts: Texts) -> EvaluationText:
     return cast(EvaluationText, texts.evaluation)  # planning refuses recipes without one
-
-
-def _digest(texts: Texts) -> str:
-    digest = hashlib.sha256()
-    for tokens in (texts.calibration.input_ids, _evaluation(texts).tokens):
-        digest.update(tokens.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _sparsity(model: PreTrainedModel, anatomy: Anatomy) -> float:

@@ -101,3 +101,7 @@ class Elements:
     def commit(self, selection: ElementSelection) -> None:
         """Make the selection what is left."""
         self.masks = selection.keep
+
+    def resume(self, masks: Mapping[str, ElementMask]) -> None:
+        """Begin with what an earlier run has left."""
+        self.masks = masks

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config import PruneConfig, differences
 from llm_surgeon.errors import ComparisonError, OutputError
 from llm_surgeon.export.place import check_output, in_place
 from llm_surgeon.pipeline.variants import PlannedCell
@@ -89,13 +89,9 @@ def _check_same(what: str, old_model: str, old: Mapping[str, Any], new_model: st
     defaults = PruneConfig.from_mapping({}).resolved()
     before = {"model": old_model} | {name: defaults[name] for name in new} | dict(old)
     now = {"model": new_model, **new}
-    differences = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in before | now
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ComparisonError(f"{what} was made with other options: {'; '.join(differences)}.", _OTHER)
+    changed = differences(before, now)
+    if changed:
+        raise ComparisonError(f"{what} was made with other options: {'; '.join(changed)}.", _OTHER)
 
 
 def _read(path: Path, kind: type[_Kind]) -> _Kind:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +15,7 @@ from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import Anatomy
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.layerwise import run_layerwise
-from llm_surgeon.pipeline.result import ShotResult
+from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.shots import run_shots
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts
@@ -43,50 +42,80 @@ class Job:
     plan: Plan | None = None
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How far a run has come: its report up to a shot, and where it stands."""
+
+    report: PruneReport
+    standing: Standing
+
+
 def run_job(
-    job: Job, after_shot: Callable[[PruneReport, Masks], None] = lambda _report, _masks: None
-) -> tuple[PruneReport, Masks]:
+    job: Job, after_shot: Callable[[Reached], None] = lambda _reached: None, since: Reached | None = None
+) -> Reached:
     """Prune in place, with an evaluation before the first shot and after each.
 
     Args:
-        job: What to work on.
-        after_shot: Called after each shot with the report so far and what is left, while the model is as they say.
+        job: What to work on; its model is dense, or as ``since`` says.
+        after_shot: Called after each shot with how far the run has come, while the model is as that says.
+        since: How far an earlier run of the same job had come.
 
     Returns:
-        The report of all shots and what is left; the export is the caller's.
+        How far it has come with the last shot; the export is the caller's.
     """
+    reached = since
+    report = _dense_report(job) if since is None else _continued(since)
+    for result in _results(job, since):
+        record = _evaluated(job, result)
+        memory = Memory(
+            peak=max(report.memory.peak, *record.peaks.values()),
+            model=report.memory.model,
+            factors=max(report.memory.factors, result.factor_bytes),
+        )
+        layers = tuple(_layer_records(job.anatomy, result.masks))
+        report = report.model_copy(update={"shots": (*report.shots, record), "layers": layers, "memory": memory})
+        reached = Reached(report, result.standing)
+        after_shot(reached)
+    assert reached is not None  # there is at least one shot
+    return Reached(report, reached.standing)
+
+
+def _dense_report(job: Job) -> PruneReport:
+    """The report before the first shot."""
     model, text = job.model, job.texts.evaluation
     device = next(model.parameters()).device
     reset_peak(device)
-    size = Size(prunable=job.anatomy.prunable_weights, total=count_parameters(model))
-    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     dense = measure(model, text, job.progress, "dense: perplexity") if text else None
-    peak, factor_bytes, masks = peak_bytes(device), 0, cast(Masks, {})
-    shots: list[ShotRecord] = []
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return PruneReport(
+        model=job.source,
+        family=job.anatomy.family.model_type,
+        config=job.config.resolved(),
+        calibration=job.texts.calibration.provenance,
+        dense_size=Size(prunable=job.anatomy.prunable_weights, total=count_parameters(model)),
+        dense_perplexity=dense,
+        shots=(),
+        layers=(),
+        memory=Memory(peak=peak_bytes(device), model=model_bytes, factors=0),
+        versions=versions(),
+        command=job.command,
+        plan=job.plan,
+    )
 
-    def report() -> PruneReport:
-        return PruneReport(
-            model=job.source,
-            family=job.anatomy.family.model_type,
-            config=job.config.resolved(),
-            calibration=job.texts.calibration.provenance,
-            dense_size=size,
-            dense_perplexity=dense,
-            shots=tuple(shots),
-            layers=tuple(_layer_records(job.anatomy, masks)),
-            memory=Memory(peak=peak, model=model_bytes, factors=factor_bytes),
-            versions=versions(),
-            command=job.command,
-            plan=job.plan,
-        )
 
-    run = run_layerwise if job.config.layerwise else run_shots
-    for result in run(model, job.anatomy, job.texts.calibration, job.config, job.progress, _store(job)):
-        masks, factor_bytes = result.masks, max(factor_bytes, result.factor_bytes)
-        shots.append(_evaluated(job, result))
-        peak = max(peak, *shots[-1].peaks.values())
-        after_shot(report(), masks)
-    return report(), masks
+def _continued(since: Reached) -> PruneReport:
+    """The report of an earlier run, which now goes on."""
+    report = since.report
+    return report.model_copy(update={"continued": (*report.continued, since.standing.shot), "versions": versions()})
+
+
+def _results(job: Job, since: Reached | None) -> Iterator[ShotResult]:
+    """The shots that are still to be made, each made when it is asked for."""
+    given = job.model, job.anatomy, job.texts.calibration, job.config, job.progress
+    if not job.config.layerwise:
+        return run_shots(*given, since=None if since is None else since.standing, store=_store(job))
+    # There is one shot.
+    return run_layerwise(*given, store=_store(job)) if since is None else iter(())
 
 
 def _store(job: Job) -> TensorStore | None:

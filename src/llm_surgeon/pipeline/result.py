@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llm_surgeon.curvature import WarmStart
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.records import CorrectionRecord, CostHistogram
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands after a shot: all that the next one needs beside the model.
+
+    Attributes:
+        shot: Number of the shot, from 1.
+        masks: What is left, per layer.
+        start: What a power iteration of the curvature sets out from; None if there is none.
+    """
+
+    shot: int
+    masks: Masks
+    start: WarmStart | None = None
 
 
 @dataclass
@@ -22,6 +38,7 @@ class ShotResult:
         factor_bytes: Bytes of the statistics or factors that were held at once, at most.
         loss: Mean loss of the calibration tokens before the shot, if it was computed.
         costs: How the scores are distributed; None if layers are not compared with each other.
+        start: What a power iteration sets out from in the next shot.
     """
 
     shot: int
@@ -37,3 +54,9 @@ class ShotResult:
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     profile: dict[str, float] = field(default_factory=dict)
+    start: WarmStart | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """Where the run stands afterwards."""
+        return Standing(self.shot, self.masks, self.start)

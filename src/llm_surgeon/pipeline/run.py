@@ -6,13 +6,14 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
-from llm_surgeon.export.place import check_disk_space, check_output, directory_in_place
+from llm_surgeon.export.place import PARTIAL, check_disk_space, flush, writing
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
@@ -21,19 +22,24 @@ from llm_surgeon.models.loading import (
     load_tokenizer,
     resolve_device,
     resolve_source,
+    source_files,
 )
+from llm_surgeon.pipeline import targets
+from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
-from llm_surgeon.pipeline.job import Job, count_parameters, measure, run_job
+from llm_surgeon.pipeline.job import Job, Reached, count_parameters, measure, run_job
+from llm_surgeon.pipeline.run_directory import RunDirectory, run_directory
 from llm_surgeon.pipeline.structures import Masks, check_structure
-from llm_surgeon.pipeline.targets import count_based, latency_based, reached
-from llm_surgeon.pipeline.texts import evaluation_text, prepare_texts
+from llm_surgeon.pipeline.targets import count_based, latency_based
+from llm_surgeon.pipeline.texts import Texts, evaluation_text, prepare_texts
 from llm_surgeon.planning.plan import foresee, warn_if_short
-from llm_surgeon.planning.sizes import disk_bytes
-from llm_surgeon.planning.skeleton import settled, skeleton_of
+from llm_surgeon.planning.sizes import SMALL_FILES, disk_bytes
+from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of
 from llm_surgeon.records import (
     ExportRecord,
     Perplexity,
     PruneReport,
+    RunRecord,
     SpeedComparison,
 )
 from llm_surgeon.report.card import model_card
@@ -41,6 +47,7 @@ from llm_surgeon.report.page import report_page
 from llm_surgeon.report.plots import kept_fraction_png
 from llm_surgeon.report.progress import Progress, SilentProgress
 from llm_surgeon.selection import KeepMask
+from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +66,8 @@ def prune(
     """Prune a model in place, and export it if asked.
 
     The model's layers are smaller afterwards; ``save_pretrained`` alone does not describe them, ``out`` does. If an
-    error stops a shot half-way, some layers are pruned and others are not: start again from the dense model.
+    error stops a shot half-way, some layers are pruned and others are not: start again from the dense model. There are
+    no checkpoints; ``prune_checkpoint`` makes them, as what it begins with can be loaded again.
 
     Args:
         model: A dense causal language model of a supported family.
@@ -81,15 +89,28 @@ def prune(
         OutputError: If ``out`` cannot be used.
         ExportMismatchError: If the reloaded export computes something else.
     """
-    if out is not None:
-        check_output(out)
-    elif config.export_shots:
-        raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
     if config.device_memory is not None or config.host_memory is not None:
         raise ConfigError(
             "How much memory is left beside a model that is loaded already is not known.",
             "Use prune_checkpoint with device_memory and host_memory; here order='layer-major' is what saves memory.",
         )
+    if out is None:
+        if config.export_shots:
+            raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
+        return run_job(_job_in_memory(model, tokenizer, config, progress, source)).report
+    with run_directory(out) as run:
+        run.refuse_former()
+        return _prune_into(_job_in_memory(model, tokenizer, config, progress, source), run, config)
+
+
+def _job_in_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PruneConfig,
+    progress: Progress | None,
+    source: str,
+) -> Job:
+    """What ``prune`` works on, once all is checked that can be."""
     if config.lora:
         require_peft()
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
@@ -98,8 +119,7 @@ def prune(
     texts = prepare_texts(tokenizer, config)
     resolved = latency_based(resolved, model, anatomy)
     name = source or model.config.name_or_path or type(model).__name__
-    job = Job(model, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), name)
-    return run_job(job)[0] if out is None else _prune_into(job, out, asked=config)
+    return Job(model, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), name)
 
 
 def evaluate(
@@ -144,7 +164,9 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Prune a checkpoint, export it, check the export in a fresh process, and measure both.
 
-    Whatever fails, nothing is left at ``out``.
+    What the run needs to go on after a shot is kept in a directory beside ``out``, see ``run_directory``: however the
+    process ends, the same call continues after the last shot that was complete. Whatever fails, nothing is left at
+    ``out``.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
@@ -154,57 +176,130 @@ def prune_checkpoint(
         command: The command line, for the report.
 
     Raises:
-        OutputError: If ``out`` cannot be used or the disk is too full.
+        OutputError: If ``out`` cannot be used, another process works on it, or what is there to be continued was
+            begun with another recipe, model or text.
+        DiskSpaceError: If the disk is too full, or gets so.
         ExportMismatchError: If the reloaded export computes something else.
         SurgeonError: Whatever ``prune`` raises.
     """
-    check_output(out)
     if config.lora:
         require_peft()
+    resolve_device(config.device)
+    with run_directory(out) as run:
+        skeleton = skeleton_of(resolve_source(model), config)
+        resolved = settled(skeleton, config)
+        files = source_files(skeleton.source, skeleton.network.config)
+        run.expect({"files": files, "recipe": config.resolved()})
+        if run.finished is not None:
+            return run.finish(run.finished)
+        check_disk_space(out, disk_bytes(skeleton, resolved) - run.nbytes)
+        tokenizer = load_tokenizer(skeleton.source)
+        texts = prepare_texts(tokenizer, config)
+        run.expect({"texts": texts.digest})
+        former = run.checkpoints.newest_whole()
+        if run.former is not None:
+            resolved = _as_begun(resolved, run.former)
+        job = _loaded_job(model, skeleton, tokenizer, texts, resolved, progress, command)
+        record = RunRecord(
+            model=model,
+            files=files,
+            recipe=config.resolved(),
+            texts=texts.digest,
+            circumstances=_circumstances(job),
+            sparsity=job.config.sparsity if config.target == "target_latency" else None,
+        )
+        run.begin(record, job.config)
+        return _prune_into(job, run, config, dense=skeleton.source, record=record, former=former)
+
+
+def _as_begun(config: PruneConfig, former: RunRecord) -> PruneConfig:
+    """The recipe as it came out when the run was begun: what had been measured, and what the memory had room for."""
+    if former.sparsity is not None:
+        config = config.at(former.sparsity)
+    order = former.circumstances.get("order", config.order)
+    return config.model_copy(update={"order": order}) if config.order == "auto" else config
+
+
+def _loaded_job(
+    model: str,
+    skeleton: Skeleton,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    config: PruneConfig,
+    progress: Progress | None,
+    command: str | None,
+) -> Job:
+    """Load the model that everything has been checked for."""
     device = resolve_device(config.device)
-    source = resolve_source(model)
-    skeleton = skeleton_of(source, config)
-    resolved = settled(skeleton, config)
-    check_disk_space(out, disk_bytes(skeleton, resolved))
-    tokenizer = load_tokenizer(source)
-    texts = prepare_texts(tokenizer, config)
     # What a latency comes to is only known once the model has been timed.
-    foreseen = foresee(model, skeleton, resolved, device, texts) if resolved.target is None else None
+    foreseen = foresee(model, skeleton, config, device, texts) if config.target is None else None
     if foreseen is not None:
         warn_if_short(foreseen)
-    network = load_model(source, config.dtype, device)
+    network = load_model(skeleton.source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
-    resolved = latency_based(resolved, network, anatomy)
-    job = Job(network, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), model, command, foreseen)
-    return _prune_into(job, out, config, dense=source)
+    config = latency_based(config, network, anatomy)
+    return Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model, command, foreseen)
 
 
-def _prune_into(job: Job, out: Path, asked: PruneConfig, dense: str | None = None) -> PruneReport:
-    """Prune, and export beside the final place before moving there.
+def _circumstances(job: Job) -> dict[str, str]:
+    """What the last bits of the weights depend on beside the recipe."""
+    device = str(next(job.model.parameters()).device)
+    order = job.plan.order if job.plan else job.config.order
+    return versions() | {"device": device, "threads": str(torch.get_num_threads()), "processes": "1", "order": order}
+
+
+def _prune_into(
+    job: Job,
+    run: RunDirectory,
+    asked: PruneConfig,
+    dense: str | None = None,
+    record: RunRecord | None = None,
+    former: Checkpoint | None = None,
+) -> PruneReport:
+    """Prune, and export within the run's directory before moving that to its place.
 
     Args:
-        job: What to work on.
-        out: The final place.
+        job: What to work on; its model is dense.
+        run: Where.
         asked: The recipe as it was given.
         dense: What to time the result against.
+        record: For the checkpoints; None makes none.
+        former: The checkpoint to continue after.
     """
-    with directory_in_place(out) as beside:
 
-        def keep_shot(report: PruneReport, masks: Masks) -> None:
-            shot = len(report.shots)
-            if shot in job.config.export_shots and shot < job.config.shots:
-                _export(job, masks, report, beside / f"shot-{shot}", out / f"shot-{shot}")
+    def keep(reached: Reached) -> None:
+        if record is not None:
+            everything = job.config.permute
+            tensors = tensors_of(job.model, job.anatomy, reached.standing, everything=everything)
+            run.checkpoints.write(Checkpoint(run=record, report=reached.report), tensors)
+        _export_shot(job, run, reached)
 
-        report, masks = run_job(job, keep_shot)
-        # Zeros in matrices of the old shape take as long to multiply by as any number.
-        timed = dense if _smaller(masks) else None
-        return _export(job, masks, report, beside, out, timed, asked)
+    since = None
+    if former is not None:
+        logger.info("continuing after shot %d of %d", former.shot, job.config.shots)
+        since = Reached(former.report, run.checkpoints.restore(former.shot, job.model, job.anatomy))
+        # It may have been ended between checkpoint and export.
+        _export_shot(job, run, since)
+    reached = run_job(job, keep, since)
+    # Zeros in matrices of the old shape take as long to multiply by as any number.
+    timed = dense if _smaller(reached.standing.masks) else None
+    return run.finish(_export(job, reached, run.export, run.out, timed, asked))
+
+
+def _export_shot(job: Job, run: RunDirectory, reached: Reached) -> None:
+    """Export a shot that is to be exported as well, unless that was done before; the last one is the result."""
+    shot = reached.standing.shot
+    directory = run.export / f"shot-{shot}"
+    if shot in job.config.export_shots and shot < job.config.shots and not directory.exists():
+        beside = directory.with_name(f"{directory.name}{PARTIAL}")
+        _export(job, reached, beside, run.out / directory.name)
+        flush(beside)
+        beside.rename(directory)
 
 
 def _export(
     job: Job,
-    masks: Masks,
-    report: PruneReport,
+    reached: Reached,
     directory: Path,
     place: Path,
     dense: str | None = None,
@@ -214,17 +309,18 @@ def _export(
 
     Args:
         job: What was worked on.
-        masks: What is left.
-        report: What is known so far.
+        reached: What is left, and what is known so far.
         directory: Where to write.
         place: Where the directory will be in the end.
         dense: What to time the result against.
         asked: The recipe as it was given, if this is its result.
     """
     logger.info("writing the export and reloading it in a fresh process")
-    directory.mkdir(exist_ok=True)
-    form = save_model(job.model, job.tokenizer, job.anatomy, _smaller(masks), directory)
-    check = verify_export(job.model, directory, form.plain)
+    report, keep = reached.report, _smaller(reached.standing.masks)
+    with writing(directory, sum(parameter.nbytes for parameter in job.model.parameters())):
+        directory.mkdir(parents=True, exist_ok=True)
+        form = save_model(job.model, job.tokenizer, job.anatomy, keep, directory)
+        check = verify_export(job.model, directory, form.plain)
     export = ExportRecord(
         path=str(place),
         weight_bytes=weight_bytes(directory),
@@ -233,11 +329,12 @@ def _export(
         logit_scale=check.scale,
         plain=form.plain,
     )
-    speed = _compare_speed(dense, job, _smaller(masks)) if dense is not None else None
+    speed = _compare_speed(dense, job, keep) if dense is not None else None
     parameters = report.shots[-1].size.total
-    target = None if asked is None else reached(asked, job.model, parameters, export.weight_bytes)
+    target = None if asked is None else targets.reached(asked, job.model, parameters, export.weight_bytes)
     report = report.model_copy(update={"export": export, "speed": speed, "target": target})
-    _write_report(report, job.config, directory)
+    with writing(directory, SMALL_FILES):
+        _write_report(report, job.config, directory)
     return report
 
 

@@ -222,6 +222,10 @@ class Shapes:
         """Make the selection what is left."""
         self.masks = selection.keep
 
+    def resume(self, masks: Mapping[str, KeepMask]) -> None:
+        """Begin with what an earlier run has left."""
+        self.masks = masks
+
     def made_up_costs(self, draw: Callable[[int], Tensor]) -> dict[str, LayerCosts]:
         """Costs of everything that nobody estimated.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, estimate, passes_needed
+from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, WarmStart, estimate, passes_needed
 from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
@@ -19,7 +19,7 @@ from llm_surgeon.models.matrix import narrow_heads, read_matrix, write_matrix
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
-from llm_surgeon.pipeline.result import ShotResult
+from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.structures import Structure, structure_of
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
@@ -31,12 +31,22 @@ def run_shots(
     tokens: CalibrationTokens,
     config: PruneConfig,
     progress: Progress,
+    *,
+    since: Standing | None = None,
     store: TensorStore | None = None,
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
-    Curvature is estimated afresh in each shot, on the model as pruned so far; layer by layer if there is a store for
-    what has to wait.
+    Curvature is estimated afresh in each shot, on the model as pruned so far.
+
+    Args:
+        model: Dense, or as it was after the shot of ``since``.
+        anatomy: The layers of the dense model.
+        tokens: Calibration tokens.
+        config: The recipe.
+        progress: Where progress is shown.
+        since: Where an earlier run of the same recipe stood; None begins with the first shot.
+        store: Keeps what has to wait in layer-major passes; None makes them batch-major.
 
     Raises:
         ConfigError: If the layers do not allow the structure.
@@ -44,8 +54,11 @@ def run_shots(
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
     structure = structure_of(config, anatomy)
-    previous: Curvature | None = None
-    for number, sparsity in enumerate(config.sparsity_schedule, start=1):
+    done, previous = 0, cast(WarmStart | None, None)
+    if since is not None:
+        done, previous = since.shot, since.start
+        structure.resume(since.masks)
+    for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         clock = Clock(next(model.parameters()).device)
         how = _estimation(config, number, "batch-major" if store is None else "layer-major")
         work = tokens.input_ids.numel() * passes_needed(how, warm=previous is not None)
@@ -59,6 +72,10 @@ def run_shots(
         with clock.phase("update"):
             _update(model, anatomy, structure, curvature, selection, config)
         corrected = correct_shot(model, anatomy, structure.element_masks, tokens, config, number, clock, progress)
+        previous = None
+        # Only a power iteration has use for what the last shot found.
+        if isinstance(curvature, NearestCurvature):
+            previous = curvature.warm_start(anatomy.layers, structure.shapes)
         result = ShotResult(
             shot=number,
             target_sparsity=sparsity,
@@ -73,9 +90,9 @@ def run_shots(
             seconds=clock.seconds,
             peaks=clock.peaks,
             profile=clock.profile(),
+            start=previous,
         )
-        # Only a power iteration has use for the last shot's factors; others would stay until the next are complete.
-        previous = curvature if isinstance(curvature, NearestCurvature) else None
+        # The factors would stay until the next are complete.
         del curvature
         yield result
 

@@ -60,6 +60,9 @@ class Structure(Protocol):
     def commit(self, selection: Any) -> None:
         """Make the selection what is left."""
 
+    def resume(self, masks: Any) -> None:
+        """Begin with what an earlier run has left."""
+
 
 def check_structure(config: PruneConfig, anatomy: Anatomy) -> None:
     """Find out whether the layers of a model allow the structure of a recipe.

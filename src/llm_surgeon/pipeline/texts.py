@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,14 @@ class Texts:
 
     calibration: CalibrationTokens
     evaluation: EvaluationText | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all tokens."""
+        digest = hashlib.sha256(self.calibration.input_ids.numpy().tobytes())
+        if self.evaluation is not None:
+            digest.update(self.evaluation.tokens.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Texts:

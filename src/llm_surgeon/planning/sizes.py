@@ -1,8 +1,10 @@
-"""What the result will be: its parameters, its weight files, and the disk that the exports take."""
+"""What the result will be: its parameters, its weight files, and the disk that exports and checkpoints take."""
 
 from __future__ import annotations
 
 from llm_surgeon.config import PruneConfig
+from llm_surgeon.curvature.nearest import TERMS
+from llm_surgeon.pipeline.checkpoint import KEPT
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.records import LayerKind, Size
 
@@ -41,7 +43,26 @@ def weight_bytes(skeleton: Skeleton, config: PruneConfig, sparsity: float) -> in
 
 
 def disk_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Bytes of all exports of a run; shots that are exported as well are larger than the last."""
+    """Bytes of a run's exports and checkpoints, at most at once; earlier ones are larger than later ones."""
     schedule = config.sparsity_schedule
-    exported = {*config.export_shots, config.shots}
-    return sum(weight_bytes(skeleton, config, schedule[shot - 1]) + SMALL_FILES for shot in exported)
+    exported, most = 0, 0
+    for shot, sparsity in enumerate(schedule, start=1):
+        if shot in (*config.export_shots, config.shots):
+            exported += weight_bytes(skeleton, config, sparsity) + SMALL_FILES
+        # Those that are kept, until the next is complete.
+        held = schedule[max(0, shot - 1 - KEPT) : shot]
+        most = max(most, exported + sum(checkpoint_bytes(skeleton, config, at) for at in held))
+    return most
+
+
+def checkpoint_bytes(skeleton: Skeleton, config: PruneConfig, sparsity: float) -> int:
+    """Bytes of the checkpoint of a shot, at most: weights and biases, masks, and where a power iteration sets out."""
+    layers, itemsize = skeleton.anatomy.layers.values(), skeleton.dtype.itemsize
+    weights = size_after(skeleton, sparsity).prunable if config.parts else dense_size(skeleton).prunable
+    biases = sum(layer.rows for layer in layers if layer.bias)
+    stored = skeleton.parameters if config.permute else weights + biases
+    # A bit for each weight, or a byte for each row and column.
+    masks = sum(layer.rows + layer.columns if config.parts else layer.rows * layer.columns // 8 for layer in layers)
+    terms = TERMS.get(config.resolved_curvature or "", 0)
+    start = sum(4 * terms * (layer.columns + layer.bias) ** 2 for layer in layers)
+    return stored * itemsize + masks + start

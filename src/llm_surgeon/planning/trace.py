@@ -84,13 +84,8 @@ class _Nowhere(TensorStore):
 
     def put(self, tensor: Tensor) -> Stored:
         """Remember the shape."""
-        shape, dtype = tensor.shape, tensor.dtype
-
-        class Shape(Stored):
-            def get(self) -> Tensor:
-                return torch.empty(shape, dtype=dtype, device=self._device)
-
-        return Shape(torch.empty(0), self.device, lambda: None)
+        anew = partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=self.device)
+        return Stored(anew, self.device, lambda: None)
 
 
 class _Idle(Task):

@@ -363,12 +363,18 @@ def _origin(report: PruneReport) -> str:
     calibration = _code(to_yaml(plain["calibration"])) if report.calibration else _said("Not recorded.")
     return "\n".join(
         (
-            f"<h3>Command</h3>\n{_code(report.command) if report.command else called}",
+            f"<h3>Command</h3>\n{_code(report.command) if report.command else called}{_continued(report.continued)}",
             f"<h3>Recipe</h3>\n{_code(to_yaml(plain['config']))}",
             f"<h3>Calibration data</h3>\n{calibration}",
             f"<h3>Versions</h3>\n{versions}",
         )
     )
+
+
+def _continued(shots: Sequence[int]) -> str:
+    if not shots:
+        return ""
+    return _said(f"The run was ended and continued after shot {', '.join(str(shot) for shot in shots)}.")
 
 
 def _table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,0 +1,285 @@
+"""Fault test: a run is killed (SIGKILL) at random moments, begun again until it ends, and its weights are compared.
+
+A phase is drawn, then a moment within it. One process imports everything and forks a child for each attempt; it does
+no arithmetic of its own, so that the children have no threads of its to wait for.
+
+    python benchmarks/faults.py [--kills 50] [--seed 0] [--more]
+
+``--more`` adds to the kills of an earlier result. Writes benchmarks/results/faults.json and faults.md. Ends with status
+1 if weights differ, a run cannot be continued, or anything is left beside an output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from common import circumstances, finished, table, write
+
+import llm_surgeon.pipeline.run as run_module
+from llm_surgeon import PruneConfig, prune_checkpoint
+from llm_surgeon.errors import OutputError
+from llm_surgeon.export.verify import ReloadCheck
+from llm_surgeon.pipeline.checkpoint import Checkpoints
+from llm_surgeon.pipeline.clock import Clock
+from llm_surgeon.pipeline.run_directory import RunDirectory
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from tiny import VOCABULARY, llama, tokenizer
+
+COMMON = {"samples": 16, "seq_len": 64, "eval_window": 64, "eval_tokens": 1024, "shots": 3, "sparsity": 0.4}
+CASES: dict[str, dict[str, Any]] = {
+    "rows and columns": {},
+    "neurons and heads, power iteration": {"structure": "neurons+heads", "curvature": "nearest-kronecker"},
+    "single weights, true Fisher, a shot exported": {
+        "structure": "unstructured",
+        "fisher": "true",
+        "export_shots": (1,),
+    },
+}
+# Phases of each shot; the others come once.
+IN_SHOTS = ("curvature", "selection", "update", "evaluation", "checkpoint")
+# Share of the attempts that nobody kills, so that runs end.
+SPARED = 0.15
+
+
+@dataclass
+class Place:
+    """Where the runs of one case are made, and what the first, which nobody killed, gave."""
+
+    directory: Path
+    config: PruneConfig
+    quick: bool
+    weights: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        """Where the runs write."""
+        return self.directory / "results" / "out"
+
+
+class Attempt:
+    """A child process that prunes, and says in which phase it is."""
+
+    def __init__(self, place: Place) -> None:
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reading)
+            os._exit(_prune(place, writing))
+        os.close(writing)
+        self._pipe, self.phases = reading, ["start"]
+        self.times = [time.monotonic()]
+
+    def read(self) -> bool:
+        """Wait for the next phases; False once the process has ended."""
+        text = os.read(self._pipe, 4096).decode()
+        for phase in text.splitlines():
+            self.phases.append(phase)
+            self.times.append(time.monotonic())
+        return bool(text)
+
+    def end(self) -> int:
+        """Read what is left and give the exit status, negative for a signal."""
+        while self.read():
+            pass
+        os.close(self._pipe)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def kill(self) -> int:
+        """End it as the kernel does when memory runs out."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.end()
+
+
+def _prune(place: Place, pipe: int) -> int:
+    """The whole of the child: prune with phases announced; gives the exit status."""
+    try:
+        _announce(pipe)
+        if place.quick:
+            run_module.verify_export = lambda *_: ReloadCheck(0.0, 1.0)
+            run_module._compare_speed = lambda *_: None
+        tempfile.tempdir = str(place.directory / "temporary")
+        there = place.out.exists()
+        prune_checkpoint(str(place.directory / "model"), place.out, place.config)
+    except OutputError as error:
+        # What was killed in its last microseconds had done all it had to.
+        return 0 if there and "is not empty" in error.cause else _said(error)
+    except BaseException as error:
+        return _said(error)
+    return 0
+
+
+def _said(error: BaseException) -> int:
+    traceback.print_exception(error)
+    return 1
+
+
+def _announce(pipe: int) -> None:
+    """Have each phase written to a pipe when it begins."""
+
+    def announced(holder: Any, attribute: str, name: str | None = None) -> None:
+        original = getattr(holder, attribute)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            # The phases of a clock have a name of their own.
+            os.write(pipe, f"{name or arguments[1]}\n".encode())
+            return original(*arguments, **named)
+
+        setattr(holder, attribute, call)
+
+    announced(run_module, "prepare_texts", "texts")
+    announced(run_module, "foresee", "plan")
+    announced(run_module, "load_model", "load")
+    announced(Checkpoints, "restore", "restore")
+    announced(Clock, "phase")
+    announced(Checkpoints, "write", "checkpoint")
+    announced(run_module, "save_model", "export")
+    announced(run_module, "verify_export", "check")
+    announced(run_module, "_compare_speed", "speed")
+    announced(run_module, "_write_report", "report")
+    announced(RunDirectory, "finish", "move")
+    announced(RunDirectory, "remove", "tidy up")
+
+
+def digests(out: Path) -> dict[str, str]:
+    """SHA-256 of all weight files of a result."""
+    files = sorted(out.rglob("*.safetensors"))
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def prepared(directory: Path, options: dict[str, Any], quick: bool) -> Place:
+    """A place with a model, a text, and what a run gives that nobody kills."""
+    generator = random.Random(0)
+    for name in ("results", "temporary"):
+        (directory / name).mkdir(parents=True)
+    text = directory / "text.txt"
+    text.write_text(" ".join(f"w{generator.randrange(VOCABULARY)}" for _ in range(20_000)), encoding="utf8")
+    if (pid := os.fork()) == 0:
+        llama(hidden_size=96, intermediate_size=256, num_hidden_layers=4).save_pretrained(directory / "model")
+        tokenizer().save_pretrained(directory / "model")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    place = Place(directory, PruneConfig.from_mapping({**COMMON, "calibration": str(text), **options}), quick)
+    attempt = Attempt(place)
+    if attempt.end():
+        raise SystemExit("The run that nobody kills has failed.")
+    ends = [*attempt.times[1:], time.monotonic()]
+    for phase, begin, end in zip(attempt.phases, attempt.times, ends, strict=True):
+        place.seconds[phase] = max(place.seconds.get(phase, 0.0), end - begin)
+    place.weights = digests(place.out)
+    _clear(place)
+    return place
+
+
+def _clear(place: Place) -> None:
+    for path in sorted(place.out.rglob("*"), key=lambda path: -len(path.parts)):
+        path.rmdir() if path.is_dir() else path.unlink()
+    place.out.rmdir()
+
+
+def drawn(place: Place, generator: random.Random) -> tuple[str, int]:
+    """A phase that is still to come in the next attempt, and which time it comes."""
+    run = place.out.with_name("out.run")
+    done = Checkpoints(run).shots()[0] if run.is_dir() and Checkpoints(run).shots() else 0
+    left = place.config.shots - done
+    phases = [phase for phase in place.seconds if left or phase not in IN_SHOTS]
+    phase = generator.choice(["restore", *phases] if done else phases)
+    return phase, generator.randint(1, left) if phase in IN_SHOTS else 1
+
+
+def run_until_done(place: Place, generator: random.Random, budget: int) -> dict[str, Any]:
+    """Kill a run again and again, at most ``budget`` times; says where, and what came of it."""
+    kills: list[str] = []
+    while True:
+        spared = len(kills) == budget or generator.random() < SPARED
+        phase, times = drawn(place, generator)
+        attempt = Attempt(place)
+        if spared or not _killed(attempt, phase, times, generator.random() * place.seconds.get(phase, 0.01)):
+            status = attempt.end()
+            break
+        kills.append(attempt.phases[-1])
+    same = status == 0 and digests(place.out) == place.weights
+    left = [path.name for path in place.out.parent.iterdir() if path.name != "out"]
+    left += [path.name for path in (place.directory / "temporary").iterdir()]
+    _clear(place)
+    return {"kills": kills, "status": status, "same": same, "left": left}
+
+
+def _killed(attempt: Attempt, phase: str, times: int, delay: float) -> bool:
+    """Kill an attempt a moment after a phase has begun; False if it ends before that."""
+    while attempt.phases.count(phase) < times:
+        if not attempt.read():
+            return False
+    time.sleep(delay)
+    if os.waitid(os.P_PID, attempt.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        return False
+    attempt.kill()
+    return True
+
+
+def measured(kills: int, seed: int, cases: list[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """Runs of all cases in turn until there were enough kills."""
+    generator, runs = random.Random(seed), cast(list[dict[str, Any]], [])
+    with tempfile.TemporaryDirectory() as scratch:
+        places = {name: prepared(Path(scratch) / str(n), CASES[name], quick) for n, name in enumerate(cases)}
+        while (missing := kills - sum(len(run["kills"]) for run in runs)) > 0:
+            name = cases[len(runs) % len(cases)]
+            runs.append({"case": name, **run_until_done(places[name], generator, missing)})
+            print(runs[-1], file=sys.stderr)
+            yield runs[-1]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result in words and a table."""
+    runs = result["runs"]
+    phases = Counter(phase for run in runs for phase in run["kills"])
+    good = [run for run in runs if run["same"] and not run["left"]]
+    most = max(len(run["kills"]) for run in runs)
+    names = ("start", "texts", "plan", "load", "restore", *IN_SHOTS, "export", "check", "speed", "report", "move")
+    rows = [(name, phases[name]) for name in (*names, "tidy up") if phases[name]]
+    cases = "; ".join(f"{name} ({sum(run['case'] == name for run in runs)} runs)" for name in CASES)
+    return (
+        f"# Killed runs\n\n{result['date']}, {result['machine']}, {result['threads']} threads. "
+        f"Command: `{result['command']}`\n\n{sum(phases.values())} kills (SIGKILL) in {len(runs)} runs of "
+        f"{COMMON['shots']} shots of a random model, up to {most} in one run; each was begun again until it ended. "
+        f"**{len(good)} of {len(runs)} have weight files that are byte for byte those of a run that nobody killed, and "
+        f"left nothing else behind.** Runs: {cases}.\n\n{table(('killed in', 'kills'), rows)}\n"
+    )
+
+
+def main() -> None:
+    """Kill, compare, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="add to an earlier result")
+    parser.add_argument("--quick", action="store_true", help="one case, no reload check, nothing written: for tests")
+    arguments = parser.parse_args()
+    cases = list(CASES)[:1] if arguments.quick else list(CASES)
+    earlier = finished("faults") if arguments.more else {"runs": [], "command": ""}
+    runs, command = earlier["runs"], " ".join(["python benchmarks/faults.py", *sys.argv[1:]])
+    commands = "; ".join(filter(None, [earlier["command"], command]))
+    for run in measured(arguments.kills, arguments.seed, cases, arguments.quick):
+        runs.append(run)
+        if not arguments.quick:
+            result = {**circumstances(commands), "runs": runs}
+            write("faults", result, markdown(result))
+    raise SystemExit(any(run["status"] or run["left"] or not run["same"] for run in runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""A run that was ended goes on after its last complete shot, to the same weights bit for bit."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+
+import pytest
+import torch
+
+from llm_surgeon import PruneConfig, prune, prune_checkpoint
+from llm_surgeon.errors import NonFiniteError, OutputError
+from llm_surgeon.export.verify import ReloadCheck
+from llm_surgeon.pipeline import run as run_module
+from llm_surgeon.pipeline import targets
+from llm_surgeon.pipeline.checkpoint import Checkpoints
+from llm_surgeon.records import PruneReport
+from quick import without_what_has_other_tests
+from tiny import build, tokenizer
+
+SMALL = {"samples": 8, "seq_len": 16, "eval_window": 32, "eval_tokens": 64, "shots": 3, "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    without_what_has_other_tests(monkeypatch)
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Makes runs end with an interrupt once the checkpoint of a shot is written; 0: never."""
+    write = Checkpoints.write
+    after = [0]
+
+    def interrupted(self, checkpoint, tensors):
+        write(self, checkpoint, tensors)
+        if checkpoint.shot == after[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "write", interrupted)
+
+    def run(model, out, config, shot):
+        after[0] = shot
+        try:
+            if shot == 0:
+                return prune_checkpoint(str(model), out, config)
+            with pytest.raises(KeyboardInterrupt):
+                prune_checkpoint(str(model), out, config)
+            assert not out.exists()
+            return None
+        finally:
+            after[0] = 0
+
+    return run
+
+
+def recipe(text_file, **changes):
+    return PruneConfig.from_mapping({**SMALL, "calibration": str(text_file), **changes})
+
+
+def weights(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+
+
+def without_times(report):
+    """What has to be the same of two runs of a recipe."""
+    left = report.model_dump(exclude={"memory", "continued", "plan", "export"})
+    for shot in left["shots"]:
+        for name in [name for name in shot if name.endswith("_seconds") or name in ("peaks", "profile")]:
+            del shot[name]
+    return left
+
+
+CASES = {
+    "rows-columns": ("llama", {"sparsity": 0.5}),
+    "biases": ("opt", {"sparsity": 0.4}),
+    "transposed, bfloat16": ("gpt2", {"structure": "neurons+rows-columns", "dtype": "bfloat16"}),
+    "neurons+heads": ("phi3", {"structure": "neurons+heads", "round_to": 2}),
+    "values": ("llama", {"structure": "values+neurons", "round_to": 1, "fisher": "true"}),
+    "an emptied attention": ("llama", {"structure": "blocks", "sparsity": 0.8}),
+    "unstructured": ("llama-biased", {"structure": "unstructured"}),
+    "2:4": ("opt", {"structure": "2:4"}),
+    "power iteration": ("opt", {"curvature": "nearest-kronecker", "sparsity": 0.4}),
+    "power iteration of a sum": ("llama", {"curvature": "kronecker-sum", "structure": "unstructured"}),
+}
+LORA = {"lora": True, "lora_steps": 2, "lora_final_steps": 3, "lora_rank": 2}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_ended_after_each_shot_gives_the_same_bits(case, text_file, tmp_path, ended, caplog):
+    family, options = CASES[case]
+    compare_ended_and_not(family, recipe(text_file, **options), tmp_path, ended, caplog)
+
+
+@pytest.mark.parametrize("structure", ["rows-columns", "unstructured"])
+def test_corrections_go_on_to_the_same_bits(structure, text_file, tmp_path, ended, caplog):
+    pytest.importorskip("peft")
+    config = recipe(text_file, structure=structure, sparsity=0.4, **LORA)
+    compare_ended_and_not("llama", config, tmp_path, ended, caplog)
+
+
+@pytest.mark.parametrize("options", [{"method": "stochria"}, {"method": "wanda", "permute": True, "structure": "2:4"}])
+def test_layerwise_methods_have_only_their_export_left(options, text_file, tmp_path, ended, caplog):
+    compare_ended_and_not("llama", recipe(text_file, shots=1, **options), tmp_path, ended, caplog)
+
+
+def compare_ended_and_not(family, config, tmp_path, ended, caplog):
+    caplog.set_level(logging.INFO)
+    model = tmp_path / "dense"
+    build(family).save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    whole = ended(model, tmp_path / "whole", config, 0)
+    for shot in range(1, config.shots + 1):
+        ended(model, tmp_path / "ended", config, shot)
+        assert f"the same command continues after shot {shot}" in caplog.text
+    report = ended(model, tmp_path / "ended", config, 0)
+    for shot in range(1, config.shots + 1):
+        assert f"continuing after shot {shot} of {config.shots}" in caplog.text
+    assert weights(tmp_path / "ended") == weights(tmp_path / "whole") != {}
+    assert without_times(report) == without_times(whole)
+    assert report.continued == tuple(range(1, config.shots + 1))
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "ended", "text.txt", "whole"}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run that was ended after the second of three shots, the weights that it leads to, and how to go on."""
+    directory = tmp_path_factory.mktemp("half")
+    generator = random.Random(0)
+    text = directory / "text.txt"
+    text.write_text(" ".join(f"w{generator.randrange(64)}" for _ in range(3000)))
+    build("llama").save_pretrained(directory / "dense")
+    tokenizer().save_pretrained(directory / "dense")
+    config = recipe(text, sparsity=0.4, evaluation="none")
+    write = Checkpoints.write
+
+    def interrupted(self, checkpoint, tensors):
+        write(self, checkpoint, tensors)
+        if checkpoint.shot == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        without_what_has_other_tests(patch)
+        prune_checkpoint(str(directory / "dense"), directory / "whole", config)
+        patch.setattr(Checkpoints, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(str(directory / "dense"), directory / "out", config)
+    assert {path.name for path in (directory / "out.run").iterdir()} >= {"lock", "run.json", "recipe.yaml"}
+    return directory, config
+
+
+@pytest.fixture
+def copied(half, tmp_path):
+    """A copy of that run's directory, and how to continue it."""
+    directory, config = half
+    shutil.copytree(directory / "out.run", tmp_path / "out.run")
+
+    def go_on(model=directory / "dense", **changes):
+        changed = PruneConfig.from_mapping({**config.model_dump(exclude_unset=True), **changes})
+        report = prune_checkpoint(str(model), tmp_path / "out", changed)
+        assert weights(tmp_path / "out") == weights(directory / "whole")
+        assert not (tmp_path / "out.run").exists()
+        return report
+
+    return tmp_path / "out.run", go_on
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def removed(path):
+    path.unlink()
+
+
+DAMAGES = pytest.mark.parametrize("damage", [flipped, truncated, emptied, removed], ids=lambda f: f.__name__)
+
+
+@DAMAGES
+@pytest.mark.parametrize("name", ["shot-2.safetensors", "shot-2.json", "shot-2.sha256"])
+def test_a_damaged_checkpoint_is_not_used_but_the_one_before(name, damage, copied, caplog):
+    path, go_on = copied
+    damage(path / name)
+    assert go_on().continued == (1,)
+    # Without its checksums it is one that was never complete.
+    assert ("the checkpoint of shot 2 is damaged" in caplog.text) == ((name, damage) != ("shot-2.sha256", removed))
+
+
+@DAMAGES
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml"])
+def test_what_describes_the_run_is_in_its_checkpoints_too(name, damage, copied):
+    path, go_on = copied
+    damage(path / name)
+    assert go_on().continued == (2,)
+
+
+def test_without_any_checkpoint_that_is_whole_the_run_begins_anew(copied, caplog):
+    path, go_on = copied
+    for shot in (1, 2):
+        flipped(path / f"shot-{shot}.safetensors")
+    assert go_on().continued == ()
+    assert "shot 1 is damaged" in caplog.text
+    assert "shot 2 is damaged" in caplog.text
+
+
+def test_a_checkpoint_is_no_pickle_and_two_are_kept(half):
+    names = {path.name for path in (half[0] / "out.run").glob("shot-*")}
+    assert names == {f"shot-{shot}.{ending}" for shot in (1, 2) for ending in ("safetensors", "json", "sha256")}
+
+
+def test_older_checkpoints_go(text_file, checkpoint, tmp_path, ended):
+    ended(checkpoint, tmp_path / "out", recipe(text_file, shots=4, sparsity=0.4), 4)
+    assert Checkpoints(tmp_path / "out.run").shots() == [4, 3]
+
+
+class TestSomethingElse:
+    """What was begun with another recipe, model or text is not continued, and not lost either."""
+
+    @pytest.fixture(autouse=True)
+    def loads_nothing(self, monkeypatch):
+        monkeypatch.setattr(run_module, "load_model", lambda *_: pytest.fail("loaded"))
+
+    def test_another_recipe(self, copied):
+        path, go_on = copied
+        with pytest.raises(OutputError, match=r"shots was 3 and is 5; seed was 0 and is 1\. .* remove .*out\.run"):
+            go_on(shots=5, seed=1)
+        assert Checkpoints(path).shots() == [2, 1]
+
+    def test_a_model_that_was_written_anew(self, half, copied, tmp_path):
+        _, go_on = copied
+        shutil.copytree(half[0] / "dense", tmp_path / "dense", copy_function=shutil.copyfile)
+        with pytest.raises(OutputError, match=r"model\.safetensors was '[\d,]+ bytes of .*' and is '"):
+            go_on(model=tmp_path / "dense")
+
+    def test_another_text(self, half, copied):
+        _, go_on = copied
+        text = half[0] / "text.txt"
+        before = text.read_text()
+        try:
+            text.write_text(before.replace("w1 ", "w2 "))
+            with pytest.raises(OutputError, match="the calibration or the evaluation text has changed"):
+                go_on()
+        finally:
+            text.write_text(before)
+
+    def test_a_run_without_checkpoints_would_lose_it(self, copied, text_file):
+        path, _ = copied
+        with pytest.raises(OutputError, match=r"can continue\. Remove it"):
+            prune(build("llama"), tokenizer(), recipe(text_file), out=path.with_suffix(""))
+        assert Checkpoints(path).shots() == [2, 1]
+
+
+def test_without_a_shot_to_lose_another_recipe_begins_anew(copied):
+    path, go_on = copied
+    for file in path.glob("shot-*"):
+        file.unlink()
+    saved = json.loads((path / "run.json").read_text())
+    saved["recipe"]["shots"] = 7
+    (path / "run.json").write_text(json.dumps(saved))
+    assert go_on().continued == ()
+
+
+def reworded(path, change):
+    """Change the words of the newest checkpoint, with the checksum that fits."""
+    words, sums = path / "shot-2.json", path / "shot-2.sha256"
+    saved = json.loads(words.read_text())
+    change(saved)
+    words.write_text(json.dumps(saved))
+    first = sums.read_text().splitlines()[0]
+    sums.write_text(f"{first}\n{hashlib.sha256(words.read_bytes()).hexdigest()}  shot-2.json\n")
+
+
+def test_other_versions_are_a_warning(copied, caplog):
+    path, go_on = copied
+    reworded(path, lambda saved: saved["run"]["circumstances"].update(torch="1.0"))
+    assert go_on().continued == (2,)
+    assert f"torch was '1.0' and is '{torch.__version__}'" in caplog.text
+
+
+def test_a_checkpoint_in_other_words_is_neither_used_nor_lost(copied):
+    path, go_on = copied
+    reworded(path, lambda saved: saved.update(news="of a later version"))
+    with pytest.raises(OutputError, match=r"another version of llm-surgeon.* Continue with that version"):
+        go_on()
+    assert Checkpoints(path).shots() == [2, 1]
+
+
+def test_two_runs_into_one_directory(text_file, checkpoint, tmp_path, monkeypatch):
+    """The second one is refused at once, and the first one does not notice."""
+    config, seen = recipe(text_file, shots=1, sparsity=0.3), []
+
+    def second(*_):
+        with pytest.raises(OutputError, match="Another process works on"):
+            prune_checkpoint(str(checkpoint), tmp_path / "out", config)
+        seen.append(True)
+        return ReloadCheck(0.0, 1.0)
+
+    monkeypatch.setattr(run_module, "verify_export", second)
+    prune_checkpoint(str(checkpoint), tmp_path / "out", config)
+    assert seen
+    assert (tmp_path / "out").is_dir()
+
+
+def test_somebody_elses_directory_is_not_touched(text_file, checkpoint, tmp_path):
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(OutputError, match="is no directory of a run"):
+        prune_checkpoint(str(checkpoint), tmp_path / "out", recipe(text_file))
+    assert [path.name for path in (tmp_path / "out.run").iterdir()] == ["thesis.tex"]
+
+
+def test_an_error_before_the_first_checkpoint_leaves_nothing(text_file, checkpoint, tmp_path, monkeypatch):
+    def fail(*_args, **_named):
+        raise NonFiniteError("It is not finite.", "Nothing helps.")
+
+    monkeypatch.setattr("llm_surgeon.pipeline.shots.estimate", fail)
+    with pytest.raises(NonFiniteError):
+        prune_checkpoint(str(checkpoint), tmp_path / "out", recipe(text_file))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_what_a_kill_left_half_written_is_removed(copied):
+    path, go_on = copied
+    (path / "shot-3.safetensors").write_bytes(b"whole, but its checksums were not written")
+    (path / "shot-3.json.partial").write_text("{")
+    (path / "check-1234.partial").mkdir()
+    (path / "export").mkdir()
+    (path / "export" / "model.safetensors").write_bytes(b"half")
+    assert go_on().continued == (2,)
+
+
+class TestTheEnd:
+    """A kill between the completed export and its being in place, and after."""
+
+    @pytest.fixture
+    def killed(self, text_file, checkpoint, tmp_path, monkeypatch):
+        """Ends a run where one call would be made."""
+
+        def run(module, name):
+            def kill(*_args, **_named):
+                raise SystemError("killed")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, kill)
+                patch.setattr("llm_surgeon.pipeline.run_directory.RunDirectory.leave", lambda _: None)
+                with pytest.raises(SystemError):
+                    prune_checkpoint(str(checkpoint), tmp_path / "out", config)
+            monkeypatch.setattr(run_module, "load_model", lambda *_: pytest.fail("loaded"))
+            return tmp_path, lambda: prune_checkpoint(str(checkpoint), tmp_path / "out", config)
+
+        config = recipe(text_file, shots=1, sparsity=0.3)
+        return run
+
+    def test_before_the_move(self, killed):
+        path, again = killed(run_module.RunDirectory, "_put_in_place")
+        assert again().export.path == str(path / "out")
+        assert {entry.name for entry in path.iterdir()} == {"out", "text.txt"}
+
+    def test_after_the_move(self, killed):
+        path, again = killed(run_module.RunDirectory, "remove")
+        report = again()
+        assert PruneReport.model_validate_json((path / "out" / "report.json").read_text()) == report
+        assert {entry.name for entry in path.iterdir()} == {"out", "text.txt"}
+
+
+def test_exports_of_shots_survive(text_file, checkpoint, tmp_path, ended, monkeypatch):
+    config = recipe(text_file, sparsity=0.4, export_shots=(1, 2))
+    ended(checkpoint, tmp_path / "whole", config, 0)
+    ended(checkpoint, tmp_path / "out", config, 2)
+    assert (tmp_path / "out.run" / "export" / "shot-1" / "report.json").is_file()
+    assert not (tmp_path / "out.run" / "export" / "shot-2").exists()
+    exported = []
+    original = run_module.save_model
+
+    def noted(model, tokenizer, anatomy, keep, directory):
+        exported.append(directory.name)
+        return original(model, tokenizer, anatomy, keep, directory)
+
+    monkeypatch.setattr(run_module, "save_model", noted)
+    ended(checkpoint, tmp_path / "out", config, 0)
+    assert exported == ["shot-2.partial", "export"]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert [path.name for path in sorted((tmp_path / "out").glob("shot*"))] == ["shot-1", "shot-2"]
+
+
+def test_a_latency_is_not_measured_again(text_file, checkpoint, tmp_path, ended, monkeypatch):
+    config = recipe(text_file, structure="neurons", round_to=1, target_latency=1.0, shots=2)
+    times = iter([0.002, 0.0015, 0.0008, 0.0004])
+    monkeypatch.setattr(targets, "seconds_of", lambda _: next(times))
+    ended(checkpoint, tmp_path / "out", config, 1)
+    monkeypatch.setattr(targets, "seconds_of", lambda _: 0.001)
+    report = ended(checkpoint, tmp_path / "out", config, 0)
+    assert report.target.reached == 1.0
+    assert len({shot.target_sparsity / shot.shot for shot in report.shots}) == 1
