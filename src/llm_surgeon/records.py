@@ -255,6 +255,7 @@ class PruneReport(Record):
     target: TargetRecord | None = None
     speed: SpeedComparison | None = None
     plan: Plan | None = None
+    processes: int = 1
 
     @property
     def smaller(self) -> bool:

@@ -17,6 +17,7 @@ from rich.console import Console
 from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import OutputError, SurgeonError
 from llm_surgeon.records import Record
+from llm_surgeon.torchrun import place
 
 _PANELS = {
     "What to remove": (
@@ -129,11 +130,23 @@ def errors_as_messages(interrupted: str = "interrupted; nothing was written") ->
     try:
         yield
     except SurgeonError as error:
-        print_error(error.cause, error.remedy)
+        if _to_be_said(str(error)):
+            print_error(error.cause, error.remedy)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print(interrupted)
+        if place().rank == 0:
+            Console(stderr=True).print(interrupted)
         raise typer.Exit(130) from None
+
+
+def _to_be_said(message: str) -> bool:
+    """Whether this process is to say what is wrong: of several that find the same, only one."""
+    if place().count == 1:
+        return True
+    # Imported late, see prune.
+    from llm_surgeon.processes import first_to_say
+
+    return first_to_say(message)
 
 
 def print_error(cause: str, remedy: str) -> None:

@@ -12,6 +12,7 @@ from llm_surgeon.curvature.kfac import estimate_kfac
 from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, estimate_nearest, passes_needed
 from llm_surgeon.curvature.passes import Advance, Estimation, Task, Tokens
 from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.selection import KeepMask
 
 __all__ = ["Curvature", "Estimation", "KroneckerFactors", "NearestCurvature", "estimate", "passes_needed"]
@@ -26,6 +27,7 @@ def estimate(
     advance: Advance = lambda _tokens: None,
     previous: Curvature | None = None,
     make_task: type[Task] = Task,
+    processes: Processes = ALONE,
 ) -> Curvature:
     """Estimate the curvature of every prunable layer.
 
@@ -33,19 +35,21 @@ def estimate(
         model: The model, as pruned so far.
         anatomy: Its prunable layers.
         keep: Rows and columns that are left of them; must agree with the model.
-        tokens: Calibration tokens.
+        tokens: Calibration tokens of this process.
         how: Which approximation, and how.
         advance: Called with the number of tokens after each batch.
         previous: The estimate of the last shot, from which a power iteration sets out.
         make_task: What runs the passes.
+        processes: Who reads the other tokens; all get the curvature of all of them.
 
     Raises:
         NonFiniteError: If the loss is not finite.
         ConfigError: If nearest Kronecker products would not fit into memory.
+        ProcessError: If another process is gone.
     """
     if how.curvature == "identity":
         return KroneckerFactors({}, {}, frozenset(), None)
-    task = make_task(model, anatomy, keep, tokens, how, advance)
+    task = make_task(model, anatomy, keep, tokens, how, advance, processes)
     if how.curvature == "diagonal":
         return estimate_diagonal(task)
     if how.curvature in TERMS:

@@ -29,6 +29,11 @@ class InputSum:
         if self.total is not None:
             self.total += inputs.sum(0, dtype=torch.float32)
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is stored."""
+        return self.gram.strips if self.total is None else [*self.gram.strips, self.total]
+
     def mean(self, tokens: int, columns: Tensor | None, bias: bool) -> Tensor:
         """The factor A of one reader: ``[C, C]``, with the homogeneous coordinate as last row and column if biased.
 

@@ -21,13 +21,16 @@ class GramSum:
     Only the strips that hold the upper triangle are computed and stored: rows i to i + STRIP of the columns from i
     on. Sums are float32 whatever the inputs' type; the products themselves follow
     ``torch.get_float32_matmul_precision()``.
+
+    Attributes:
+        strips: What is stored; sums over several sets of tokens are the sums of their strips.
     """
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.size = size
         self._device = device
         self._padded = -(-size // MULTIPLE) * MULTIPLE
-        self._strips = [
+        self.strips = [
             torch.zeros(min(STRIP, self._padded - start), self._padded - start, dtype=torch.float32, device=device)
             for start in range(0, self._padded, STRIP)
         ]
@@ -39,16 +42,16 @@ class GramSum:
         else:
             wide = x.new_zeros(len(x), self._padded, dtype=torch.float32)
             wide[:, : self.size] = x
-        for number, strip in enumerate(self._strips):
+        for number, strip in enumerate(self.strips):
             start = number * STRIP
             strip.addmm_(wide[:, start : start + STRIP].T, wide[:, start:])
 
     def dense(self) -> Tensor:
         """The whole matrix, ``[size, size]`` float32."""
-        if not self._strips:
+        if not self.strips:
             return torch.zeros(0, 0, device=self._device)
-        full = self._strips[0].new_empty(self._padded, self._padded)
-        for number, strip in enumerate(self._strips):
+        full = self.strips[0].new_empty(self._padded, self._padded)
+        for number, strip in enumerate(self.strips):
             start, height = number * STRIP, strip.shape[0]
             # The square at the head of a strip was computed whole, but its two halves differ in rounding.
             square = strip[:, :height]
@@ -60,4 +63,4 @@ class GramSum:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(strip.nbytes for strip in self._strips)
+        return sum(strip.nbytes for strip in self.strips)

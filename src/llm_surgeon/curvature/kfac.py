@@ -32,6 +32,8 @@ def estimate_kfac(task: Task) -> KroneckerFactors:
                 gradients[name] = GramSum(core.out_features, core.weight.device)
                 hooks.on_gradient(core, gradients[name].add)
         result = task.run(hooks, backward=backward)
+    task.processes.add_up(part for item in inputs.values() for part in item.sums)
+    task.processes.add_up(strip for gram in gradients.values() for strip in gram.strips)
     full_width = frozenset(group for group, readers in groups.items() if len(readers) > 1)
     return KroneckerFactors(inputs, gradients, full_width, result)
 

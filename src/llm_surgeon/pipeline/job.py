@@ -20,6 +20,7 @@ from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.shots import run_shots
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import LayerRecord, Memory, Perplexity, Plan, PruneReport, ShotRecord, Size
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.versions import versions
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on; ``source``, ``command`` and ``plan`` are for the report."""
+    """What a run works on, and who does it together; ``source``, ``command`` and ``plan`` are for the report."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Job:
     source: str
     command: str | None = None
     plan: Plan | None = None
+    processes: Processes = ALONE
 
 
 def run_job(
@@ -59,7 +61,7 @@ def run_job(
     reset_peak(device)
     size = Size(prunable=job.anatomy.prunable_weights, total=count_parameters(model))
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    dense = measure(model, text, job.progress, "dense: perplexity") if text else None
+    dense = measure(model, text, job.progress, "dense: perplexity", job.processes) if text else None
     peak, factor_bytes, masks = peak_bytes(device), 0, cast(Masks, {})
     shots: list[ShotRecord] = []
 
@@ -77,10 +79,11 @@ def run_job(
             versions=versions(),
             command=job.command,
             plan=job.plan,
+            processes=job.processes.count,
         )
 
     run = run_layerwise if job.config.layerwise else run_shots
-    for result in run(model, job.anatomy, job.texts.calibration, job.config, job.progress):
+    for result in run(model, job.anatomy, job.texts.calibration, job.config, job.progress, job.processes):
         masks, factor_bytes = result.masks, max(factor_bytes, result.factor_bytes)
         shots.append(_evaluated(job, result))
         peak = max(peak, *shots[-1].peaks.values())
@@ -94,7 +97,7 @@ def _evaluated(job: Job, result: ShotResult) -> ShotRecord:
     clock = Clock(next(job.model.parameters()).device)
     with clock.phase("evaluation"):
         description = f"shot {result.shot}/{config.shots}: perplexity"
-        measured = measure(job.model, text, job.progress, description) if text else None
+        measured = measure(job.model, text, job.progress, description, job.processes) if text else None
     record = _shot_record(result, job, measured, clock)
     logger.info(
         "shot %d/%d: %.1f %% of the prunable weights left%s",
@@ -106,10 +109,12 @@ def _evaluated(job: Job, result: ShotResult) -> ShotRecord:
     return record
 
 
-def measure(model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str) -> Perplexity:
-    """Perplexity, with its progress shown."""
-    with progress.phase(description, text.work) as phase:
-        return perplexity(model, text, phase.advance)
+def measure(
+    model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str, processes: Processes = ALONE
+) -> Perplexity:
+    """Perplexity, with the progress of this process shown."""
+    with progress.phase(description, len(processes.own(text.windows)) * text.stride) as phase:
+        return perplexity(model, text, phase.advance, processes=processes)
 
 
 def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, evaluation: Clock) -> ShotRecord:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
@@ -26,13 +29,15 @@ from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, count_parameters, measure, run_job
 from llm_surgeon.pipeline.structures import Masks, check_structure
 from llm_surgeon.pipeline.targets import count_based, latency_based, reached
-from llm_surgeon.pipeline.texts import evaluation_text, prepare_texts
+from llm_surgeon.pipeline.texts import Texts, evaluation_text, prepare_texts
 from llm_surgeon.planning.plan import foresee, warn_if_short
 from llm_surgeon.planning.sizes import disk_bytes
-from llm_surgeon.planning.skeleton import settled, skeleton_of
+from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of
+from llm_surgeon.processes import Processes, joined, own_device
 from llm_surgeon.records import (
     ExportRecord,
     Perplexity,
+    Plan,
     PruneReport,
     SpeedComparison,
 )
@@ -61,6 +66,8 @@ def prune(
     The model's layers are smaller afterwards; ``save_pretrained`` alone does not describe them, ``out`` does. If an
     error stops a shot half-way, some layers are pruned and others are not: start again from the dense model.
 
+    Processes of torchrun that all call it with the same model and recipe share the work, and each has the result.
+
     Args:
         model: A dense causal language model of a supported family.
         tokenizer: Its tokenizer.
@@ -80,6 +87,7 @@ def prune(
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
         OutputError: If ``out`` cannot be used.
         ExportMismatchError: If the reloaded export computes something else.
+        ProcessError: If another process of the run is gone.
     """
     if out is not None:
         check_output(out)
@@ -90,11 +98,14 @@ def prune(
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
     resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
     check_structure(resolved, anatomy)
-    texts = prepare_texts(tokenizer, config)
-    resolved = latency_based(resolved, model, anatomy)
     name = source or model.config.name_or_path or type(model).__name__
-    job = Job(model, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), name)
-    return run_job(job)[0] if out is None else _prune_into(job, out, asked=config)
+    with joined(next(model.parameters()).device) as processes:
+        processes.check_samples(config.samples)
+        texts = prepare_texts(tokenizer, config)
+        resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
+        shown = _shown(progress, processes)
+        job = Job(model, tokenizer, anatomy, texts, resolved, shown, name, processes=processes)
+        return run_job(job)[0] if out is None else _prune_into(job, out, asked=config)
 
 
 def evaluate(
@@ -139,7 +150,8 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Prune a checkpoint, export it, check the export in a fresh process, and measure both.
 
-    Whatever fails, nothing is left at ``out``.
+    Whatever fails, nothing is left at ``out``. Processes of torchrun that all call it share the work; the first one
+    writes, measures the speed and shows the progress, and all get the report.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
@@ -151,31 +163,49 @@ def prune_checkpoint(
     Raises:
         OutputError: If ``out`` cannot be used or the disk is too full.
         ExportMismatchError: If the reloaded export computes something else.
+        ProcessError: If another process of the run is gone.
         SurgeonError: Whatever ``prune`` raises.
     """
     check_output(out)
     if config.lora:
         require_peft()
-    device = resolve_device(config.device)
-    source = resolve_source(model)
-    skeleton = skeleton_of(source, config)
-    resolved = settled(skeleton, config)
-    check_disk_space(out, disk_bytes(skeleton, resolved))
-    tokenizer = load_tokenizer(source)
-    texts = prepare_texts(tokenizer, config)
-    # What a latency comes to is only known once the model has been timed.
-    foreseen = foresee(model, skeleton, resolved, device, texts) if resolved.target is None else None
-    if foreseen is not None:
-        warn_if_short(foreseen)
-    network = load_model(source, config.dtype, device)
-    anatomy = examine(network, family_of(network.config.model_type), config.ignore)
-    resolved = latency_based(resolved, network, anatomy)
-    job = Job(network, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), model, command, foreseen)
-    return _prune_into(job, out, config, dense=source)
+    device = resolve_device(own_device(config.device))
+    with joined(device) as processes:
+        processes.check_samples(config.samples)
+        source = resolve_source(model)
+        skeleton = skeleton_of(source, config)
+        resolved = settled(skeleton, config)
+        check_disk_space(out, disk_bytes(skeleton, resolved))
+        tokenizer = load_tokenizer(source)
+        texts = prepare_texts(tokenizer, config)
+        foreseen = _foreseen(model, skeleton, resolved, device, texts, processes)
+        network = load_model(source, config.dtype, device)
+        anatomy = examine(network, family_of(network.config.model_type), config.ignore)
+        resolved = processes.from_first(partial(latency_based, resolved, network, anatomy))
+        shown = _shown(progress, processes)
+        job = Job(network, tokenizer, anatomy, texts, resolved, shown, model, command, foreseen, processes)
+        return _prune_into(job, out, config, dense=source)
+
+
+def _shown(progress: Progress | None, processes: Processes) -> Progress:
+    """Progress where it is wanted, and in the first process only: that of the others is much the same."""
+    return progress if progress is not None and processes.first else SilentProgress()
+
+
+def _foreseen(
+    model: str, skeleton: Skeleton, config: PruneConfig, device: torch.device, texts: Texts, processes: Processes
+) -> Plan | None:
+    """The plan of the run, with a warning if there is too little memory; None where none can be made."""
+    # What a latency comes to is only known once the model has been timed, and plans are for one process.
+    if config.target is not None or processes.count > 1:
+        return None
+    foreseen = foresee(model, skeleton, config, device, texts)
+    warn_if_short(foreseen)
+    return foreseen
 
 
 def _prune_into(job: Job, out: Path, asked: PruneConfig, dense: str | None = None) -> PruneReport:
-    """Prune, and export beside the final place before moving there.
+    """Prune, and export beside the final place before moving there; the first process does, for all.
 
     Args:
         job: What to work on.
@@ -183,17 +213,18 @@ def _prune_into(job: Job, out: Path, asked: PruneConfig, dense: str | None = Non
         asked: The recipe as it was given.
         dense: What to time the result against.
     """
-    with directory_in_place(out) as beside:
+    processes = job.processes
+    with directory_in_place(out) if processes.first else nullcontext(out) as beside:
 
         def keep_shot(report: PruneReport, masks: Masks) -> None:
             shot = len(report.shots)
             if shot in job.config.export_shots and shot < job.config.shots:
-                _export(job, masks, report, beside / f"shot-{shot}", out / f"shot-{shot}")
+                processes.from_first(lambda: _export(job, masks, report, beside / f"shot-{shot}", out / f"shot-{shot}"))
 
         report, masks = run_job(job, keep_shot)
         # Zeros in matrices of the old shape take as long to multiply by as any number.
         timed = dense if _smaller(masks) else None
-        return _export(job, masks, report, beside, out, timed, asked)
+        return processes.from_first(lambda: _export(job, masks, report, beside, out, timed, asked))
 
 
 def _export(

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
@@ -20,6 +21,7 @@ from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.structures import Structure, structure_of
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.report.progress import Progress
 
 
@@ -29,10 +31,19 @@ def run_shots(
     tokens: CalibrationTokens,
     config: PruneConfig,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
     Curvature is estimated afresh in each shot, on the model as pruned so far.
+
+    Args:
+        model: The model.
+        anatomy: Its prunable layers.
+        tokens: All calibration tokens.
+        config: The recipe.
+        progress: Where progress is shown.
+        processes: Who does it together; all have the same model before and after each shot.
 
     Raises:
         ConfigError: If the layers do not allow the structure.
@@ -40,21 +51,26 @@ def run_shots(
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
     structure = structure_of(config, anatomy)
+    own = tokens.part(processes.part(tokens.n_samples))
     previous: Curvature | None = None
     for number, sparsity in enumerate(config.sparsity_schedule, start=1):
         clock = Clock(next(model.parameters()).device)
         how = _estimation(config, number)
-        work = tokens.input_ids.numel() * passes_needed(how, warm=previous is not None)
+        work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
         with clock.phase("curvature"), progress.phase(f"shot {number}/{config.shots}: curvature", work) as phase:
-            curvature = estimate(model, anatomy, structure.shapes, tokens, how, phase.advance, previous)
+            curvature = estimate(
+                model, anatomy, structure.shapes, own, how, phase.advance, previous, processes=processes
+            )
         with clock.phase("selection"):
-            costs = _all_costs(model, anatomy, structure, curvature, config)
+            costs = _all_costs(model, anatomy, structure, curvature, config, processes)
             selection = structure.select(costs, round((1 - sparsity) * anatomy.prunable_weights))
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
         with clock.phase("update"):
-            _update(model, anatomy, structure, curvature, selection, config)
-        corrected = correct_shot(model, anatomy, structure.element_masks, tokens, config, number, clock, progress)
+            _update(model, anatomy, structure, curvature, selection, config, processes)
+        corrected = correct_shot(
+            model, anatomy, structure.element_masks, tokens, config, number, clock, progress, processes
+        )
         result = ShotResult(
             shot=number,
             target_sparsity=sparsity,
@@ -90,15 +106,28 @@ def _estimation(config: PruneConfig, shot: int) -> Estimation:
 
 @torch.no_grad()
 def _all_costs(
-    model: PreTrainedModel, anatomy: Anatomy, structure: Structure, curvature: Curvature, config: PruneConfig
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    structure: Structure,
+    curvature: Curvature,
+    config: PruneConfig,
+    processes: Processes,
 ) -> dict[str, Any]:
     damping = Damping(config.dampening_a, config.dampening_g)
-    return {
-        name: structure.costs(
+
+    def costs_of(name: str) -> Any:
+        layer = anatomy.layers[name]
+        return structure.costs(
             layer, read_matrix(model, layer), curvature.fisher(layer, structure.shapes[name], damping)
         )
-        for name, layer in anatomy.layers.items()
-    }
+
+    found = dict(processes.share_out(_work(structure), costs_of))
+    return {name: found[name] for name in anatomy.layers}
+
+
+def _work(structure: Structure) -> dict[str, float]:
+    """What layers take to compute, in proportion: a decomposition for each side of a matrix."""
+    return {name: float(sum(size**3 for size in keep.shape)) for name, keep in structure.shapes.items()}
 
 
 @torch.no_grad()
@@ -109,14 +138,19 @@ def _update(
     curvature: Curvature,
     selection: Any,
     config: PruneConfig,
+    processes: Processes,
 ) -> None:
     damping = Damping(config.dampening_a, config.dampening_g)
     before, after = structure.shapes, structure.shapes_after(selection)
     extents = anatomy.extents(after)
-    for name, layer in anatomy.layers.items():
+
+    def matrix_of(name: str) -> Tensor:
+        layer = anatomy.layers[name]
         # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
         fisher = partial(curvature.fisher, layer, before[name], damping)
-        matrix = structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
-        write_matrix(model, layer, after[name], extents[name], matrix)
+        return structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
+
+    for name, matrix in processes.share_out(_work(structure), matrix_of):
+        write_matrix(model, anatomy.layers[name], after[name], extents[name], matrix)
     narrow_heads(model, anatomy, after)
     structure.commit(selection)
