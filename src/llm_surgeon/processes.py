@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count, zip_longest
@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llm_surgeon.errors import ConfigError, ProcessError
 from llm_surgeon.torchrun import place
@@ -124,8 +123,8 @@ class Processes:
     def broadcast(self, value: T | None, source: int) -> T:
         """Hand the value of one process to all.
 
-        Tensors, alone or in tuples, lists and dictionaries, arrive on the device of each process if they are not on
-        the CPU; other objects have to be such as can be pickled, and on the CPU.
+        Tensors, alone or in a tuple, arrive on the device of each process if they are not on the CPU; other objects
+        have to be such as can be pickled, and on the CPU.
 
         Args:
             value: What is handed over; of no matter in the other processes.
@@ -136,23 +135,24 @@ class Processes:
         """
         if self.count == 1:
             return cast(T, value)
-        leaves, form = tree_flatten(value)
-        message: list[Any] = [([_announced(leaf) for leaf in leaves], form)]
+        parts = value if isinstance(value, tuple) else (value,)
+        message: list[Any] = [(isinstance(value, tuple), [_announced(part) for part in parts])]
         with _company():
             dist.broadcast_object_list(message, source, device=_CPU)
-        announced, form = message[0]
+        together, announced = message[0]
         if self.rank != source:
-            leaves = [self._room(leaf) for leaf in announced]
+            parts = tuple(self._room(part) for part in announced)
         with _company():
-            for leaf in leaves:
-                if isinstance(leaf, Tensor) and leaf.numel():
-                    dist.broadcast(leaf.contiguous() if self.rank == source else leaf, source)
-        return cast(T, tree_unflatten(leaves, form))
+            for part in parts:
+                if isinstance(part, Tensor) and part.numel():
+                    dist.broadcast(part.contiguous(), source)
+        return cast(T, parts if together else parts[0])
 
-    def _room(self, leaf: Any) -> Any:
-        if not isinstance(leaf, _Blank):
-            return leaf
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device=_CPU if leaf.on_cpu else self.device)
+    def _room(self, part: Any) -> Any:
+        """A tensor to receive another one in; what is none has arrived already."""
+        if not isinstance(part, _Blank):
+            return part
+        return torch.empty(part.shape, dtype=part.dtype, device=_CPU if part.on_cpu else self.device)
 
     def share_out(self, work: Mapping[str, float], compute: Callable[[str], T]) -> Iterator[tuple[str, T]]:
         """Compute something by pieces, each in one process, and give all results to every process.
@@ -259,13 +259,25 @@ def joined(device: torch.device) -> Iterator[Processes]:
                 dist.destroy_process_group()
 
 
-def first_to_say(message: str) -> bool:
-    """Whether no other process that torchrun has started has said the same: what goes wrong in all is said once."""
+def say_once(message: str, say: Callable[[], None]) -> None:
+    """Let one of the processes that torchrun has started say what several of them may find.
+
+    The others wait until it is said: torchrun ends all processes as soon as one has ended.
+    """
+    begun, done = f"llm_surgeon/saying/{message}", f"llm_surgeon/said/{message}"
     try:
-        return bool(_store(_STORE_PATIENCE).add(f"llm_surgeon/said/{message}", 1) == 1)
+        store = _store(_STORE_PATIENCE)
+        first = store.add(begun, 1) == 1
     except RuntimeError:
         # torchrun has ended, and its store with it.
-        return True
+        say()
+        return
+    with suppress(RuntimeError):
+        if first:
+            say()
+            store.set(done, "")
+        else:
+            store.wait([done], _STORE_PATIENCE)
 
 
 def _store(patience: timedelta) -> Any:
@@ -274,8 +286,8 @@ def _store(patience: timedelta) -> Any:
     return store
 
 
-def _announced(leaf: Any) -> Any:
-    return _Blank(leaf.shape, leaf.dtype, leaf.device.type == "cpu") if isinstance(leaf, Tensor) else leaf
+def _announced(part: Any) -> Any:
+    return _Blank(part.shape, part.dtype, part.device.type == "cpu") if isinstance(part, Tensor) else part
 
 
 @contextmanager

@@ -130,8 +130,7 @@ def errors_as_messages(interrupted: str = "interrupted; nothing was written") ->
     try:
         yield
     except SurgeonError as error:
-        if _to_be_said(str(error)):
-            print_error(error.cause, error.remedy)
+        _say_once(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if place().rank == 0:
@@ -139,14 +138,15 @@ def errors_as_messages(interrupted: str = "interrupted; nothing was written") ->
         raise typer.Exit(130) from None
 
 
-def _to_be_said(message: str) -> bool:
-    """Whether this process is to say what is wrong: of several that find the same, only one."""
+def _say_once(error: SurgeonError) -> None:
+    """Print an error; one process does, if several find the same."""
     if place().count == 1:
-        return True
+        print_error(error.cause, error.remedy)
+        return
     # Imported late, see prune.
-    from llm_surgeon.processes import first_to_say
+    from llm_surgeon.processes import say_once
 
-    return first_to_say(message)
+    say_once(str(error), lambda: print_error(error.cause, error.remedy))
 
 
 def print_error(cause: str, remedy: str) -> None:
