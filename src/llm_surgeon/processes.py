@@ -268,8 +268,8 @@ def say_once(message: str, say: Callable[[], None]) -> None:
     try:
         store = _store(_STORE_PATIENCE)
         first = store.add(begun, 1) == 1
-    except RuntimeError:
-        # torchrun has ended, and its store with it.
+    except (RuntimeError, ValueError):
+        # torchrun has ended, and its store with it; or only its environment was inherited.
         say()
         return
     with suppress(RuntimeError):
