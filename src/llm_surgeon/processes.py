@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -296,8 +297,8 @@ def _company() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo begins with the place in its source.
-        reason = re.sub(r"^\[[^\]]*\] *", "", str(error)).partition("\n")[0].strip().rstrip(".")
+        # The first sentence, without the places in gloo's source and the addresses, which differ between processes.
+        reason = re.split(r"\.(?:\s|$)", re.sub(r"\s*\[[^\]]*\](:\d+)?", "", str(error)).strip(), maxsplit=1)[0]
         raise ProcessError(
             f"Another process of this run has ended, or does not answer ({reason}).", "See its own message."
         ) from error
@@ -311,10 +312,12 @@ def _end_as_error() -> Iterator[None]:
     """
 
     def end(_number: int, _frame: FrameType | None) -> None:
-        raise ProcessError(
-            "This process was asked to end: another process of this run has ended, or the run was stopped.",
-            "See the other's message.",
-        )
+        # What follows an error, another process's end perhaps, is not to be cut short: this process ends anyway.
+        if sys.exc_info()[0] is None:
+            raise ProcessError(
+                "This process was asked to end: another process of this run has ended, or the run was stopped.",
+                "See the other's message.",
+            )
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,8 @@ def test_commands_for_one_process_refuse_several(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    # The command is about to end, and ignores torchrun's signal; this process is not.
+    monkeypatch.setattr(signal, "signal", lambda _number, _handler: None)
     for arguments in (["plan", "m"], ["eval", "m"], ["bench", "m"], ["compare", "m", "--out", "c"]):
         # No torchrun is there whose store could be asked who else has said it.
         done = CliRunner().invoke(app, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,6 +144,8 @@ def _say_once(error: SurgeonError) -> None:
     if place().count == 1:
         print_error(error.cause, error.remedy)
         return
+    # torchrun ends all processes when one has ended; this one ends by itself, once it has said why.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Imported late, see prune.
     from llm_surgeon.processes import say_once
 
