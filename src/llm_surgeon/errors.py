@@ -59,3 +59,7 @@ class ExportMismatchError(SurgeonError):
 
 class ComparisonError(SurgeonError):
     """A comparison cannot start or go on."""
+
+
+class ProcessError(SurgeonError):
+    """Another process of the run has ended, or cannot be reached."""

@@ -258,6 +258,7 @@ class PruneReport(Record):
     speed: SpeedComparison | None = None
     plan: Plan | None = None
     continued: tuple[int, ...] = ()
+    processes: int = 1
 
     @property
     def smaller(self) -> bool:

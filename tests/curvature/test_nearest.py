@@ -162,6 +162,21 @@ class TestTrueFisher:
             empirical.input_factor(anatomy.layers[name], anatomy.dense_masks()[name]),
         )
 
+    def test_labels_of_a_sequence_depend_neither_on_its_batch_nor_on_where_the_tokens_begin(self):
+        model, input_ids = build("llama"), tokens(5, 8)
+        anatomy, whole = estimated(model, input_ids, "kfac", sampled_labels=2, seed=3)
+        layer = anatomy.layers["model.layers.0.mlp.down_proj"]
+        expected = whole.gradient_factor(layer)
+        _, batched = estimated(model, input_ids, "kfac", batch_size=2, sampled_labels=2, seed=3)
+        torch.testing.assert_close(batched.gradient_factor(layer), expected)
+        how = Estimation(3, "float32", sampled_labels=2, seed=3)
+        text = CalibrationTokens(input_ids, None, {})
+        first, last = (
+            estimate(model, anatomy, anatomy.dense_masks(), text.part(rows), how).gradient_factor(layer)
+            for rows in (slice(0, 2), slice(2, 5))
+        )
+        torch.testing.assert_close((2 * first + 3 * last) / 5, expected)
+
 
 def test_activations_alone_need_no_gradient_and_no_data_is_read_for_the_identity():
     model, input_ids = build("llama"), tokens(4, 8)

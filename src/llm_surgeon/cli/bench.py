@@ -9,6 +9,7 @@ import typer
 
 from llm_surgeon.cli.shared import command_line, console, errors_as_messages, write_result
 from llm_surgeon.report.log import log_to_stderr
+from llm_surgeon.torchrun import require_one_process
 
 
 def bench(
@@ -41,6 +42,7 @@ def bench(
     Runs modelling code that the exports bring. If a model fails, the others go on, and the exit status is 1.
     """
     with errors_as_messages():
+        require_one_process("bench")
         from llm_surgeon.evaluation.bench import bench as measure
         from llm_surgeon.export.place import check_result_file
         from llm_surgeon.report.bench_table import bench_tables, failures

@@ -13,6 +13,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.methods import method_names
 from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
 from llm_surgeon.report.log import log_to_stderr
+from llm_surgeon.torchrun import require_one_process
 
 _REPEAT = "Repeat for more."
 # What all methods can do.
@@ -56,6 +57,7 @@ def compare(
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "out", "recipe", "methods")}
     with errors_as_messages("interrupted; what is finished is kept, the same command goes on"):
+        require_one_process("compare")
         common: dict[str, Any] = read_recipe(recipe) if recipe else {}
         common |= {name: value for name, value in given.items() if value not in (None, [])}
         variants = _variants(methods, common.pop("variants", None))

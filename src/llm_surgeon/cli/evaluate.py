@@ -10,6 +10,7 @@ import typer
 from llm_surgeon.cli.shared import console, errors_as_messages, print_error, write_result
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+from llm_surgeon.torchrun import require_one_process
 
 if TYPE_CHECKING:
     from llm_surgeon.records import Evaluation
@@ -48,6 +49,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL: perplexity of a text, accuracy on tasks, or both. Runs modelling code that the export brings."""
     with errors_as_messages():
+        require_one_process("eval")
         if tasks is None and any(option is not None for option in (tasks_path, few_shot, limit, batch_size)):
             raise ConfigError("Options of tasks are given, but no tasks.", "Name tasks, or leave those options out.")
         from llm_surgeon.evaluation.tasks import evaluate_tasks, find_tasks

@@ -9,6 +9,7 @@ import typer
 
 from llm_surgeon.cli.shared import config_of, console, errors_as_messages, with_recipe
 from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+from llm_surgeon.torchrun import require_one_process
 
 
 @with_recipe
@@ -22,6 +23,7 @@ def plan(
 ) -> None:
     """Say what pruning MODEL will take and give, by the options of prune, without loading its weights."""
     with errors_as_messages():
+        require_one_process("plan")
         config = config_of(given)
         # Imported late, see prune.
         from llm_surgeon.export.place import check_result_file

@@ -9,6 +9,7 @@ import typer
 
 from llm_surgeon.cli.shared import command_line, config_of, console, errors_as_messages, with_recipe
 from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+from llm_surgeon.torchrun import place
 
 
 @with_recipe
@@ -32,8 +33,11 @@ def prune(
         from llm_surgeon.report.table import summary_table
 
         quiet_transformers()
-        errors = log_to_stderr()
+        process = place().rank
+        errors = log_to_stderr(process)
         report = prune_checkpoint(model, out, config, progress=RichProgress(errors), command=command_line())
+        if process:
+            return
         output = console()
         output.print(summary_table(report))
         output.print(

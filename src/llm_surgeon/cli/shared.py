@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.console import Console
 from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import OutputError, SurgeonError
 from llm_surgeon.records import Record
+from llm_surgeon.torchrun import place
 
 _PANELS = {
     "What to remove": (
@@ -129,11 +131,25 @@ def errors_as_messages(interrupted: str = "interrupted; nothing was written") ->
     try:
         yield
     except SurgeonError as error:
-        print_error(error.cause, error.remedy)
+        _say_once(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print(interrupted)
+        if place().rank == 0:
+            Console(stderr=True).print(interrupted)
         raise typer.Exit(130) from None
+
+
+def _say_once(error: SurgeonError) -> None:
+    """Print an error; one process does, if several find the same."""
+    if place().count == 1:
+        print_error(error.cause, error.remedy)
+        return
+    # torchrun ends all processes when one has ended; this one ends by itself, once it has said why.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Imported late, see prune.
+    from llm_surgeon.processes import say_once
+
+    say_once(str(error), lambda: print_error(error.cause, error.remedy))
 
 
 def print_error(cause: str, remedy: str) -> None:

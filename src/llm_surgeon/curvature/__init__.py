@@ -14,6 +14,7 @@ from llm_surgeon.curvature.passes import Advance, Estimation
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.storage import TensorStore
 
@@ -38,6 +39,7 @@ def estimate(
     previous: WarmStart | None = None,
     make_task: type[Task] = Task,
     store: TensorStore | None = None,
+    processes: Processes = ALONE,
 ) -> Curvature:
     """Estimate the curvature of every prunable layer.
 
@@ -45,21 +47,23 @@ def estimate(
         model: The model, as pruned so far.
         anatomy: Its prunable layers.
         keep: Rows and columns that are left of them; must agree with the model.
-        tokens: Calibration tokens.
+        tokens: Calibration tokens of this process.
         how: Which approximation, and how.
         advance: Called with the number of tokens after each batch.
         previous: What the last shot found, from which a power iteration sets out.
         make_task: What runs the passes.
         store: Where a layer-major pass keeps what would not fit otherwise; in memory if None.
+        processes: Who reads the other tokens; all get the curvature of all of them.
 
     Raises:
         NonFiniteError: If the loss is not finite.
         ConfigError: If nearest Kronecker products would not fit into memory.
+        ProcessError: If another process is gone.
     """
     if how.curvature == "identity":
         return KroneckerFactors({}, {}, frozenset(), None)
     store = store or TensorStore(next(model.parameters()).device)
-    task = make_task(model, anatomy, keep, tokens, how, advance, store)
+    task = make_task(model, anatomy, keep, tokens, how, advance, store, processes)
     if how.curvature == "diagonal":
         return estimate_diagonal(task)
     if how.curvature in TERMS:

@@ -55,4 +55,5 @@ def estimate_diagonal(task: Task) -> DiagonalCurvature:
             sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, core.weight.device)
             hooks.on_pair(core, sums[name].add)
         result = task.run(hooks, backward=True)
+    task.processes.add_up(item.total for item in sums.values())
     return DiagonalCurvature(sums, result)

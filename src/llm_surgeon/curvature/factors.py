@@ -13,7 +13,9 @@ from llm_surgeon.curvature.gram import GramSum
 from llm_surgeon.curvature.passes import PassResult
 from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct
 from llm_surgeon.models.anatomy import LinearLayer, to_index
+from llm_surgeon.processes import Processes
 from llm_surgeon.selection import KeepMask
+from llm_surgeon.storage import TensorStore
 
 
 class InputSum:
@@ -28,6 +30,15 @@ class InputSum:
         self.gram.add(inputs)
         if self.total is not None:
             self.total += inputs.sum(0, dtype=torch.float32)
+
+    def add_up(self, processes: Processes) -> None:
+        """Take in the sums of the other processes."""
+        self.gram.add_up(processes)
+        processes.add_up([] if self.total is None else [self.total])
+
+    def put_away(self, store: TensorStore) -> None:
+        """Give the Gram matrix, which is complete, to a store."""
+        self.gram.put_away(store)
 
     def mean(self, tokens: int, columns: Tensor | None, bias: bool) -> Tensor:
         """The factor A of one reader: ``[C, C]``, with the homogeneous coordinate as last row and column if biased.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_surgeon.processes import Processes
 from llm_surgeon.stopwatch import timed
 from llm_surgeon.storage import Stored, TensorStore
 
@@ -51,6 +52,10 @@ class GramSum:
             for number, strip in enumerate(self._strips):
                 start = number * STRIP
                 strip.addmm_(wide[:, start : start + STRIP].T, wide[:, start:])
+
+    def add_up(self, processes: Processes) -> None:
+        """Take in the sums of the other processes."""
+        processes.add_up(self._strips)
 
     def put_away(self, store: TensorStore) -> None:
         """Give the sum, which is complete, to a store."""

@@ -36,12 +36,11 @@ def estimate_kfac(task: Task) -> KroneckerFactors:
                 hooks.on_gradient(core, gradients[name].add)
 
         def put_away(block: int) -> None:
-            for group, readers in groups.items():
-                if readers[0].block == block:
-                    inputs[group].gram.put_away(task.store)
-            for layer in task.anatomy.layers.values():
-                if layer.block == block and backward:
-                    gradients[layer.name].put_away(task.store)
+            layers = [layer for layer in task.anatomy.layers.values() if layer.block == block]
+            own = dict.fromkeys(layer.input_group for layer in layers)
+            for total in [inputs[group] for group in own] + [gradients[x.name] for x in layers if backward]:
+                total.add_up(task.processes)
+                total.put_away(task.store)
 
         result = task.run(hooks, backward=backward, finished=put_away)
     full_width = frozenset(group for group, readers in groups.items() if len(readers) > 1)

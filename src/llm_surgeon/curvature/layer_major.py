@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, PassResult, check_loss
+from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, PassResult, check_loss, draws_of
 from llm_surgeon.curvature.sweep import Batch, Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.head import head_loss, sample_labels
 from llm_surgeon.models.modes import arithmetic, frozen, reduced_weights
+from llm_surgeon.processes import Processes
 from llm_surgeon.storage import Stored, TensorStore
 
 
@@ -48,6 +49,7 @@ class LayerMajorPass:
         tokens: Calibration tokens.
         how: Batches, precision and labels.
         advance: Told of all tokens once, bit by bit.
+        processes: Who reads the other tokens; the result counts them too.
         store: Keeps hidden states and gradients.
     """
 
@@ -58,9 +60,11 @@ class LayerMajorPass:
         tokens: CalibrationTokens,
         how: Estimation,
         advance: Advance,
+        processes: Processes,
         store: TensorStore,
     ) -> None:
-        self._model, self._how = model, how
+        self._model, self._how, self._processes = model, how, processes
+        self._first = tokens.first
         self._sweep = Sweep(model, blocks, tokens, how.batch_size, how.precision, store)
         self._waiting = [_Waiting(b, LabelledBatch(b.input_ids, b.attention_mask)) for b in self._sweep.batches]
         self._device = next(model.parameters()).device
@@ -95,7 +99,8 @@ class LayerMajorPass:
             for gradient in waiting.gradients:
                 gradient.release()
         count = sum(len(waiting.labelled.positions) for waiting in self._waiting)
-        return PassResult(loss / count, count, self._how.sampled_labels or 1)
+        loss, counted = self._processes.total(loss, count)
+        return PassResult(loss / counted, round(counted), self._how.sampled_labels or 1)
 
     def _forward(self, block: int, hooks: Hooks) -> None:
         with torch.no_grad(), self._sweep.ready(block):
@@ -108,17 +113,17 @@ class LayerMajorPass:
 
     def _through_the_head(self, backward: bool) -> float:
         """The summed loss of the text's own labels; with ``backward``, gradients at what leaves the last block."""
-        how, loss = self._how, 0.0
-        generator = torch.Generator(self._device).manual_seed(how.seed) if how.sampled_labels else None
+        how, loss, sequence = self._how, 0.0, self._first
         head = self._model.get_output_embeddings()
         with frozen(self._model), reduced_weights(head, how.precision):
             for waiting in self._waiting:
                 with arithmetic(self._device, how.precision):
-                    loss += self._head_of_batch(waiting, backward, generator)
+                    loss += self._head_of_batch(waiting, backward, sequence)
+                sequence += len(waiting.batch.input_ids)
                 check_loss(loss)
         return loss
 
-    def _head_of_batch(self, waiting: _Waiting, backward: bool, generator: torch.Generator | None) -> float:
+    def _head_of_batch(self, waiting: _Waiting, backward: bool, sequence: int) -> float:
         labelled, batch = waiting.labelled, waiting.batch
         with torch.set_grad_enabled(backward):
             leaving = batch.hidden.get().detach().requires_grad_(backward)
@@ -127,17 +132,17 @@ class LayerMajorPass:
         last = states.detach().index_select(0, labelled.positions)
         if not backward:
             return head_loss(self._model, last, labelled.labels)
-        if generator is None:
-            draws = labelled.labels[None]
-        else:
-            draws = sample_labels(self._model, last, self._how.sampled_labels, generator)
-        for number, labels in enumerate(draws, start=1):
+        drawn = labelled.labels[None]
+        if self._how.sampled_labels:
+            draws = draws_of(batch.input_ids.shape, sequence, self._how).to(self._device)[labelled.positions]
+            drawn = sample_labels(self._model, last, draws)
+        for number, labels in enumerate(drawn, start=1):
             by_last = torch.empty_like(last)
             loss = head_loss(self._model, last, labels, by_last)
             outer = torch.zeros_like(states).index_copy_(0, labelled.positions, by_last)
-            (gradient,) = torch.autograd.grad(states, leaving, outer, retain_graph=number < len(draws))
+            (gradient,) = torch.autograd.grad(states, leaving, outer, retain_graph=number < len(drawn))
             waiting.gradients.append(self._sweep.store.put(gradient))
-        return loss if generator is None else head_loss(self._model, last, labelled.labels)
+        return head_loss(self._model, last, labelled.labels) if self._how.sampled_labels else loss
 
     def _backward(self, block: int, entered: list[Stored], hooks: Hooks) -> None:
         with self._sweep.ready(block):

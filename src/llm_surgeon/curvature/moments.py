@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_surgeon.processes import Processes
+
 
 class Moments:
     """Sums over tokens of a vector and of its squares, ``[size]`` float32 each."""
@@ -20,6 +22,12 @@ class Moments:
         self.count += len(x)
         self._total += x.sum(0)
         self._squares += x.square().sum(0)
+
+    def add_up(self, processes: Processes) -> None:
+        """Take in the sums of the other processes."""
+        (count,) = processes.total(self.count)
+        self.count = round(count)
+        processes.add_up((self._total, self._squares))
 
     @property
     def mean(self) -> Tensor:

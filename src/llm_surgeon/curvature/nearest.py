@@ -134,6 +134,8 @@ def _half_step(task: Task, step: HalfStep, opposite: Mapping[str, Tensor]) -> tu
         for name, layer in task.anatomy.layers.items():
             hooks.on_pair(core_of(task.model, layer), _adder(step, layer, opposite[name], totals))
         result = task.run(hooks, backward=True)
+    # Not in the order of the dictionary: that is the order in which the gradients came.
+    task.processes.add_up(totals[name] for name in task.anatomy.layers)
     return totals, result
 
 

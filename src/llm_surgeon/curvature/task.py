@@ -12,6 +12,7 @@ from llm_surgeon.curvature.layer_major import LayerMajorPass
 from llm_surgeon.curvature.passes import Advance, Estimation, PassResult, run_pass
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.storage import TensorStore
 
@@ -28,6 +29,7 @@ class Task:
         how: Which approximation, and how.
         advance: Called with the number of tokens after each batch.
         store: Where a layer-major pass keeps what would not fit otherwise.
+        processes: Who reads the other tokens; sums are to be added up with theirs.
     """
 
     model: PreTrainedModel
@@ -37,6 +39,7 @@ class Task:
     how: Estimation
     advance: Advance
     store: TensorStore
+    processes: Processes = ALONE
 
     def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None] = lambda _block: None) -> PassResult:
         """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
@@ -44,14 +47,17 @@ class Task:
         Args:
             hooks: What is looked at.
             backward: Whether gradients are taken.
-            finished: Called with the number of a block of which hooks will see nothing more; in a batch-major pass
-                all are finished at its end, and it is not called.
+            finished: Called with the number of each block once hooks will see nothing more of it; in a batch-major
+                pass at its end.
 
         Raises:
             NonFiniteError: If the loss is not finite.
         """
-        if self.how.order == "batch-major":
-            return run_pass(self.model, hooks, self.tokens, self.how, backward=backward, advance=self.advance)
-        return LayerMajorPass(
-            self.model, self.anatomy.family.blocks, self.tokens, self.how, self.advance, self.store
-        ).run(hooks, backward=backward, finished=finished)
+        given = self.tokens, self.how, self.advance, self.processes
+        if self.how.order == "layer-major":
+            task = LayerMajorPass(self.model, self.anatomy.family.blocks, *given, self.store)
+            return task.run(hooks, backward=backward, finished=finished)
+        result = run_pass(self.model, hooks, *given, backward=backward)
+        for block in range(self.anatomy.blocks):
+            finished(block)
+        return result

@@ -26,11 +26,13 @@ class CalibrationTokens:
         input_ids: int64, shape [samples, seq_len].
         attention_mask: bool, shape [samples, seq_len], True where the token is real; None where nothing is padding.
         provenance: What is needed to draw the same tokens again; holds JSON values only.
+        first: Number of the first sequence in the set that these are a part of.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     provenance: dict[str, Any]
+    first: int = 0
 
     def __post_init__(self) -> None:
         """Check shapes and types.
@@ -68,6 +70,11 @@ class CalibrationTokens:
     def n_tokens(self) -> int:
         """Number of real tokens, padding left out."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def part(self, rows: slice) -> CalibrationTokens:
+        """Some of the sequences that follow one another; the slice names where they begin and end."""
+        mask = None if self.attention_mask is None else self.attention_mask[rows]
+        return CalibrationTokens(self.input_ids[rows], mask, self.provenance, self.first + rows.start)
 
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Cut the sequences into batches, in order; the last one may be smaller.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.errors import ConfigError, DataError, NonFiniteError
 from llm_surgeon.models.head import head_loss
 from llm_surgeon.models.modes import arithmetic, frozen
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import Perplexity
 
 
@@ -69,6 +70,7 @@ def perplexity(
     text: EvaluationText,
     advance: Callable[[int], None] = lambda _tokens: None,
     observe: Callable[[Tensor], None] = lambda _states: None,
+    processes: Processes = ALONE,
 ) -> Perplexity:
     """Exponential of the mean over windows of the windows' mean negative log-likelihood.
 
@@ -78,6 +80,7 @@ def perplexity(
         advance: Called with the number of tokens after each window.
         observe: Called in each window with the last hidden states ``[n, width]`` of the positions it scores, under the
             arithmetic in which their logits are computed: for what else is to be measured in the same pass.
+        processes: Who share the windows; each gets the perplexity of all of them.
 
     Raises:
         NonFiniteError: If the model's loss is not finite.
@@ -85,26 +88,27 @@ def perplexity(
     device = next(model.parameters()).device
     means, scored = 0.0, 0
     with frozen(model), arithmetic(device, text.precision):
-        for start, first in text.windows:
+        for start, first in processes.own(text.windows):
             ids = text.tokens[start : start + text.window].to(device)
             hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
             scoring = hidden[first - 1 : -1]
-            total = head_loss(model, scoring, ids[first:])
-            if not math.isfinite(total):
+            loss = head_loss(model, scoring, ids[first:])
+            if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"The loss of the evaluation window at token {start} is not finite.",
                     "Evaluate with --precision float32, or check the model's weights.",
                 )
             observe(scoring)
-            means += total / (text.window - first)
+            means += loss / (text.window - first)
             scored += text.window - first
             advance(text.stride)
-    nll = means / len(text.windows)
+    total, counted = processes.total(means, scored)
+    nll = total / len(text.windows)
     return Perplexity(
         # A loss that large is a broken model; what matters is that the table can be printed.
         perplexity=math.exp(min(nll, 700.0)),
         nll=nll,
-        tokens=scored,
+        tokens=round(counted),
         window=text.window,
         stride=text.stride,
         data=text.name,

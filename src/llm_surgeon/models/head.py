@@ -140,14 +140,13 @@ def backward(
 
 
 @torch.no_grad()
-def sample_labels(model: PreTrainedModel, hidden: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """Next tokens drawn from the model's own prediction.
+def sample_labels(model: PreTrainedModel, hidden: Tensor, draws: Tensor) -> Tensor:
+    """Next tokens drawn from the model's own prediction, by inversion of its distribution function.
 
     Args:
         model: As for ``head_loss``.
         hidden: ``[n, width]`` last hidden states.
-        samples: Draws per position, with replacement.
-        generator: On the device of ``hidden``.
+        draws: ``[n, samples]`` numbers uniform in [0, 1), on the device of ``hidden``.
 
     Returns:
         ``[samples, n]``.
@@ -155,6 +154,9 @@ def sample_labels(model: PreTrainedModel, hidden: Tensor, samples: int, generato
     head = Head(model)
     parts = []
     for start in range(0, len(hidden), CHUNK):
-        probabilities = head(hidden[start : start + CHUNK]).softmax(-1)
-        parts.append(torch.multinomial(probabilities, samples, replacement=True, generator=generator))
+        part = slice(start, start + CHUNK)
+        cumulative = head(hidden[part]).softmax(-1).cumsum(-1)
+        # Rounded, the sum is not quite 1.
+        labels = torch.searchsorted(cumulative, draws[part] * cumulative[:, -1:], right=True)
+        parts.append(labels.clamp(max=cumulative.shape[-1] - 1))
     return torch.cat(parts).T

@@ -25,6 +25,7 @@ from llm_surgeon.models.head import backward, label_positions, last_states
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.modes import arithmetic, frozen
 from llm_surgeon.pipeline.clock import Clock
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import CorrectionRecord
 from llm_surgeon.report.progress import Progress
 
@@ -137,6 +138,7 @@ def correct_shot(
     shot: int,
     clock: Clock,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> CorrectionRecord | None:
     """First-order corrections after a shot, longer after the last, if the recipe wants any.
 
@@ -149,6 +151,7 @@ def correct_shot(
         shot: Number of the shot, from 1.
         clock: Where the time goes.
         progress: Where progress is shown.
+        processes: Of which the first one trains, and the others take over its weights.
     """
     if not config.lora:
         return None
@@ -160,18 +163,26 @@ def correct_shot(
     )
     work = how.steps * config.batch_size * tokens.seq_len
     with clock.phase("correction"), progress.phase(f"shot {shot}/{config.shots}: correction", work) as phase:
-        return correct(
-            model,
-            anatomy,
-            masks,
-            tokens,
-            how,
-            batch_size=config.batch_size,
-            precision=config.precision,
-            # Other sequences and other random factors in each shot.
-            seed=config.seed + shot,
-            advance=phase.advance,
-        )
+
+        def train() -> CorrectionRecord:
+            return correct(
+                model,
+                anatomy,
+                masks,
+                tokens,
+                how,
+                batch_size=config.batch_size,
+                precision=config.precision,
+                # Other sequences and other random factors in each shot.
+                seed=config.seed + shot,
+                advance=phase.advance,
+            )
+
+        record = processes.from_first(train)
+        for layer in anatomy.layers.values():
+            core = core_of(model, layer)
+            core.weight.data = processes.broadcast(core.weight.data, 0)
+        return record
 
 
 def _targets(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

@@ -19,6 +19,7 @@ from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.shots import run_shots
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.pipeline.texts import Texts
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import LayerRecord, Memory, Perplexity, Plan, PruneReport, ShotRecord, Size
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import Budgets, TensorStore
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on; ``source``, ``command`` and ``plan`` are for the report."""
+    """What a run works on, and who does it together; ``source``, ``command`` and ``plan`` are for the report."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Job:
     source: str
     command: str | None = None
     plan: Plan | None = None
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _dense_report(job: Job) -> PruneReport:
     model, text = job.model, job.texts.evaluation
     device = next(model.parameters()).device
     reset_peak(device)
-    dense = measure(model, text, job.progress, "dense: perplexity") if text else None
+    dense = measure(model, text, job.progress, "dense: perplexity", job.processes) if text else None
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return PruneReport(
         model=job.source,
@@ -100,6 +102,7 @@ def _dense_report(job: Job) -> PruneReport:
         versions=versions(),
         command=job.command,
         plan=job.plan,
+        processes=job.processes.count,
     )
 
 
@@ -111,11 +114,11 @@ def _continued(since: Reached) -> PruneReport:
 
 def _results(job: Job, since: Reached | None) -> Iterator[ShotResult]:
     """The shots that are still to be made, each made when it is asked for."""
-    given = job.model, job.anatomy, job.texts.calibration, job.config, job.progress
+    given = job.model, job.anatomy, job.texts.calibration, job.config, job.progress, _store(job), job.processes
     if not job.config.layerwise:
-        return run_shots(*given, since=None if since is None else since.standing, store=_store(job))
+        return run_shots(*given, since=None if since is None else since.standing)
     # There is one shot.
-    return run_layerwise(*given, store=_store(job)) if since is None else iter(())
+    return run_layerwise(*given) if since is None else iter(())
 
 
 def _store(job: Job) -> TensorStore | None:
@@ -133,7 +136,7 @@ def _evaluated(job: Job, result: ShotResult) -> ShotRecord:
     clock = Clock(next(job.model.parameters()).device)
     with clock.phase("evaluation"):
         description = f"shot {result.shot}/{config.shots}: perplexity"
-        measured = measure(job.model, text, job.progress, description) if text else None
+        measured = measure(job.model, text, job.progress, description, job.processes) if text else None
     record = _shot_record(result, job, measured, clock)
     logger.info(
         "shot %d/%d: %.1f %% of the prunable weights left%s",
@@ -145,10 +148,12 @@ def _evaluated(job: Job, result: ShotResult) -> ShotRecord:
     return record
 
 
-def measure(model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str) -> Perplexity:
-    """Perplexity, with its progress shown."""
-    with progress.phase(description, text.work) as phase:
-        return perplexity(model, text, phase.advance)
+def measure(
+    model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str, processes: Processes = ALONE
+) -> Perplexity:
+    """Perplexity, with the progress of this process shown."""
+    with progress.phase(description, len(processes.own(text.windows)) * text.stride) as phase:
+        return perplexity(model, text, phase.advance, processes=processes)
 
 
 def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, evaluation: Clock) -> ShotRecord:

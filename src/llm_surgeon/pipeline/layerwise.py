@@ -6,10 +6,10 @@ concerns several blocks (a global threshold, outlier-weighted budgets) is found 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,14 @@ from llm_surgeon.pipeline.permuting import StreamOrder, reorder_block
 from llm_surgeon.pipeline.result import ShotResult
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.watched import Watched, watch
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.refinement import Refinement, refine
 from llm_surgeon.report.progress import Phase, Progress
 from llm_surgeon.scores import SCORES, ScoreOptions, wanda
 from llm_surgeon.sparsegpt import inverse_factor, solve
 from llm_surgeon.storage import TensorStore
+
+T = TypeVar("T")
 
 
 def run_layerwise(
@@ -46,10 +49,18 @@ def run_layerwise(
     config: PruneConfig,
     progress: Progress,
     store: TensorStore | None = None,
+    processes: Processes = ALONE,
 ) -> Iterator[ShotResult]:
     """Prune a model in place by a layer-wise method; yields once, as ``run_shots`` does after its last shot.
 
-    Hidden states of all tokens wait in the store, or in memory without one.
+    Args:
+        model: The model.
+        anatomy: Its prunable layers.
+        tokens: All calibration tokens.
+        config: The recipe.
+        progress: Where progress is shown.
+        store: Keeps the hidden states of all tokens; in memory if None.
+        processes: Who does it together; all have the same model before and after.
 
     Raises:
         ConfigError: If the layers do not allow the structure, or the budgets are out of bounds.
@@ -61,12 +72,13 @@ def run_layerwise(
     if config.permute:
         check_residual(model, anatomy.family)
     clock = Clock(next(model.parameters()).device)
-    run = _Run(model, anatomy, tokens, config, clock, store)
+    own = tokens.part(processes.part(tokens.n_samples))
+    run = _Run(model, anatomy, own, config, clock, store, processes)
     passes = (2 * len(run.blocks) - 1) * (run.reads + run.surveys) + len(run.blocks) * (config.permute and run.reads)
-    with progress.phase(f"{config.method}: block after block", passes * tokens.input_ids.numel()) as phase:
+    with progress.phase(f"{config.method}: block after block", passes * own.input_ids.numel()) as phase:
         plan = run.survey(phase)
         kept = run.prune(plan, phase)
-    corrected = correct_shot(model, anatomy, kept, tokens, config, 1, clock, progress)
+    corrected = correct_shot(model, anatomy, kept, tokens, config, 1, clock, progress, processes)
     masks = {name: ElementMask(mask) for name, mask in kept.items()}
     yield ShotResult(
         shot=1,
@@ -111,9 +123,10 @@ class _Run:
         config: PruneConfig,
         clock: Clock,
         store: TensorStore | None,
+        processes: Processes,
     ) -> None:
         self._model, self._anatomy, self._tokens, self._config = model, anatomy, tokens, config
-        self._clock, self._store = clock, store
+        self._clock, self._store, self._processes = clock, store, processes
         self.blocks: list[list[LinearLayer]] = [[] for _ in cast(nn.ModuleList, self._block_list())]
         for layer in anatomy.layers.values():
             self.blocks[layer.block].append(layer)
@@ -157,14 +170,20 @@ class _Run:
             if solves:
                 kept |= self._solve(layers, watched, plan.sparsity[block])
                 continue
-            for layer in layers:
-                with self._clock.phase("selection"):
-                    mask = self._mask(layer, watched, plan, plan.sparsity[block])
-                with self._clock.phase("update"):
+            mask_of = partial(self._mask, watched=watched, plan=plan, sparsity=plan.sparsity[block])
+            with self._clock.phase("selection"):
+                masks = dict(self._share_out(layers, mask_of))
+            with self._clock.phase("update"):
+                for name, mask in masks.items():
                     # Nothing but the removed weights is written, so that those that stay are the same bit for bit.
-                    core_of(self._model, layer).weight.data.masked_fill_(~mask, 0.0)
-                kept[layer.name] = mask.cpu()
+                    core_of(self._model, self._anatomy.layers[name]).weight.data.masked_fill_(~mask, 0.0)
+                    kept[name] = mask.cpu()
         return kept
+
+    def _share_out(self, layers: Sequence[LinearLayer], compute: Callable[[LinearLayer], T]) -> Iterator[tuple[str, T]]:
+        """Compute something for each layer of a block, each in one of the processes."""
+        work = {layer.name: float(layer.rows**3 + layer.columns**3) for layer in layers}
+        return self._processes.share_out(work, lambda name: compute(self._anatomy.layers[name]))
 
     def _visit(
         self, phase: Phase, *, reads: bool, grams: bool = False, reorder: bool = False
@@ -199,7 +218,9 @@ class _Run:
         if sweep is None or not self.blocks[block]:
             return Watched()
         with self._clock.phase("curvature"):
-            return watch(self._model, sweep, block, self.blocks[block], grams=grams, advance=phase.advance)
+            watched = watch(self._model, sweep, block, self.blocks[block], grams=grams, advance=phase.advance)
+            watched.add_up(self._processes)
+            return watched
 
     def _reorder_stream(self, phase: Phase) -> None:
         """Order the channels of the residual stream, for the whole model."""
@@ -249,16 +270,20 @@ class _Run:
     def _solve(self, layers: Sequence[LinearLayer], watched: Watched, sparsity: float) -> dict[str, Tensor]:
         """SparseGPT on a block; layers that read the same input share its decomposition."""
         config, factors, kept = self._config, cast(dict[str, Tensor], {}), {}
+
+        def solved(layer: LinearLayer) -> tuple[Tensor, Tensor]:
+            if layer.input_group not in factors:
+                gram = watched.mean_gram(layer)
+                damping = damping_of(gram, config.dampening_a)
+                factors[layer.input_group] = inverse_factor(gram, damping, f"{layer.name} (inputs)")
+            weight, factor = self._weight(layer), factors[layer.input_group]
+            solution = solve(weight, factor.to(weight), sparsity, config.pattern, config.sparsegpt_block)
+            return solution.weight, solution.keep.cpu()
+
         with self._clock.phase("update"):
-            for layer in layers:
-                if layer.input_group not in factors:
-                    gram = watched.mean_gram(layer)
-                    damping = damping_of(gram, config.dampening_a)
-                    factors[layer.input_group] = inverse_factor(gram, damping, f"{layer.name} (inputs)")
-                weight, factor = self._weight(layer), factors[layer.input_group]
-                solution = solve(weight, factor.to(weight), sparsity, config.pattern, config.sparsegpt_block)
-                core_of(self._model, layer).weight.data.copy_(solution.weight)
-                kept[layer.name] = solution.keep.cpu()
+            for name, (weight, keep) in self._share_out(layers, solved):
+                core_of(self._model, self._anatomy.layers[name]).weight.data.copy_(weight)
+                kept[name] = keep
         return kept
 
     def _outlier_weighted(self, phase: Phase) -> list[float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from llm_surgeon.pipeline.texts import Texts, evaluation_text, prepare_texts
 from llm_surgeon.planning.plan import foresee, warn_if_short
 from llm_surgeon.planning.sizes import SMALL_FILES, disk_bytes
 from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of
+from llm_surgeon.processes import Processes, joined, own_device
 from llm_surgeon.records import (
     ExportRecord,
     Perplexity,
@@ -69,6 +72,8 @@ def prune(
     error stops a shot half-way, some layers are pruned and others are not: start again from the dense model. There are
     no checkpoints; ``prune_checkpoint`` makes them, as what it begins with can be loaded again.
 
+    Processes of torchrun that all call it with the same model and recipe share the work, and each has the result.
+
     Args:
         model: A dense causal language model of a supported family.
         tokenizer: Its tokenizer.
@@ -88,19 +93,21 @@ def prune(
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
         OutputError: If ``out`` cannot be used.
         ExportMismatchError: If the reloaded export computes something else.
+        ProcessError: If another process of the run is gone.
     """
     if config.device_memory is not None or config.host_memory is not None:
         raise ConfigError(
             "How much memory is left beside a model that is loaded already is not known.",
             "Use prune_checkpoint with device_memory and host_memory; here order='layer-major' is what saves memory.",
         )
-    if out is None:
-        if config.export_shots:
-            raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
-        return run_job(_job_in_memory(model, tokenizer, config, progress, source)).report
-    with run_directory(out) as run:
-        run.refuse_former()
-        return _prune_into(_job_in_memory(model, tokenizer, config, progress, source), run, config)
+    if out is None and config.export_shots:
+        raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
+    with joined(next(model.parameters()).device) as processes:
+        if out is None:
+            return run_job(_job_in_memory(model, tokenizer, config, progress, source, processes)).report
+        with _directory(out, processes) as run:
+            processes.from_first(lambda: _the(run).refuse_former())
+            return _prune_into(_job_in_memory(model, tokenizer, config, progress, source, processes), run, config)
 
 
 def _job_in_memory(
@@ -109,17 +116,36 @@ def _job_in_memory(
     config: PruneConfig,
     progress: Progress | None,
     source: str,
+    processes: Processes,
 ) -> Job:
     """What ``prune`` works on, once all is checked that can be."""
     if config.lora:
         require_peft()
+    processes.check_samples(config.samples)
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
     resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
     check_structure(resolved, anatomy)
     texts = prepare_texts(tokenizer, config)
-    resolved = latency_based(resolved, model, anatomy)
+    resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
     name = source or model.config.name_or_path or type(model).__name__
-    return Job(model, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), name)
+    return Job(model, tokenizer, anatomy, texts, resolved, _shown(progress, processes), name, processes=processes)
+
+
+def _shown(progress: Progress | None, processes: Processes) -> Progress:
+    """Progress where it is wanted, and in the first process only: that of the others is much the same."""
+    return progress if progress is not None and processes.first else SilentProgress()
+
+
+@contextmanager
+def _directory(out: Path, processes: Processes) -> Iterator[RunDirectory | None]:
+    """The directory of the run, for the first process, which writes for all; None for the others."""
+    with run_directory(out) if processes.first else nullcontext(None) as run:
+        yield run
+
+
+def _the(run: RunDirectory | None) -> RunDirectory:
+    assert run is not None, "only the first process writes"
+    return run
 
 
 def evaluate(
@@ -180,26 +206,32 @@ def prune_checkpoint(
             begun with another recipe, model or text.
         DiskSpaceError: If the disk is too full, or gets so.
         ExportMismatchError: If the reloaded export computes something else.
+        ProcessError: If another process of the run is gone.
         SurgeonError: Whatever ``prune`` raises.
     """
     if config.lora:
         require_peft()
-    resolve_device(config.device)
-    with run_directory(out) as run:
+    device = resolve_device(own_device(config.device))
+    with joined(device) as processes, _directory(out, processes) as run:
+        _check_processes(config, processes)
         skeleton = skeleton_of(resolve_source(model), config)
         resolved = settled(skeleton, config)
         files = source_files(skeleton.source, skeleton.network.config)
-        run.expect({"files": files, "recipe": config.resolved()})
-        if run.finished is not None:
-            return run.finish(run.finished)
-        check_disk_space(out, disk_bytes(skeleton, resolved) - run.nbytes)
+
+        def finished() -> PruneReport | None:
+            _the(run).expect({"files": files, "recipe": config.resolved()})
+            former = _the(run).finished
+            if former is None:
+                check_disk_space(out, disk_bytes(skeleton, resolved) - _the(run).nbytes)
+            return None if former is None else _the(run).finish(former)
+
+        done = processes.from_first(finished)
+        if done is not None:
+            return done
         tokenizer = load_tokenizer(skeleton.source)
         texts = prepare_texts(tokenizer, config)
-        run.expect({"texts": texts.digest})
-        former = run.checkpoints.newest_whole()
-        if run.former is not None:
-            resolved = _as_begun(resolved, run.former)
-        job = _loaded_job(model, skeleton, tokenizer, texts, resolved, progress, command)
+        resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, texts))
+        job = _loaded_job(model, skeleton, tokenizer, texts, resolved, device, progress, command, processes)
         record = RunRecord(
             model=model,
             files=files,
@@ -208,16 +240,39 @@ def prune_checkpoint(
             circumstances=_circumstances(job),
             sparsity=job.config.sparsity if config.target == "target_latency" else None,
         )
-        run.begin(record, job.config)
+        processes.from_first(lambda: _the(run).begin(record, job.config))
         return _prune_into(job, run, config, dense=skeleton.source, record=record, former=former)
 
 
-def _as_begun(config: PruneConfig, former: RunRecord) -> PruneConfig:
-    """The recipe as it came out when the run was begun: what had been measured, and what the memory had room for."""
-    if former.sparsity is not None:
-        config = config.at(former.sparsity)
-    order = former.circumstances.get("order", config.order)
-    return config.model_copy(update={"order": order}) if config.order == "auto" else config
+def _check_processes(config: PruneConfig, processes: Processes) -> None:
+    """What cannot be done by several processes.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
+    processes.check_samples(config.samples)
+    if processes.count > 1 and (config.device_memory is not None or config.host_memory is not None):
+        raise ConfigError(
+            "Memory is planned for one process only.",
+            "Leave --device-memory and --host-memory out; --order layer-major saves memory in several processes too.",
+        )
+
+
+def _begun(run: RunDirectory, config: PruneConfig, texts: Texts) -> tuple[PruneConfig, Checkpoint | None]:
+    """The recipe as it came out when the run was begun, and how far it came; what was measured is not measured again.
+
+    Raises:
+        OutputError: If the run was begun with other texts.
+    """
+    run.expect({"texts": texts.digest})
+    checkpoint, former = run.checkpoints.newest_whole(), run.former
+    if former is not None:
+        if former.sparsity is not None:
+            config = config.at(former.sparsity)
+        # What the memory had room for decides the last bits of the sums.
+        if config.order == "auto":
+            config = config.model_copy(update={"order": former.circumstances.get("order", "auto")})
+    return config, checkpoint
 
 
 def _loaded_job(
@@ -226,64 +281,78 @@ def _loaded_job(
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
     config: PruneConfig,
+    device: torch.device,
     progress: Progress | None,
     command: str | None,
+    processes: Processes,
 ) -> Job:
     """Load the model that everything has been checked for."""
-    device = resolve_device(config.device)
-    # What a latency comes to is only known once the model has been timed.
-    foreseen = foresee(model, skeleton, config, device, texts) if config.target is None else None
-    if foreseen is not None:
+    foreseen = None
+    # What a latency comes to is only known once the model has been timed, and plans are for one process.
+    if config.target is None and processes.count == 1:
+        foreseen = foresee(model, skeleton, config, device, texts)
         warn_if_short(foreseen)
     network = load_model(skeleton.source, config.dtype, device)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
-    config = latency_based(config, network, anatomy)
-    return Job(network, tokenizer, anatomy, texts, config, progress or SilentProgress(), model, command, foreseen)
+    config = processes.from_first(partial(latency_based, config, network, anatomy))
+    shown = _shown(progress, processes)
+    return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes)
 
 
 def _circumstances(job: Job) -> dict[str, str]:
     """What the last bits of the weights depend on beside the recipe."""
-    device = str(next(job.model.parameters()).device)
-    order = job.plan.order if job.plan else job.config.order
-    return versions() | {"device": device, "threads": str(torch.get_num_threads()), "processes": "1", "order": order}
+    return versions() | {
+        "device": next(job.model.parameters()).device.type,
+        "threads": str(torch.get_num_threads()),
+        "processes": str(job.processes.count),
+        "order": job.plan.order if job.plan else job.config.order,
+    }
 
 
 def _prune_into(
     job: Job,
-    run: RunDirectory,
+    run: RunDirectory | None,
     asked: PruneConfig,
     dense: str | None = None,
     record: RunRecord | None = None,
     former: Checkpoint | None = None,
 ) -> PruneReport:
-    """Prune, and export within the run's directory before moving that to its place.
+    """Prune, and export within the run's directory before moving that to its place; the first process does, for all.
 
     Args:
         job: What to work on; its model is dense.
-        run: Where.
+        run: Where; None in other processes than the first.
         asked: The recipe as it was given.
         dense: What to time the result against.
         record: For the checkpoints; None makes none.
         former: The checkpoint to continue after.
     """
+    processes = job.processes
 
     def keep(reached: Reached) -> None:
         if record is not None:
             everything = job.config.permute
             tensors = tensors_of(job.model, job.anatomy, reached.standing, everything=everything)
-            run.checkpoints.write(Checkpoint(run=record, report=reached.report), tensors)
-        _export_shot(job, run, reached)
+            _the(run).checkpoints.write(Checkpoint(run=record, report=reached.report), tensors)
+        _export_shot(job, _the(run), reached)
 
     since = None
     if former is not None:
         logger.info("continuing after shot %d of %d", former.shot, job.config.shots)
-        since = Reached(former.report, run.checkpoints.restore(former.shot, job.model, job.anatomy))
+        checkpoints = processes.from_first(lambda: _the(run).checkpoints)
+        restored = Reached(former.report, checkpoints.restore(former.shot, job.model, job.anatomy))
         # It may have been ended between checkpoint and export.
-        _export_shot(job, run, since)
-    reached = run_job(job, keep, since)
+        processes.from_first(lambda: _export_shot(job, _the(run), restored))
+        since = restored
+    reached = run_job(job, lambda reached: processes.from_first(lambda: keep(reached)), since)
     # Zeros in matrices of the old shape take as long to multiply by as any number.
     timed = dense if _smaller(reached.standing.masks) else None
-    return run.finish(_export(job, reached, run.export, run.out, timed, asked))
+
+    def finish() -> PruneReport:
+        there = _the(run)
+        return there.finish(_export(job, reached, there.export, there.out, timed, asked))
+
+    return processes.from_first(finish)
 
 
 def _export_shot(job: Job, run: RunDirectory, reached: Reached) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
@@ -21,6 +22,7 @@ from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.structures import Structure, structure_of
+from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
 
@@ -31,9 +33,10 @@ def run_shots(
     tokens: CalibrationTokens,
     config: PruneConfig,
     progress: Progress,
+    store: TensorStore | None = None,
+    processes: Processes = ALONE,
     *,
     since: Standing | None = None,
-    store: TensorStore | None = None,
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
@@ -42,11 +45,12 @@ def run_shots(
     Args:
         model: Dense, or as it was after the shot of ``since``.
         anatomy: The layers of the dense model.
-        tokens: Calibration tokens.
+        tokens: All calibration tokens.
         config: The recipe.
         progress: Where progress is shown.
-        since: Where an earlier run of the same recipe stood; None begins with the first shot.
         store: Keeps what has to wait in layer-major passes; None makes them batch-major.
+        processes: Who does it together; all have the same model before and after each shot.
+        since: Where an earlier run of the same recipe stood; None begins with the first shot.
 
     Raises:
         ConfigError: If the layers do not allow the structure.
@@ -54,6 +58,7 @@ def run_shots(
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
     structure = structure_of(config, anatomy)
+    own = tokens.part(processes.part(tokens.n_samples))
     done, previous = 0, cast(WarmStart | None, None)
     if since is not None:
         done, previous = since.shot, since.start
@@ -61,17 +66,29 @@ def run_shots(
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         clock = Clock(next(model.parameters()).device)
         how = _estimation(config, number, "batch-major" if store is None else "layer-major")
-        work = tokens.input_ids.numel() * passes_needed(how, warm=previous is not None)
+        work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
         with clock.phase("curvature"), progress.phase(f"shot {number}/{config.shots}: curvature", work) as phase:
-            curvature = estimate(model, anatomy, structure.shapes, tokens, how, phase.advance, previous, store=store)
+            curvature = estimate(
+                model,
+                anatomy,
+                structure.shapes,
+                own,
+                how,
+                phase.advance,
+                previous,
+                store=store,
+                processes=processes,
+            )
         with clock.phase("selection"):
-            costs = _all_costs(model, anatomy, structure, curvature, config)
+            costs = _all_costs(model, anatomy, structure, curvature, config, processes)
             selection = structure.select(costs, round((1 - sparsity) * anatomy.prunable_weights))
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
         with clock.phase("update"):
-            _update(model, anatomy, structure, curvature, selection, config)
-        corrected = correct_shot(model, anatomy, structure.element_masks, tokens, config, number, clock, progress)
+            _update(model, anatomy, structure, curvature, selection, config, processes)
+        corrected = correct_shot(
+            model, anatomy, structure.element_masks, tokens, config, number, clock, progress, processes
+        )
         previous = None
         # Only a power iteration has use for what the last shot found.
         if isinstance(curvature, NearestCurvature):
@@ -113,15 +130,28 @@ def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
 
 @torch.no_grad()
 def _all_costs(
-    model: PreTrainedModel, anatomy: Anatomy, structure: Structure, curvature: Curvature, config: PruneConfig
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    structure: Structure,
+    curvature: Curvature,
+    config: PruneConfig,
+    processes: Processes,
 ) -> dict[str, Any]:
     damping = Damping(config.dampening_a, config.dampening_g)
-    return {
-        name: structure.costs(
+
+    def costs_of(name: str) -> Any:
+        layer = anatomy.layers[name]
+        return structure.costs(
             layer, read_matrix(model, layer), curvature.fisher(layer, structure.shapes[name], damping)
         )
-        for name, layer in anatomy.layers.items()
-    }
+
+    found = dict(processes.share_out(_work(structure), costs_of))
+    return {name: found[name] for name in anatomy.layers}
+
+
+def _work(structure: Structure) -> dict[str, float]:
+    """What layers take to compute, in proportion: a decomposition for each side of a matrix."""
+    return {name: float(sum(size**3 for size in keep.shape)) for name, keep in structure.shapes.items()}
 
 
 @torch.no_grad()
@@ -132,14 +162,19 @@ def _update(
     curvature: Curvature,
     selection: Any,
     config: PruneConfig,
+    processes: Processes,
 ) -> None:
     damping = Damping(config.dampening_a, config.dampening_g)
     before, after = structure.shapes, structure.shapes_after(selection)
     extents = anatomy.extents(after)
-    for name, layer in anatomy.layers.items():
+
+    def matrix_of(name: str) -> Tensor:
+        layer = anatomy.layers[name]
         # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
         fisher = partial(curvature.fisher, layer, before[name], damping)
-        matrix = structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
-        write_matrix(model, layer, after[name], extents[name], matrix)
+        return structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
+
+    for name, matrix in processes.share_out(_work(structure), matrix_of):
+        write_matrix(model, anatomy.layers[name], after[name], extents[name], matrix)
     narrow_heads(model, anatomy, after)
     structure.commit(selection)

@@ -14,6 +14,7 @@ from llm_surgeon.curvature.moments import Moments
 from llm_surgeon.curvature.sweep import Advance, Sweep
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
+from llm_surgeon.processes import Processes
 from llm_surgeon.scores import Statistics
 
 
@@ -41,6 +42,13 @@ class Watched:
         """``A = mean a a^T`` of a layer's inputs, ``[C, C]``."""
         group = layer.input_group
         return self.grams[group].dense() / self.inputs[group].count
+
+    def add_up(self, processes: Processes) -> None:
+        """Take in what the other processes have watched of their tokens."""
+        for moments in (*self.inputs.values(), *self.outputs.values()):
+            moments.add_up(processes)
+        for gram in self.grams.values():
+            gram.add_up(processes)
 
     @property
     def nbytes(self) -> int:

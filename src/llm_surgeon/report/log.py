@@ -8,16 +8,21 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 
-def log_to_stderr() -> Console:
+def log_to_stderr(process: int = 0) -> Console:
     """Send this package's log to standard error.
+
+    Args:
+        process: Number of this process, if there are several: all but the first say warnings only, and who they are.
 
     Returns:
         The console that it goes to, for what else is shown there.
     """
     console = Console(stderr=True)
     logger = logging.getLogger("llm_surgeon")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [RichHandler(console=console, show_time=False, show_path=False, show_level=False)]
+    logger.setLevel(logging.WARNING if process else logging.INFO)
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler.setFormatter(logging.Formatter(f"process {process}: %(message)s" if process else "%(message)s"))
+    logger.handlers = [handler]
     return console
 
 

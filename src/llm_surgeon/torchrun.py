@@ -1,0 +1,38 @@
+"""What torchrun has told this process: which one of how many it is. Imports no torch: commands ask before they do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from llm_surgeon.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those that torchrun has started, on all machines and on this one."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+
+def place() -> Place:
+    """Where this process stands; alone if torchrun has not started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Place()
+    return Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+
+def require_one_process(command: str) -> None:
+    """Make sure that a command that has no use for several processes is given one.
+
+    Raises:
+        ConfigError: If torchrun has started more.
+    """
+    if (count := place().count) > 1:
+        raise ConfigError(
+            f"`llm-surgeon {command}` works in one process, and torchrun has started {count}.",
+            "Start it without torchrun; `llm-surgeon prune` can use several processes.",
+        )

@@ -1,0 +1,139 @@
+"""Runs of several processes, started by torchrun: the result of one process, one writer, and no process left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import several
+from llm_surgeon import load
+from llm_surgeon.cli import app
+
+TESTS = Path(__file__).parent.parent
+SMALL = ["--samples", "8", "--seq-len", "32", "--eval-window", "64", "--eval-tokens", "512", "--precision", "float32"]
+# Nothing takes as long; a test that waits for it has found a process that hangs.
+PATIENCE = 180
+
+
+def started(processes, *command):
+    """Several processes by torchrun, a thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [*launcher, *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(run):
+    """Exit status, standard output and standard error of a run that ends in time."""
+    try:
+        output, errors = run.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        raise
+    return run.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    words = torch.randint(64, (6000,), generator=torch.Generator().manual_seed(0)).cumsum(0) % 64
+    path = tmp_path_factory.mktemp("several") / "text.txt"
+    path.write_text(" ".join(f"w{word}" for word in words.tolist()), encoding="utf8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(text):
+    """What one process makes of each recipe."""
+    return {name: several.run(name, str(text)) for name in several.RECIPES}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_make_what_one_makes(text, alone, tmp_path, processes):
+    status, _, errors = ended(started(processes, TESTS / "several.py", text, tmp_path))
+    assert status == 0, errors
+    for name, (expected, perplexities) in alone.items():
+        found, *others = (load_file(tmp_path / f"{name}-{rank}") for rank in range(processes))
+        for other in others:
+            assert all(torch.equal(found[key], other[key]) for key in found), f"{name}: processes differ"
+        assert found.pop("perplexities").tolist() == pytest.approx(perplexities, rel=1e-4), name
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            # Shapes, indices and zeros are what was removed; other weights are the same to rounding.
+            assert value.shape == found[key].shape, f"{name}: {key}"
+            assert torch.equal(value == 0, found[key] == 0), f"{name}: {key}"
+            assert torch.allclose(value.double(), found[key].double(), rtol=1e-3, atol=1e-4), f"{name}: {key}"
+
+
+def pruning(processes, checkpoint, text, out, *options):
+    command = ["-m", "llm_surgeon", "prune", checkpoint, "--out", out, "--calibration", text, "--device", "cpu"]
+    return started(processes, *command, *SMALL, *options)
+
+
+def test_one_of_them_writes_shows_and_reports(checkpoint, text, tmp_path):
+    out = tmp_path / "out"
+    options = ["--shots", "2", "--export-shots", "1", "--structure", "neurons+heads", "--round-to", "4"]
+    status, output, errors = ended(pruning(2, checkpoint, text, out, *options, "--sparsity", "0.3"))
+    assert status == 0, errors
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert output.count("The reloaded export agrees") == 1
+    assert errors.count("shot 2/2: curvature: done") == errors.count("measuring the speed") == 1
+    report = json.loads((out / "report.json").read_text(encoding="utf8"))
+    assert report["processes"] == 2
+    assert report["shots"][-1]["size"]["total"] < report["dense_size"]["total"]
+    assert report["speed"] is not None
+    assert sum(p.numel() for p in load(out, device="cpu")[0].parameters()) == report["shots"][-1]["size"]["total"]
+    assert json.loads((out / "shot-1" / "report.json").read_text(encoding="utf8"))["processes"] == 2
+
+
+def test_when_one_is_killed_the_others_end(checkpoint, text, tmp_path):
+    run = pruning(3, checkpoint, text, tmp_path / "out", "--shots", "2000", "--sparsity", "0.1")
+    try:
+        for line in run.stderr:
+            if "shot 2/" in line:
+                break
+        workers = psutil.Process(run.pid).children()
+        (last,) = [worker for worker in workers if worker.environ().get("RANK") == "2"]
+        last.kill()
+        status, _, errors = ended(run)
+    finally:
+        run.kill()
+    assert status != 0
+    assert not psutil.wait_procs(workers, timeout=0)[1], "a process is left"
+    assert "nother process of this run has ended" in errors
+    # torchrun has a stack trace of its own.
+    assert "llm_surgeon/" not in errors
+    assert not list(tmp_path.iterdir()), "something is left of the export"
+
+
+def test_mistakes_are_said_once(checkpoint, text, tmp_path):
+    status, output, errors = ended(pruning(2, checkpoint, text, tmp_path / "out", "--samples", "1"))
+    assert status != 0
+    assert (output + errors).count("1 calibration sequences cannot be shared out among 2 processes") == 1
+    assert "llm_surgeon/" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_for_one_process_refuse_several(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    # The command is about to end, and ignores torchrun's signal; this process is not.
+    monkeypatch.setattr(signal, "signal", lambda _number, _handler: None)
+    for arguments in (["plan", "m"], ["eval", "m"], ["bench", "m"], ["compare", "m", "--out", "c"]):
+        # No torchrun is there whose store could be asked who else has said it.
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 1
+        assert f"`llm-surgeon {arguments[0]}` works in one process" in " ".join(done.output.split())
