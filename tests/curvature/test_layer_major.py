@@ -32,7 +32,8 @@ def both(model, text, store=None, **how):
     for order in ("batch-major", "layer-major"):
         seen = []
         estimation = Estimation(batch_size=2, precision="float32", order=order, **how)
-        curvature = estimate(model, anatomy, anatomy.dense_masks(), text, estimation, seen.append, store=store)
+        place = store if order == "layer-major" else None
+        curvature = estimate(model, anatomy, anatomy.dense_masks(), text, estimation, seen.append, store=place)
         result.append((curvature, sum(seen)))
     return anatomy, *result
 
