@@ -127,7 +127,9 @@ def _adder(
     step: HalfStep, layer: LinearLayer, opposite: Tensor, totals: dict[str, Tensor]
 ) -> Callable[[Tensor, Tensor], None]:
     def add(inputs: Tensor, gradients: Tensor) -> None:
-        part = step(with_bias(inputs, layer.bias), gradients, opposite)
+        # Autocast would round the products' results, and with them the sums, which would be indefinite.
+        with torch.autocast(opposite.device.type, enabled=False):
+            part = step(with_bias(inputs, layer.bias), gradients, opposite)
         totals[layer.name] = totals[layer.name].add_(part) if layer.name in totals else part
 
     return add

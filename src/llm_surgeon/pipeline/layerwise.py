@@ -29,6 +29,7 @@ from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.permuting import StreamOrder, reorder_block
 from llm_surgeon.pipeline.result import ShotResult
+from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.sweep import Sweep
 from llm_surgeon.pipeline.watched import Watched, watch
@@ -244,7 +245,9 @@ class _Run:
                     factors[layer.input_group] = inverse_factor(gram, damping, f"{layer.name} (inputs)")
                 weight, factor = self._weight(layer), factors[layer.input_group]
                 solution = solve(weight, factor.to(weight), sparsity, config.pattern, config.sparsegpt_block)
-                core_of(self._model, layer).weight.data.copy_(solution.weight)
+                core = core_of(self._model, layer)
+                core.weight.data.copy_(solution.weight)
+                check_written(layer, core)
                 kept[layer.name] = solution.keep.cpu()
         return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,13 +15,19 @@ from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, estim
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.anatomy import Anatomy
-from llm_surgeon.models.matrix import narrow_heads, read_matrix, write_matrix
+from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_matrix
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.result import ShotResult
-from llm_surgeon.pipeline.structures import Structure, structure_of
+from llm_surgeon.pipeline.solving import check_written
+from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.report.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+# Candidates are never divided: a few large ones may leave such a share of the weights unremoved.
+_COARSE = 0.02
 
 
 def run_shots(
@@ -49,9 +56,11 @@ def run_shots(
             curvature = estimate(model, anatomy, structure.shapes, tokens, how, phase.advance, previous)
         with clock.phase("selection"):
             costs = _all_costs(model, anatomy, structure, curvature, config)
-            selection = structure.select(costs, round((1 - sparsity) * anatomy.prunable_weights))
+            target = round((1 - sparsity) * anatomy.prunable_weights)
+            selection = structure.select(costs, target)
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
+            _warn_if_short(structure.masks, selection.keep, target)
         with clock.phase("update"):
             _update(model, anatomy, structure, curvature, selection, config)
         corrected = correct_shot(model, anatomy, structure.element_masks, tokens, config, number, clock, progress)
@@ -73,6 +82,24 @@ def run_shots(
         previous = curvature if isinstance(curvature, NearestCurvature) else None
         del curvature
         yield result
+
+
+def _warn_if_short(before: Masks, after: Masks, target: int) -> None:
+    """Say so if a shot removes less than half of what it should.
+
+    Args:
+        before: What was left.
+        after: What is left.
+        target: Weights that should be.
+    """
+    was, left = (sum(mask.weights for mask in masks.values()) for masks in (before, after))
+    if left - target > max((was - target) / 2, _COARSE * was):
+        logger.warning(
+            "%s weights are removed instead of %s: the next candidates, all of equal cost together, would be too many; "
+            "costs are equal where weights are zero or layers have no effect",
+            f"{was - left:,}",
+            f"{was - target:,}",
+        )
 
 
 def _estimation(config: PruneConfig, shot: int) -> Estimation:
@@ -118,5 +145,6 @@ def _update(
         fisher = partial(curvature.fisher, layer, before[name], damping)
         matrix = structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
         write_matrix(model, layer, after[name], extents[name], matrix)
+        check_written(layer, core_of(model, layer))
     narrow_heads(model, anatomy, after)
     structure.commit(selection)
