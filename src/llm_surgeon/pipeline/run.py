@@ -161,13 +161,13 @@ def prune_checkpoint(
     skeleton = skeleton_of(source, config)
     resolved = settled(skeleton, config)
     check_disk_space(out, disk_bytes(skeleton, resolved))
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
     texts = prepare_texts(tokenizer, config)
     # What a latency comes to is only known once the model has been timed.
     foreseen = foresee(model, skeleton, resolved, device, texts) if resolved.target is None else None
     if foreseen is not None:
         warn_if_short(foreseen)
-    network = load_model(source, config.dtype, device)
+    network = load_model(source, config.dtype, device, config.trust_remote_code)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     resolved = latency_based(resolved, network, anatomy)
     job = Job(network, tokenizer, anatomy, texts, resolved, progress or SilentProgress(), model, command, foreseen)
@@ -245,7 +245,8 @@ def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
 def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
-    dense = load_model(source, job.config.dtype, next(job.model.parameters()).device)
+    device = next(job.model.parameters()).device
+    dense = load_model(source, job.config.dtype, device, job.config.trust_remote_code)
     longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
     generate = min(_GENERATED, max(1, longest // 4))
     prompt = min(_PROMPT, longest - generate)

@@ -66,9 +66,9 @@ def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
         ConfigError: If every layer is ignored.
     """
     family = family_of(model_type_of(source))
-    settings = load_config(source)
+    settings = load_config(source, config.trust_remote_code)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(settings)
+        network = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     anatomy = examine(network, family, config.ignore)
     stored = getattr(settings, "dtype", None) or torch.float32
     return Skeleton(source, network, anatomy, stored, stored if config.dtype == "auto" else DTYPES[config.dtype])
