@@ -88,16 +88,6 @@ def dead_channel(model):
 
 
 @torch.no_grad()
-def outlier_channel(model):
-    model.model.layers[0].mlp.down_proj.weight[5] *= 1e4
-
-
-@torch.no_grad()
-def outlier_neuron(model):
-    model.model.layers[0].mlp.up_proj.weight[5] *= 1e4
-
-
-@torch.no_grad()
 def duplicated(model):
     for block in model.model.layers:
         for weight in (block.mlp.up_proj.weight, block.mlp.gate_proj.weight, block.self_attn.v_proj.weight):
@@ -109,10 +99,22 @@ def layer_of_zeros(model):
     model.model.layers[0].mlp.up_proj.weight.zero_()
 
 
-DAMAGES = (dead_channel, outlier_channel, outlier_neuron, duplicated, layer_of_zeros)
+@torch.no_grad()
+def without_effect(model):
+    """Channels, neurons, values and a layer that do nothing, or the same twice."""
+    dead_channel(model)
+    duplicated(model)
+    model.model.layers[1].mlp.up_proj.weight.zero_()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@torch.no_grad()
+def outliers(model):
+    """A neuron and a channel of the residual stream of 10,000 times the size of the others."""
+    model.model.layers[0].mlp.up_proj.weight[5] *= 1e4
+    model.model.layers[1].mlp.down_proj.weight[5] *= 1e4
+
+
+@pytest.mark.parametrize("damage", [without_effect, outliers])
 @KINDS
 def test_odd_channels_are_survived_without_a_warning_and_with_finite_weights(damage, kind, text_file, caplog):
     model = untied()
@@ -206,15 +208,23 @@ def test_what_no_damping_mends_is_refused_with_the_layer(one_word):
         pruned(untied(), one_word, dampening_a=1e-30, dampening_g=1e-30)
 
 
-@KINDS
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_damaged_weights_are_refused_by_name(kind, value, text_file):
-    for name, place in (("model.layers.1.mlp.down_proj", (0, 0)), ("model.embed_tokens", 7)):
-        model = untied()
-        with torch.no_grad():
-            model.get_submodule(name).weight[place] = float(value)
-        with pytest.raises(NonFiniteError, match=rf"{name}\.weight holds NaN or infinity"):
-            pruned(model, text_file, **STRUCTURES[kind])
+@pytest.mark.parametrize(("name", "place"), [("model.layers.1.mlp.down_proj", (0, 0)), ("model.embed_tokens", 7)])
+def test_damaged_weights_are_refused_by_name(name, place, value, text_file):
+    model = untied()
+    with torch.no_grad():
+        model.get_submodule(name).weight[place] = float(value)
+    with pytest.raises(NonFiniteError, match=rf"{name}\.weight holds NaN or infinity"):
+        pruned(model, text_file)
+
+
+@KINDS
+def test_damaged_weights_are_refused_without_an_evaluation_too(kind, text_file):
+    model = untied()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError):
+        pruned(model, text_file, evaluation="none", **STRUCTURES[kind])
 
 
 def test_float16_that_overflows_is_refused_with_the_layer_and_another_type(text_file):

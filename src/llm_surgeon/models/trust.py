@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +24,8 @@ def check_name(model: str) -> None:
     Raises:
         ModelError: If it is neither.
     """
-    # The empty path is the working directory; a name beyond the limits of file systems is an error of theirs.
-    local = 0 < len(model) < 1024 and Path(model).exists()
-    if not (Path(model).is_dir() if local else _HUB_ID.fullmatch(model)):
+    # Not pathlib, to which the empty path is the working directory and a name too long an error.
+    if not (os.path.isdir(model) if os.path.exists(model) else _HUB_ID.fullmatch(model)):
         raise ModelError(
             f"There is no directory {model!r}, and a hub id it is not.",
             "Give a directory that holds a Hugging Face checkpoint, a hub id, or the word demo.",
