@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py
 
-One shot to 80 % by rows and columns, on random tokens. Each point is measured twice, in processes of its own, of which
-the better time counts; the exponent of a line is the slope of its fit in logarithms. Some five minutes on 2 cores.
+One shot to 80 % by rows and columns, on random tokens. Each point is measured in a process of its own, by the better of
+two shots; the exponent of a line is the slope of its fit in logarithms. Some four minutes on 2 cores.
 Writes benchmarks/results/growth.json, growth.md and growth.png.
 """
 
@@ -22,7 +22,6 @@ from common import COLOURS, RESULTS, circumstances, figure, table, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_surgeon import PruneConfig
-from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.memory import peak_resident_bytes, reset_peak
 from llm_surgeon.models import examine, family_of
@@ -77,29 +76,30 @@ def model_of(point: Point) -> LlamaForCausalLM:
 
 
 def measure(point: Point) -> dict[str, float]:
-    """Seconds by phase and bytes of a shot, in a process that does nothing else."""
+    """Seconds by phase and bytes of a shot, in a process that does nothing else.
+
+    Of two shots, each on a model of its own, the better time counts: in the first, kernels are chosen for each shape
+    of a product. Memory is that of the first.
+    """
     keep_freed_memory()
-    reset_peak()
-    before = peak_resident_bytes()
-    model = model_of(point)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, (point.tokens // LENGTH, LENGTH), generator=generator)
     config = PruneConfig(sparsity=0.2, shots=1, batch_size=BATCH, device="cpu")
-    anatomy = examine(model, family_of("llama"))
-    # The first batch chooses kernels for each shape of a product.
-    first = CalibrationTokens(ids[:BATCH], None, {})
-    estimate(model, anatomy, anatomy.dense_masks(), first, Estimation(BATCH, config.precision))
-    (shot,) = run_shots(model, anatomy, CalibrationTokens(ids, None, {}), config, SilentProgress())
-    return {**shot.seconds, "memory": max(shot.peaks.values()) - before}
+    reset_peak()
+    before, shots = peak_resident_bytes(), []
+    for _ in range(REPEATS):
+        model = model_of(point)
+        anatomy = examine(model, family_of("llama"))
+        shots += run_shots(model, anatomy, CalibrationTokens(ids, None, {}), config, SilentProgress())
+    seconds = {phase: min(shot.seconds[phase] for shot in shots) for phase in shots[0].seconds}
+    return {**seconds, "memory": max(shots[0].peaks.values()) - before}
 
 
 def measure_apart(point: Point) -> dict[str, float]:
-    """The better of some measurements, each in a process of its own."""
+    """A measurement in a process of its own."""
     command = [sys.executable, __file__, "--point", json.dumps(asdict(point))]
-    found = [
-        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(REPEATS)
-    ]
-    return {line: min(one[line] for one in found) for line in LINES}
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {line: found[line] for line in LINES}
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
