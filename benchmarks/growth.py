@@ -45,7 +45,7 @@ class Point:
 
 AXES: dict[str, list[Point]] = {
     "tokens": [Point(tokens=tokens) for tokens in (2048, 4096, 8192, 16_384)],
-    "width": [Point(width=width) for width in (192, 384, 576, 768)],
+    "width": [Point(width=width) for width in (384, 768, 1152, 1536)],
     "depth": [Point(depth=depth) for depth in (2, 4, 6, 8)],
 }
 # What theory says of large sizes; memory is of the peak above that of the process before there is a model.
@@ -119,6 +119,9 @@ def markdown(result: dict[str, Any]) -> str:
     exponents = [
         (axis, *(f"{result['exponents'][axis][line]:.2f} ({EXPECTED[axis][line]})" for line in LINES)) for axis in AXES
     ]
+    sizes, found = sizes_of("width")[-2:], result["points"]["width"][-2:]
+    last = (f"{slope(sizes, [point[line] for point in found]):.2f} ({EXPECTED['width'][line]})" for line in LINES)
+    exponents.insert(2, (f"width, {sizes[0]:,} to {sizes[1]:,}", *last))
     rows = [
         (f"{axis} {size:,}", *(f"{found[line]:.2f}" for line in LINES[:-1]), f"{found['memory'] / 2**20:,.0f}")
         for axis in AXES
@@ -141,11 +144,12 @@ once), and all phases against depth (each layer is decomposed once). Selection a
 and neither does memory: the sums have the size of the factors, and one batch is in memory at a time.
 
 Against the width, products (passes and factor sums) have the exponent 2 at a fixed number of tokens, decompositions 3.
-The measured ones are lower: attention scores, norms and the vocabulary's logits grow with the first power or not at
-all, small matrices do not fill the cores, and the decompositions of the narrowest models are so short that what
-surrounds them (reading the strips of the sums, masks, sorting of candidates) shows. Memory against width and depth
-begins with what does not grow (activations of a batch, logits, libraries' buffers), so that its exponents are below 2
-and 1; in batch-major order the factors of all layers are held at once, so it does grow with depth."""
+The measured ones are lower, and come nearer towards the largest widths (second line): attention scores, norms and the
+vocabulary's logits grow with the first power or not at all, small matrices do not fill the cores, and short decompositions
+are outweighed by what surrounds them (reading the strips of the sums, products with the weights, sorting of candidates).
+Memory against width and depth begins with what does not grow so (activations of a batch, logits, buffers of the
+libraries), hence exponents below 2 and 1; in batch-major order the factors of all layers are held at once, so it does
+grow with depth."""
 
 
 def draw(result: dict[str, Any]) -> None:
@@ -162,6 +166,7 @@ def draw(result: dict[str, Any]) -> None:
             axes.loglog(sizes, values, "o-", color=colour, label=f"{line}: {exponent:.2f}")
             theory = [values[-1] * (size / sizes[-1]) ** EXPECTED[axis][line] for size in sizes]
             axes.loglog(sizes, theory, "--", color=colour, linewidth=0.8)
+        grid[1, column].set_ylim(bottom=32)
         for axes, what in zip(grid[:, column], ("seconds", "MiB above the libraries"), strict=True):
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axes.minorticks_off()

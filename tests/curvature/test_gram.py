@@ -33,14 +33,14 @@ def test_half_of_the_matrix_is_stored(monkeypatch):
 
 
 def test_rounding_of_the_sums_grows_with_the_root_of_the_batches():
-    """Of half a million tokens, and of columns of very different size; a damping is a thousandth and more."""
+    """Of columns of very different size; a damping is a hundredth, and the bound a five-thousandth of that."""
     generator = torch.Generator().manual_seed(0)
     total, exact = GramSum(16, "cpu"), torch.zeros(16, 16, dtype=torch.float64)
     mixture, scale = torch.randn(16, 16, generator=generator), torch.logspace(-4, 4, 16)
-    for _ in range(4000):
-        part = (torch.randn(128, 16, generator=generator) @ mixture + 0.5) * scale
+    for _ in range(400):
+        part = (torch.randn(64, 16, generator=generator) @ mixture + 0.5) * scale
         total.add(part)
         exact += part.double().T @ part.double()
     norm = exact.diagonal().sqrt()
     error = (total.dense().double() - exact) / (norm[:, None] * norm)
-    assert float(torch.linalg.eigvalsh(error).abs().max()) < 2e-5
+    assert float(torch.linalg.eigvalsh(error).abs().max()) < 2e-6
