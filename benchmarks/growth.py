@@ -144,12 +144,12 @@ once), and all phases against depth (each layer is decomposed once). Selection a
 and neither does memory: the sums have the size of the factors, and one batch is in memory at a time.
 
 Against the width, products (passes and factor sums) have the exponent 2 at a fixed number of tokens, decompositions 3.
-The measured ones are lower, and come nearer towards the largest widths (second line): attention scores, norms and the
-vocabulary's logits grow with the first power or not at all, small matrices do not fill the cores, and short decompositions
-are outweighed by what surrounds them (reading the strips of the sums, products with the weights, sorting of candidates).
-Memory against width and depth begins with what does not grow so (activations of a batch, logits, buffers of the
-libraries), hence exponents below 2 and 1; in batch-major order the factors of all layers are held at once, so it does
-grow with depth."""
+The measured ones are lower, and come nearer towards the largest widths (third line): attention scores, norms and the
+vocabulary's logits grow with the first power or not at all, small matrices do not fill the cores, and what surrounds
+short decompositions outweighs them (reading the strips of the sums, products with the weights, sorting of candidates).
+Memory against width and depth begins with what does not grow so (activations of a batch, logits, buffers of libraries),
+hence exponents below 2 and 1; in batch-major order the factors of all layers are held at once, so it does grow with
+depth."""
 
 
 def draw(result: dict[str, Any]) -> None:
