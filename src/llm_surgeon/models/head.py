@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from llm_surgeon.errors import NonFiniteError
+from llm_surgeon.linalg import is_finite
+
 # Tokens whose logits exist at once: a vocabulary of 50,000 in float32 makes 50 MB of these.
 CHUNK = 256
 
@@ -128,10 +131,18 @@ def sample_labels(model: PreTrainedModel, hidden: Tensor, samples: int, generato
 
     Returns:
         ``[samples, n]``.
+
+    Raises:
+        NonFiniteError: If a prediction is not finite.
     """
     head = head_of(model)
     parts = []
     for start in range(0, len(hidden), CHUNK):
         probabilities = head(hidden[start : start + CHUNK]).softmax(-1)
+        if not is_finite(probabilities):
+            raise NonFiniteError(
+                "The model's predictions for the calibration tokens are not finite.",
+                "Run with --precision float32 and --dtype float32, or check the checkpoint's weights.",
+            )
         parts.append(torch.multinomial(probabilities, samples, replacement=True, generator=generator))
     return torch.cat(parts).T
