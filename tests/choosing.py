@@ -4,7 +4,8 @@ import torch
 
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.matrix import cut_out
-from llm_surgeon.selection import bystanders, score_groups, select
+from llm_surgeon.pipeline.shapes import LayerCosts
+from llm_surgeon.selection import StructureCosts, bystanders, score_groups, select
 
 # Groups too large to be scored by the sum of their members.
 LARGE = ("query head", "key/value group", "attention", "feed-forward")
@@ -36,3 +37,14 @@ def masked(model, anatomy, keep):
         if module.bias is not None:
             module.bias[~keep[name].rows] = 0
     return model
+
+
+def made_up_costs(structure, anatomy, draw):
+    """Costs of everything that a structure that shrinks could lose, as many as are asked of ``draw``."""
+    return {
+        name: LayerCosts(
+            StructureCosts(draw(layer.rows), draw(layer.columns)) if structure._singles else None,
+            {key: draw(len(side.index)) for key, side in structure._sides_of(layer)},
+        )
+        for name, layer in anatomy.layers.items()
+    }

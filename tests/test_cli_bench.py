@@ -48,7 +48,7 @@ def test_a_failure_is_shown_and_told_by_the_exit_status(bench, checkpoint, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["./missing"], "There is no directory ./missing"),
+        (["./missing"], "There is no directory './missing'"),
         (["--prompt", "200"], "exceed the model's 128 positions"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--dtype", "int4"], "'int4'"),

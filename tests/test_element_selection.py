@@ -34,9 +34,9 @@ def left(selection):
 def test_threshold_against_sorting(scores, removable):
     """Ties, zeros and denormals: at most ``removable`` go, and the next larger score would be too many."""
     flat = sorted(score for part in scores for score in part)
-    found = largest_threshold([torch.tensor(part, dtype=torch.float32) for part in scores], removable)
+    found, count = largest_threshold([torch.tensor(part, dtype=torch.float32) for part in scores], removable)
     going = sum(score <= found for score in flat)
-    assert going <= removable
+    assert going == count <= removable
     staying = [score for score in flat if score > found]
     if staying:
         assert sum(score <= staying[0] for score in flat) > removable
@@ -59,9 +59,19 @@ def test_what_is_gone_stays_gone_and_is_not_counted_again():
     assert selection.structures_chosen == 1
 
 
-def test_ties_that_would_go_below_the_target_stay():
-    selection = select_elements(masks((1, 4)), {"0": torch.tensor([[1.0, 2.0, 2.0, 2.0]])}, target_weights=2)
-    assert left(selection) == 3
+def test_of_equal_costs_the_first_go_until_the_target_is_met():
+    costs = {"0": torch.tensor([[1.0, 2.0, 2.0, 3.0]]), "1": torch.tensor([[2.0, 2.0, 0.5, 2.0]])}
+    selection = select_elements(masks((1, 4), (1, 4)), costs, target_weights=3)
+    assert selection.keep["0"].elements.tolist() == [[False, False, False, True]]
+    assert selection.keep["1"].elements.tolist() == [[False, True, False, True]]
+    assert selection.structures_chosen == 5
+
+
+def test_zeros_go_first_however_many_there_are():
+    """More than are to go: a model that is sparse already."""
+    selection = select_elements(masks((2, 3)), {"0": torch.tensor([[0.0, -0.0, 4.0], [0.0, 0.0, 1.0]])}, 4)
+    assert selection.keep["0"].elements.tolist() == [[False, False, True], [True, True, True]]
+    assert selection.loss == 0.0
 
 
 @settings(deadline=None, max_examples=60)
@@ -89,7 +99,8 @@ def test_patterns_hold_in_every_group_after_all_shots(pattern, rows, groups, see
             assert not (mask.elements & ~before[name].elements).any()
             counts = mask.elements.view(len(mask.elements), -1, group).sum(-1)
             assert ((counts == group) | (counts == kept)).all()
-        assert sum(mask.weights for mask in keep.values()) >= target
+        left_over = sum(mask.weights for mask in keep.values()) - target
+        assert 0 <= left_over < group - kept
     for mask in keep.values():
         assert (mask.elements.view(len(mask.elements), -1, group).sum(-1) == kept).all()
 

@@ -186,6 +186,7 @@ class PruneConfig(BaseModel):
     precision: Precision = Field(
         "bfloat16", description="Arithmetic of the passes: bfloat16 or float32; sums are float32 in any case."
     )
+    trust_remote_code: bool = Field(False, description="Run code that the model's checkpoint brings; read it before.")
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
     lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")

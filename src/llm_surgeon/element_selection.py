@@ -42,7 +42,7 @@ class ElementSelection:
 
     Attributes:
         keep: What is left afterwards, per layer.
-        threshold: Every candidate scored at most this is gone.
+        threshold: Every candidate scored at most this is gone; of those that score next, and equally, the first may be.
         structures_chosen: Weights removed in this shot.
         loss: Sum of their costs, the predicted loss increase if they were independent.
         structures_implied: None ever: a weight has no partner that would die with it.
@@ -86,7 +86,7 @@ def _whole(keep: ElementMask, pattern: Pattern) -> Tensor:
 def select_elements(
     keep: Mapping[str, ElementMask], costs: Mapping[str, Tensor], target_weights: int, pattern: Pattern | None = None
 ) -> ElementSelection:
-    """Find the largest threshold whose removal leaves at least ``target_weights``.
+    """Remove the lowest scores until ``target_weights`` are left; of equal ones the first go first.
 
     Args:
         keep: Current masks per layer.
@@ -96,8 +96,16 @@ def select_elements(
     """
     each = 1 if pattern is None else pattern.removed
     removable = max(0, sum(mask.weights for mask in keep.values()) - target_weights) // each
-    threshold = largest_threshold((candidate_scores(keep[name], costs[name], pattern) for name in keep), removable)
-    after = {name: _remove_below(keep[name], costs[name], threshold, pattern) for name in keep}
+    threshold, going = largest_threshold(
+        (candidate_scores(keep[name], costs[name], pattern) for name in keep), removable
+    )
+    room, after = removable - going, {}
+    for name, mask in keep.items():
+        scores = candidate_scores(mask, costs[name], pattern)
+        equal = scores == _next_float(threshold) if room else torch.zeros_like(scores, dtype=torch.bool)
+        equal &= equal.cumsum(0) <= room
+        room -= int(equal.sum())
+        after[name] = _without(mask, costs[name], (scores <= threshold) | equal, pattern)
     gone = {name: keep[name].elements & ~mask.elements for name, mask in after.items()}
     return ElementSelection(
         after,
@@ -107,8 +115,10 @@ def select_elements(
     )
 
 
-def largest_threshold(scores: Iterable[Tensor], removable: int) -> float:
-    """The largest float32 t for which at most ``removable`` of all scores are at most t; -inf if there is none.
+def largest_threshold(scores: Iterable[Tensor], removable: int) -> tuple[float, int]:
+    """The largest float32 t for which at most ``removable`` of all scores are at most t, and how many those are.
+
+    It is -inf if there is none, and else, unless all scores may go, one bit pattern below the next score.
 
     Two passes of counting by the halves of the bit pattern: exact, ties stay together, and no sort of a hundred
     million numbers.
@@ -121,16 +131,21 @@ def largest_threshold(scores: Iterable[Tensor], removable: int) -> float:
     patterns = [(score + 0.0).view(torch.int32) for score in scores]
     upper = _first_bin_over([pattern >> _HALF for pattern in patterns], removable)
     if upper is None:
-        return max(
-            (float(pattern.max().view(torch.float32)) for pattern in patterns if len(pattern)), default=-math.inf
-        )
+        largest = (float(pattern.max().view(torch.float32)) for pattern in patterns if len(pattern))
+        return max(largest, default=-math.inf), sum(len(pattern) for pattern in patterns)
     bin_, before = upper
     inside = [pattern[pattern >> _HALF == bin_] & ((1 << _HALF) - 1) for pattern in patterns]
     lower = _first_bin_over(inside, removable - before)
     assert lower is not None
     # The smallest pattern that must stay; what is just below it may go.
     stays = (bin_ << _HALF) | lower[0]
-    return float(torch.tensor(stays - 1, dtype=torch.int32).view(torch.float32)) if stays else -math.inf
+    threshold = float(torch.tensor(stays - 1, dtype=torch.int32).view(torch.float32)) if stays else -math.inf
+    return threshold, before + lower[1]
+
+
+def _next_float(threshold: float) -> float:
+    """The float32 whose bit pattern follows that of a non-negative one; 0 after -inf."""
+    return max(0.0, float(torch.tensor(threshold).nextafter(torch.tensor(math.inf))))
 
 
 def _first_bin_over(keys: list[Tensor], limit: int) -> tuple[int, int] | None:
@@ -185,13 +200,18 @@ def keep_in_scope(scores: Tensor, sparsity: float, rowwise: bool, pattern: Patte
     return keep_highest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(scores.shape)
 
 
-def _remove_below(keep: ElementMask, costs: Tensor, threshold: float, pattern: Pattern | None) -> ElementMask:
+def _without(keep: ElementMask, costs: Tensor, goes: Tensor, pattern: Pattern | None) -> ElementMask:
+    """What is left of a layer without the marked ones of its ``candidate_scores``."""
     if pattern is None:
-        return ElementMask(keep.elements & ~(costs.float() <= threshold))
+        left = keep.elements.clone()
+        left[keep.elements] = ~goes
+        return ElementMask(left)
+    whole = _whole(keep, pattern)
+    marked = torch.zeros_like(whole)
+    marked[whole] = goes
     grouped = _grouped(costs, pattern)
-    cheapest = grouped.topk(pattern.removed, dim=-1, largest=False)
-    goes = (cheapest.values.sum(-1).float() <= threshold) & _whole(keep, pattern)
-    lost = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, cheapest.indices, True) & goes[..., None]
+    cheapest = grouped.topk(pattern.removed, dim=-1, largest=False).indices
+    lost = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, cheapest, True) & marked[..., None]
     return ElementMask(keep.elements & ~lost.view_as(keep.elements))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.errors import NonFiniteError, NotPositiveDefiniteError
-from llm_surgeon.linalg import ESCALATION, MAX_ESCALATIONS
+from llm_surgeon.linalg import ESCALATION, MAX_ESCALATIONS, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ def kronecker_sum(
         NonFiniteError: If a factor holds NaN or infinity.
         NotPositiveDefiniteError: If ``MAX_ESCALATIONS`` tenfold increases of the dampings do not help.
     """
-    if not all(bool(factor.sum().isfinite()) for factor in (*first, *second)):
+    if not all(is_finite(factor) for factor in (*first, *second)):
         raise NonFiniteError(
             f"A curvature factor of {name} holds NaN or infinity.",
             "Run with --precision float32, or look for overflowing activations in the model or damaged weights.",

@@ -14,12 +14,21 @@ logger = logging.getLogger(__name__)
 # Each escalation multiplies the damping by ten: 0.01 of the mean diagonal ends at 100 times that mean.
 ESCALATION = 10.0
 MAX_ESCALATIONS = 4
+# The scale of a factor that is zero throughout: of inputs that are never active, of outputs without effect. What it
+# belongs to has to cost next to nothing, and the product of two inverses has to stay within float32.
+NOTHING = 1e-15
 
 
 def damping_of(matrix: Tensor, fraction: float) -> float:
     """The damping lambda of a factor: ``fraction`` of the mean of its diagonal."""
-    # A factor that is zero throughout (inputs that are never active) has no scale of its own.
-    return fraction * (float(matrix.diagonal().mean()) or 1.0)
+    return fraction * (float(matrix.diagonal().mean()) or NOTHING)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass without a temporary, unless the sum itself overflows."""
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
+    # A sum is finite only if every term is, but large terms may make an infinite sum.
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
@@ -37,8 +46,7 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
         NonFiniteError: If the matrix holds NaN or infinity.
         NotPositiveDefiniteError: If ``MAX_ESCALATIONS`` tenfold increases of the damping do not help.
     """
-    # A sum is finite only if every term is, and costs one pass without a temporary.
-    if not bool(matrix.sum().isfinite()):
+    if not is_finite(matrix):
         raise NonFiniteError(
             f"The curvature factor of {name} holds NaN or infinity.",
             "Run with --precision float32, or look for overflowing activations in the model or damaged weights.",

@@ -106,6 +106,7 @@ class Selection:
         structures_chosen: How many rows and columns were removed for their cost.
         structures_implied: How many died because a partner did; they cost nothing and are not compensated for.
         loss: Sum of the costs of what was chosen, the predicted loss increase if the choices were independent.
+        groups: What was chosen from besides single rows and columns.
     """
 
     keep: dict[str, KeepMask]
@@ -114,6 +115,7 @@ class Selection:
     structures_chosen: int
     structures_implied: int
     loss: float
+    groups: Sequence[Group]
 
 
 @dataclass(frozen=True)
@@ -377,7 +379,7 @@ def _explain(
             for name, mask in chosen.items()
             for axis in AXES
         )
-    return Selection(after, chosen, threshold, own, count - own, loss)
+    return Selection(after, chosen, threshold, own, count - own, loss, groups)
 
 
 def _count_structures(mask: KeepMask) -> int:

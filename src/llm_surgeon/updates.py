@@ -120,7 +120,11 @@ def remove_elements(
         if square <= tolerance**2 * first:
             break
         image = fisher(direction) * mask
-        length = square / float((direction * image).sum())
+        curvature = float((direction * image).sum())
+        if not curvature:
+            # It underflows: what is left to gain is less than the type can hold.
+            break
+        length = square / curvature
         x.add_(direction, alpha=length)
         residual.sub_(image, alpha=length)
         scaled = residual / diagonal

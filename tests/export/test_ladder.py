@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from choosing import masked, shrink
+from choosing import made_up_costs, masked, shrink
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.form import form_of
@@ -65,7 +65,7 @@ def random_masks(anatomy, recipe, seed=1):
     """What a recipe leaves if costs are random."""
     generator = torch.Generator().manual_seed(seed)
     structure = Shapes(recipe, anatomy)
-    costs = structure.made_up_costs(lambda count: torch.rand(count, generator=generator))
+    costs = made_up_costs(structure, anatomy, lambda count: torch.rand(count, generator=generator))
     return structure.select(costs, round((1 - recipe.sparsity) * anatomy.prunable_weights)).keep
 
 

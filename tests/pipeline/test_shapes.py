@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from choosing import made_up_costs
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
@@ -68,13 +69,13 @@ def test_no_block_is_emptied_unless_asked(family):
     _, anatomy = examined(family)
     recipe = config(structure="neurons+heads", round_to=1, min_width=0.2)
     structure = Shapes(recipe, anatomy)
-    keep = structure.select(structure.made_up_costs(torch.ones), 0).keep
+    keep = structure.select(made_up_costs(structure, anatomy, torch.ones), 0).keep
     for part in anatomy.feed_forwards:
         assert int(keep[part.output.layer].columns.sum()) == 8
     for part in anatomy.attentions:
         assert present_heads(part, keep).any()
     emptied = Shapes(config(structure="neurons+heads", round_to=1, min_width=0.0), anatomy)
-    assert count_weights(emptied.select(emptied.made_up_costs(torch.ones), 0).keep) == 0
+    assert count_weights(emptied.select(made_up_costs(emptied, anatomy, torch.ones), 0).keep) == 0
 
 
 @pytest.mark.parametrize("structure", ["neurons", "neurons+heads"])
@@ -132,7 +133,7 @@ def test_costs_of_sides_are_those_of_least_squares():
 def test_a_group_is_killed_by_its_cheapest_side_and_only_that_is_made_up_for():
     _, anatomy = examined("llama")
     structure = Shapes(config(structure="heads"), anatomy)
-    costs = structure.made_up_costs(lambda count: torch.full((count,), 9.0))
+    costs = made_up_costs(structure, anatomy, lambda count: torch.full((count,), 9.0))
     keys = {structure._couplings[key.coupling].kind: key for key in costs[anatomy.attentions[0].value.layer].sides}
     cheap = costs[anatomy.attentions[0].value.layer].sides[keys["key/value group"]]
     cheap[1] = 0.5

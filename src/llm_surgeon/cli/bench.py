@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.shared import command_line, console, errors_as_messages, write_result
+from llm_surgeon.cli.shared import TrustRemoteCode, command_line, console, errors_as_messages, write_result
 from llm_surgeon.report.log import log_to_stderr
 from llm_surgeon.torchrun import require_one_process
 
@@ -36,10 +36,11 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure speed, peak memory and loading time of each MODEL, the speed in alternating pairs with a reference.
 
-    Runs modelling code that the exports bring. If a model fails, the others go on, and the exit status is 1.
+    If a model fails, the others go on, and the exit status is 1.
     """
     with errors_as_messages():
         require_one_process("bench")
@@ -63,6 +64,7 @@ def bench(
             device=device,
             dtype=dtype,
             command=command_line(),
+            trust_remote_code=trust_remote_code,
         )
         console().print(bench_tables(result))
         if out is not None:

@@ -45,6 +45,7 @@ def compare(
     device: Annotated[str | None, option("device")] = None,
     dtype: Annotated[str | None, option("dtype")] = None,
     precision: Annotated[str | None, option("precision")] = None,
+    trust_remote_code: Annotated[bool | None, option("trust_remote_code")] = None,
     evaluation: Annotated[str | None, option("evaluation")] = None,
     eval_window: Annotated[int | None, option("eval_window")] = None,
     eval_stride: Annotated[int | None, option("eval_stride")] = None,

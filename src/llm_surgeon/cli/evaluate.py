@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import console, errors_as_messages, print_error, write_result
+from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages, print_error, write_result
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.report.log import log_to_stderr, quiet_transformers
 from llm_surgeon.torchrun import require_one_process
@@ -46,8 +46,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
     precision: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure MODEL: perplexity of a text, accuracy on tasks, or both. Runs modelling code that the export brings."""
+    """Measure MODEL: perplexity of a text, accuracy on tasks, or both."""
     with errors_as_messages():
         require_one_process("eval")
         if tasks is None and any(option is not None for option in (tasks_path, few_shot, limit, batch_size)):
@@ -64,7 +65,7 @@ def evaluate(
         if out is not None:
             check_result_file(out)
         selection = None if tasks is None else find_tasks(tasks.split(","), tasks_path)
-        network, tokenizer = load(model, dtype, device)
+        network, tokenizer = load(model, dtype, device, trust_remote_code)
         perplexity = scores = None
         if selection is None or data is not None:
             perplexity = measure(

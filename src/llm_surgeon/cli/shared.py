@@ -39,6 +39,10 @@ _PANELS = {
     "Texts": ("calibration", "samples", "seq_len", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
 }
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings, if it is no export of ours.")
+]
+
 
 def option(name: str, more: str = "", default: Any = None) -> Any:
     """The command-line option of a recipe's key, with its help, and more of it, and the default that the recipe gives.

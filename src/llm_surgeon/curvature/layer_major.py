@@ -8,6 +8,7 @@ tokens, ``[tokens, width]`` each, wait in a store.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, PassResult, check_loss, draws_of
+from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, PassResult, draws_of
 from llm_surgeon.curvature.sweep import Batch, Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.head import head_loss, sample_labels
 from llm_surgeon.models.modes import arithmetic, frozen, reduced_weights
+from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.processes import Processes
 from llm_surgeon.storage import Stored, TensorStore
 
@@ -119,8 +121,9 @@ class LayerMajorPass:
             for waiting in self._waiting:
                 with arithmetic(self._device, how.precision):
                     loss += self._head_of_batch(waiting, backward, sequence)
+                    if not math.isfinite(loss):
+                        raise loss_not_finite(self._model, waiting.batch.input_ids, "the calibration tokens")
                 sequence += len(waiting.batch.input_ids)
-                check_loss(loss)
         return loss
 
     def _head_of_batch(self, waiting: _Waiting, backward: bool, sequence: int) -> float:

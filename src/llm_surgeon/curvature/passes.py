@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.methods import CurvatureName
 from llm_surgeon.models.head import backward as back_propagate
 from llm_surgeon.models.head import head_loss, label_positions, last_states, sample_labels
 from llm_surgeon.models.modes import arithmetic, fast_pass
+from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.processes import ALONE, Processes
 
 Advance = Callable[[int], None]
@@ -94,9 +94,10 @@ def run_pass(
             # batches they leave no room there for the next ones, and the memory of a pass grows with every batch.
             with arithmetic(device, how.precision):
                 loss += _run_batch(model, batch, backward, draws)
+                if not math.isfinite(loss):
+                    raise loss_not_finite(model, batch.input_ids, "the calibration tokens")
             count += len(batch.positions)
             advance(input_ids.numel())
-            check_loss(loss)
     loss, counted = processes.total(loss, count)
     return PassResult(loss / counted, round(counted), how.sampled_labels or 1)
 
@@ -149,16 +150,3 @@ def _run_batch(model: PreTrainedModel, batch: LabelledBatch, backward: bool, dra
     for number, labels in enumerate(sample_labels(model, last, draws), start=1):
         back_propagate(model, states, batch.positions, labels, keep_graph=number < draws.shape[1])
     return head_loss(model, last, batch.labels)
-
-
-def check_loss(loss: float) -> None:
-    """Make sure that the loss so far is a number.
-
-    Raises:
-        NonFiniteError: If it is not.
-    """
-    if not math.isfinite(loss):
-        raise NonFiniteError(
-            "The loss on the calibration tokens is not finite: the activations of the model overflow.",
-            "Run with --precision float32 and --dtype float32, or check the checkpoint's weights.",
-        )

@@ -114,9 +114,14 @@ def load_corpus(spec: str) -> Corpus:
     if spec == "demo" or spec.startswith("demo:"):
         return _load_demo(spec)
     path = os.path.expanduser(spec)
-    if path.lower().endswith(FILE_TYPES) or os.path.exists(path):
+    if path.lower().endswith(FILE_TYPES) or _is_path(spec) or os.path.exists(path):
         return _load_file(Path(path))
     return _load_hub(spec)
+
+
+def _is_path(spec: str) -> bool:
+    """Whether a specification is the path of a file by its looks, there or not; no data set is called so."""
+    return spec.startswith(("/", "./", "../", "~")) or "\\" in spec or "\0" in spec
 
 
 def _load_demo(spec: str) -> Corpus:

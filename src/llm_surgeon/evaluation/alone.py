@@ -30,6 +30,7 @@ class Task(Record):
     prompt: int
     generate: int
     batches: tuple[int, ...]
+    trust_remote_code: bool = False
 
 
 class Answer(Record):
@@ -74,7 +75,7 @@ def _measure(task: Task) -> OwnMeasures:
     reset_peak(device)
     before = peak_bytes(device)
     start = perf_counter()
-    model = load_model(task.source, task.dtype, device, trust_remote_code=True)
+    model = load_model(task.source, task.dtype, device, task.trust_remote_code)
     synchronise(device)
     seconds = perf_counter() - start
     peaks = {}

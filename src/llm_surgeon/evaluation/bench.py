@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,18 @@ from llm_surgeon.evaluation.alone import Task, measure_apart
 from llm_surgeon.evaluation.bench_records import Bench, BenchModel, BenchRun, OwnMeasures
 from llm_surgeon.evaluation.pairs import time_pair
 from llm_surgeon.evaluation.speed import Workload, describe
-from llm_surgeon.models.loading import check_dtype, load_model, local_directory, positions_of, resolve_device
+from llm_surgeon.models.loading import (
+    check_dtype,
+    load_model,
+    local_directory,
+    positions_of,
+    resolve_device,
+    resolve_source,
+)
 from llm_surgeon.records import Failure
 from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class _Setting:
     compiled: bool
     device: torch.device
     dtype: str
+    trust_remote_code: bool = False
 
 
 def bench(
@@ -47,10 +52,9 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     command: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Bench:
     """Measure loading time, peak memory and speed of models, each against a reference.
-
-    Modelling code that a model brings is run, as with ``load``; only measure models that you trust.
 
     Args:
         models: Exports of this package, Hugging Face directories, hub ids, or ``demo``: one or several.
@@ -63,6 +67,7 @@ def bench(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         command: For the record.
+        trust_remote_code: Whether code that a model brings may run, see ``load``.
 
     Returns:
         What was measured, the reference first. A model that cannot be compiled or timed has a failure in its place.
@@ -74,7 +79,7 @@ def bench(
     """
     listed = [models] if isinstance(models, str | Path) else list(models)
     given = [str(model) for model in ([] if against is None else [against]) + listed]
-    setting = _setting(batches, prompt, generate, repeats, compiled, device, dtype)
+    setting = _setting(batches, prompt, generate, repeats, compiled, device, dtype, trust_remote_code)
     if not listed or not batches:
         raise ConfigError("There is nothing to measure.", "Name at least one model and one batch.")
     for model in given:
@@ -100,22 +105,29 @@ def bench(
 
 
 def _setting(
-    batches: Sequence[int], prompt: int, generate: int, repeats: int, compiled: bool, device: str, dtype: str
+    batches: Sequence[int],
+    prompt: int,
+    generate: int,
+    repeats: int,
+    compiled: bool,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
 ) -> _Setting:
     works = tuple(Workload(prompt, generate, batch, repeats) for batch in sorted(set(batches)))
     check_dtype(dtype)
-    return _Setting(works, compiled, resolve_device(device), dtype)
+    return _Setting(works, compiled, resolve_device(device), dtype, trust_remote_code)
 
 
 def _check(model: str, setting: _Setting) -> None:
     """Find what is wrong with a model before anything expensive, without running its code."""
-    path = Path(model)
-    remedy = "Give a directory that holds a Hugging Face checkpoint, a hub id, or the word demo."
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"There is no config.json in {model}.", remedy)
-    if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(model)):
-        raise ModelError(f"There is no directory {model}.", remedy)
-    positions = positions_of(str(local_directory(model)) if model == "demo" else model)
+    source = resolve_source(model)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelError(
+            f"There is no config.json in {model}.",
+            "Give a directory that holds a Hugging Face checkpoint, a hub id, or the word demo.",
+        )
+    positions = positions_of(source)
     try:
         setting.works[0].check_positions(positions)
     except ConfigError as error:
@@ -148,6 +160,7 @@ def _measure_own(name: str, source: Path, setting: _Setting) -> OwnMeasures:
             prompt=work.prompt,
             generate=work.generate,
             batches=tuple(work.batch for work in setting.works),
+            trust_remote_code=setting.trust_remote_code,
         )
     )
     if answer.own is None:
@@ -169,7 +182,7 @@ def _runs(models: Sequence[BenchModel], setting: _Setting) -> Iterator[BenchRun]
 
 
 def _load(model: BenchModel, setting: _Setting) -> PreTrainedModel:
-    return load_model(model.source, setting.dtype, setting.device, trust_remote_code=True)
+    return load_model(model.source, setting.dtype, setting.device, setting.trust_remote_code)
 
 
 def _pair_runs(names: Sequence[str], models: Sequence[PreTrainedModel], setting: _Setting) -> Iterator[BenchRun]:

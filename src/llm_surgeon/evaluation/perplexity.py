@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.errors import ConfigError, DataError, NonFiniteError
+from llm_surgeon.errors import ConfigError, DataError
 from llm_surgeon.models.head import head_loss
 from llm_surgeon.models.modes import arithmetic, frozen
+from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import Perplexity
 
@@ -94,10 +95,7 @@ def perplexity(
             scoring = hidden[first - 1 : -1]
             loss = head_loss(model, scoring, ids[first:])
             if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"The loss of the evaluation window at token {start} is not finite.",
-                    "Evaluate with --precision float32, or check the model's weights.",
-                )
+                raise loss_not_finite(model, ids[None], f"the evaluation window at token {start}")
             observe(scoring)
             means += loss / (text.window - first)
             scored += text.window - first

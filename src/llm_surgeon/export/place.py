@@ -25,6 +25,7 @@ def check_output(out: Path) -> None:
     Raises:
         OutputError: If it is a file, a directory that is not empty, or cannot be written.
     """
+    _check_possible(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         kind = "is not empty" if out.is_dir() else "is a file"
         raise OutputError(f"The output directory {out} {kind}.", "Give a new directory, or remove this one first.")
@@ -39,11 +40,27 @@ def check_result_file(out: Path) -> None:
     Raises:
         OutputError: If there is something of that name, or its directory does not exist or cannot be written.
     """
+    _check_possible(out)
     if out.exists():
         raise OutputError(f"The file {out} exists.", "Name another one, or remove this one first.")
     parent = out.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"No file can be made in {parent}.", "Name a file in a directory that you may write.")
+
+
+def _check_possible(out: Path) -> None:
+    """Make sure that a file system can have such a name.
+
+    Raises:
+        OutputError: If it is too long, or holds a NUL.
+    """
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{str(out)[:100]!r} cannot be an output: {reason}.", "Give another --out.") from None
 
 
 def check_disk_space(out: Path, needed: int) -> None:

@@ -103,20 +103,25 @@ def export_type(family: Family) -> str:
     return f"llm_surgeon_{family.model_type}"
 
 
+def auto_map(family: Family) -> dict[str, str]:
+    """Which classes of the modelling file transformers is to take."""
+    module = Path(MODELING_FILE).stem
+    return {
+        "AutoConfig": f"{module}.Pruned{family.config_class}",
+        "AutoModelForCausalLM": f"{module}.Pruned{family.model_class}",
+    }
+
+
 def _write_config(model: PreTrainedModel, anatomy: Anatomy, form: Form, directory: Path) -> None:
     family, path = anatomy.family, directory / "config.json"
     names = type(model.config).attribute_map
     config = json.loads(path.read_text(encoding="utf8"))
     config |= {names.get(name, name): value for name, value in form.settings.items()}
     if not form.plain:
-        module = Path(MODELING_FILE).stem
         config |= {
             "model_type": export_type(family),
             "architectures": [f"Pruned{family.model_class}"],
-            "auto_map": {
-                "AutoConfig": f"{module}.Pruned{family.config_class}",
-                "AutoModelForCausalLM": f"{module}.Pruned{family.model_class}",
-            },
+            "auto_map": auto_map(family),
         }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.errors import NonFiniteError
+from llm_surgeon.linalg import is_finite
+
 # Tokens whose logits exist at once: a vocabulary of 50,000 in float32 makes 100 MB of these. With fewer, the head's
 # weights are read too often.
 CHUNK = 512
@@ -150,12 +153,21 @@ def sample_labels(model: PreTrainedModel, hidden: Tensor, draws: Tensor) -> Tens
 
     Returns:
         ``[samples, n]``.
+
+    Raises:
+        NonFiniteError: If a prediction is not finite.
     """
     head = Head(model)
     parts = []
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
-        cumulative = head(hidden[part]).softmax(-1).cumsum(-1)
+        probabilities = head(hidden[part]).softmax(-1)
+        if not is_finite(probabilities):
+            raise NonFiniteError(
+                "The model's predictions for the calibration tokens are not finite.",
+                "Run with --precision float32 and --dtype float32, or check the checkpoint's weights.",
+            )
+        cumulative = probabilities.cumsum(-1)
         # Rounded, the sum is not quite 1.
         labels = torch.searchsorted(cumulative, draws[part] * cumulative[:, -1:], right=True)
         parts.append(labels.clamp(max=cumulative.shape[-1] - 1))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,7 @@ from transformers import (
 
 from llm_surgeon.data.demo import demo_model
 from llm_surgeon.errors import ConfigError, ModelError
+from llm_surgeon.models.trust import check_format, check_name, is_own_export
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -28,12 +31,20 @@ DTYPES: dict[str, Any] = {
 }
 # Weights that a hub repository may hold besides its safetensors.
 _OTHER_FORMATS = ["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.pt", "*.pth", "*/*", "consolidated*"]
-_FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+_FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 def resolve_source(model: str) -> str:
-    """``demo`` as the directory of the demo model, fetched if need be; anything else as it is."""
-    return str(demo_model()) if model == "demo" else model
+    """``demo`` as the directory of the demo model, fetched if need be; a path with its ``~``, a hub id as it is.
+
+    Raises:
+        ModelError: If there is no such directory, and it cannot be a hub id.
+    """
+    if model == "demo":
+        return str(demo_model())
+    source = os.path.expanduser(model)
+    check_name(source)
+    return source
 
 
 def resolve_device(device: str) -> torch.device:
@@ -93,7 +104,7 @@ def local_directory(model: str) -> Path:
     if path.is_dir():
         return path
     try:
-        return Path(snapshot_download(model, ignore_patterns=_OTHER_FORMATS))
+        return Path(snapshot_download(str(path), ignore_patterns=_OTHER_FORMATS))
     except _FAILURES as error:
         raise _not_loaded(model, "model", error) from None
 
@@ -130,14 +141,18 @@ def _stamp(path: Path) -> str:
     return f"{status.st_size:,} bytes of {datetime.datetime.fromtimestamp(seconds, datetime.UTC):%F %T}.{rest:09d}"
 
 
-def load_config(source: str) -> Any:
+def load_config(source: str, trust_remote_code: bool = False) -> Any:
     """The configuration of a local directory or a hub id.
 
+    Args:
+        source: A local directory or a hub id.
+        trust_remote_code: Whether code of the checkpoint may run.
+
     Raises:
-        ModelError: If there is none.
+        ModelError: If there is none, or it needs code that may not run.
     """
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=_runs_code(source, trust_remote_code))
     except _FAILURES as error:
         raise _not_loaded(source, "configuration", error) from None
 
@@ -147,14 +162,15 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
 
     Args:
         source: A local directory or a hub id.
-        trust_remote_code: Whether code of the checkpoint may run; transformers reads an export's configuration class
-            before its tokenizer, and asks at the terminal if it is told neither yes nor no.
+        trust_remote_code: Whether code of the checkpoint may run, if it is not an export of this package.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If there is none, or it needs code that may not run.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        # Transformers reads an export's configuration class before its tokenizer.
+        trusted = _runs_code(source, trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
         return tokenizer
     except _FAILURES as error:
         raise _not_loaded(source, "tokenizer", error) from None
@@ -169,14 +185,19 @@ def load_model(
         source: A local directory or a hub id.
         dtype: A name of ``DTYPES``.
         device: Where to put it.
-        trust_remote_code: Whether to run modelling code of the checkpoint; exports of this package need it.
+        trust_remote_code: Whether code of the checkpoint may run, if it is not an export of this package.
 
     Raises:
-        ModelError: If it cannot be loaded.
+        ModelError: If it cannot be loaded, needs code that may not run, or holds its weights in another format than
+            safetensors.
     """
+    check_format(Path(source))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+            source,
+            dtype=DTYPES[dtype],
+            trust_remote_code=_runs_code(source, trust_remote_code),
+            use_safetensors=True,
         )
     except _FAILURES as error:
         raise _not_loaded(source, "model", error) from None
@@ -186,28 +207,37 @@ def load_model(
 
 
 def load(
-    path: str | Path, dtype: str = "auto", device: str = "auto"
+    path: str | Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an export of this package, or any causal language model, with its tokenizer.
-
-    The modelling code in the export is run, as it is with ``trust_remote_code=True`` in transformers; only load
-    exports that you trust.
 
     Args:
         path: A directory, a hub id, or ``demo``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        trust_remote_code: Whether code of the checkpoint may run. The modelling file of a local export is run in any
+            case if it is byte for byte what this version writes.
 
     Raises:
-        ModelError: If there is no model to load.
+        ModelError: If there is no model to load, or it needs code that may not run.
         ConfigError: If the device does not exist or the type is not known.
     """
     check_dtype(dtype)
     source, where = resolve_source(str(path)), resolve_device(device)
-    return load_model(source, dtype, where, trust_remote_code=True), load_tokenizer(source, True)
+    return load_model(source, dtype, where, trust_remote_code), load_tokenizer(source, trust_remote_code)
+
+
+def _runs_code(source: str, trust_remote_code: bool) -> bool:
+    return trust_remote_code or is_own_export(Path(source))
 
 
 def _not_loaded(source: str, what: str, error: BaseException) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"The {what} of {source!r} needs code that the checkpoint brings, which is not run unasked.",
+            "Read that code, and run the command with --trust-remote-code if you trust it (in Python: "
+            "trust_remote_code=True).",
+        )
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return ModelError(
         f"The {what} of {source!r} cannot be loaded: {reason.rstrip('.')}.",

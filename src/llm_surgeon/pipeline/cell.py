@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.config import PruneConfig
@@ -45,8 +46,8 @@ def measure_dense(
         SurgeonError: If the model cannot be loaded or the texts cannot be read.
     """
     source = resolve_source(model)
-    prepared = _prepared(load_tokenizer(source), config, texts)
-    network = load_model(source, config.dtype, resolve_device(config.device))
+    prepared = _prepared(load_tokenizer(source, config.trust_remote_code), config, texts)
+    network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
     text = _evaluation(prepared)
     with progress.phase("dense: perplexity", text.work) as phase:
         measured, states = reference_states(network, text, phase.advance)
@@ -86,9 +87,9 @@ def measure_cell(
     if config.lora:
         require_peft()
     source = resolve_source(model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
     prepared = _prepared(tokenizer, config, texts)
-    network = load_model(source, config.dtype, resolve_device(config.device))
+    network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     # Reordered channels reorder the head too, and the dense model's states are in their old order.
     dense_head = Head(network, own_copy=True) if config.permute else None
@@ -96,7 +97,7 @@ def measure_cell(
     silent = Texts(prepared.calibration, None)
     report = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model)).report
     text = _evaluation(prepared)
-    states = load_file(reference)["states"]
+    states = _states(reference)
     with progress.phase("pruned: perplexity and divergence", text.work) as phase:
         measured, divergence = perplexity_and_divergence(network, text, states, phase.advance, dense_head)
     return CellMeasures(
@@ -108,6 +109,16 @@ def measure_cell(
         calibration=report.calibration,
         versions=report.versions,
     )
+
+
+def _states(reference: Path) -> Tensor:
+    try:
+        return load_file(reference)["states"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(
+            f"The dense model's hidden states in {reference} cannot be read: {error}.",
+            "Remove the file and run the command again.",
+        ) from None
 
 
 def _prepared(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: str | None) -> Texts:

@@ -30,6 +30,7 @@ from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.permuting import StreamOrder, reorder_block
 from llm_surgeon.pipeline.result import ShotResult
+from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.watched import Watched, watch
 from llm_surgeon.processes import ALONE, Processes
@@ -282,7 +283,10 @@ class _Run:
 
         with self._clock.phase("update"):
             for name, (weight, keep) in self._share_out(layers, solved):
-                core_of(self._model, self._anatomy.layers[name]).weight.data.copy_(weight)
+                layer = self._anatomy.layers[name]
+                core = core_of(self._model, layer)
+                core.weight.data.copy_(weight)
+                check_written(layer, core)
                 kept[name] = keep
         return kept
 

@@ -228,7 +228,7 @@ def prune_checkpoint(
         done = processes.from_first(finished)
         if done is not None:
             return done
-        tokenizer = load_tokenizer(skeleton.source)
+        tokenizer = load_tokenizer(skeleton.source, config.trust_remote_code)
         texts = prepare_texts(tokenizer, config)
         resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, texts))
         job = _loaded_job(model, skeleton, tokenizer, texts, resolved, device, progress, command, processes)
@@ -292,7 +292,7 @@ def _loaded_job(
     if config.target is None and processes.count == 1:
         foreseen = foresee(model, skeleton, config, device, texts)
         warn_if_short(foreseen)
-    network = load_model(skeleton.source, config.dtype, device)
+    network = load_model(skeleton.source, config.dtype, device, config.trust_remote_code)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     config = processes.from_first(partial(latency_based, config, network, anatomy))
     shown = _shown(progress, processes)
@@ -416,7 +416,8 @@ def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
 def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -> SpeedComparison:
     """Time the dense model, loaded once more, against the pruned one."""
     logger.info("measuring the speed of the dense and the pruned model")
-    dense = load_model(source, job.config.dtype, next(job.model.parameters()).device)
+    device = next(job.model.parameters()).device
+    dense = load_model(source, job.config.dtype, device, job.config.trust_remote_code)
     longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
     generate = min(_GENERATED, max(1, longest // 4))
     prompt = min(_PROMPT, longest - generate)

@@ -194,7 +194,7 @@ class Shapes:
             for axis in AXES:
                 alive = keep.axis(axis)
                 yield scores.axis(axis)[alive], ~selection.keep[name].axis(axis)[alive]
-        for group in self._groups(costs, None) if singles is None else ():
+        for group in selection.groups if singles is None else ():
             alive = group.score.isfinite()
             side = group.coupling.sides[0]
             left = selection.keep[side.layer].axis(side.axis)[side.index].any(1)
@@ -226,20 +226,6 @@ class Shapes:
         """Begin with what an earlier run has left."""
         self.masks = masks
 
-    def made_up_costs(self, draw: Callable[[int], Tensor]) -> dict[str, LayerCosts]:
-        """Costs of everything that nobody estimated.
-
-        Args:
-            draw: Makes as many as it is asked for.
-        """
-        return {
-            name: LayerCosts(
-                StructureCosts(draw(layer.rows), draw(layer.columns)) if self._singles else None,
-                {key: draw(len(side.index)) for key, side in self._sides_of(layer)},
-            )
-            for name, layer in self._anatomy.layers.items()
-        }
-
     def random_masks(self, sparsity: float, seed: int) -> Mapping[str, KeepMask]:
         """What is left when candidates go at random, large ones no sooner than small ones."""
         generator = torch.Generator().manual_seed(seed)
@@ -264,7 +250,7 @@ class Shapes:
 
     def least_weights(self) -> int:
         """Weights that are left when every candidate is gone."""
-        return 0 if self._singles else count_weights(self.select(self.made_up_costs(torch.ones), 0).keep)
+        return 0 if self._singles else count_weights(self.random_masks(1.0, seed=0))
 
 
 def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:

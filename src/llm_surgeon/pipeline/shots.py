@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -16,15 +17,21 @@ from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.anatomy import Anatomy
-from llm_surgeon.models.matrix import narrow_heads, read_matrix, write_matrix
+from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_matrix
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.result import ShotResult, Standing
-from llm_surgeon.pipeline.structures import Structure, structure_of
+from llm_surgeon.pipeline.solving import check_written
+from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
+
+logger = logging.getLogger(__name__)
+
+# Candidates are never divided: a few large ones may leave such a share of the weights unremoved.
+_COARSE = 0.02
 
 
 def run_shots(
@@ -81,9 +88,11 @@ def run_shots(
             )
         with clock.phase("selection"):
             costs = _all_costs(model, anatomy, structure, curvature, config, processes)
-            selection = structure.select(costs, round((1 - sparsity) * anatomy.prunable_weights))
+            target = round((1 - sparsity) * anatomy.prunable_weights)
+            selection = structure.select(costs, target)
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
+            _warn_if_short(structure.masks, selection.keep, target)
         with clock.phase("update"):
             _update(model, anatomy, structure, curvature, selection, config, processes)
         corrected = correct_shot(
@@ -112,6 +121,24 @@ def run_shots(
         # The factors would stay until the next are complete.
         del curvature
         yield result
+
+
+def _warn_if_short(before: Masks, after: Masks, target: int) -> None:
+    """Say so if a shot removes less than half of what it should.
+
+    Args:
+        before: What was left.
+        after: What is left.
+        target: Weights that should be.
+    """
+    was, left = (sum(mask.weights for mask in masks.values()) for masks in (before, after))
+    if left - target > max((was - target) / 2, _COARSE * was):
+        logger.warning(
+            "%s weights are removed instead of %s: the next candidates, all of equal cost together, would be too many; "
+            "costs are equal where weights are zero or layers have no effect",
+            f"{was - left:,}",
+            f"{was - target:,}",
+        )
 
 
 def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
@@ -176,5 +203,6 @@ def _update(
 
     for name, matrix in processes.share_out(_work(structure), matrix_of):
         write_matrix(model, anatomy.layers[name], after[name], extents[name], matrix)
+        check_written(anatomy.layers[name], core_of(model, anatomy.layers[name]))
     narrow_heads(model, anatomy, after)
     structure.commit(selection)

@@ -31,7 +31,7 @@ SUFFIXES: dict[str, dict[str, Any]] = {
 # What all variants have to have in common: the texts, and the dense model that they are compared with.
 SHARED = (
     *("calibration", "samples", "seq_len", "seed", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
-    *("dtype", "device", "precision"),
+    *("dtype", "device", "precision", "trust_remote_code"),
 )
 _SETTING = ("structure", "sparsity")
 
@@ -130,10 +130,10 @@ def _check_common(options: Options) -> None:
 
 
 def _check_variant(name: str, options: Options) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+ -]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}", name):
         raise ConfigError(
             f"A variant cannot be named {name!r}: a file is named after it.",
-            "Use letters, digits, spaces and the characters . _ + - in the name.",
+            "Use at most 100 letters, digits, spaces and the characters . _ + - in the name.",
         )
     wrong = [option for option in (*SHARED, *_SETTING, "export_shots") if option in options]
     if wrong:

@@ -74,7 +74,7 @@ def plan(model: str, config: PruneConfig, probe: bool = False) -> Plan:
             "What a latency comes to is only known once the model has been timed.",
             "Plan with --sparsity, or let prune find the sparsity.",
         )
-    texts = prepare_texts(load_tokenizer(source), config)
+    texts = prepare_texts(load_tokenizer(source, config.trust_remote_code), config)
     return foresee(model, skeleton, config, device, texts, probe=probe)
 
 

@@ -45,7 +45,7 @@ def probe_batch(skeleton: Skeleton, config: PruneConfig, device: torch.device, t
         ModelError: If the model cannot be loaded.
         NonFiniteError: If the loss is not finite.
     """
-    network = load_model(skeleton.source, config.dtype, device)
+    network = load_model(skeleton.source, config.dtype, device, config.trust_remote_code)
     anatomy = examine(network, skeleton.anatomy.family, config.ignore)
     ids, mask = next(iter(tokens.batches(config.batch_size)))
     batch = CalibrationTokens(ids, mask, {})

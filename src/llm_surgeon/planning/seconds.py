@@ -132,7 +132,7 @@ def _updates(skeleton: Skeleton, config: PruneConfig) -> float:
     if not _correlated(config):
         return 0.0
     products = [2 * r * c * (r + c) for r, c in ((x.rows, x.columns) for x in skeleton.anatomy.layers.values())]
-    if config.structure == "unstructured" or config.pattern is not None:
+    if not config.parts:
         return float(sum(products) * config.update_steps)
     return sum(products) / 4
 

@@ -13,6 +13,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.models.loading import DTYPES, load_config, model_type_of
+from llm_surgeon.models.trust import check_format
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.targets import count_based
 
@@ -61,14 +62,15 @@ def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
     """Find out from the configuration alone whether a model is supported, and what it is like.
 
     Raises:
-        ModelError: If there is no configuration.
+        ModelError: If there is no configuration, or the weights are not in safetensors.
         UnsupportedModelError: If there is no entry for the architecture.
         ConfigError: If every layer is ignored.
     """
+    check_format(Path(source))
     family = family_of(model_type_of(source))
-    settings = load_config(source)
+    settings = load_config(source, config.trust_remote_code)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(settings)
+        network = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     anatomy = examine(network, family, config.ignore)
     stored = getattr(settings, "dtype", None) or torch.float32
     return Skeleton(source, network, anatomy, stored, stored if config.dtype == "auto" else DTYPES[config.dtype])

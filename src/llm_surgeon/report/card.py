@@ -13,7 +13,7 @@ import yaml
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.methods import LAYERWISE, METHODS
 from llm_surgeon.records import PruneReport
-from llm_surgeon.report.table import markdown_table, scaled_bytes
+from llm_surgeon.report.table import escape, markdown_table, scaled_bytes
 
 LOADING = """\
 ## Loading
@@ -85,7 +85,7 @@ def model_card(report: PruneReport) -> str:
     """Write the README.md of the exported checkpoint: how to load it, what was done, measured and left open."""
     sections = [
         f"---\n{to_yaml(_front_matter(report))}---\n",
-        f"# {model_name(report.model)}, pruned\n",
+        f"# {escape(model_name(report.model))}, pruned\n",
         _loading(report),
         _what_was_done(report),
         f"## Measured\n\n{markdown_table(report)}{_checks(report)}",
@@ -196,4 +196,6 @@ def to_yaml(values: Any) -> str:
 
 
 def _fenced(language: str, text: str) -> str:
-    return f"```{language}\n{text.rstrip()}\n```\n"
+    # Longer than any fence in the text, which would end it.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
