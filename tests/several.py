@@ -22,6 +22,7 @@ COMMON = {
 # smaller batch size included; so few steps are always taken.
 RECIPES = {
     "kfac": ("llama-biased", {"shots": 3}),
+    "layer by layer": ("llama-biased", {"shots": 2, "order": "layer-major"}),
     "kfac, one by one": ("llama", {"shots": 1, "max_correlations": 1}),
     "neurons and heads": ("llama", {"shots": 2, "structure": "neurons+heads", "round_to": 4}),
     "unstructured": ("llama-biased", {"shots": 2, "structure": "unstructured", "sparsity": 0.6, "update_steps": 3}),

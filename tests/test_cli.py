@@ -69,7 +69,7 @@ def test_a_model_that_is_not_there_is_a_message(tmp_path, text_file):
         app, ["prune", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), "--calibration", str(text_file)]
     )
     assert done.exit_code == 1
-    assert "cannot be loaded" in flat(done.output)
+    assert "There is no directory" in flat(done.output)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def test_the_fused_attention_is_back_afterwards_also_after_an_error():
 
     def fail():
         with attention_by_blocks():
+            with attention_by_blocks():
+                pass
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
             raise KeyError
 

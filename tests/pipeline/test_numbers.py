@@ -67,7 +67,9 @@ def digests(text):
 
 
 def test_same_seed_same_bytes_in_this_process_and_in_another(text_file):
-    script = "import sys, test_numbers; [print(k, v, sep='=') for k, v in test_numbers.digests(sys.argv[1]).items()]"
+    # As many threads as here, where other tests may have set them.
+    script = f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+    script += "import sys, test_numbers; [print(k, v, sep='=') for k, v in test_numbers.digests(sys.argv[1]).items()]"
     here = Path(__file__).parent
     path = f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}; "
     other = subprocess.Popen([sys.executable, "-c", path + script, text_file], stdout=subprocess.PIPE, text=True)

@@ -98,8 +98,9 @@ def test_one_of_them_writes_shows_and_reports(checkpoint, text, tmp_path):
     assert json.loads((out / "shot-1" / "report.json").read_text(encoding="utf8"))["processes"] == 2
 
 
-def test_when_one_is_killed_the_others_end(checkpoint, text, tmp_path):
-    run = pruning(3, checkpoint, text, tmp_path / "out", "--shots", "2000", "--sparsity", "0.1")
+def test_when_one_is_killed_the_others_end_and_another_number_continues(checkpoint, text, tmp_path):
+    out, options = tmp_path / "out", ["--shots", "12", "--sparsity", "0.3", "--eval-tokens", "64"]
+    run = pruning(3, checkpoint, text, out, *options)
     try:
         for line in run.stderr:
             if "shot 2/" in line:
@@ -115,7 +116,15 @@ def test_when_one_is_killed_the_others_end(checkpoint, text, tmp_path):
     assert "nother process of this run has ended" in errors
     # torchrun has a stack trace of its own.
     assert "llm_surgeon/" not in errors
-    assert not list(tmp_path.iterdir()), "something is left of the export"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
+    status, _, errors = ended(pruning(2, checkpoint, text, out, *options))
+    assert status == 0, errors
+    assert errors.count("continuing after shot") == 1
+    assert "processes was '3' and is '2'" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    report = json.loads((out / "report.json").read_text(encoding="utf8"))
+    assert len(report["shots"]) == 12
+    assert len(report["continued"]) == 1
 
 
 def test_mistakes_are_said_once(checkpoint, text, tmp_path):

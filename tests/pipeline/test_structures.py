@@ -88,7 +88,7 @@ def test_the_export_is_plain_and_needs_no_remote_code(structure, checkpoint, tex
     assert report.speed is None
     assert report.export.weight_bytes >= report.dense_size.total
     card = (out / "README.md").read_text()
-    assert "trust_remote_code" not in card
+    assert "trust_remote_code=True" not in card
     assert "no faster" in card
 
 

@@ -91,7 +91,7 @@ def test_a_run_is_the_same_in_either_order_and_on_disk(checkpoint, recipe, tmp_p
     for order in ("batch-major", "layer-major"):
         config = recipe(order=order, precision="float32", sparsity=0.3)
         reports[order] = prune_checkpoint(str(checkpoint), tmp_path / order, config)
-        assert bool(on_disk) == (order == "layer-major")
+        assert bool(max(on_disk)) == (order == "layer-major")
     assert max(on_disk) > 100_000
     one, other = reports.values()
     assert other.plan.order == "layer-major"

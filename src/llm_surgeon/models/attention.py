@@ -25,6 +25,9 @@ _FUSED = "sdpa"
 @contextmanager
 def attention_by_blocks() -> Iterator[None]:
     """Let every model whose attention is the fused one use ``CausalAttention`` wherever that can stand in for it."""
+    if ALL_ATTENTION_FUNCTIONS[_FUSED] is _attend:
+        yield
+        return
     ALL_ATTENTION_FUNCTIONS[_FUSED] = _attend
     try:
         yield
