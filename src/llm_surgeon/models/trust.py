@@ -65,10 +65,12 @@ def is_own_export(directory: Path) -> bool:
         return False
     if "auto_map" in _json(directory / "tokenizer_config.json"):
         return False
-    # What lies below (exports of single shots) is out of reach of a modelling file that is known.
-    if list(directory.glob("*.py")) != [directory / MODELING_FILE]:
-        return False
-    return (directory / MODELING_FILE).read_bytes() == modeling_text(family).encode("utf8")
+    known = modeling_text(family).encode("utf8")
+    code = [path for path in directory.rglob("*.py") if path.parent.name != "__pycache__"]
+    # Exports of single shots may lie below, and each has the file; transformers looks for code in other places too.
+    places = {directory, *(path for path in directory.glob("shot-*") if path.is_dir())}
+    in_place = all(path.name == MODELING_FILE and path.parent in places for path in code)
+    return in_place and directory / MODELING_FILE in code and all(path.read_bytes() == known for path in code)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
