@@ -34,6 +34,15 @@ def test_room_that_is_given_back_is_used_again(tmp_path):
     assert torch.equal(third.get(), torch.ones(25))
 
 
+@pytest.mark.parametrize("host", [0, 10**6])
+def test_what_nobody_holds_gives_its_room_back(host, tmp_path):
+    store = TensorStore(CPU, Budgets(host=host), tmp_path)
+    stored = store.put(torch.zeros(20))
+    del stored
+    assert store.bytes_on_disk == 0
+    assert store._free["host"] == host
+
+
 def test_empty_tensors_need_no_room(tmp_path):
     stored = TensorStore(CPU, Budgets(host=-1), tmp_path).put(torch.zeros(0, 3))
     assert stored.get().shape == (0, 3)

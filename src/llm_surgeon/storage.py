@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ class Budgets:
 
 
 class Stored:
-    """One tensor of a store.
+    """One tensor of a store; its bytes are given back with ``release``, or when nobody holds it any more.
 
     Args:
         read: Gives the tensor, wherever it is.
@@ -36,7 +37,9 @@ class Stored:
 
     def __init__(self, read: Callable[[], Tensor], device: torch.device, released: Callable[[], None]) -> None:
         self._read: Callable[[], Tensor] | None = read
-        self._device, self._released = device, released
+        self._device = device
+        self._gone = weakref.finalize(self, released)
+        self._gone.atexit = False
 
     def get(self) -> Tensor:
         """The tensor, on the device. It may be the stored one itself: not to be changed."""
@@ -46,9 +49,8 @@ class Stored:
 
     def release(self) -> None:
         """Give its bytes back."""
-        if self._read is not None:
-            self._read = None
-            self._released()
+        self._read = None
+        self._gone()  # the first time only
 
 
 class TensorStore:

@@ -105,6 +105,11 @@ def test_limits_need_a_checkpoint(recipe):
         prune(build("llama"), tokenizer(), recipe(host_memory=10**9))
 
 
+def test_a_cpu_has_no_device_memory(checkpoint, recipe):
+    with pytest.raises(ConfigError, match="--host-memory"):
+        plan(str(checkpoint), recipe(device_memory=10**9))
+
+
 def test_limits_and_a_latency_do_not_go_together(recipe):
     with pytest.raises(ConfigError, match="nothing is planned"):
         recipe(target_latency=10, host_memory=10**9)

@@ -135,7 +135,13 @@ def foresee(
 
 
 def room_for(config: PruneConfig, device: torch.device) -> Room:
-    """What is free, or what the recipe allows."""
+    """What is free, or what the recipe allows.
+
+    Raises:
+        ConfigError: If there is no GPU whose memory could be limited.
+    """
+    if config.device_memory is not None and device.type == "cpu":
+        raise ConfigError("device_memory is for a GPU, and the run is to be on the CPU.", "Use --host-memory.")
     on_gpu = available_bytes(device) if device.type == "cuda" else None
     if on_gpu is not None and config.device_memory is not None:
         on_gpu = config.device_memory
