@@ -1,5 +1,7 @@
 import time
 
+import pytest
+
 from llm_surgeon.stopwatch import listening, timed
 
 
@@ -20,9 +22,13 @@ def test_parts_are_told_to_who_listens_and_to_nobody_else():
 
 def test_a_part_that_fails_is_not_told_of():
     heard = []
-    try:
+
+    def fail():
         with listening(lambda part, _elapsed: heard.append(part)), timed("factor sums"):
             raise KeyError
-    except KeyError:
+
+    with pytest.raises(KeyError):
+        fail()
+    with timed("factor sums"):
         pass
     assert not heard

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from llm_surgeon import PruneConfig, plan, prune, prune_checkpoint
+from llm_surgeon.curvature.layer_major import LayerMajorPass
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.planning import plan as plan_module
 from llm_surgeon.planning.order import Room, Waiting, budgets_of, goes_layer_major, placed
+from llm_surgeon.planning.seconds import pass_operations
+from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.storage import Budgets, TensorStore
 from tiny import build, tokenizer
 
@@ -118,3 +121,36 @@ def test_limits_and_a_latency_do_not_go_together(recipe):
 def test_a_layerwise_method_has_its_order(recipe):
     with pytest.raises(ConfigError, match="layer by layer"):
         recipe(method="wanda", shots=1, order="batch-major")
+
+
+def test_a_probe_runs_its_batch_in_the_order_of_the_run(checkpoint, recipe, monkeypatch):
+    ran = []
+    run = LayerMajorPass.run
+
+    def watched(self, *arguments, **named):
+        ran.append(self)
+        return run(self, *arguments, **named)
+
+    monkeypatch.setattr(LayerMajorPass, "run", watched)
+    plan(str(checkpoint), recipe(), probe=True)
+    # Plans trace both orders, on tensors without numbers.
+    traced = len(ran)
+    ran.clear()
+    plan(str(checkpoint), recipe(order="layer-major"))
+    without = len(ran)
+    ran.clear()
+    plan(str(checkpoint), recipe(order="layer-major"), probe=True)
+    assert traced == 0
+    assert len(ran) == without + 2
+
+
+def test_layer_by_layer_the_blocks_are_run_forward_once_more(checkpoint, recipe):
+    skeleton = skeleton_of(str(checkpoint), recipe())
+    prunable = skeleton.anatomy.prunable_weights
+    for kept in (1.0, 0.5):
+        one, other = (pass_operations(skeleton, recipe(), order, kept) for order in ("batch-major", "layer-major"))
+        assert other - one == pytest.approx(2 * kept * prunable)
+    inputs_only = recipe(method="l-obd")
+    assert pass_operations(skeleton, inputs_only, "batch-major") == pass_operations(
+        skeleton, inputs_only, "layer-major"
+    )

@@ -69,6 +69,8 @@ class LayerMajorPass:
         self._first = tokens.first
         self._sweep = Sweep(model, blocks, tokens, how.batch_size, how.precision, store)
         self._waiting = [_Waiting(b, LabelledBatch(b.input_ids, b.attention_mask)) for b in self._sweep.batches]
+        for waiting in self._waiting:
+            waiting.batch.positions = waiting.labelled.positions
         self._device = next(model.parameters()).device
         self._progress = _Share(advance)
 
@@ -87,11 +89,10 @@ class LayerMajorPass:
         entered = []
         for block in range(len(self._sweep)):
             entered.append([batch.hidden for batch in self._sweep.batches])
-            if backward:
-                hooks.positions = None
-                self._sweep.pass_through(block, self._progress.advance, keep=True)
-            else:
-                self._forward(block, hooks)
+            # Hooks look on where there is no way back; else they see the block when it is run again.
+            hooks.positions = None
+            self._sweep.pass_through(block, self._progress.advance, keep=backward, hooks=None if backward else hooks)
+            if not backward:
                 finished(block)
         loss = self._through_the_head(backward)
         for block in reversed(range(len(self._sweep))) if backward else ():
@@ -103,15 +104,6 @@ class LayerMajorPass:
         count = sum(len(waiting.labelled.positions) for waiting in self._waiting)
         loss, counted = self._processes.total(loss, count)
         return PassResult(loss / counted, round(counted), self._how.sampled_labels or 1)
-
-    def _forward(self, block: int, hooks: Hooks) -> None:
-        with torch.no_grad(), self._sweep.ready(block):
-            for waiting in self._waiting:
-                hooks.positions = waiting.labelled.positions
-                batch, before = waiting.batch, waiting.batch.hidden
-                batch.hidden = self._sweep.store.put(self._sweep.run(block, batch, before.get()))
-                before.release()
-                self._progress.advance(batch.input_ids.numel())
 
     def _through_the_head(self, backward: bool) -> float:
         """The summed loss of the text's own labels; with ``backward``, gradients at what leaves the last block."""
@@ -150,7 +142,7 @@ class LayerMajorPass:
     def _backward(self, block: int, entered: list[Stored], hooks: Hooks) -> None:
         with self._sweep.ready(block):
             for waiting, hidden in zip(self._waiting, entered, strict=True):
-                hooks.positions = waiting.labelled.positions
+                hooks.positions = waiting.batch.positions
                 with torch.enable_grad(), arithmetic(self._device, self._how.precision):
                     entering = hidden.get().detach().requires_grad_()
                     leaving = self._sweep.run(block, waiting.batch, entering)

@@ -42,7 +42,7 @@ class Batch:
         input_ids: ``[batch, length]``.
         attention_mask: The same shape, or None where nothing is padding.
         hidden: Hidden states that enter the block whose turn it is, ``[batch, length, width]``.
-        positions: Flat positions of real tokens.
+        positions: Flat positions of the tokens that hooks see: those that are no padding, unless set otherwise.
         calls: The call of each block.
     """
 
@@ -100,16 +100,21 @@ class Sweep:
                 self.run(block, batch, batch.hidden.get())
                 advance(batch.input_ids.numel())
 
-    def pass_through(self, block: int, advance: Advance = lambda _tokens: None, keep: bool = False) -> None:
+    def pass_through(
+        self, block: int, advance: Advance = lambda _tokens: None, keep: bool = False, hooks: Hooks | None = None
+    ) -> None:
         """Take the batches through a block, in front of the next one; to be called for each block in turn.
 
         Args:
             block: Its number.
             advance: Called with the number of tokens after each batch.
             keep: Whether what entered the block stays in the store, as somebody else holds it.
+            hooks: What looks on.
         """
         with torch.no_grad(), self.ready(block):
             for batch in self.batches:
+                if hooks is not None:
+                    hooks.positions = batch.positions
                 entered = batch.hidden
                 batch.hidden = self.store.put(self.run(block, batch, entered.get()))
                 if not keep:

@@ -55,29 +55,6 @@ class Need:
     device: Parts
 
 
-def needs_of(
-    skeleton: Skeleton,
-    config: PruneConfig,
-    device: torch.device,
-    traces: Traces,
-    process: int,
-    weights: int,
-    waiting: Waiting | None = None,
-) -> dict[str, Need]:
-    """What each phase of a run needs, in the order in which they first run.
-
-    Args:
-        skeleton: The model.
-        config: The recipe.
-        device: Where the run is to be.
-        traces: What its passes take.
-        process: Bytes that the process holds before the model is loaded.
-        weights: Bytes of the weights that will be in memory, see ``weights_read``.
-        waiting: What waits in the store if the run goes layer by layer; None if it does not.
-    """
-    return _Model(skeleton, config, device, traces, process, weights, waiting).needs()
-
-
 def peak_of_shots(needs: Mapping[str, Need]) -> tuple[int, int]:
     """Most bytes of main memory and of the GPU in the phases of shots."""
     phases = [needs[name] for name in ("curvature", "selection", "update")]
@@ -131,53 +108,65 @@ def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
     return LOGITS_LEFT * CHUNK * vocabulary * 4
 
 
-class _Model:
-    """The parts of all phases; ``device`` decides which of them are on the host."""
+@dataclass(frozen=True)
+class Demand:
+    """What a run takes; ``device`` decides which parts are on the host.
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        config: PruneConfig,
-        device: torch.device,
-        traces: Traces,
-        process: int,
-        weights: int,
-        waiting: Waiting | None,
-    ) -> None:
-        self._skeleton, self._config, self._device, self._waiting = skeleton, config, device, waiting
-        self._traces, self._process, self._weights = traces, process, weights
-        self._prunable = skeleton.anatomy.prunable_weights
-        largest = max(max(layer.rows, layer.columns + layer.bias) for layer in skeleton.anatomy.layers.values())
-        self._squares: Parts = {"decompositions": SQUARES * largest**2 * 4}
+    Attributes:
+        skeleton: The model.
+        config: The recipe.
+        device: Where the run is to be.
+        traces: What its passes take.
+        process: Bytes that the process holds before the model is loaded.
+        weights: Bytes of the weights that will be in memory, see ``weights_read``.
+        waiting: What waits in the store if the run goes layer by layer; None if it does not.
+    """
+
+    skeleton: Skeleton
+    config: PruneConfig
+    device: torch.device
+    traces: Traces
+    process: int
+    weights: int
+    waiting: Waiting | None = None
+
+    @property
+    def _squares(self) -> Parts:
+        largest = max(max(layer.rows, layer.columns + layer.bias) for layer in self.skeleton.anatomy.layers.values())
+        return {"decompositions": SQUARES * largest**2 * 4}
+
+    @property
+    def _prunable(self) -> int:
+        return self.skeleton.anatomy.prunable_weights
 
     def needs(self) -> dict[str, Need]:
-        """All phases."""
-        config, evaluates = self._config, self._config.evaluation != "none"
-        window: Parts = {"passes": self._traces.evaluation}
+        """What each phase needs, in the order in which they first run."""
+        config, evaluates = self.config, self.config.evaluation != "none"
+        window: Parts = {"passes": self.traces.evaluation}
         needs = {"load": self._load()}
         if evaluates:
             needs["dense evaluation"] = self._on_device(window)
         needs |= self._shot()
         if config.lora:
-            needs["correction"] = self._on_device({"passes": self._traces.training, **self._adapters()})
+            needs["correction"] = self._on_device({"passes": self.traces.training, **self._adapters()})
         if evaluates:
             needs["evaluation"] = self._on_device({**window, **self._pruned()})
         needs["export and check"] = self._export()
         if config.parts:
-            needs["speed"] = self._on_device(self._pruned(), apart={"dense model once more": self._weights})
+            needs["speed"] = self._on_device(self._pruned(), apart={"dense model once more": self.weights})
         return needs
 
     def _load(self) -> Need:
         """Files are mapped, so they are resident only as far as they are read; another type makes a copy."""
-        files: Parts = {"weight files while read": self._skeleton.stored_bytes} if self._skeleton.converts else {}
-        weights: Parts = {"weights": self._weights}
-        return Need({"process": self._process, **weights, **files}, {} if self._device.type == "cpu" else weights)
+        files: Parts = {"weight files while read": self.skeleton.stored_bytes} if self.skeleton.converts else {}
+        weights: Parts = {"weights": self.weights}
+        return Need({"process": self.process, **weights, **files}, {} if self.device.type == "cpu" else weights)
 
     def _shot(self) -> dict[str, Need]:
         """At their largest, which is in the first shot or, with small matrices beside the dense ones, the second."""
         passes, larger = self._passes(), self._held()
-        masks: Parts = {} if self._config.parts else {"masks": self._prunable}
-        costs: Parts = {} if self._config.parts else {"costs of single weights": ELEMENT_BYTES * self._prunable}
+        masks: Parts = {} if self.config.parts else {"masks": self._prunable}
+        costs: Parts = {} if self.config.parts else {"costs of single weights": ELEMENT_BYTES * self._prunable}
         return {
             "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), self._freed()),
             "selection": self._on_device({**self._squares, **larger}, costs | self._on_host()),
@@ -188,58 +177,58 @@ class _Model:
 
     def _freed(self) -> Parts:
         """Freed space of logits, of the first two shots; layer by layer they come once a shot, one after the other."""
-        times = min(2, self._config.shots) if self._waiting is None else 1
-        left = logits_left(self._skeleton, self._config) * times
-        return {"freed logits": left} if left and self._device.type == "cpu" else {}
+        times = min(2, self.config.shots) if self.waiting is None else 1
+        left = logits_left(self.skeleton, self.config) * times
+        return {"freed logits": left} if left and self.device.type == "cpu" else {}
 
     def _passes(self) -> Parts:
         """What reading the tokens takes, beside what is held of them."""
-        return {"passes": self._traces.watching if self._config.layerwise else self._traces.curvature}
+        return {"passes": self.traces.watching if self.config.layerwise else self.traces.curvature}
 
     def _held(self) -> Parts:
         """What is held of the tokens, with the matrices that the shot before has left: of the larger of two shots."""
-        first, pruned = self._statistics(), self._pruned() if self._config.shots > 1 else {}
+        first, pruned = self._statistics(), self._pruned() if self.config.shots > 1 else {}
         # Factors have become about as much smaller as the weights.
-        kept = 1 - self._config.sparsity_schedule[0]
+        kept = 1 - self.config.sparsity_schedule[0]
         second = {part: round(kept * size) for part, size in first.items()} | pruned
         return max(first, second, key=lambda parts: sum(parts.values()))
 
     def _statistics(self) -> Parts:
         """What is held of the calibration tokens in the first shot, where the run is."""
-        if self._waiting is not None:
-            kept = self._config.layerwise or self._config.resolved_curvature in PUT_AWAY
-            waiting: Parts = {self._store: self._waiting.device} if self._waiting.device else {}
+        if self.waiting is not None:
+            kept = self.config.layerwise or self.config.resolved_curvature in PUT_AWAY
+            waiting: Parts = {self._store: self.waiting.device} if self.waiting.device else {}
             return waiting if kept else {**waiting, **self._factors()}
         return self._factors()
 
     def _factors(self) -> Parts:
-        return {"factors": factor_bytes(self._skeleton.network, self._skeleton.anatomy, self._config)}
+        return {"factors": factor_bytes(self.skeleton.network, self.skeleton.anatomy, self.config)}
 
     def _on_host(self) -> Parts:
         """What waits there."""
-        return {self._store: self._waiting.host} if self._waiting is not None and self._waiting.host else {}
+        return {self._store: self.waiting.host} if self.waiting is not None and self.waiting.host else {}
 
     @property
     def _store(self) -> str:
-        return "hidden states" if self._config.layerwise else "hidden states and factors"
+        return "hidden states" if self.config.layerwise else "hidden states and factors"
 
     def _adapters(self) -> Parts:
         """Low-rank factors in float32, with gradients and two moments."""
-        sides = sum(layer.rows + layer.columns for layer in self._skeleton.anatomy.layers.values())
-        return {"adapters": 4 * 4 * self._config.lora_rank * sides, **self._pruned()}
+        sides = sum(layer.rows + layer.columns for layer in self.skeleton.anatomy.layers.values())
+        return {"adapters": 4 * 4 * self.config.lora_rank * sides, **self._pruned()}
 
     def _export(self) -> Need:
         """The reload check is a process of its own, but it takes the same memory."""
-        last = weight_bytes(self._skeleton, self._config, self._config.sparsity)
+        last = weight_bytes(self.skeleton, self.config, self.config.sparsity)
         need = self._on_device(self._pruned(), apart={"weights of the reload check": last})
         return Need({**need.host, "process of the reload check": RELOAD_PROCESS}, need.device)
 
     def _pruned(self) -> Parts:
         """The small matrices beside the dense ones: on a CPU, a mapped file stays as long as any part of it is used."""
-        if not self._config.parts or self._device.type != "cpu" or self._skeleton.converts:
+        if not self.config.parts or self.device.type != "cpu" or self.skeleton.converts:
             return {}
-        first = self._config.sparsity_schedule[0]
-        return {"pruned weights": round((1 - first) * self._prunable) * self._skeleton.dtype.itemsize}
+        first = self.config.sparsity_schedule[0]
+        return {"pruned weights": round((1 - first) * self._prunable) * self.skeleton.dtype.itemsize}
 
     def _on_device(self, tensors: Parts, on_host: Parts | None = None, apart: Parts | None = None) -> Need:
         """Weights and tensors where the run is, with what the allocator holds beside the tensors.
@@ -250,12 +239,12 @@ class _Model:
             apart: Where the run is, but no tensors of the allocator: files that are mapped, other processes.
         """
         on_host, apart = on_host or {}, apart or {}
-        if self._device.type != "cpu":
-            host = {"process": self._process + GPU_PROCESS, **on_host}
-            return Need(host, {"weights": self._weights, **tensors, **apart})
+        if self.device.type != "cpu":
+            host = {"process": self.process + GPU_PROCESS, **on_host}
+            return Need(host, {"weights": self.weights, **tensors, **apart})
         held = {**tensors, **on_host}
         slack = round(SLACK * sum(held.values()))
-        return Need({"process": self._process, "weights": self._weights, **held, **apart, "allocator": slack}, {})
+        return Need({"process": self.process, "weights": self.weights, **held, **apart, "allocator": slack}, {})
 
 
 def process_bytes() -> int:

@@ -18,9 +18,9 @@ from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import (
     SLACK,
+    Demand,
     Need,
     host_available,
-    needs_of,
     passes_within,
     peak_of_shots,
     process_bytes,
@@ -94,14 +94,17 @@ def foresee(
         return trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device, order)
 
     def needed(traces: Traces, waiting: Waiting | None) -> dict[str, Need]:
-        return needs_of(skeleton, config, device, traces, process, weights, waiting)
+        return Demand(skeleton, config, device, traces, process, weights, waiting).needs()
 
     traces = traced("batch-major")
     layer_major = goes_layer_major(config, room, lambda: peak_of_shots(needed(traces, None)))
-    traces = traced("layer-major") if layer_major and not config.layerwise else traces
+    # What a layer-wise method does is traced apart.
+    order = order_name(layer_major and not config.layerwise)
+    if order == "layer-major":
+        traces = traced(order)
     if probe:
-        probed = probe_batch(skeleton, config, device, texts.calibration)
-        rates = _calibrated(rates, pass_operations(skeleton, config) * probed.tokens / probed.seconds)
+        probed = probe_batch(skeleton, config, device, texts.calibration, order)
+        rates = _calibrated(rates, pass_operations(skeleton, config, order) * probed.tokens / probed.seconds)
         # A nearest product holds other factors than the pass that stands in for its own.
         if traces.curvature and not layer_major and estimation_of(config).curvature == config.resolved_curvature:
             measured = passes_within(probed.peak, skeleton, config, device, process, weights)
@@ -122,7 +125,7 @@ def foresee(
         dense_weight_bytes=skeleton.weight_bytes,
         weight_bytes=weight_bytes(skeleton, config, last),
         disk=disk_bytes(skeleton, config),
-        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts), layer_major)),
+        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts), order)),
         host_available=room.host,
         device_available=room.device,
         loaders=loaders(config, skeleton.anatomy.family.model_type),

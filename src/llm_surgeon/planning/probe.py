@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import estimate
+from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
 from llm_surgeon.models import examine
@@ -32,7 +33,9 @@ class Probe:
     peak: int
 
 
-def probe_batch(skeleton: Skeleton, config: PruneConfig, device: torch.device, tokens: CalibrationTokens) -> Probe:
+def probe_batch(
+    skeleton: Skeleton, config: PruneConfig, device: torch.device, tokens: CalibrationTokens, order: Order
+) -> Probe:
     """Load the model and run one batch twice, of which the second counts: in the first, kernels are chosen.
 
     Args:
@@ -40,6 +43,7 @@ def probe_batch(skeleton: Skeleton, config: PruneConfig, device: torch.device, t
         config: The recipe.
         device: Where the run is to be.
         tokens: Calibration tokens.
+        order: Of the pass.
 
     Raises:
         ModelError: If the model cannot be loaded.
@@ -52,6 +56,6 @@ def probe_batch(skeleton: Skeleton, config: PruneConfig, device: torch.device, t
     reset_peak(device)
     for _ in range(2):
         start = time.perf_counter()
-        estimate(network, anatomy, anatomy.dense_masks(), batch, estimation_of(config))
+        estimate(network, anatomy, anatomy.dense_masks(), batch, replace(estimation_of(config), order=order))
         seconds = time.perf_counter() - start
     return Probe(ids.numel(), seconds, peak_bytes(device))

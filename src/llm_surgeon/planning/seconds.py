@@ -8,6 +8,7 @@ import torch
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import passes_needed
+from llm_surgeon.curvature.passes import Order
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.planning.trace import estimation_of
 
@@ -38,19 +39,23 @@ def default_rates(config: PruneConfig, device: torch.device) -> Rates:
     return Rates(GPU[config.precision], GPU["float32"])
 
 
-def pass_operations(skeleton: Skeleton, config: PruneConfig, kept: float = 1.0) -> float:
+def pass_operations(skeleton: Skeleton, config: PruneConfig, order: Order, kept: float = 1.0) -> float:
     """Operations per token of one pass like those of a recipe: the model, and the sums of the factors.
 
     Args:
         skeleton: The model.
         config: The recipe.
+        order: Layer by layer, blocks are run forward twice.
         kept: Share of the prunable weights that is left.
     """
     rest = skeleton.parameters - skeleton.anatomy.prunable_weights
     curvature = estimation_of(config).curvature
     # Forward, and backward without the gradients of weights.
     directions = 1 if curvature == "activations" else 2
-    model = 2 * directions * (rest + kept * skeleton.anatomy.prunable_weights)
+    blocks = kept * skeleton.anatomy.prunable_weights
+    model = 2 * directions * (rest + blocks)
+    if order == "layer-major" and directions == 2:
+        model += 2 * blocks
     return model + kept * _factor_operations(skeleton, curvature)
 
 
@@ -76,7 +81,7 @@ def _factor_operations(skeleton: Skeleton, curvature: str) -> float:
 
 
 def phase_seconds(
-    skeleton: Skeleton, config: PruneConfig, rates: Rates, evaluated: int, layer_major: bool = False
+    skeleton: Skeleton, config: PruneConfig, rates: Rates, evaluated: int, order: Order
 ) -> dict[str, float]:
     """Seconds of each phase, of all shots together.
 
@@ -85,17 +90,14 @@ def phase_seconds(
         config: The recipe.
         rates: Operations per second.
         evaluated: Tokens of the evaluation text.
-        layer_major: Whether passes go forward twice.
+        order: Of the passes for the curvature.
     """
     tokens = config.samples * config.seq_len
     # What a shot works on is what the one before has left.
     kept = [1.0, *(1 - sparsity for sparsity in config.sparsity_schedule)][:-1]
     window = 2 * skeleton.parameters * evaluated / rates.passes
     read = skeleton.weight_bytes / DISK
-    operations = sum(pass_operations(skeleton, config, k) for k in kept)
-    if layer_major and not config.layerwise:
-        prunable = skeleton.anatomy.prunable_weights
-        operations += sum(2 * k * prunable for k in kept)
+    operations = sum(pass_operations(skeleton, config, order, k) for k in kept)
     speed = SPEED_RUNS * (2 * skeleton.parameters * SPEED_PROMPT / rates.float32)
     speed += SPEED_RUNS * SPEED_DECODED * skeleton.weight_bytes / MEMORY_RATE
     return {
