@@ -62,13 +62,13 @@ def test_zeros_of_every_shot_are_among_those_of_the_next(text_file, monkeypatch)
     from llm_surgeon.pipeline import shots
 
     seen = []
-    update = shots._update
+    update = shots._Run._update
 
-    def spy(model, *arguments):
-        update(model, *arguments)
-        seen.append({name: weight == 0 for name, weight in matrices(model).items()})
+    def spy(self, *arguments):
+        update(self, *arguments)
+        seen.append({name: weight == 0 for name, weight in matrices(self.model).items()})
 
-    monkeypatch.setattr(shots, "_update", spy)
+    monkeypatch.setattr(shots._Run, "_update", spy)
     prune(build("opt"), tokenizer(), config(text_file, structure="unstructured", sparsity=0.6, shots=4))
     assert len(seen) == 4
     for before, after in itertools.pairwise(seen):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, WarmS
 from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
-from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_matrix
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
@@ -29,6 +30,7 @@ from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Candidates are never divided: a few large ones may leave such a share of the weights unremoved.
 _COARSE = 0.02
@@ -65,62 +67,133 @@ def run_shots(
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
     structure = structure_of(config, anatomy)
-    own = tokens.part(processes.part(tokens.n_samples))
     done, previous = 0, cast(WarmStart | None, None)
     if since is not None:
         done, previous = since.shot, since.start
         structure.resume(since.masks)
+    run = _Run(model, anatomy, structure, tokens, config, progress, store, processes)
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
-        clock = Clock(next(model.parameters()).device)
-        how = _estimation(config, number, "batch-major" if store is None else "layer-major")
-        work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
-        with clock.phase("curvature"), progress.phase(f"shot {number}/{config.shots}: curvature", work) as phase:
-            curvature = estimate(
-                model,
-                anatomy,
-                structure.shapes,
-                own,
-                how,
-                phase.advance,
-                previous,
-                store=store,
-                processes=processes,
-            )
+        result = run.shot(number, sparsity, previous)
+        previous = result.start
+        yield result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all shots of a run have in common."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    structure: Structure
+    tokens: CalibrationTokens
+    config: PruneConfig
+    progress: Progress
+    store: TensorStore | None
+    processes: Processes
+
+    def shot(self, number: int, sparsity: float, previous: WarmStart | None) -> ShotResult:
+        """One shot, to a sparsity; ``previous`` is what a power iteration sets out from."""
+        structure, clock = self.structure, Clock(next(self.model.parameters()).device)
+        curvature = self._estimate(number, previous, clock)
         with clock.phase("selection"):
-            costs = _all_costs(model, anatomy, structure, curvature, config, processes)
-            target = round((1 - sparsity) * anatomy.prunable_weights)
+            costs = self._costs(curvature)
+            target = round((1 - sparsity) * self.anatomy.prunable_weights)
             selection = structure.select(costs, target)
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
             _warn_if_short(structure.masks, selection.keep, target)
         with clock.phase("update"):
-            _update(model, anatomy, structure, curvature, selection, config, processes)
-        corrected = correct_shot(
-            model, anatomy, structure.element_masks, tokens, config, number, clock, progress, processes
-        )
-        previous = None
-        # Only a power iteration has use for what the last shot found.
+            self._update(curvature, selection)
+        # Only a power iteration has use for what a shot found.
+        start = None
         if isinstance(curvature, NearestCurvature):
-            previous = curvature.warm_start(anatomy.layers, structure.shapes)
-        result = ShotResult(
+            start = curvature.warm_start(self.anatomy.layers, structure.shapes)
+        factor_bytes, loss = curvature.nbytes, curvature.loss
+        del curvature
+        corrected = correct_shot(
+            self.model,
+            self.anatomy,
+            structure.element_masks,
+            self.tokens,
+            self.config,
+            number,
+            clock,
+            self.progress,
+            self.processes,
+        )
+        return ShotResult(
             shot=number,
             target_sparsity=sparsity,
             masks=structure.masks,
             threshold=selection.threshold,
             removed=selection.structures_chosen,
             implied=selection.structures_implied,
-            factor_bytes=curvature.nbytes,
-            loss=curvature.loss,
+            factor_bytes=factor_bytes,
+            loss=loss,
             costs=histogram,
             correction=corrected,
             seconds=clock.seconds,
             peaks=clock.peaks,
             profile=clock.profile(),
-            start=previous,
+            start=start,
         )
-        # The factors would stay until the next are complete.
-        del curvature
-        yield result
+
+    def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
+        """The curvature of the model as it is, from this process's part of the tokens and those of the others."""
+        own = self.tokens.part(self.processes.part(self.tokens.n_samples))
+        how = _estimation(self.config, number, "batch-major" if self.store is None else "layer-major")
+        work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
+        description = f"shot {number}/{self.config.shots}: curvature"
+        with clock.phase("curvature"), self.progress.phase(description, work) as phase:
+            return estimate(
+                self.model,
+                self.anatomy,
+                self.structure.shapes,
+                own,
+                how,
+                phase.advance,
+                previous,
+                store=self.store,
+                processes=self.processes,
+            )
+
+    @property
+    def _damping(self) -> Damping:
+        return Damping(self.config.dampening_a, self.config.dampening_g)
+
+    def _share_out(self, compute: Callable[[LinearLayer], T]) -> Iterator[tuple[LinearLayer, T]]:
+        """Compute something for each layer, each in one of the processes; a side of a matrix is a decomposition."""
+        shapes = self.structure.shapes
+        work = {name: float(sum(size**3 for size in shapes[name].shape)) for name in self.anatomy.layers}
+        for name, result in self.processes.share_out(work, lambda name: compute(self.anatomy.layers[name])):
+            yield self.anatomy.layers[name], result
+
+    @torch.no_grad()
+    def _costs(self, curvature: Curvature) -> dict[str, Any]:
+        structure = self.structure
+
+        def costs_of(layer: LinearLayer) -> Any:
+            fisher = curvature.fisher(layer, structure.shapes[layer.name], self._damping)
+            return structure.costs(layer, read_matrix(self.model, layer), fisher)
+
+        found = {layer.name: costs for layer, costs in self._share_out(costs_of)}
+        return {name: found[name] for name in self.anatomy.layers}
+
+    @torch.no_grad()
+    def _update(self, curvature: Curvature, selection: Any) -> None:
+        before, after = self.structure.shapes, self.structure.shapes_after(selection)
+        extents = self.anatomy.extents(after)
+
+        def matrix_of(layer: LinearLayer) -> Tensor:
+            # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
+            fisher = partial(curvature.fisher, layer, before[layer.name], self._damping)
+            return self.structure.matrix_after(layer, read_matrix(self.model, layer), fisher, selection)
+
+        for layer, matrix in self._share_out(matrix_of):
+            write_matrix(self.model, layer, after[layer.name], extents[layer.name], matrix)
+            check_written(layer, core_of(self.model, layer))
+        narrow_heads(self.model, self.anatomy, after)
+        self.structure.commit(selection)
 
 
 def _warn_if_short(before: Masks, after: Masks, target: int) -> None:
@@ -153,56 +226,3 @@ def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
         seed=config.seed + shot,
         order=order,
     )
-
-
-@torch.no_grad()
-def _all_costs(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    structure: Structure,
-    curvature: Curvature,
-    config: PruneConfig,
-    processes: Processes,
-) -> dict[str, Any]:
-    damping = Damping(config.dampening_a, config.dampening_g)
-
-    def costs_of(name: str) -> Any:
-        layer = anatomy.layers[name]
-        return structure.costs(
-            layer, read_matrix(model, layer), curvature.fisher(layer, structure.shapes[name], damping)
-        )
-
-    found = dict(processes.share_out(_work(structure), costs_of))
-    return {name: found[name] for name in anatomy.layers}
-
-
-def _work(structure: Structure) -> dict[str, float]:
-    """What layers take to compute, in proportion: a decomposition for each side of a matrix."""
-    return {name: float(sum(size**3 for size in keep.shape)) for name, keep in structure.shapes.items()}
-
-
-@torch.no_grad()
-def _update(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    structure: Structure,
-    curvature: Curvature,
-    selection: Any,
-    config: PruneConfig,
-    processes: Processes,
-) -> None:
-    damping = Damping(config.dampening_a, config.dampening_g)
-    before, after = structure.shapes, structure.shapes_after(selection)
-    extents = anatomy.extents(after)
-
-    def matrix_of(name: str) -> Tensor:
-        layer = anatomy.layers[name]
-        # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
-        fisher = partial(curvature.fisher, layer, before[name], damping)
-        return structure.matrix_after(layer, read_matrix(model, layer), fisher, selection)
-
-    for name, matrix in processes.share_out(_work(structure), matrix_of):
-        write_matrix(model, anatomy.layers[name], after[name], extents[name], matrix)
-        check_written(anatomy.layers[name], core_of(model, anatomy.layers[name]))
-    narrow_heads(model, anatomy, after)
-    structure.commit(selection)
