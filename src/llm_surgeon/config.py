@@ -26,6 +26,7 @@ RankBy = Literal["cost-per-weight", "cost"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["bfloat16", "float32"]
 PassOrder = Literal["auto", "batch-major", "layer-major"]
+Residence = Literal["auto", "resident", "streamed"]
 LayerBudget = Literal["uniform", "owl"]
 Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
@@ -129,6 +130,12 @@ class PruneConfig(BaseModel):
         "batches through one block before the next: a third more time, and what does not fit may wait on the host or "
         "on disk), or auto: layer-major where the other would not fit.",
     )
+    weights: Residence = Field(
+        "auto",
+        description="Of the blocks: resident (all where the model runs), streamed (in mapped files in TMPDIR, one "
+        "block at a time where the model runs; the order is layer-major then), or auto: streamed where they would not "
+        "fit.",
+    )
     device_memory: Quantity | None = Field(
         None, description="Bytes of GPU memory that the run may use, e.g. 24GiB (unset: what is free)."
     )
@@ -229,6 +236,8 @@ class PruneConfig(BaseModel):
         targets = [name for name in TARGETS if name in given]
         if len([*targets, *(["sparsity"] if "sparsity" in given else [])]) > 1:
             raise ValueError(f"only one of sparsity, {', '.join(TARGETS)} can be given")
+        if given.get("weights") == "streamed" and given.get("order", "auto") == "auto":
+            given["order"] = "layer-major"
         pattern = Pattern.parse(given.get("structure"))
         return given if pattern is None else {"sparsity": pattern.sparsity} | given
 
@@ -263,6 +272,8 @@ class PruneConfig(BaseModel):
         self._check_shapes()
         if self.target_latency is not None and (self.device_memory or self.host_memory):
             raise ValueError("with target_latency nothing is planned: no device_memory, no host_memory")
+        if self.weights == "streamed":
+            self._check_streamed()
         if self.layerwise:
             self._check_layerwise()
         else:
@@ -286,6 +297,19 @@ class PruneConfig(BaseModel):
             raise ValueError("round_to is for structures with neurons and without rows-columns")
         if self.min_width is not None and not parts:
             raise ValueError(f"min_width is for structures that shrink, not for {self.structure}")
+
+    def _check_streamed(self) -> None:
+        """What needs all weights where the model runs.
+
+        Raises:
+            ValueError: Naming the options that do not go together.
+        """
+        if self.order == "batch-major":
+            raise ValueError("streamed weights come block by block: order cannot be batch-major")
+        if self.lora:
+            raise ValueError("lora trains all blocks together: weights cannot be streamed")
+        if self.target_latency is not None:
+            raise ValueError("a latency is that of resident weights: with target_latency weights cannot be streamed")
 
     def _check_global(self) -> None:
         """What no global method can do.

@@ -420,6 +420,7 @@ class Plan(Record):
         store_host: Bytes of memory in which a layer-major run may let hidden states and factors wait; None: any.
         store_device: The same of the GPU.
         scratch: Bytes that will wait on disk in the meantime.
+        streamed: Whether the weights of blocks are among them, and come one block at a time.
     """
 
     model: str
@@ -440,6 +441,7 @@ class Plan(Record):
     store_host: int | None = None
     store_device: int | None = None
     scratch: int = 0
+    streamed: bool = False
 
     @property
     def host_peak(self) -> int:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line sets up the process before it imports torch
+    from torch import Tensor
 
 # glibc's mallopt: requests above the first go to the kernel one by one, free memory above the second goes back.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _KEEP = 1 << 30
+_MADV_DONTNEED = 4
 
 
 def keep_freed_memory() -> bool:
@@ -50,3 +55,13 @@ def freed_bytes() -> int:
         return 0
     mallinfo.restype = _Mallinfo
     return int(mallinfo().fordblks)
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Take the pages of a tensor in a file of its own out of this process's memory; only Linux can.
+
+    Nothing is lost: the mapping is shared, so what was written is in the file, and is read again when it is needed.
+    Tensors elsewhere are left alone.
+    """
+    if tensor.untyped_storage().filename is not None and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), _MADV_DONTNEED)

@@ -131,7 +131,7 @@ class _ScratchFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise _full(self._directory, size, error) from None
+            raise not_kept(self._directory, size, error) from None
         self._end = max(self._end, start + size)
         self.used += size
         return start
@@ -157,7 +157,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def _full(directory: Path | None, size: int, error: OSError) -> DiskSpaceError:
+def not_kept(directory: Path | None, size: int, error: OSError) -> DiskSpaceError:
+    """What to say when a scratch file cannot take so many bytes; None is the system's directory for such files."""
     place = directory or Path(tempfile.gettempdir())
     return DiskSpaceError(
         f"{size / 2**20:.0f} MiB that do not fit into memory cannot be kept in {place}: {error.strerror}.",

@@ -230,7 +230,7 @@ class TestSomethingElse:
 
     @pytest.fixture(autouse=True)
     def loads_nothing(self, monkeypatch):
-        monkeypatch.setattr(run_module, "load_model", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr(run_module, "loaded", lambda *_, **__: pytest.fail("loaded"))
 
     def test_another_recipe(self, copied):
         path, go_on = copied
@@ -357,7 +357,7 @@ class TestTheEnd:
                 patch.setattr("llm_surgeon.pipeline.run_directory.RunDirectory.leave", lambda _: None)
                 with pytest.raises(SystemError):
                     prune_checkpoint(str(checkpoint), tmp_path / "out", config)
-            monkeypatch.setattr(run_module, "load_model", lambda *_: pytest.fail("loaded"))
+            monkeypatch.setattr(run_module, "loaded", lambda *_, **__: pytest.fail("loaded"))
             return tmp_path, lambda: prune_checkpoint(str(checkpoint), tmp_path / "out", config)
 
         config = recipe(text_file, shots=1, sparsity=0.3)

@@ -178,13 +178,13 @@ class TestRefusals:
 
 def test_weights_that_are_not_finite_are_an_error_and_leave_nothing(checkpoint, text_file, tmp_path, monkeypatch):
     def damaged(*args, **kwargs):
-        model = original(*args, **kwargs)
+        model, anatomy = original(*args, **kwargs)
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
-        return model
+        return model, anatomy
 
-    original = run_module.load_model
-    monkeypatch.setattr(run_module, "load_model", damaged)
+    original = run_module.loaded
+    monkeypatch.setattr(run_module, "loaded", damaged)
     with pytest.raises(NonFiniteError):
         prune_checkpoint(str(checkpoint), tmp_path / "out", config(text_file))
     assert not (tmp_path / "out").exists()

@@ -52,7 +52,7 @@ def estimate_diagonal(task: Task) -> DiagonalCurvature:
     with Hooks() as hooks:
         for name, layer in task.anatomy.layers.items():
             core = core_of(task.model, layer)
-            sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, core.weight.device)
+            sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, task.device)
             hooks.on_pair(core, sums[name].add)
         result = task.run(hooks, backward=True)
     task.processes.add_up(item.total for item in sums.values())

@@ -32,7 +32,7 @@ def estimate_kfac(task: Task) -> KroneckerFactors:
         if backward:
             for name, layer in task.anatomy.layers.items():
                 core = core_of(task.model, layer)
-                gradients[name] = GramSum(core.out_features, core.weight.device)
+                gradients[name] = GramSum(core.out_features, task.device)
                 hooks.on_gradient(core, gradients[name].add)
 
         def put_away(block: int) -> None:
@@ -55,6 +55,6 @@ def _watch_input(task: Task, hooks: Hooks, readers: list[LinearLayer]) -> InputS
         module, size = task.model.get_submodule(first.name), first.columns
     else:
         module, size = core, core.in_features
-    total = InputSum(size, any(layer.bias for layer in readers), core.weight.device)
+    total = InputSum(size, any(layer.bias for layer in readers), task.device)
     hooks.on_input(module, total.add)
     return total

@@ -155,7 +155,7 @@ def _start(task: Task, layer: LinearLayer, previous: WarmStart | None, term: int
     if previous is not None:
         return previous.inputs[layer.name][term]
     core = core_of(task.model, layer)
-    return torch.eye(core.in_features + layer.bias, device=core.weight.device)
+    return torch.eye(core.in_features + layer.bias, device=task.device)
 
 
 def nearest_bytes(sizes: Iterable[tuple[int, int, bool]], terms: int) -> int:
@@ -175,7 +175,7 @@ def check_affordable(task: Task) -> None:
     Raises:
         ConfigError: With the estimate in GiB.
     """
-    device, terms = next(task.model.parameters()).device, TERMS[task.how.curvature]
+    device, terms = task.device, TERMS[task.how.curvature]
     sizes = [(*task.keep[name].shape, layer.bias) for name, layer in task.anatomy.layers.items()]
     held = nearest_bytes(sizes, terms)
     if terms > 1:

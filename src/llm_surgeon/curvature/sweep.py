@@ -8,7 +8,7 @@ What comes before and after the blocks is run in the same way, by the model itse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.attention import attention_by_blocks
 from llm_surgeon.models.head import last_states
 from llm_surgeon.models.modes import arithmetic, frozen, reduced_weights
+from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.storage import Stored, TensorStore
 
 Advance = Callable[[int], None]
@@ -65,6 +66,7 @@ class Sweep:
         batch_size: Sequences per pass.
         precision: ``bfloat16`` (autocast) or ``float32``.
         store: Where the hidden states are kept; in the memory of the model's device if None.
+        fast_attention: Whether ``attention_by_blocks`` may stand in for the model's own attention.
 
     Attributes:
         batches: In order.
@@ -79,8 +81,10 @@ class Sweep:
         batch_size: int,
         precision: str,
         store: TensorStore | None = None,
+        *,
+        fast_attention: bool = True,
     ) -> None:
-        self._model, self._precision = model, precision
+        self._model, self._precision, self._fast = model, precision, fast_attention
         self._blocks = cast(nn.ModuleList, model.get_submodule(blocks))
         self._stand_in = _StandIn(self._blocks)
         self._device = next(model.parameters()).device
@@ -138,7 +142,8 @@ class Sweep:
     def ready(self, block: int) -> Iterator[None]:
         """The block as it is run: frozen, with weights and attention as the precision allows."""
         module = self._blocks[block]
-        with frozen(module), reduced_weights(module, self._precision), attention_by_blocks():
+        weights, attention = weights_of(self._model), attention_by_blocks() if self._fast else nullcontext()
+        with weights.present(module), frozen(module), reduced_weights(module, self._precision), attention:
             yield
 
     def _record(self, tokens: CalibrationTokens, batch_size: int) -> Iterator[Batch]:

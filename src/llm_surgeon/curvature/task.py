@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks
@@ -40,6 +41,11 @@ class Task:
     advance: Advance
     store: TensorStore
     processes: Processes = ALONE
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; the weights of its blocks may be elsewhere."""
+        return next(self.model.parameters()).device
 
     def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None] = lambda _block: None) -> PassResult:
         """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.

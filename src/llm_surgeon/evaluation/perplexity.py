@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.curvature.sweep import Sweep
+from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, DataError
-from llm_surgeon.models.head import head_loss
+from llm_surgeon.models.head import head_loss, last_states
 from llm_surgeon.models.modes import arithmetic, frozen
 from llm_surgeon.models.overflow import loss_not_finite
+from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import Perplexity
+
+# Tokens that go through the blocks together where weights are streamed.
+_TOGETHER = 2**15
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,9 @@ def perplexity(
     """
     device = next(model.parameters()).device
     means, scored = 0.0, 0
+    windows = processes.own(text.windows)
     with frozen(model), arithmetic(device, text.precision):
-        for start, first in processes.own(text.windows):
-            ids = text.tokens[start : start + text.window].to(device)
-            hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        for (start, first), ids, hidden in _passes(model, text, windows):
             scoring = hidden[first - 1 : -1]
             loss = head_loss(model, scoring, ids[first:])
             if not math.isfinite(loss):
@@ -112,3 +117,25 @@ def perplexity(
         data=text.name,
         precision=text.precision,
     )
+
+
+def _passes(
+    model: PreTrainedModel, text: EvaluationText, windows: Sequence[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
+    """Each window with its tokens ``[n]`` and last hidden states ``[n, width]``, on the model's device."""
+    device, blocks = next(model.parameters()).device, weights_of(model).blocks
+    if blocks is None:
+        for window in windows:
+            ids = text.tokens[window[0] : window[0] + text.window].to(device)
+            yield window, ids, last_states(model, ids[None], None)
+        return
+    # Weights that come and go are to come once for many windows.
+    together = max(1, _TOGETHER // text.window)
+    for start in range(0, len(windows), together):
+        part = windows[start : start + together]
+        ids = torch.stack([text.tokens[first : first + text.window] for first, _ in part])
+        sweep = Sweep(model, blocks, CalibrationTokens(ids, None, {}), 1, text.precision, fast_attention=False)
+        for block in range(len(sweep)):
+            sweep.pass_through(block)
+        for window, batch in zip(part, sweep.batches, strict=True):
+            yield window, batch.input_ids[0], sweep.last_states(batch, batch.hidden.get())

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ExportMismatchError
 from llm_surgeon.export.place import PARTIAL, says_full
+from llm_surgeon.models.streaming import weights_of
 
 PROBE_TOKENS = 64
 
@@ -50,13 +51,15 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
         OSError: If there is no room for the logits.
     """
     device = next(model.parameters()).device
+    # What does not fit a GPU by blocks only does not fit it reloaded.
+    elsewhere = device if weights_of(model).blocks is None else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     with torch.inference_mode():
         expected = model(ids.to(device)).logits.float().cpu()
     # Beside the export, so that nothing stays elsewhere if this process is killed.
     with tempfile.TemporaryDirectory(prefix="check-", suffix=PARTIAL, dir=directory.parent) as scratch:
-        reloaded = _reload(directory, ids, device, plain, Path(scratch))
+        reloaded = _reload(directory, ids, elsewhere, plain, Path(scratch))
     scale = float(expected.abs().max())
     difference = _difference(expected, reloaded["logits"])
     cached = _difference(expected[:, -1:], reloaded["step"])

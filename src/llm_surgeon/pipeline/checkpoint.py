@@ -27,6 +27,7 @@ from llm_surgeon.errors import OutputError
 from llm_surgeon.export.place import in_place, writing
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, write_matrix
+from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.result import Standing
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.records import PruneReport, Record, RunRecord
@@ -258,13 +259,14 @@ def _read_weights(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy, m
         if layer.bias:
             matrix = torch.cat([matrix, tensors[f"bias/{name}"][:, None]], dim=1)
         write_matrix(model, layer, shapes[name], extents[name], matrix)
+        weights_of(model).settle(model.get_submodule(name))
     narrow_heads(model, anatomy, shapes)
 
 
 def _read_start(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy) -> WarmStart | None:
     inputs: dict[str, list[Tensor]] = {name: [] for name in anatomy.layers}
-    for name, layer in anatomy.layers.items():
-        device = core_of(model, layer).weight.device
+    device = next(model.parameters()).device
+    for name in anatomy.layers:
         while f"start {len(inputs[name])}/{name}" in tensors:
             inputs[name].append(tensors[f"start {len(inputs[name])}/{name}"].clone().to(device))
     return WarmStart(inputs) if any(inputs.values()) else None

@@ -26,6 +26,7 @@ from llm_surgeon.methods import LAYERWISE
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.permutation import check_residual
+from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.permuting import StreamOrder, reorder_block
@@ -177,7 +178,8 @@ class _Run:
             with self._clock.phase("update"):
                 for name, mask in masks.items():
                     # Nothing but the removed weights is written, so that those that stay are the same bit for bit.
-                    core_of(self._model, self._anatomy.layers[name]).weight.data.masked_fill_(~mask, 0.0)
+                    weight = core_of(self._model, self._anatomy.layers[name]).weight.data
+                    weight.masked_fill_(~mask.to(weight.device), 0.0)
                     kept[name] = mask.cpu()
         return kept
 
@@ -211,6 +213,7 @@ class _Run:
             watched = self._watch(sweep, block, phase, grams)
             self.statistics_bytes = max(self.statistics_bytes, watched.nbytes)
             yield block, layers, watched
+            weights_of(self._model).forget()
             if sweep is not None and block + 1 < len(self.blocks):
                 with self._clock.phase("curvature"):
                     sweep.pass_through(block, phase.advance)
@@ -309,7 +312,9 @@ class _Run:
 
     def _weight(self, layer: LinearLayer) -> Tensor:
         """Weights ``[R, C]`` of a layer without its bias, float32 at least."""
-        weight = core_of(self._model, layer).weight.detach()
+        core = core_of(self._model, layer)
+        with weights_of(self._model).present(core):
+            weight = core.weight.detach()
         return weight if weight.dtype == torch.float64 else weight.float()
 
     def _block_list(self) -> nn.Module:

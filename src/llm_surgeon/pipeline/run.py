@@ -26,6 +26,7 @@ from llm_surgeon.models.loading import (
     resolve_source,
     source_files,
 )
+from llm_surgeon.models.streaming import require_streaming, weights_of
 from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
@@ -36,7 +37,7 @@ from llm_surgeon.pipeline.targets import count_based, latency_based
 from llm_surgeon.pipeline.texts import Texts, evaluation_text, prepare_texts
 from llm_surgeon.planning.plan import foresee, warn_if_short
 from llm_surgeon.planning.sizes import SMALL_FILES, disk_bytes
-from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of
+from llm_surgeon.planning.skeleton import Skeleton, loaded, settled, skeleton_of
 from llm_surgeon.processes import Processes, joined, own_device
 from llm_surgeon.records import (
     ExportRecord,
@@ -100,6 +101,8 @@ def prune(
             "How much memory is left beside a model that is loaded already is not known.",
             "Use prune_checkpoint with device_memory and host_memory; here order='layer-major' is what saves memory.",
         )
+    if config.weights == "streamed":
+        raise ConfigError("The weights are where the model was loaded to.", "Use prune_checkpoint to stream them.")
     if out is None and config.export_shots:
         raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
     with joined(next(model.parameters()).device) as processes:
@@ -211,6 +214,7 @@ def prune_checkpoint(
     """
     if config.lora:
         require_peft()
+    require_streaming(config.weights)
     device = resolve_device(own_device(config.device))
     with joined(device) as processes, _directory(out, processes) as run:
         _check_processes(config, processes)
@@ -292,8 +296,8 @@ def _loaded_job(
     if config.target is None and processes.count == 1:
         foreseen = foresee(model, skeleton, config, device, texts)
         warn_if_short(foreseen)
-    network = load_model(skeleton.source, config.dtype, device, config.trust_remote_code)
-    anatomy = examine(network, family_of(network.config.model_type), config.ignore)
+    streamed = foreseen.streamed if foreseen else config.weights == "streamed"
+    network, anatomy = loaded(skeleton, config, device, streamed=streamed)
     config = processes.from_first(partial(latency_based, config, network, anatomy))
     shown = _shown(progress, processes)
     return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes)
@@ -334,6 +338,7 @@ def _prune_into(
             everything = job.config.permute
             tensors = tensors_of(job.model, job.anatomy, reached.standing, everything=everything)
             _the(run).checkpoints.write(Checkpoint(run=record, report=reached.report), tensors)
+            weights_of(job.model).forget()
         _export_shot(job, _the(run), reached)
 
     since = None
@@ -345,8 +350,10 @@ def _prune_into(
         processes.from_first(lambda: _export_shot(job, _the(run), restored))
         since = restored
     reached = run_job(job, lambda reached: processes.from_first(lambda: keep(reached)), since)
-    # Zeros in matrices of the old shape take as long to multiply by as any number.
-    timed = dense if _smaller(reached.standing.masks) else None
+    # Zeros in matrices of the old shape take as long to multiply by as any number, and weights that come from a disk
+    # as long as the disk takes.
+    resident = weights_of(job.model).blocks is None
+    timed = dense if resident and _smaller(reached.standing.masks) else None
 
     def finish() -> PruneReport:
         there = _the(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -19,6 +20,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_matrix
+from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
@@ -168,13 +170,17 @@ class _Run:
         for name, result in self.processes.share_out(work, lambda name: compute(self.anatomy.layers[name])):
             yield self.anatomy.layers[name], result
 
+    def _present(self, layer: LinearLayer) -> AbstractContextManager[None]:
+        return weights_of(self.model).present(self.model.get_submodule(layer.name))
+
     @torch.no_grad()
     def _costs(self, curvature: Curvature) -> dict[str, Any]:
         structure = self.structure
 
         def costs_of(layer: LinearLayer) -> Any:
             fisher = curvature.fisher(layer, structure.shapes[layer.name], self._damping)
-            return structure.costs(layer, read_matrix(self.model, layer), fisher)
+            with self._present(layer):
+                return structure.costs(layer, read_matrix(self.model, layer), fisher)
 
         found = {layer.name: costs for layer, costs in self._share_out(costs_of)}
         return {name: found[name] for name in self.anatomy.layers}
@@ -187,11 +193,13 @@ class _Run:
         def matrix_of(layer: LinearLayer) -> Tensor:
             # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
             fisher = partial(curvature.fisher, layer, before[layer.name], self._damping)
-            return self.structure.matrix_after(layer, read_matrix(self.model, layer), fisher, selection)
+            with self._present(layer):
+                return self.structure.matrix_after(layer, read_matrix(self.model, layer), fisher, selection)
 
         for layer, matrix in self._share_out(matrix_of):
             write_matrix(self.model, layer, after[layer.name], extents[layer.name], matrix)
             check_written(layer, core_of(self.model, layer))
+            weights_of(self.model).settle(self.model.get_submodule(layer.name))
         narrow_heads(self.model, self.anatomy, after)
         self.structure.commit(selection)
 

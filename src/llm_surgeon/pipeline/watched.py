@@ -76,11 +76,10 @@ def watch(
         grams: Whether the Gram matrices of the inputs are wanted.
         advance: Called with the number of tokens after each batch.
     """
-    watched = Watched()
+    watched, device = Watched(), next(model.parameters()).device
     with Hooks() as hooks:
         for layer in layers:
             core, group = core_of(model, layer), layer.input_group
-            device = core.weight.device
             if group not in watched.inputs:
                 watched.inputs[group] = Moments(layer.columns, device)
                 hooks.on_input(core, watched.inputs[group].add)

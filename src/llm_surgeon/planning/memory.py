@@ -78,6 +78,14 @@ def weights_read(skeleton: Skeleton, device: torch.device, texts: Texts) -> int:
     return skeleton.weight_bytes - max(0, whole - pieces * max(row, READ_AROUND))
 
 
+def weights_streamed(skeleton: Skeleton) -> tuple[int, int]:
+    """Bytes of the weights that a run has where the model runs if they are streamed, and of those on disk."""
+    blocks = skeleton.network.get_submodule(skeleton.anatomy.family.blocks)
+    counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.children()]
+    away = sum(counts) * skeleton.dtype.itemsize
+    return skeleton.weight_bytes - away + max(counts) * skeleton.dtype.itemsize, away
+
+
 def passes_within(
     measured: int, skeleton: Skeleton, config: PruneConfig, device: torch.device, process: int, weights: int
 ) -> int:
@@ -120,6 +128,7 @@ class Demand:
         process: Bytes that the process holds before the model is loaded.
         weights: Bytes of the weights that will be in memory, see ``weights_read``.
         waiting: What waits in the store if the run goes layer by layer; None if it does not.
+        streamed: Whether the weights of blocks come one block at a time.
     """
 
     skeleton: Skeleton
@@ -129,6 +138,7 @@ class Demand:
     process: int
     weights: int
     waiting: Waiting | None = None
+    streamed: bool = False
 
     @property
     def _squares(self) -> Parts:
@@ -152,13 +162,14 @@ class Demand:
         if evaluates:
             needs["evaluation"] = self._on_device({**window, **self._pruned()})
         needs["export and check"] = self._export()
-        if config.parts:
+        if config.parts and not self.streamed:
             needs["speed"] = self._on_device(self._pruned(), apart={"dense model once more": self.weights})
         return needs
 
     def _load(self) -> Need:
         """Files are mapped, so they are resident only as far as they are read; another type makes a copy."""
-        files: Parts = {"weight files while read": self.skeleton.stored_bytes} if self.skeleton.converts else {}
+        copied = self.skeleton.converts and not self.streamed
+        files: Parts = {"weight files while read": self.skeleton.stored_bytes} if copied else {}
         weights: Parts = {"weights": self.weights}
         return Need({"process": self.process, **weights, **files}, {} if self.device.type == "cpu" else weights)
 
@@ -225,7 +236,7 @@ class Demand:
 
     def _pruned(self) -> Parts:
         """The small matrices beside the dense ones: on a CPU, a mapped file stays as long as any part of it is used."""
-        if not self.config.parts or self.device.type != "cpu" or self.skeleton.converts:
+        if not self.config.parts or self.device.type != "cpu" or self.skeleton.converts or self.streamed:
             return {}
         first = self.config.sparsity_schedule[0]
         return {"pruned weights": round((1 - first) * self._prunable) * self.skeleton.dtype.itemsize}

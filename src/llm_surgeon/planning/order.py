@@ -12,6 +12,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature.kfac import PUT_AWAY
 from llm_surgeon.curvature.passes import Order
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.models.streaming import can_stream
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.planning.trace import estimation_of, factor_bytes
 from llm_surgeon.storage import Budgets
@@ -63,6 +64,24 @@ def goes_layer_major(config: PruneConfig, room: Room, need: Callable[[], tuple[i
         return config.layerwise or config.order == "layer-major"
     host, device = need()
     return host > room.host or (room.device is not None and device > room.device)
+
+
+def goes_streamed(config: PruneConfig, room: Room, layer_major: bool, floor: tuple[int, int]) -> bool:
+    """Whether the weights of blocks come one block at a time.
+
+    Args:
+        config: The recipe.
+        room: What there is.
+        layer_major: Whether the run goes layer by layer.
+        floor: Bytes of main memory and of the GPU that the shots take with all weights, without a store.
+    """
+    if config.weights != "auto":
+        return config.weights == "streamed"
+    # Without a pass there is no order.
+    by_layers = layer_major or config.resolved_curvature == "identity"
+    host, device = floor
+    short = host > room.host or (room.device is not None and device > room.device)
+    return short and by_layers and can_stream() and not config.lora
 
 
 def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: float) -> Budgets:

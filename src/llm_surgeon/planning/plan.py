@@ -13,6 +13,7 @@ from llm_surgeon.curvature.passes import Order
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.models.streaming import require_streaming
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
@@ -25,12 +26,14 @@ from llm_surgeon.planning.memory import (
     peak_of_shots,
     process_bytes,
     weights_read,
+    weights_streamed,
 )
 from llm_surgeon.planning.order import (
     Room,
     Waiting,
     budgets_of,
     goes_layer_major,
+    goes_streamed,
     order_name,
     placed,
     waiting_bytes,
@@ -66,6 +69,7 @@ def plan(model: str, config: PruneConfig, probe: bool = False) -> Plan:
     """
     if config.lora:
         require_peft()
+    require_streaming(config.weights)
     device, source = resolve_device(config.device), resolve_source(model)
     skeleton = skeleton_of(source, config)
     config = settled(skeleton, config)
@@ -93,8 +97,9 @@ def foresee(
     def traced(order: Order) -> Traces:
         return trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device, order)
 
-    def needed(traces: Traces, waiting: Waiting | None) -> dict[str, Need]:
-        return Demand(skeleton, config, device, traces, process, weights, waiting).needs()
+    def needed(traces: Traces, waiting: Waiting | None, streamed: bool = False) -> dict[str, Need]:
+        held = weights_streamed(skeleton)[0] if streamed else weights
+        return Demand(skeleton, config, device, traces, process, held, waiting, streamed).needs()
 
     traces = traced("batch-major")
     layer_major = goes_layer_major(config, room, lambda: peak_of_shots(needed(traces, None)))
@@ -102,18 +107,19 @@ def foresee(
     order = order_name(layer_major and not config.layerwise)
     if order == "layer-major":
         traces = traced(order)
+    waiting, budgets = Waiting() if layer_major else None, Budgets()
+    streamed = goes_streamed(config, room, layer_major, peak_of_shots(needed(traces, waiting)))
     if probe:
-        probed = probe_batch(skeleton, config, device, texts.calibration, order)
+        probed = probe_batch(skeleton, config, device, texts.calibration, order, streamed=streamed)
         rates = _calibrated(rates, pass_operations(skeleton, config, order) * probed.tokens / probed.seconds)
         # A nearest product holds other factors than the pass that stands in for its own.
         if traces.curvature and not layer_major and estimation_of(config).curvature == config.resolved_curvature:
             measured = passes_within(probed.peak, skeleton, config, device, process, weights)
             traces = replace(traces, curvature=measured)
-    waiting, budgets = None, Budgets()
     if layer_major:
-        budgets = budgets_of(config, room, peak_of_shots(needed(traces, Waiting())), SLACK)
+        budgets = budgets_of(config, room, peak_of_shots(needed(traces, waiting, streamed)), SLACK)
         waiting = placed(waiting_bytes(skeleton, config), budgets, device)
-    needs = needed(traces, waiting)
+    needs = needed(traces, waiting, streamed)
     last = config.sparsity_schedule[-1]
     return Plan(
         model=model,
@@ -133,7 +139,8 @@ def foresee(
         order=order_name(layer_major),
         store_host=None if budgets.host == math.inf else round(budgets.host),
         store_device=None if budgets.device == math.inf else round(budgets.device),
-        scratch=waiting.disk if waiting else 0,
+        scratch=(waiting.disk if waiting else 0) + (weights_streamed(skeleton)[1] if streamed else 0),
+        streamed=streamed,
     )
 
 

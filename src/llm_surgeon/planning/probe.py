@@ -12,9 +12,7 @@ from llm_surgeon.curvature import estimate
 from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
-from llm_surgeon.models import examine
-from llm_surgeon.models.loading import load_model
-from llm_surgeon.planning.skeleton import Skeleton
+from llm_surgeon.planning.skeleton import Skeleton, loaded
 from llm_surgeon.planning.trace import estimation_of
 
 
@@ -34,7 +32,13 @@ class Probe:
 
 
 def probe_batch(
-    skeleton: Skeleton, config: PruneConfig, device: torch.device, tokens: CalibrationTokens, order: Order
+    skeleton: Skeleton,
+    config: PruneConfig,
+    device: torch.device,
+    tokens: CalibrationTokens,
+    order: Order,
+    *,
+    streamed: bool,
 ) -> Probe:
     """Load the model and run one batch twice, of which the second counts: in the first, kernels are chosen.
 
@@ -44,13 +48,13 @@ def probe_batch(
         device: Where the run is to be.
         tokens: Calibration tokens.
         order: Of the pass.
+        streamed: Whether weights come one block at a time.
 
     Raises:
         ModelError: If the model cannot be loaded.
         NonFiniteError: If the loss is not finite.
     """
-    network = load_model(skeleton.source, config.dtype, device, config.trust_remote_code)
-    anatomy = examine(network, skeleton.anatomy.family, config.ignore)
+    network, anatomy = loaded(skeleton, config, device, streamed=streamed)
     ids, mask = next(iter(tokens.batches(config.batch_size)))
     batch = CalibrationTokens(ids, mask, {})
     reset_peak(device)

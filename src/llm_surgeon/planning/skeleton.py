@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.anatomy import straighten
-from llm_surgeon.models.loading import DTYPES, load_config, model_type_of
+from llm_surgeon.models.loading import DTYPES, load_config, load_model, model_type_of
+from llm_surgeon.models.streaming import stream
 from llm_surgeon.models.trust import check_format
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.targets import count_based
@@ -85,6 +86,30 @@ def settled(skeleton: Skeleton, config: PruneConfig) -> PruneConfig:
     resolved = count_based(config, skeleton.anatomy, skeleton.parameters, skeleton.dtype.itemsize)
     check_structure(resolved, skeleton.anatomy)
     return resolved
+
+
+def loaded(
+    skeleton: Skeleton, config: PruneConfig, device: torch.device, *, streamed: bool
+) -> tuple[PreTrainedModel, Anatomy]:
+    """The model with its weights, and its prunable layers.
+
+    Args:
+        skeleton: The model.
+        config: The recipe.
+        device: Where it is to run.
+        streamed: Whether the weights of its blocks come one block at a time.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+        DiskSpaceError: If weights that are to be streamed do not fit on the disk.
+    """
+    # Weights of the type that is stored are mapped, and not read before they are needed.
+    dtype, place = ("auto", torch.device("cpu")) if streamed else (config.dtype, device)
+    network = load_model(skeleton.source, dtype, place, config.trust_remote_code)
+    anatomy = examine(network, skeleton.anatomy.family, config.ignore)
+    if streamed:
+        stream(network, anatomy.family.blocks, device, skeleton.dtype)
+    return network, anatomy
 
 
 def weightless(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:

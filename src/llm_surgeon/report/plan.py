@@ -79,10 +79,15 @@ def _phases(plan: Plan) -> Table:
         else "rough, by rates of a common machine; --probe measures them"
     )
     table.caption = Text(
-        f"Passes are {plan.order}{_scratch(plan)}. Peaks of each phase; on a CPU, freed memory stays with the process. "
+        f"Passes are {plan.order}{_streamed(plan)}{_scratch(plan)}. Peaks of each phase; on a CPU, freed memory stays "
+        "with the process. "
         f"Time: {how}."
     )
     return table
+
+
+def _streamed(plan: Plan) -> str:
+    return ", weights come one block at a time" if plan.streamed else ""
 
 
 def _scratch(plan: Plan) -> str:
