@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_surgeon.curvature import fixed_point
 from llm_surgeon.processes import Processes
 from llm_surgeon.stopwatch import timed
 from llm_surgeon.storage import Stored, TensorStore
@@ -24,7 +25,8 @@ class GramSum:
 
     Only the strips that hold the upper triangle are computed and stored: rows i to i + STRIP of the columns from i
     on. Sums are float32 whatever the inputs' type; the products themselves follow
-    ``torch.get_float32_matmul_precision()``. Nothing is held before the first addition.
+    ``torch.get_float32_matmul_precision()``: where it allows less than float32 and the CPU has nothing better, they are
+    those of ``fixed_point``. Nothing is held before the first addition.
     """
 
     def __init__(self, size: int, device: torch.device | str) -> None:
@@ -49,9 +51,23 @@ class GramSum:
             else:
                 wide = x.new_zeros(len(x), self._padded, dtype=torch.float32)
                 wide[:, : self.size] = x
-            for number, strip in enumerate(self._strips):
-                start = number * STRIP
-                strip.addmm_(wide[:, start : start + STRIP].T, wide[:, start:])
+            if torch.get_float32_matmul_precision() == "highest" or not fixed_point.is_fast(wide.device):
+                self._add_products(wide)
+            else:
+                self._add_rounded(wide)
+
+    def _add_products(self, x: Tensor) -> None:
+        for number, strip in enumerate(self._strips):
+            start = number * STRIP
+            strip.addmm_(x[:, start : start + STRIP].T, x[:, start:])
+
+    def _add_rounded(self, x: Tensor) -> None:
+        parts = fixed_point.rounded(x)
+        if len(parts.left):
+            self._add_products(parts.left)
+        for number, strip in enumerate(self._strips):
+            start = number * STRIP
+            fixed_point.add_product(strip, parts, slice(start, start + STRIP), slice(start, None))
 
     def add_up(self, processes: Processes) -> None:
         """Take in the sums of the other processes."""

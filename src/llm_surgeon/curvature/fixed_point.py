@@ -1,0 +1,62 @@
+"""Products ``x^T x`` in 8-bit fixed point with exact sums, for CPUs that multiply such numbers fastest.
+
+A CPU without matrix units multiplies 8-bit integers nine times as fast as float32 numbers, and adds the products up
+in 32-bit integers without any rounding. Each channel of ``x [tokens, size]`` is rounded to 255 steps between its
+largest values; the product of what was rounded is a Gram matrix, so it is positive semi-definite like the exact one.
+If ``s`` is a channel's step, rounding adds about ``s^2 / 12`` to the mean square of the channel, whatever the others.
+
+A few tokens with very large values (the first of a text, mostly) would make the steps too coarse for all others. A sum
+over tokens can be taken in two parts, so these tokens are left to float32 products. In the rest no value is above
+``LARGE`` times its channel's mean magnitude ``m``, so that ``s^2 / 12 <= (LARGE m / 127)^2 / 12``, at most 2 % of the
+mean square, where the damping of a factor adds at least 1 % of the mean of all channels. Costs of rows and columns of
+SmolLM2-135M differ from those of exact sums by 0.2 % in the mean (docs/scale.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Values of so many times the mean magnitude of their channel are large.
+LARGE = 64.0
+_STEPS = 127
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """``x [tokens, size]``, in two parts over its tokens.
+
+    Attributes:
+        numbers: ``[tokens, size]`` int8, of steps; zero for the tokens that are left.
+        step: ``[size]``, of each channel; not finite if the channel is not, so that no product with it is either.
+        left: ``[some, size]``, the tokens with large values as they were.
+    """
+
+    numbers: Tensor
+    step: Tensor
+    left: Tensor
+
+
+def is_fast(device: torch.device) -> bool:
+    """Whether a device multiplies 8-bit integers much faster than float32 numbers, and torch lets it."""
+    known = hasattr(torch, "_int_mm") and hasattr(torch.cpu, "_is_vnni_supported")
+    return known and device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
+def rounded(x: Tensor) -> FixedPoint:
+    """``x [tokens, size]`` float32 in steps of its channels."""
+    magnitude = x.abs()
+    tokens = ((magnitude / magnitude.mean(0)).amax(1) > LARGE).nonzero().flatten()
+    # Zeros instead of fewer rows: a matrix library compiles a kernel for each shape of a product.
+    step = magnitude.index_fill_(0, tokens, 0.0).amax(0) / _STEPS
+    steps_per_one = torch.where(step > 0, 1 / step, 0.0)
+    numbers = (x * steps_per_one).round_().to(torch.int8).index_fill_(0, tokens, 0)
+    return FixedPoint(numbers, step, x[tokens])
+
+
+def add_product(total: Tensor, x: FixedPoint, rows: slice, columns: slice) -> None:
+    """Add what the numbers give of ``x_rows^T x_columns`` to ``total [r, c]`` float32."""
+    product = torch._int_mm(x.numbers[:, rows].T, x.numbers[:, columns]).float()
+    total.addcmul_(product.mul_(x.step[columns]), x.step[rows, None])
