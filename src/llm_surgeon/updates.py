@@ -45,8 +45,12 @@ def remove_rows(weight: Tensor, g: Tensor, removed: Tensor, kept: Tensor, dampin
     """
     if not len(removed) or not len(kept):
         return weight[kept]
-    cross = g[kept][:, removed] @ weight[removed]
-    return weight[kept] + torch.cholesky_solve(cross, damped_cholesky(g[kept][:, kept], damping, name))
+    own = g[kept]
+    factor, cross = damped_cholesky(own[:, kept], damping, name), own[:, removed]
+    if len(removed) < weight.shape[1]:
+        # Fewer right-hand sides.
+        return weight[kept] + torch.cholesky_solve(cross, factor) @ weight[removed]
+    return weight[kept] + torch.cholesky_solve(cross @ weight[removed], factor)
 
 
 def remove_columns(weight: Tensor, a: Tensor, removed: Tensor, kept: Tensor, damping: float, name: str) -> Tensor:

@@ -8,8 +8,8 @@ If ``s`` is a channel's step, rounding adds about ``s^2 / 12`` to the mean squar
 A few tokens with very large values (the first of a text, mostly) would make the steps too coarse for all others. A sum
 over tokens can be taken in two parts, so these tokens are left to float32 products. In the rest no value is above
 ``LARGE`` times its channel's mean magnitude ``m``, so that ``s^2 / 12 <= (LARGE m / 127)^2 / 12``, at most 2 % of the
-mean square, where the damping of a factor adds at least 1 % of the mean of all channels. Costs of rows and columns of
-SmolLM2-135M differ from those of exact sums by 0.2 % in the mean (docs/scale.md).
+mean square, where the damping of a factor adds at least 1 % of the mean of all channels. docs/scale.md says how far
+costs differ from those of exact sums.
 """
 
 from __future__ import annotations
