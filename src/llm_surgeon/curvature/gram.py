@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.curvature import fixed_point
+from llm_surgeon.models.modes import products
 from llm_surgeon.processes import Processes
 from llm_surgeon.stopwatch import timed
 from llm_surgeon.storage import Stored, TensorStore
@@ -64,7 +65,10 @@ class GramSum:
     def _add_rounded(self, x: Tensor) -> None:
         parts = fixed_point.rounded(x)
         if len(parts.left):
-            self._add_products(parts.left)
+            # They are few, and never as many as before: the library of reduced precision would compile a kernel for
+            # each number of them.
+            with products("float32"):
+                self._add_products(parts.left)
         for number, strip in enumerate(self._strips):
             start = number * STRIP
             fixed_point.add_product(strip, parts, slice(start, start + STRIP), slice(start, None))
