@@ -187,6 +187,14 @@ class PruneConfig(BaseModel):
         "bfloat16", description="Arithmetic of the passes: bfloat16 or float32; sums are float32 in any case."
     )
     trust_remote_code: bool = Field(False, description="Run code that the model's checkpoint brings; read it before.")
+    reconstruction: bool = Field(
+        False,
+        description="After each shot, correct what writes into the residual stream by least squares, towards the "
+        "stream of the dense model, which is kept; no training. For structures that shrink.",
+    )
+    reconstruction_ridge: float = Field(
+        0.2, gt=0.0, description="Ridge that holds its weights where they are, as a fraction of the mean squared input."
+    )
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
     lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")
@@ -284,6 +292,8 @@ class PruneConfig(BaseModel):
             raise ValueError("uniform blocks go whole: neurons and heads cannot be removed in the same run")
         if self.round_to not in (None, 1) and ("neurons" not in parts or "rows-columns" in parts):
             raise ValueError("round_to is for structures with neurons and without rows-columns")
+        if self.reconstruction and not parts:
+            raise ValueError(f"reconstruction is for structures that shrink, not for {self.structure}")
         if self.min_width is not None and not parts:
             raise ValueError(f"min_width is for structures that shrink, not for {self.structure}")
 

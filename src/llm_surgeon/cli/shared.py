@@ -35,6 +35,7 @@ _PANELS = {
         *("score_alpha", "score_norm", "score_ratio", "score_activation", "sparsegpt_block"),
         *("refine", "refine_cycles", "refine_threshold", "refine_reweight"),
     ),
+    "Reconstruction": tuple(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
     "Texts": ("calibration", "samples", "seq_len", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
 }

@@ -22,10 +22,12 @@ from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
+from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, reconstruct
 from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.processes import ALONE, Processes
+from llm_surgeon.records import ReconstructionRecord
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
 
@@ -46,6 +48,7 @@ def run_shots(
     processes: Processes = ALONE,
     *,
     since: Standing | None = None,
+    dense: PreTrainedModel | None = None,
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
@@ -60,6 +63,7 @@ def run_shots(
         store: Keeps what has to wait in layer-major passes; None makes them batch-major.
         processes: Who does it together; all have the same model before and after each shot.
         since: Where an earlier run of the same recipe stood; None begins with the first shot.
+        dense: The model before pruning, for recipes with reconstruction, see ``goal_of``.
 
     Raises:
         ConfigError: If the layers do not allow the structure.
@@ -71,7 +75,7 @@ def run_shots(
     if since is not None:
         done, previous = since.shot, since.start
         structure.resume(since.masks)
-    run = _Run(model, anatomy, structure, tokens, config, progress, store, processes)
+    run = _Run(model, anatomy, structure, tokens, config, progress, store, processes, dense)
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         result = run.shot(number, sparsity, previous)
         previous = result.start
@@ -90,6 +94,7 @@ class _Run:
     progress: Progress
     store: TensorStore | None
     processes: Processes
+    dense: PreTrainedModel | None
 
     def shot(self, number: int, sparsity: float, previous: WarmStart | None) -> ShotResult:
         """One shot, to a sparsity; ``previous`` is what a power iteration sets out from."""
@@ -110,6 +115,7 @@ class _Run:
             start = curvature.warm_start(self.anatomy.layers, structure.shapes)
         factor_bytes, loss = curvature.nbytes, curvature.loss
         del curvature
+        reconstructed = self._reconstruct(number, clock) if self.dense is not None else None
         corrected = correct_shot(
             self.model,
             self.anatomy,
@@ -132,6 +138,7 @@ class _Run:
             loss=loss,
             costs=histogram,
             correction=corrected,
+            reconstruction=reconstructed,
             seconds=clock.seconds,
             peaks=clock.peaks,
             profile=clock.profile(),
@@ -155,6 +162,26 @@ class _Run:
                 previous,
                 store=self.store,
                 processes=self.processes,
+            )
+
+    def _reconstruct(self, number: int, clock: Clock) -> ReconstructionRecord:
+        """What is left of the weights that write into the stream, on the inputs that it has now."""
+        config, masks = self.config, self.structure.shapes
+        own = self.tokens.part(self.processes.part(self.tokens.n_samples))
+        how = Reconstruction(config.reconstruction_ridge, config.batch_size, config.precision)
+        work = own.input_ids.numel() * self.anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
+        description = f"shot {number}/{config.shots}: reconstruction"
+        with clock.phase("reconstruction"), self.progress.phase(description, work) as phase:
+            return reconstruct(
+                self.model,
+                cast(PreTrainedModel, self.dense),
+                self.anatomy,
+                masks,
+                own,
+                how,
+                store=self.store,
+                processes=self.processes,
+                advance=phase.advance,
             )
 
     @property
