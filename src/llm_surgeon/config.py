@@ -195,6 +195,13 @@ class PruneConfig(BaseModel):
     reconstruction_ridge: float = Field(
         0.2, gt=0.0, description="Ridge that holds its weights where they are, as a fraction of the mean squared input."
     )
+    reconstruction_copies: int = Field(
+        2,
+        ge=0,
+        description="Copies of the calibration sequences that it is fitted to as well, in which the dense model has "
+        "written some of the tokens.",
+    )
+    reconstruction_share: float = Field(0.5, gt=0.0, le=1.0, description="Share of the tokens of a copy that it has.")
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
     lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +23,7 @@ from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, reconstruct
+from llm_surgeon.pipeline.resampling import with_copies
 from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
@@ -147,7 +148,7 @@ class _Run:
 
     def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
         """The curvature of the model as it is, from this process's part of the tokens and those of the others."""
-        own = self.tokens.part(self.processes.part(self.tokens.n_samples))
+        own = self._own
         how = _estimation(self.config, number, "batch-major" if self.store is None else "layer-major")
         work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
         description = f"shot {number}/{self.config.shots}: curvature"
@@ -167,22 +168,38 @@ class _Run:
     def _reconstruct(self, number: int, clock: Clock) -> ReconstructionRecord:
         """What is left of the weights that write into the stream, on the inputs that it has now."""
         config, masks = self.config, self.structure.shapes
-        own = self.tokens.part(self.processes.part(self.tokens.n_samples))
         how = Reconstruction(config.reconstruction_ridge, config.batch_size, config.precision)
-        work = own.input_ids.numel() * self.anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
         description = f"shot {number}/{config.shots}: reconstruction"
-        with clock.phase("reconstruction"), self.progress.phase(description, work) as phase:
-            return reconstruct(
-                self.model,
-                cast(PreTrainedModel, self.dense),
-                self.anatomy,
-                masks,
-                own,
-                how,
-                store=self.store,
-                processes=self.processes,
-                advance=phase.advance,
-            )
+        with clock.phase("reconstruction"):
+            fitted = self._fitted
+            work = fitted.input_ids.numel() * self.anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
+            with self.progress.phase(description, work) as phase:
+                return reconstruct(
+                    self.model,
+                    cast(PreTrainedModel, self.dense),
+                    self.anatomy,
+                    masks,
+                    fitted,
+                    how,
+                    store=self.store,
+                    processes=self.processes,
+                    advance=phase.advance,
+                )
+
+    @cached_property
+    def _fitted(self) -> CalibrationTokens:
+        """What reconstruction fits to: this process's part of the tokens, and copies of it."""
+        config, dense = self.config, cast(PreTrainedModel, self.dense)
+        own = self._own
+        how = Estimation(config.batch_size, config.precision, seed=config.seed)
+        copies = config.reconstruction_copies
+        with self.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
+            return with_copies(dense, own, copies, config.reconstruction_share, how, phase.advance)
+
+    @property
+    def _own(self) -> CalibrationTokens:
+        """This process's part of the tokens."""
+        return self.tokens.part(self.processes.part(self.tokens.n_samples))
 
     @property
     def _damping(self) -> Damping:
