@@ -105,7 +105,7 @@ class Traces:
             what waits in the store, and with the factors of one block.
         training: The same with gradients in any case, for corrections.
         evaluation: Of a window.
-        waiting: Hidden states of a batch in front of a block, in layer-wise methods.
+        waiting: Hidden states of a batch in front of a block, in layer-wise methods and for reconstruction.
         watching: Of a batch in a block that is watched, beside those.
     """
 
@@ -134,7 +134,7 @@ def trace(
     """
     tracer = _Tracer(make, anatomy, config, device)
     reads = not config.layerwise and config.resolved_curvature != "identity"
-    waiting, watching = tracer.sweep() if config.layerwise else (0, 0)
+    waiting, watching = tracer.sweep() if config.layerwise or config.reconstruction else (0, 0)
     return Traces(
         curvature=tracer.batch(replace(estimation_of(config), order=order)) if reads else 0,
         training=tracer.batch(Estimation(config.batch_size, config.precision)) if config.lora else 0,
