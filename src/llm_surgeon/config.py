@@ -38,6 +38,8 @@ TARGETS = ("target_params", "target_bytes", "target_latency")
 SHAPES = ("rows-columns", "neurons", "heads", "values", "blocks")
 # Coupled structures of which no layer loses everything unless asked: the share of the dense width that stays.
 _MIN_WIDTH = 0.05
+# Curvatures of which the part that belongs to what is left is known without another estimate.
+_DIVISIBLE = ("kfac", "activations", "identity")
 # Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
 ROUND_TO = 32
 
@@ -96,6 +98,12 @@ class PruneConfig(BaseModel):
     )
     shots: int = Field(
         5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each. 1 if layer-wise."
+    )
+    steps_per_shot: int = Field(
+        1,
+        ge=1,
+        description="Steps in which a shot removes what it has to; in each, costs are computed anew from the shot's "
+        "curvature, for what the steps before have left. For structures that shrink.",
     )
     uniform: bool = Field(
         False,
@@ -301,6 +309,8 @@ class PruneConfig(BaseModel):
             raise ValueError("round_to is for structures with neurons and without rows-columns")
         if self.reconstruction and not parts:
             raise ValueError(f"reconstruction is for structures that shrink, not for {self.structure}")
+        if self.steps_per_shot > 1 and (not parts or self.resolved_curvature not in _DIVISIBLE):
+            raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {', '.join(_DIVISIBLE)}")
         if self.min_width is not None and not parts:
             raise ValueError(f"min_width is for structures that shrink, not for {self.structure}")
 

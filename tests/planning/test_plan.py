@@ -73,6 +73,23 @@ def test_a_larger_batch_needs_more(checkpoint, recipe):
     assert large.host["factors"] == small.host["factors"]
 
 
+def test_reconstruction_is_planned(checkpoint, recipe):
+    without, one, three = (
+        plan(str(checkpoint), recipe(**options))
+        for options in (
+            {},
+            {"reconstruction": True, "reconstruction_copies": 0},
+            {"reconstruction": True, "reconstruction_copies": 2},
+        )
+    )
+    assert "reconstruction" not in named(without)
+    phase, more = named(one)["reconstruction"], named(three)["reconstruction"]
+    assert more.host["hidden states"] == 3 * phase.host["hidden states"] > 0
+    assert more.seconds > 3 * phase.seconds > 0
+    copy = without.dense_size.prunable * 4
+    assert all(each.host["dense weights to reconstruct"] == copy for each in one.phases if each.name != "load")
+
+
 def test_a_layerwise_plan_grows_with_the_samples(checkpoint, recipe):
     few, many = (named(plan(str(checkpoint), recipe(method="wanda", shots=1, samples=n))) for n in (8, 16))
     assert many["curvature"].host["hidden states"] == 2 * few["curvature"].host["hidden states"]

@@ -28,7 +28,7 @@ from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.processes import ALONE, Processes
-from llm_surgeon.records import ReconstructionRecord
+from llm_surgeon.records import CostHistogram, ReconstructionRecord
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
 
@@ -71,6 +71,7 @@ def run_shots(
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
+    assert (dense is not None) == config.reconstruction, "the dense model is what reconstruction aims at"
     structure = structure_of(config, anatomy)
     done, previous = 0, cast(WarmStart | None, None)
     if since is not None:
@@ -81,6 +82,16 @@ def run_shots(
         result = run.shot(number, sparsity, previous)
         previous = result.start
         yield result
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of a shot: its threshold, how many structures went for their cost and by implication, its scores."""
+
+    threshold: float
+    removed: int
+    implied: int
+    costs: CostHistogram
 
 
 @dataclass(frozen=True)
@@ -101,22 +112,14 @@ class _Run:
         """One shot, to a sparsity; ``previous`` is what a power iteration sets out from."""
         structure, clock = self.structure, Clock(next(self.model.parameters()).device)
         curvature = self._estimate(number, previous, clock)
-        with clock.phase("selection"):
-            costs = self._costs(curvature)
-            target = round((1 - sparsity) * self.anatomy.prunable_weights)
-            selection = structure.select(costs, target)
-            histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
-            del costs
-            _warn_if_short(structure.masks, selection.keep, target)
-        with clock.phase("update"):
-            self._update(curvature, selection)
+        steps = [self._step(curvature, target, clock) for target in self._targets(sparsity)]
         # Only a power iteration has use for what a shot found.
         start = None
         if isinstance(curvature, NearestCurvature):
             start = curvature.warm_start(self.anatomy.layers, structure.shapes)
         factor_bytes, loss = curvature.nbytes, curvature.loss
         del curvature
-        reconstructed = self._reconstruct(number, clock) if self.dense is not None else None
+        reconstructed = self._reconstruct(number, clock)
         corrected = correct_shot(
             self.model,
             self.anatomy,
@@ -132,12 +135,12 @@ class _Run:
             shot=number,
             target_sparsity=sparsity,
             masks=structure.masks,
-            threshold=selection.threshold,
-            removed=selection.structures_chosen,
-            implied=selection.structures_implied,
+            threshold=steps[-1].threshold,
+            removed=sum(step.removed for step in steps),
+            implied=sum(step.implied for step in steps),
             factor_bytes=factor_bytes,
             loss=loss,
-            costs=histogram,
+            costs=steps[-1].costs,
             correction=corrected,
             reconstruction=reconstructed,
             seconds=clock.seconds,
@@ -145,6 +148,25 @@ class _Run:
             profile=clock.profile(),
             start=start,
         )
+
+    def _targets(self, sparsity: float) -> Iterator[int]:
+        """Weights that are to be left after each step of a shot."""
+        before = sum(mask.weights for mask in self.structure.masks.values())
+        after, steps = round((1 - sparsity) * self.anatomy.prunable_weights), self.config.steps_per_shot
+        return (before + round((after - before) * step / steps) for step in range(1, steps + 1))
+
+    def _step(self, curvature: Curvature, target: int, clock: Clock) -> _Step:
+        """Remove what costs least until so many weights are left, and update the others."""
+        structure = self.structure
+        with clock.phase("selection"):
+            costs = self._costs(curvature)
+            selection = structure.select(costs, target)
+            histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
+            del costs
+            _warn_if_short(structure.masks, selection.keep, target)
+        with clock.phase("update"):
+            self._update(curvature, selection)
+        return _Step(selection.threshold, selection.structures_chosen, selection.structures_implied, histogram)
 
     def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
         """The curvature of the model as it is, from this process's part of the tokens and those of the others."""
@@ -165,9 +187,11 @@ class _Run:
                 processes=self.processes,
             )
 
-    def _reconstruct(self, number: int, clock: Clock) -> ReconstructionRecord:
-        """What is left of the weights that write into the stream, on the inputs that it has now."""
-        config, masks = self.config, self.structure.shapes
+    def _reconstruct(self, number: int, clock: Clock) -> ReconstructionRecord | None:
+        """Correct what writes into the stream, if the recipe wants it."""
+        if self.dense is None:
+            return None
+        config = self.config
         how = Reconstruction(config.reconstruction_ridge, config.batch_size, config.precision)
         description = f"shot {number}/{config.shots}: reconstruction"
         with clock.phase("reconstruction"):
@@ -176,9 +200,9 @@ class _Run:
             with self.progress.phase(description, work) as phase:
                 return reconstruct(
                     self.model,
-                    cast(PreTrainedModel, self.dense),
+                    self.dense,
                     self.anatomy,
-                    masks,
+                    self.structure.shapes,
                     fitted,
                     how,
                     store=self.store,
@@ -189,11 +213,11 @@ class _Run:
     @cached_property
     def _fitted(self) -> CalibrationTokens:
         """What reconstruction fits to: this process's part of the tokens, and copies of it."""
-        config, dense = self.config, cast(PreTrainedModel, self.dense)
-        own = self._own
+        config, own = self.config, self._own
         how = Estimation(config.batch_size, config.precision, seed=config.seed)
         copies = config.reconstruction_copies
         with self.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
+            dense = cast(PreTrainedModel, self.dense)
             return with_copies(dense, own, copies, config.reconstruction_share, how, phase.advance)
 
     @property

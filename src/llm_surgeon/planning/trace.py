@@ -211,7 +211,9 @@ class _Tracer:
             tokens = self._tokens(min(config.batch_size, config.samples))
             sweep = Sweep(self._network, anatomy.family.blocks, tokens, config.batch_size, config.precision)
             held, live.peak = live.now, live.now
-            watch(self._network, sweep, 0, layers, grams=LAYERWISE[config.method].scope is None, advance=_nowhere)
+            # Reconstruction has fewer Gram matrices than this, and products of inputs and errors as large.
+            grams = config.reconstruction or LAYERWISE[config.method].scope is None
+            watch(self._network, sweep, 0, layers, grams=grams, advance=_nowhere)
             return held, live.peak - held
 
 
