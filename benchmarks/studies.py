@@ -65,6 +65,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         "Shots, rows and columns to 50 %",
         {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10)},
     ),
+    "steps": (
+        "Steps of a shot, rows and columns, five shots to 50 %",
+        {(f"{steps} steps" if steps > 1 else "1 step"): {"steps_per_shot": steps} for steps in (1, 2, 4, 8)}
+        | {"4 steps and reconstruction": {"steps_per_shot": 4, "reconstruction": True}},
+    ),
     "correlations": (
         "Rows and columns, independent against correlated updates, five shots to 50 %",
         {

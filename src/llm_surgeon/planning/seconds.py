@@ -99,6 +99,7 @@ def phase_seconds(
     window = 2 * skeleton.parameters * evaluated / rates.passes
     read = skeleton.weight_bytes / DISK
     operations = sum(pass_operations(skeleton, config, order, k) for k in kept)
+    steps = config.steps_per_shot
     forward = 2 * skeleton.parameters * tokens / rates.passes
     speed = SPEED_RUNS * (2 * skeleton.parameters * SPEED_PROMPT / rates.float32)
     speed += SPEED_RUNS * SPEED_DECODED * skeleton.weight_bytes / MEMORY_RATE
@@ -106,8 +107,8 @@ def phase_seconds(
         "load": read,
         "dense evaluation": window,
         "curvature": _passes(config) * tokens * operations / rates.passes,
-        "selection": sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32,
-        "update": sum(_updates(skeleton, config) * k for k in kept) / rates.float32,
+        "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32,
+        "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32,
         "reconstruction": sum(_reconstruction(config, k) for k in kept) * forward,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
         "evaluation": window * config.shots,
