@@ -39,6 +39,12 @@ def dampings(structure: str, sparsity: float) -> Variants:
     }
 
 
+PHASES = ("curvature", "selection", "update", "reconstruction", "correction")
+RECONSTRUCTIONS = {
+    "without": {},
+    "fitted to the calibration tokens": {"reconstruction": True, "reconstruction_copies": 0},
+    "and to two copies": {"reconstruction": True},
+}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -58,6 +64,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     "shots": (
         "Shots, rows and columns to 50 %",
         {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10)},
+    ),
+    "steps": (
+        "Steps of a shot, rows and columns, five shots to 50 %",
+        {(f"{steps} steps" if steps > 1 else "1 step"): {"steps_per_shot": steps} for steps in (1, 2, 4, 8)}
+        | {"4 steps and reconstruction": {"steps_per_shot": 4, "reconstruction": True}},
     ),
     "correlations": (
         "Rows and columns, independent against correlated updates, five shots to 50 %",
@@ -99,6 +110,15 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             }.items()
         },
     ),
+    "reconstruction": (
+        "Reconstruction, rows and columns, five shots to 50 %",
+        {
+            f"{name}, seed {seed}": options | {"seed": seed}
+            for name, options in RECONSTRUCTIONS.items()
+            for seed in (0, 1, 2)
+        }
+        | {"and to two copies, with corrections": {"reconstruction": True, "lora": True}},
+    ),
     "corrections": (
         "First-order corrections: rows and columns in five shots, single weights in one, to 50 %",
         {
@@ -119,6 +139,7 @@ def record(report: PruneReport) -> dict[str, Any]:
         "curvature_s": [round(shot.curvature_seconds, 1) for shot in report.shots],
         "selection_s": [round(shot.selection_seconds, 1) for shot in report.shots],
         "update_s": [round(shot.update_seconds, 1) for shot in report.shots],
+        "reconstruction_s": [round(shot.reconstruction_seconds, 1) for shot in report.shots],
         "correction_s": [round(shot.correction_seconds, 1) for shot in report.shots],
         "peak_mib": round(report.memory.peak / 2**20),
         "versions": report.versions,
@@ -145,7 +166,8 @@ def markdown(title: str, result: dict[str, Any]) -> str:
     rows = []
     for name, item in variants.items():
         at = _tens(item)
-        phases = [item[f"{phase}_s"] for phase in ("curvature", "selection", "update", "correction")]
+        # Results from before there was reconstruction say nothing of it.
+        phases = [item.get(f"{phase}_s", [0.0]) for phase in PHASES]
         means = [sum(phase) / len(phase) for phase in phases]
         if means[0] < 0.05 and len(item["size"]) == 1 and "identity" not in name:
             # It was estimated once for all one-shot variants of a process; each would have needed it.
@@ -153,7 +175,7 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         share = f"{100 * means[2] / sum(means):.0f} %"
         rows.append([name, *(at.get(size) for size in sizes), *(f"{mean:.1f}" for mean in means), share])
     note = f" {result['note']}" if "note" in result else ""
-    heading = ["", *(f"{size} %" for size in sizes), "curvature s", "selection s", "update s", "correction s", "update"]
+    heading = ["", *(f"{size} %" for size in sizes), *(f"{phase} s" for phase in PHASES), "update"]
     return (
         f"# {title}\n\nSmolLM2-135M-Instruct, perplexity at each size (prunable weights kept; dense "
         f"{result['dense_perplexity']}), mean seconds of a shot by phase, and the update's share of them. Variants of "

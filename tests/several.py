@@ -38,6 +38,7 @@ RECIPES = {
     "sparsegpt, permuted": ("llama", {"method": "sparsegpt", "structure": "2:4", "permute": True, "sparsity": 0.5}),
     "global scores": ("llama", {"method": "wanda", "scope": "global", "structure": "unstructured"}),
     "refined, owl": ("llama", {"method": "ria", "refine": "r2-dsnot", "layer_budget": "owl", "owl_multiple": 2.0}),
+    "reconstruction": ("llama-biased", {"shots": 2, "reconstruction": True}),
     "corrections": ("llama", {"shots": 2, "lora": True, "lora_steps": 2, "lora_final_steps": 3, "lora_rank": 2}),
 }
 

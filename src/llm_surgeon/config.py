@@ -39,6 +39,8 @@ TARGETS = ("target_params", "target_bytes", "target_latency")
 SHAPES = ("rows-columns", "neurons", "heads", "values", "blocks")
 # Coupled structures of which no layer loses everything unless asked: the share of the dense width that stays.
 _MIN_WIDTH = 0.05
+# Curvatures of which the part that belongs to what is left is known without another estimate.
+_DIVISIBLE = ("kfac", "activations", "identity")
 # Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
 ROUND_TO = 32
 
@@ -97,6 +99,12 @@ class PruneConfig(BaseModel):
     )
     shots: int = Field(
         5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each. 1 if layer-wise."
+    )
+    steps_per_shot: int = Field(
+        1,
+        ge=1,
+        description="Steps in which a shot removes what it has to; in each, costs are computed anew from the shot's "
+        "curvature, for what the steps before have left. For structures that shrink.",
     )
     uniform: bool = Field(
         False,
@@ -194,6 +202,21 @@ class PruneConfig(BaseModel):
         "bfloat16", description="Arithmetic of the passes: bfloat16 or float32; sums are float32 in any case."
     )
     trust_remote_code: bool = Field(False, description="Run code that the model's checkpoint brings; read it before.")
+    reconstruction: bool = Field(
+        False,
+        description="After each shot, correct what writes into the residual stream by least squares, towards the "
+        "stream of the dense model, which is kept; no training. For structures that shrink.",
+    )
+    reconstruction_ridge: float = Field(
+        0.2, gt=0.0, description="Ridge that holds its weights where they are, as a fraction of the mean squared input."
+    )
+    reconstruction_copies: int = Field(
+        2,
+        ge=0,
+        description="Copies of the calibration sequences that it is fitted to as well, in which the dense model has "
+        "written some of the tokens.",
+    )
+    reconstruction_share: float = Field(0.5, gt=0.0, le=1.0, description="Share of the tokens of a copy that it has.")
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
     lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")
@@ -295,6 +318,10 @@ class PruneConfig(BaseModel):
             raise ValueError("uniform blocks go whole: neurons and heads cannot be removed in the same run")
         if self.round_to not in (None, 1) and ("neurons" not in parts or "rows-columns" in parts):
             raise ValueError("round_to is for structures with neurons and without rows-columns")
+        if self.reconstruction and not parts:
+            raise ValueError(f"reconstruction is for structures that shrink, not for {self.structure}")
+        if self.steps_per_shot > 1 and (not parts or self.resolved_curvature not in _DIVISIBLE):
+            raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {', '.join(_DIVISIBLE)}")
         if self.min_width is not None and not parts:
             raise ValueError(f"min_width is for structures that shrink, not for {self.structure}")
 

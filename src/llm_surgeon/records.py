@@ -144,6 +144,12 @@ class CorrectionRecord(Record):
     last_loss: float
 
 
+class ReconstructionRecord(Record):
+    """Reconstruction after a shot: error of the stream behind the last block, relative to the dense model's stream."""
+
+    relative_error: float
+
+
 class ShotRecord(Record):
     """One shot: what it aimed at, what it removed, what it cost. Times are seconds.
 
@@ -167,6 +173,8 @@ class ShotRecord(Record):
     perplexity: Perplexity | None
     correction_seconds: float = 0.0
     correction: CorrectionRecord | None = None
+    reconstruction_seconds: float = 0.0
+    reconstruction: ReconstructionRecord | None = None
     costs: CostHistogram | None = None
     peaks: dict[str, int] = {}
     profile: dict[str, float] = {}
@@ -174,7 +182,8 @@ class ShotRecord(Record):
     @property
     def seconds(self) -> float:
         """Time of the shot itself, without the evaluation that reports on it."""
-        return self.curvature_seconds + self.selection_seconds + self.update_seconds + self.correction_seconds
+        pruning = self.curvature_seconds + self.selection_seconds + self.update_seconds
+        return pruning + self.reconstruction_seconds + self.correction_seconds
 
 
 class Speed(Record):

@@ -13,6 +13,7 @@ from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import LOGITS_LEFT, READ_AROUND, SLACK, logits_left, passes_within, weights_read
 from llm_surgeon.planning.plan import warn_if_short
 from llm_surgeon.planning.probe import Probe
+from llm_surgeon.planning.seconds import default_rates, phase_seconds
 from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.planning.trace import factor_bytes
 from tiny import VOCABULARY, llama
@@ -71,6 +72,31 @@ def test_a_larger_batch_needs_more(checkpoint, recipe):
     small, large = (named(plan(str(checkpoint), recipe(batch_size=size)))["curvature"] for size in (1, 4))
     assert large.host["passes"] > 2 * small.host["passes"]
     assert large.host["factors"] == small.host["factors"]
+
+
+def test_reconstruction_is_planned(checkpoint, recipe):
+    without, one, three = (
+        plan(str(checkpoint), recipe(**options))
+        for options in (
+            {},
+            {"reconstruction": True, "reconstruction_copies": 0},
+            {"reconstruction": True, "reconstruction_copies": 2},
+        )
+    )
+    assert "reconstruction" not in named(without)
+    phase, more = named(one)["reconstruction"], named(three)["reconstruction"]
+    assert more.host["hidden states"] == 3 * phase.host["hidden states"] > 0
+    assert more.seconds > 3 * phase.seconds > 0
+    copy = without.dense_size.prunable * 4
+    assert all(each.host["dense weights to reconstruct"] == copy for each in one.phases if each.name != "load")
+
+
+def test_steps_of_a_shot_take_costs_and_updates_again_but_no_pass(checkpoint, recipe):
+    skeleton = skeleton_of(str(checkpoint), recipe())
+    rates = default_rates(recipe(), torch.device("cpu"))
+    one, four = (phase_seconds(skeleton, recipe(steps_per_shot=n), rates, 512, "batch-major") for n in (1, 4))
+    changed = {name: four[name] / one[name] for name in one if one[name] and four[name] != one[name]}
+    assert changed == pytest.approx({"selection": 4, "update": 4})
 
 
 def test_a_layerwise_plan_grows_with_the_samples(checkpoint, recipe):

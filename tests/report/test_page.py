@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
-from llm_surgeon.records import CorrectionRecord, CostHistogram, Memory, PruneReport, ShotRecord
+from llm_surgeon.records import CorrectionRecord, CostHistogram, Memory, PruneReport, ReconstructionRecord, ShotRecord
 from llm_surgeon.report.figures import (
     PHASE_COLOURS,
     draw_costs,
@@ -91,6 +91,8 @@ def full_shot(number: int, kept: float) -> ShotRecord:
             "costs": COSTS,
             "correction": CORRECTION,
             "correction_seconds": 12.5,
+            "reconstruction": ReconstructionRecord(relative_error=0.1234),
+            "reconstruction_seconds": 2.5,
             "peaks": dict.fromkeys(PHASE_COLOURS, 10**9 + number),
         }
     )
@@ -224,9 +226,9 @@ def test_first_table_is_that_of_the_other_reports(full: Page) -> None:
 
 def test_shots_are_shown_in_numbers(full: Page) -> None:
     rows = full.rows()
-    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "17", "3.4560", "3.1230"] in rows
-    assert ["1", "30.0", "1.0", "9.0", "12.5", "5.0", "57.5"] in rows
-    assert ["1", *["1.000 GB"] * 5] in rows
+    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "17", "3.4560", "3.1230", "12.3 %"] in rows
+    assert ["1", "30.0", "1.0", "9.0", "2.5", "12.5", "5.0", "60.0"] in rows
+    assert ["1", *["1.000 GB"] * 6] in rows
     assert "all" in full.text("th").split("\n")
 
 
@@ -277,6 +279,7 @@ def test_what_is_missing_is_said() -> None:
         assert sentence in text
     assert "perplexity of the shots" not in text.lower()
     assert "correction steps" not in text
+    assert "error of the stream" not in text
     without = Page(report_page(full_report(dense_perplexity=None, shots=(shot(1, 0.5, None),)))).text()
     assert "Perplexity of the shots was not measured." in without
 
@@ -343,8 +346,8 @@ def test_bars_of_time_end_at_the_sum() -> None:
     draw_times(figure, [full_shot(1, 0.75), full_shot(2, 0.5)])
     (axes,) = figure.axes
     assert len(axes.patches) == 2 * len(PHASE_COLOURS)
-    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(57.5)
-    assert [text.get_text() for text in axes.texts] == ["57.5", "57.5"]
+    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(60.0)
+    assert [text.get_text() for text in axes.texts] == ["60.0", "60.0"]
     assert sum(seconds_by_phase(full_shot(1, 0.75)).values()) == full_shot(1, 0.75).seconds + 5
 
 

@@ -24,7 +24,7 @@ _PANELS = {
     "What to remove": (
         *("sparsity", "target_params", "target_bytes", "target_latency"),
         *("structure", "uniform", "round_to", "min_width"),
-        *("method", "shots", "rank_by", "ignore", "export_shots"),
+        *("method", "shots", "steps_per_shot", "rank_by", "ignore", "export_shots"),
     ),
     "Curvature and update": (
         *("curvature", "fisher", "fisher_samples", "kronecker_iterations"),
@@ -35,6 +35,7 @@ _PANELS = {
         *("score_alpha", "score_norm", "score_ratio", "score_activation", "sparsegpt_block"),
         *("refine", "refine_cycles", "refine_threshold", "refine_reweight"),
     ),
+    "Reconstruction": tuple(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
     "Texts": ("calibration", "samples", "seq_len", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
 }

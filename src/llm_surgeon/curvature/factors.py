@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ from llm_surgeon.curvature.passes import PassResult
 from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct
 from llm_surgeon.models.anatomy import LinearLayer, to_index
 from llm_surgeon.processes import Processes
-from llm_surgeon.selection import KeepMask
+from llm_surgeon.selection import Axis, KeepMask
 from llm_surgeon.storage import TensorStore
 
 
@@ -81,12 +81,15 @@ class KroneckerFactors:
         gradients: Sums of ``g g^T`` per layer, over its kept rows.
         full_width: Groups whose sums are over the whole input, of which each reader takes its own columns.
         result: What the pass counted; None if no data was read.
+        estimated: What the layers had when the sums were taken. Of a layer that has less by now, the factors are the
+            blocks of what is left: exactly those of the same tokens and gradients without the rest.
     """
 
     inputs: Mapping[str, InputSum]
     gradients: Mapping[str, GramSum]
     full_width: frozenset[str]
     result: PassResult | None
+    estimated: Mapping[str, KeepMask] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
@@ -95,17 +98,28 @@ class KroneckerFactors:
 
     def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> KroneckerProduct:
         """``G (x) A`` of one layer over its kept rows and columns and, last, its bias."""
-        return KroneckerProduct(self.gradient_factor(layer), self.input_factor(layer, keep), damping, layer.name)
+        g = self.gradient_factor(layer)
+        if g is not None and len(rows := self._left(layer, keep, "rows")) < len(g):
+            g = g[rows][:, rows]
+        return KroneckerProduct(g, self.input_factor(layer, keep), damping, layer.name)
 
     def input_factor(self, layer: LinearLayer, keep: KeepMask) -> Tensor | None:
         """A of one layer over its kept columns and, last, its bias: ``[C, C]``."""
         if self.result is None:
             return None
-        columns = to_index(keep.columns) if layer.input_group in self.full_width else None
-        return self.inputs[layer.input_group].mean(self.result.tokens, columns, layer.bias)
+        total = self.inputs[layer.input_group]
+        whole = layer.input_group in self.full_width
+        columns = to_index(keep.columns) if whole else self._left(layer, keep, "columns")
+        everything = not whole and len(columns) == total.gram.size
+        return total.mean(self.result.tokens, None if everything else columns, layer.bias)
+
+    def _left(self, layer: LinearLayer, keep: KeepMask, axis: Axis) -> Tensor:
+        """Positions of what is kept among what there was when the sums were taken."""
+        there = self.estimated[layer.name].axis(axis) if layer.name in self.estimated else keep.axis(axis)
+        return to_index(keep.axis(axis)[there])
 
     def gradient_factor(self, layer: LinearLayer) -> Tensor | None:
-        """G of one layer over its kept rows: ``[R, R]``."""
+        """G of one layer over the rows that it had when the sums were taken: ``[R, R]``."""
         if self.result is None or layer.name not in self.gradients:
             return None
         return self.gradients[layer.name].dense() / (self.result.tokens * self.result.gradients_per_token)

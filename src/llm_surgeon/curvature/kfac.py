@@ -44,7 +44,7 @@ def estimate_kfac(task: Task) -> KroneckerFactors:
 
         result = task.run(hooks, backward=backward, finished=put_away)
     full_width = frozenset(group for group, readers in groups.items() if len(readers) > 1)
-    return KroneckerFactors(inputs, gradients, full_width, result)
+    return KroneckerFactors(inputs, gradients, full_width, result, task.keep)
 
 
 def _watch_input(task: Task, hooks: Hooks, readers: list[LinearLayer]) -> InputSum:

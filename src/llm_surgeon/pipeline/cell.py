@@ -22,6 +22,7 @@ from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_devic
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, run_job
+from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.records import CellMeasures, DenseRecord
 from llm_surgeon.report.progress import Progress
@@ -95,7 +96,8 @@ def measure_cell(
     dense_head = Head(network, own_copy=True) if config.permute else None
     # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
     silent = Texts(prepared.calibration, None)
-    report = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model)).report
+    dense = goal_of(network, anatomy, prepared.calibration, config)
+    report = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model, dense=dense)).report
     text = _evaluation(prepared)
     states = _states(reference)
     with progress.phase("pruned: perplexity and divergence", text.work) as phase:

@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on, and who does it together; ``source``, ``command`` and ``plan`` are for the report."""
+    """What a run works on, and who does it together; ``source``, ``command`` and ``plan`` are for the report.
+
+    ``dense`` is what reconstruction aims at: None without it, see ``goal_of``.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -42,6 +45,7 @@ class Job:
     command: str | None = None
     plan: Plan | None = None
     processes: Processes = ALONE
+    dense: PreTrainedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def _results(job: Job, since: Reached | None) -> Iterator[ShotResult]:
     """The shots that are still to be made, each made when it is asked for."""
     given = job.model, job.anatomy, job.texts.calibration, job.config, job.progress, _store(job), job.processes
     if not job.config.layerwise:
-        return run_shots(*given, since=None if since is None else since.standing)
+        return run_shots(*given, since=None if since is None else since.standing, dense=job.dense)
     # There is one shot.
     return run_layerwise(*given) if since is None else iter(())
 
@@ -177,6 +181,8 @@ def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, eval
         costs=result.costs,
         correction_seconds=result.seconds.get("correction", 0.0),
         correction=result.correction,
+        reconstruction_seconds=result.seconds.get("reconstruction", 0.0),
+        reconstruction=result.reconstruction,
         peaks=result.peaks | evaluation.peaks,
         profile=result.profile,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from llm_surgeon.curvature import WarmStart
 from llm_surgeon.pipeline.structures import Masks
-from llm_surgeon.records import CorrectionRecord, CostHistogram
+from llm_surgeon.records import CorrectionRecord, CostHistogram, ReconstructionRecord
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class ShotResult:
     loss: float | None
     costs: CostHistogram | None
     correction: CorrectionRecord | None
+    reconstruction: ReconstructionRecord | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     profile: dict[str, float] = field(default_factory=dict)

@@ -31,6 +31,7 @@ from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, Reached, count_parameters, measure, run_job
+from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.run_directory import RunDirectory, run_directory
 from llm_surgeon.pipeline.structures import Masks, check_structure
 from llm_surgeon.pipeline.targets import count_based, latency_based
@@ -131,7 +132,9 @@ def _job_in_memory(
     texts = prepare_texts(tokenizer, config)
     resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
     name = source or model.config.name_or_path or type(model).__name__
-    return Job(model, tokenizer, anatomy, texts, resolved, _shown(progress, processes), name, processes=processes)
+    dense = goal_of(model, anatomy, texts.calibration, resolved)
+    shown = _shown(progress, processes)
+    return Job(model, tokenizer, anatomy, texts, resolved, shown, name, processes=processes, dense=dense)
 
 
 def _shown(progress: Progress | None, processes: Processes) -> Progress:
@@ -300,7 +303,9 @@ def _loaded_job(
     network, anatomy = loaded(skeleton, config, device, streamed=streamed)
     config = processes.from_first(partial(latency_based, config, network, anatomy))
     shown = _shown(progress, processes)
-    return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes)
+    # Before a checkpoint is restored into the model.
+    dense = goal_of(network, anatomy, texts.calibration, config)
+    return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes, dense)
 
 
 def _circumstances(job: Job) -> dict[str, str]:

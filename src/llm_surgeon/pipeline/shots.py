@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,10 +24,13 @@ from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
 from llm_surgeon.pipeline.histogram import cost_histogram
+from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, reconstruct
+from llm_surgeon.pipeline.resampling import with_copies
 from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.processes import ALONE, Processes
+from llm_surgeon.records import CostHistogram, ReconstructionRecord
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
 
@@ -48,6 +51,7 @@ def run_shots(
     processes: Processes = ALONE,
     *,
     since: Standing | None = None,
+    dense: PreTrainedModel | None = None,
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
@@ -62,22 +66,34 @@ def run_shots(
         store: Keeps what has to wait in layer-major passes; None makes them batch-major.
         processes: Who does it together; all have the same model before and after each shot.
         since: Where an earlier run of the same recipe stood; None begins with the first shot.
+        dense: The model before pruning, for recipes with reconstruction, see ``goal_of``.
 
     Raises:
         ConfigError: If the layers do not allow the structure.
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
     """
+    assert (dense is not None) == config.reconstruction, "the dense model is what reconstruction aims at"
     structure = structure_of(config, anatomy)
     done, previous = 0, cast(WarmStart | None, None)
     if since is not None:
         done, previous = since.shot, since.start
         structure.resume(since.masks)
-    run = _Run(model, anatomy, structure, tokens, config, progress, store, processes)
+    run = _Run(model, anatomy, structure, tokens, config, progress, store, processes, dense)
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         result = run.shot(number, sparsity, previous)
         previous = result.start
         yield result
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of a shot: its threshold, how many structures went for their cost and by implication, its scores."""
+
+    threshold: float
+    removed: int
+    implied: int
+    costs: CostHistogram
 
 
 @dataclass(frozen=True)
@@ -92,26 +108,20 @@ class _Run:
     progress: Progress
     store: TensorStore | None
     processes: Processes
+    dense: PreTrainedModel | None
 
     def shot(self, number: int, sparsity: float, previous: WarmStart | None) -> ShotResult:
         """One shot, to a sparsity; ``previous`` is what a power iteration sets out from."""
         structure, clock = self.structure, Clock(next(self.model.parameters()).device)
         curvature = self._estimate(number, previous, clock)
-        with clock.phase("selection"):
-            costs = self._costs(curvature)
-            target = round((1 - sparsity) * self.anatomy.prunable_weights)
-            selection = structure.select(costs, target)
-            histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
-            del costs
-            _warn_if_short(structure.masks, selection.keep, target)
-        with clock.phase("update"):
-            self._update(curvature, selection)
+        steps = [self._step(curvature, target, clock) for target in self._targets(sparsity)]
         # Only a power iteration has use for what a shot found.
         start = None
         if isinstance(curvature, NearestCurvature):
             start = curvature.warm_start(self.anatomy.layers, structure.shapes)
         factor_bytes, loss = curvature.nbytes, curvature.loss
         del curvature
+        reconstructed = self._reconstruct(number, clock)
         corrected = correct_shot(
             self.model,
             self.anatomy,
@@ -127,22 +137,42 @@ class _Run:
             shot=number,
             target_sparsity=sparsity,
             masks=structure.masks,
-            threshold=selection.threshold,
-            removed=selection.structures_chosen,
-            implied=selection.structures_implied,
+            threshold=steps[-1].threshold,
+            removed=sum(step.removed for step in steps),
+            implied=sum(step.implied for step in steps),
             factor_bytes=factor_bytes,
             loss=loss,
-            costs=histogram,
+            costs=steps[-1].costs,
             correction=corrected,
+            reconstruction=reconstructed,
             seconds=clock.seconds,
             peaks=clock.peaks,
             profile=clock.profile(),
             start=start,
         )
 
+    def _targets(self, sparsity: float) -> Iterator[int]:
+        """Weights that are to be left after each step of a shot."""
+        before = sum(mask.weights for mask in self.structure.masks.values())
+        after, steps = round((1 - sparsity) * self.anatomy.prunable_weights), self.config.steps_per_shot
+        return (before + round((after - before) * step / steps) for step in range(1, steps + 1))
+
+    def _step(self, curvature: Curvature, target: int, clock: Clock) -> _Step:
+        """Remove what costs least until so many weights are left, and update the others."""
+        structure = self.structure
+        with clock.phase("selection"):
+            costs = self._costs(curvature)
+            selection = structure.select(costs, target)
+            histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
+            del costs
+            _warn_if_short(structure.masks, selection.keep, target)
+        with clock.phase("update"):
+            self._update(curvature, selection)
+        return _Step(selection.threshold, selection.structures_chosen, selection.structures_implied, histogram)
+
     def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
         """The curvature of the model as it is, from this process's part of the tokens and those of the others."""
-        own = self.tokens.part(self.processes.part(self.tokens.n_samples))
+        own = self._own
         how = _estimation(self.config, number, "batch-major" if self.store is None else "layer-major")
         work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
         description = f"shot {number}/{self.config.shots}: curvature"
@@ -158,6 +188,44 @@ class _Run:
                 store=self.store,
                 processes=self.processes,
             )
+
+    def _reconstruct(self, number: int, clock: Clock) -> ReconstructionRecord | None:
+        """Correct what writes into the stream, if the recipe wants it."""
+        if self.dense is None:
+            return None
+        config = self.config
+        how = Reconstruction(config.reconstruction_ridge, config.batch_size, config.precision)
+        description = f"shot {number}/{config.shots}: reconstruction"
+        with clock.phase("reconstruction"):
+            fitted = self._fitted
+            work = fitted.input_ids.numel() * self.anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
+            with self.progress.phase(description, work) as phase:
+                return reconstruct(
+                    self.model,
+                    self.dense,
+                    self.anatomy,
+                    self.structure.shapes,
+                    fitted,
+                    how,
+                    store=self.store,
+                    processes=self.processes,
+                    advance=phase.advance,
+                )
+
+    @cached_property
+    def _fitted(self) -> CalibrationTokens:
+        """What reconstruction fits to: this process's part of the tokens, and copies of it."""
+        config, own = self.config, self._own
+        how = Estimation(config.batch_size, config.precision, seed=config.seed)
+        copies = config.reconstruction_copies
+        with self.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
+            dense = cast(PreTrainedModel, self.dense)
+            return with_copies(dense, own, copies, config.reconstruction_share, how, phase.advance)
+
+    @property
+    def _own(self) -> CalibrationTokens:
+        """This process's part of the tokens."""
+        return self.tokens.part(self.processes.part(self.tokens.n_samples))
 
     @property
     def _damping(self) -> Damping:

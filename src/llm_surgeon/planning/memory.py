@@ -5,6 +5,7 @@ The passes are traced (``trace.py``), factors and weights counted. Constants sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -57,7 +58,7 @@ class Need:
 
 def peak_of_shots(needs: Mapping[str, Need]) -> tuple[int, int]:
     """Most bytes of main memory and of the GPU in the phases of shots."""
-    phases = [needs[name] for name in ("curvature", "selection", "update")]
+    phases = [needs[name] for name in ("curvature", "selection", "update", "reconstruction") if name in needs]
     return max(sum(p.host.values()) for p in phases), max(sum(p.device.values()) for p in phases)
 
 
@@ -157,6 +158,8 @@ class Demand:
         if evaluates:
             needs["dense evaluation"] = self._on_device(window)
         needs |= self._shot()
+        if config.reconstruction:
+            needs["reconstruction"] = self._on_device({**self._reconstruction(), **self._squares, **self._pruned()})
         if config.lora:
             needs["correction"] = self._on_device({"passes": self.traces.training, **self._adapters()})
         if evaluates:
@@ -228,6 +231,17 @@ class Demand:
         sides = sum(layer.rows + layer.columns for layer in self.skeleton.anatomy.layers.values())
         return {"adapters": 4 * 4 * self.config.lora_rank * sides, **self._pruned()}
 
+    def _reconstruction(self) -> Parts:
+        """Streams of both models, and that of the dense one inside a block."""
+        sequences = self.config.samples * (1 + self.config.reconstruction_copies)
+        batches = math.ceil(sequences / self.config.batch_size)
+        return {"passes": self.traces.watching, "hidden states": 3 * batches * self.traces.waiting}
+
+    def _goal(self) -> Parts:
+        """What reconstruction aims at, from before the first shot to the end of the run."""
+        copy = self._prunable * self.skeleton.dtype.itemsize
+        return {"dense weights to reconstruct": copy} if self.config.reconstruction else {}
+
     def _export(self) -> Need:
         """The reload check is a process of its own, but it takes the same memory."""
         last = weight_bytes(self.skeleton, self.config, self.config.sparsity)
@@ -249,7 +263,7 @@ class Demand:
             on_host: What is on the host in any case.
             apart: Where the run is, but no tensors of the allocator: files that are mapped, other processes.
         """
-        on_host, apart = on_host or {}, apart or {}
+        on_host, apart = on_host or {}, self._goal() | (apart or {})
         if self.device.type != "cpu":
             host = {"process": self.process + GPU_PROCESS, **on_host}
             return Need(host, {"weights": self.weights, **tensors, **apart})

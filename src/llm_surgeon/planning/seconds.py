@@ -9,6 +9,7 @@ import torch
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import passes_needed
 from llm_surgeon.curvature.passes import Order
+from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.planning.trace import estimation_of
 
@@ -98,19 +99,30 @@ def phase_seconds(
     window = 2 * skeleton.parameters * evaluated / rates.passes
     read = skeleton.weight_bytes / DISK
     operations = sum(pass_operations(skeleton, config, order, k) for k in kept)
+    steps = config.steps_per_shot
+    forward = 2 * skeleton.parameters * tokens / rates.passes
     speed = SPEED_RUNS * (2 * skeleton.parameters * SPEED_PROMPT / rates.float32)
     speed += SPEED_RUNS * SPEED_DECODED * skeleton.weight_bytes / MEMORY_RATE
     return {
         "load": read,
         "dense evaluation": window,
         "curvature": _passes(config) * tokens * operations / rates.passes,
-        "selection": sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32,
-        "update": sum(_updates(skeleton, config) * k for k in kept) / rates.float32,
+        "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32,
+        "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32,
+        "reconstruction": sum(_reconstruction(config, k) for k in kept) * forward,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
         "evaluation": window * config.shots,
         "export and check": 2 * read + RELOAD,
         "speed": speed,
     }
+
+
+def _reconstruction(config: PruneConfig, kept: float) -> float:
+    """Forward passes of the dense model over the calibration tokens that take as long as a shot's reconstruction."""
+    runs = DENSE_RUNS + PRUNED_RUNS * kept
+    # Each copy is written once, in the first shot.
+    copies = config.reconstruction_copies
+    return (1 + copies) * runs + copies / config.shots if config.reconstruction else 0.0
 
 
 def _corrections(config: PruneConfig) -> int:

@@ -105,7 +105,7 @@ class Traces:
             what waits in the store, and with the factors of one block.
         training: The same with gradients in any case, for corrections.
         evaluation: Of a window.
-        waiting: Hidden states of a batch in front of a block, in layer-wise methods.
+        waiting: Hidden states of a batch in front of a block, in layer-wise methods and for reconstruction.
         watching: Of a batch in a block that is watched, beside those.
     """
 
@@ -134,7 +134,7 @@ def trace(
     """
     tracer = _Tracer(make, anatomy, config, device)
     reads = not config.layerwise and config.resolved_curvature != "identity"
-    waiting, watching = tracer.sweep() if config.layerwise else (0, 0)
+    waiting, watching = tracer.sweep() if config.layerwise or config.reconstruction else (0, 0)
     return Traces(
         curvature=tracer.batch(replace(estimation_of(config), order=order)) if reads else 0,
         training=tracer.batch(Estimation(config.batch_size, config.precision)) if config.lora else 0,
@@ -211,7 +211,9 @@ class _Tracer:
             tokens = self._tokens(min(config.batch_size, config.samples))
             sweep = Sweep(self._network, anatomy.family.blocks, tokens, config.batch_size, config.precision)
             held, live.peak = live.now, live.now
-            watch(self._network, sweep, 0, layers, grams=LAYERWISE[config.method].scope is None, advance=_nowhere)
+            # Reconstruction has fewer Gram matrices than this, and products of inputs and errors as large.
+            grams = config.reconstruction or LAYERWISE[config.method].scope is None
+            watch(self._network, sweep, 0, layers, grams=grams, advance=_nowhere)
             return held, live.peak - held
 
 

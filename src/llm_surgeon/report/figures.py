@@ -33,8 +33,16 @@ from llm_surgeon.report.table import scaled_bytes
 GREEN = "#009E73"
 ORANGE = "#E69F00"
 SKY = "#56B4E9"
+PINK = "#CC79A7"
 GREY = "0.55"
-PHASE_COLOURS = {"curvature": BLUE, "selection": ORANGE, "update": GREEN, "correction": SKY, "evaluation": VERMILION}
+PHASE_COLOURS = {
+    "curvature": BLUE,
+    "selection": ORANGE,
+    "update": GREEN,
+    "reconstruction": PINK,
+    "correction": SKY,
+    "evaluation": VERMILION,
+}
 # Histograms shown, and bars that get their numbers, at most.
 PANELS = 6
 NUMBERED = 24
@@ -134,6 +142,7 @@ def seconds_by_phase(shot: ShotRecord) -> dict[str, float]:
         "curvature": shot.curvature_seconds,
         "selection": shot.selection_seconds,
         "update": shot.update_seconds,
+        "reconstruction": shot.reconstruction_seconds,
         "correction": shot.correction_seconds,
         "evaluation": shot.evaluation_seconds,
     }

@@ -170,12 +170,25 @@ def _shots(report: PruneReport) -> str:
     corrected = any(shot.correction is not None for shot in report.shots)
     if corrected:
         headings += ["correction steps", "first loss", "last loss"]
-    rows = [_shot_row(shot) + (_correction_cells(shot) if corrected else ()) for shot in report.shots]
+    reconstructed = any(shot.reconstruction is not None for shot in report.shots)
+    if reconstructed:
+        headings += ["error of the stream"]
+    rows = [
+        _shot_row(shot)
+        + (_correction_cells(shot) if corrected else ())
+        + (_reconstruction_cells(shot) if reconstructed else ())
+        for shot in report.shots
+    ]
     notes = (
         "Sparsity is the share of the prunable weights that is gone. The threshold is the largest score removed. "
         "Implied are structures that went because nothing reads or feeds them any more. The calibration loss is that "
         "of the model before the shot, in nats per token."
     )
+    if reconstructed:
+        notes += (
+            " The error of the stream is what the last block's output misses of the dense model's after "
+            "reconstruction, in root mean square, relative to it."
+        )
     return f"{_table('What each shot removed', headings, rows)}\n{_said(notes, 'notes')}"
 
 
@@ -196,6 +209,11 @@ def _correction_cells(shot: ShotRecord) -> tuple[str, ...]:
     if correction is None:
         return (UNKNOWN,) * 3
     return f"{correction.steps:,}", f"{correction.first_loss:.4f}", f"{correction.last_loss:.4f}"
+
+
+def _reconstruction_cells(shot: ShotRecord) -> tuple[str, ...]:
+    record = shot.reconstruction
+    return (UNKNOWN if record is None else f"{100 * record.relative_error:.1f} %",)
 
 
 def _curves(report: PruneReport) -> str:

@@ -22,7 +22,8 @@ def compared(report: PruneReport) -> list[tuple[str, str, str, str]]:
     plan, export = report.plan, report.export
     if plan is None:
         return []
-    seconds = sum(phase.seconds for phase in plan.phases if phase.name in ("curvature", "selection", "update"))
+    shots = ("curvature", "selection", "update", "reconstruction")
+    seconds = sum(phase.seconds for phase in plan.phases if phase.name in shots)
     pairs: list[tuple[str, float, float]] = [("peak memory", plan.peak, report.memory.peak)]
     if export is not None:
         pairs.append(("weight files", plan.weight_bytes, export.weight_bytes))
