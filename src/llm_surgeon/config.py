@@ -335,6 +335,8 @@ class PruneConfig(BaseModel):
             raise ValueError("streamed weights come block by block: order cannot be batch-major")
         if self.lora:
             raise ValueError("lora trains all blocks together: weights cannot be streamed")
+        if self.reconstruction:
+            raise ValueError("reconstruction holds the dense model beside the pruned one: weights cannot be streamed")
         if self.target_latency is not None:
             raise ValueError("a latency is that of resident weights: with target_latency weights cannot be streamed")
 

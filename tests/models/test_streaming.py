@@ -243,7 +243,8 @@ def test_a_plan_streams_what_does_not_fit(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"order": "batch-major"}, {"lora": True}, {"target_latency": 10.0, "sparsity": None}]
+    "options",
+    [{"order": "batch-major"}, {"lora": True}, {"reconstruction": True}, {"target_latency": 10.0, "sparsity": None}],
 )
 def test_what_needs_all_weights_is_refused(recipe, options):
     with pytest.raises(ConfigError, match="streamed"):

@@ -81,7 +81,7 @@ def goes_streamed(config: PruneConfig, room: Room, layer_major: bool, floor: tup
     by_layers = layer_major or config.resolved_curvature == "identity"
     host, device = floor
     short = host > room.host or (room.device is not None and device > room.device)
-    return short and by_layers and can_stream() and not config.lora
+    return short and by_layers and can_stream() and not (config.lora or config.reconstruction)
 
 
 def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: float) -> Budgets:
