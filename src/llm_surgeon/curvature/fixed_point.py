@@ -29,7 +29,7 @@ class FixedPoint:
     """``x [tokens, size]``, in two parts over its tokens.
 
     Attributes:
-        numbers: ``[tokens, size]`` int8, of steps; zero for the tokens that are left.
+        numbers: ``[size, tokens]`` int8, of steps; zero for the tokens that are left.
         step: ``[size]``, of each channel; not finite if the channel is not, so that no product with it is either.
         left: ``[some, size]``, the tokens with large values as they were.
     """
@@ -53,10 +53,11 @@ def rounded(x: Tensor) -> FixedPoint:
     step = magnitude.index_fill_(0, tokens, 0.0).amax(0) / _STEPS
     steps_per_one = torch.where(step > 0, 1 / step, 0.0)
     numbers = (x * steps_per_one).round_().to(torch.int8).index_fill_(0, tokens, 0)
-    return FixedPoint(numbers, step, x[tokens])
+    # Channel by channel, rows of all sizes of ``x`` are equally far apart in memory, so that kernels fit them all.
+    return FixedPoint(numbers.T.contiguous(), step, x[tokens])
 
 
 def add_product(total: Tensor, x: FixedPoint, rows: slice, columns: slice) -> None:
     """Add what the numbers give of ``x_rows^T x_columns`` to ``total [r, c]`` float32."""
-    product = torch._int_mm(x.numbers[:, rows].T, x.numbers[:, columns]).float()
+    product = torch._int_mm(x.numbers[rows], x.numbers[columns].T).float()
     total.addcmul_(product.mul_(x.step[columns]), x.step[rows, None])
