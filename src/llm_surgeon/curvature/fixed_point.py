@@ -48,7 +48,11 @@ def is_fast(device: torch.device) -> bool:
 def rounded(x: Tensor) -> FixedPoint:
     """``x [tokens, size]`` float32 in steps of its channels."""
     magnitude = x.abs()
-    tokens = ((magnitude / magnitude.mean(0)).amax(1) > LARGE).nonzero().flatten()
+    # A channel of zeros is at no multiple of its mean.
+    mean = magnitude.mean(0).clamp(min=torch.finfo(x.dtype).tiny)
+    largest = (magnitude / mean).amax(1)
+    # Counted first: a plan, which has no numbers, takes any count for zero.
+    tokens = largest.topk(int((largest > LARGE).sum())).indices.sort().values
     # Zeros instead of fewer rows: a matrix library compiles a kernel for each shape of a product.
     step = magnitude.index_fill_(0, tokens, 0.0).amax(0) / _STEPS
     steps_per_one = torch.where(step > 0, 1 / step, 0.0)
