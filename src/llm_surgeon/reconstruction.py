@@ -9,8 +9,9 @@ minimises the mean over tokens
     |e - D x|^2 + lambda |D|_F^2,    so that  D = E A_l^-1,  E = mean e x^T [K, C],  A_l = mean x x^T + lambda I.
 
 The ridge holds the weights at those that the update has found, not at zero: with no error nothing changes. Weighting
-the error with the factor G of the loss would change nothing, as the equation separates by rows: each kept row has its
-own least-squares problem with the same ``A``.
+the error of the kept rows with a matrix, such as their block of the factor G, would change nothing, as each row has its
+own least-squares problem with the same ``A``. The error in rows that the layer has lost is left alone: G would let the
+kept rows make up for part of it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,16 @@ from tiny import build, tokens
 pytestmark = pytest.mark.skipif(not hasattr(torch, "_int_mm"), reason="this torch has no product of 8-bit integers")
 
 
+@pytest.mark.parametrize(("vnni", "amx"), [(False, False), (True, True), (True, False)])
+def test_it_is_for_cpus_that_have_nothing_better(vnni, amx, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert fixed_point.is_fast(torch.device("cpu")) == (vnni and not amx)
+    assert not fixed_point.is_fast(torch.device("cuda"))
+
+
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     # Slow where it is not fast, but the same.

@@ -260,9 +260,8 @@ def test_a_loaded_model_is_not_streamed(recipe):
 def test_only_one_block_is_on_a_gpu(recipe, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    model, anatomy = build("llama"), None
-    entry = family_of(model.config.model_type)
-    anatomy = examine(model, entry)
+    model = build("llama")
+    anatomy = examine(model, family_of(model.config.model_type))
     gpu = torch.device("cuda")
     stream(model, anatomy.family.blocks, gpu, torch.float32)
     assert all(parameter.device.type == "cpu" for parameter in model.model.layers.parameters())

@@ -100,7 +100,7 @@ def test_what_is_possible_in_no_cell_is_an_error(monkeypatch):
         plan(parse_methods("surgeon,magnitude"), settings_of(["unstructured"], [0.5, 1.5]), {})
 
 
-@pytest.mark.parametrize("name", [*SHARED, "structure", "sparsity", "export_shots"])
+@pytest.mark.parametrize("name", [*SHARED, "structure", "sparsity", "export_shots", "weights"])
 def test_a_variant_cannot_make_itself_incomparable(name):
     with pytest.raises(ConfigError, match=f"'mine' sets {name}, which"):
         plan({"mine": {name: 1}}, HALF, {})
@@ -117,6 +117,8 @@ def test_a_variant_needs_a_name_that_a_file_can_have(name):
     [
         ({"structure": "2:4"}, "structure is no option"),
         ({"export_shots": [1]}, "export_shots is no option"),
+        ({"host_memory": 10**9}, "host_memory is no option"),
+        ({"weights": "streamed"}, "weights is no option"),
         ({"evaluation": "none"}, "nothing to compare"),
         ({"sampels": 3}, "sampels"),
     ],

@@ -138,7 +138,7 @@ def reconstruct(
     """
     given = anatomy.family.blocks, tokens, how.batch_size, how.precision, store
     goal, stream = Sweep(dense, *given), Sweep(model, *given)
-    work = _Work(model, anatomy, keep, stream, how, processes, advance)
+    work = _Work(model, anatomy, keep, anatomy.extents(keep), stream, how, processes, advance)
     for block in range(len(stream)):
         middle, last = _writers(anatomy, block)
         behind_attention = _behind_attention(goal, dense, block, middle, advance)
@@ -179,6 +179,7 @@ class _Work:
     model: PreTrainedModel
     anatomy: Anatomy
     keep: Mapping[str, KeepMask]
+    extents: Mapping[str, KeepMask]
     stream: Sweep
     how: Reconstruction
     processes: Processes
@@ -235,8 +236,7 @@ class _Work:
 
         matrix = read_matrix(self.model, layer)
         changed = matrix + self.processes.from_first(solve).to(matrix)
-        extent = self.anatomy.extents(self.keep)[layer.name]
-        write_matrix(self.model, layer, self.keep[layer.name], extent, changed)
+        write_matrix(self.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
         check_written(layer, core_of(self.model, layer))
 
 

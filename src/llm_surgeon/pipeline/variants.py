@@ -34,6 +34,8 @@ SHARED = (
     *("dtype", "device", "precision", "trust_remote_code"),
 )
 _SETTING = ("structure", "sparsity")
+# What only a run from a checkpoint to an export can do; a cell loads a whole model and keeps none.
+_OF_EXPORTS = ("export_shots", "device_memory", "host_memory", "weights")
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ def _planned(variant: str, setting: Setting, common: Options, own: Options) -> P
 
 
 def _check_common(options: Options) -> None:
-    wrong = next((name for name in (*_SETTING, "export_shots") if name in options), None)
+    wrong = next((name for name in (*_SETTING, *_OF_EXPORTS) if name in options), None)
     if wrong is not None:
-        remedy = "Give it as part of a setting." if wrong in _SETTING else "Leave it out: a comparison exports nothing."
+        alone = "Leave it out: a comparison loads whole models and exports nothing."
+        remedy = "Give it as part of a setting." if wrong in _SETTING else alone
         raise ConfigError(f"{wrong} is no option that the cells of a comparison have in common.", remedy)
     if options.get("evaluation") == "none":
         raise ConfigError("Without an evaluation text there is nothing to compare.", "Leave out evaluation: none.")
@@ -135,7 +138,7 @@ def _check_variant(name: str, options: Options) -> None:
             f"A variant cannot be named {name!r}: a file is named after it.",
             "Use at most 100 letters, digits, spaces and the characters . _ + - in the name.",
         )
-    wrong = [option for option in (*SHARED, *_SETTING, "export_shots") if option in options]
+    wrong = [option for option in (*SHARED, *_SETTING, *_OF_EXPORTS) if option in options]
     if wrong:
         raise ConfigError(
             f"The variant {name!r} sets {', '.join(wrong)}, which would make it incomparable with the others.",
