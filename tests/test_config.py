@@ -42,10 +42,24 @@ def test_schedule_is_linear_and_ends_at_the_target():
     assert schedule == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
+@pytest.mark.parametrize(
+    ("options", "sequences"),
+    [
+        ({}, 4),
+        ({"seq_len": 100}, 20),
+        ({"seq_len": 100, "samples": 3}, 3),
+        ({"seq_len": 4096}, 1),
+        ({"seq_len": 4096, "batch_size": 2}, 2),
+    ],
+)
+def test_a_pass_is_over_2048_tokens_unless_said_otherwise(options, sequences):
+    assert PruneConfig(**options).sequences_per_pass == sequences
+
+
 def test_a_recipe_survives_the_round_trip():
     config = PruneConfig(sparsity=0.3, ignore=("lm_head", "layers.0.*"), eval_stride=128)
     again = PruneConfig.from_mapping(yaml.safe_load(config.to_yaml()))
-    assert again == config.model_copy(update={"curvature": "kfac", "round_to": 1, "min_width": 0.0})
+    assert again == config.model_copy(update={"batch_size": 4, "curvature": "kfac", "round_to": 1, "min_width": 0.0})
     assert again.to_yaml() == config.to_yaml()
 
 

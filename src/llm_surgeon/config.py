@@ -41,6 +41,9 @@ SHAPES = ("rows-columns", "neurons", "heads", "values", "blocks")
 _MIN_WIDTH = 0.05
 # Curvatures of which the part that belongs to what is left is known without another estimate.
 _DIVISIBLE = ("kfac", "activations", "identity")
+# Fewer do not keep matrix units busy, more need more memory: on 2 cores, passes over 1,024, 2,048 and 4,096 tokens take
+# 1.14, 1 and 0.95 times as long.
+PASS_TOKENS = 2048
 # Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
 ROUND_TO = 32
 
@@ -131,7 +134,11 @@ class PruneConfig(BaseModel):
     )
     samples: int = Field(128, ge=1, description="Calibration sequences.")
     seq_len: int = Field(512, ge=2, description="Tokens per calibration sequence.")
-    batch_size: int = Field(2, ge=1, description="Calibration sequences per pass; fewer need less memory.")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description=f"Calibration sequences per pass; fewer need less memory (unset: {PASS_TOKENS:,} tokens).",
+    )
     order: PassOrder = Field(
         "auto",
         description="Of a pass for the curvature: batch-major (each batch through the whole model), layer-major (all "
@@ -222,6 +229,7 @@ class PruneConfig(BaseModel):
     lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")
     lora_steps: int = Field(32, ge=1, description="Optimizer steps of the corrections after a shot, a batch each.")
     lora_final_steps: int = Field(64, ge=1, description="Steps after the last shot.")
+    lora_batch_size: int = Field(2, ge=1, description="Sequences of a step.")
     lora_share: float = Field(
         1.0, gt=0.0, le=1.0, description="Share of the calibration sequences that the corrections of a shot use."
     )
@@ -430,6 +438,11 @@ class PruneConfig(BaseModel):
         return self.scope or LAYERWISE[self.method].scope
 
     @property
+    def sequences_per_pass(self) -> int:
+        """Calibration sequences of a pass."""
+        return self.batch_size or max(1, min(self.samples, PASS_TOKENS // self.seq_len))
+
+    @property
     def resolved_curvature(self) -> CurvatureName | None:
         """The curvature of the run: the one named, or the method's own; None for layer-wise methods."""
         return None if self.layerwise else resolve_curvature(self.method, self.curvature)
@@ -447,6 +460,7 @@ class PruneConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Every option with the value that it has in the run; ``from_mapping`` of it gives the same run."""
         return self.model_dump(mode="json") | {
+            "batch_size": self.sequences_per_pass,
             "curvature": self.resolved_curvature,
             "scope": self.resolved_scope if self.layerwise and self.pattern is None else None,
             "round_to": self.widths_multiple if self.parts else None,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llm_surgeon.curvature import gram
-from llm_surgeon.curvature.gram import GramSum
+from llm_surgeon.curvature.gram import GramSum, reserve
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 6, 17])
@@ -30,6 +30,20 @@ def test_sums_are_float32_for_bfloat16_inputs():
 def test_half_of_the_matrix_is_stored(monkeypatch):
     monkeypatch.setattr(gram, "STRIP", 8)
     assert GramSum(64, "cpu").nbytes == 4 * 8 * sum(range(8, 65, 8))
+
+
+def test_sums_in_one_piece_of_memory_are_what_they_are_apart():
+    generator = torch.Generator().manual_seed(0)
+    sizes = (0, 3, 200, 64)
+    apart, together = [[GramSum(size, "cpu") for size in sizes] for _ in range(2)]
+    reserve(together, "cpu")
+    for _ in range(2):
+        for alone, one in zip(apart, together, strict=True):
+            x = torch.randn(10, alone.size, generator=generator)
+            alone.add(x)
+            one.add(x)
+    for alone, one in zip(apart, together, strict=True):
+        assert torch.equal(alone.dense(), one.dense())
 
 
 def test_rounding_of_the_sums_grows_with_the_root_of_the_batches():

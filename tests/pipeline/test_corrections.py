@@ -1,9 +1,12 @@
 import importlib.util
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from choosing import choose, shrink
+from llm_surgeon import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.export.modeling_pruned import PrunedLinear
@@ -11,7 +14,9 @@ from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.head import head_loss, label_positions
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline import corrections
-from llm_surgeon.pipeline.corrections import Corrections, correct
+from llm_surgeon.pipeline.clock import Clock
+from llm_surgeon.pipeline.corrections import Corrections, correct, correct_shot
+from llm_surgeon.report.progress import SilentProgress
 from llm_surgeon.selection import StructureCosts
 from tiny import build, tokens
 
@@ -101,6 +106,22 @@ def test_the_calibration_loss_goes_down(family, state):
     assert record.steps == 12
     assert record.last_loss < record.first_loss
     assert seen == [4 * 16] * 12
+
+
+def test_a_step_has_sequences_of_its_own_number():
+    """How many sequences a pass for the curvature takes is a matter of memory, and changes no training."""
+    model, anatomy, _ = pruned("llama", "structured")
+    seen = []
+
+    class Counting(SilentProgress):
+        @contextmanager
+        def phase(self, description, total_tokens):
+            seen.append(total_tokens)
+            yield SimpleNamespace(advance=lambda tokens: seen.append(-tokens))
+
+    config = PruneConfig(lora=True, lora_final_steps=2, lora_batch_size=3, batch_size=5, precision="float32", shots=1)
+    correct_shot(model, anatomy, None, TOKENS, config, 1, Clock(torch.device("cpu")), Counting())
+    assert seen == [2 * 3 * 16, -3 * 16, -3 * 16]
 
 
 @families

@@ -61,12 +61,12 @@ def test_tensors_wait_on_the_device_then_on_the_host_then_on_disk():
 def test_a_plan_chooses_layer_major_for_little_memory(checkpoint, recipe, monkeypatch):
     # Constants of the process and its allocator are larger than any tiny model.
     monkeypatch.setattr(plan_module, "process_bytes", lambda: 0)
-    enough = plan(str(checkpoint), recipe(samples=64))
+    enough = plan(str(checkpoint), recipe(samples=64, batch_size=2))
     assert enough.order == "batch-major"
     assert enough.scratch == 0
     assert enough.store_host is None
     phase = next(phase for phase in enough.phases if phase.name == "curvature")
-    little = plan(str(checkpoint), recipe(samples=64, host_memory=phase.host_bytes - 1000))
+    little = plan(str(checkpoint), recipe(samples=64, batch_size=2, host_memory=phase.host_bytes - 1000))
     assert little.order == "layer-major"
     assert little.scratch > 0
     assert little.store_host >= 0

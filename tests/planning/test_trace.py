@@ -33,7 +33,7 @@ def traced(model, **options):
 
 def measured(model, anatomy, config, batch=2):
     """Bytes beside weights and factors at the peak of a real batch."""
-    how = Estimation(config.batch_size, config.precision, config.resolved_curvature)
+    how = Estimation(config.sequences_per_pass, config.precision, config.resolved_curvature)
     ids = tokens(batch, config.seq_len)
     with CountingRealTensors() as live:
         factors = estimate(model, anatomy, anatomy.dense_masks(), CalibrationTokens(ids, None, {}), how)

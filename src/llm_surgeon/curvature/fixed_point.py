@@ -23,6 +23,8 @@ from torch import Tensor
 # Values of so many times the mean magnitude of their channel are large.
 LARGE = 64.0
 _STEPS = 127
+# Tokens that are rounded at once.
+_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,38 @@ def rounded(x: Tensor) -> FixedPoint:
     magnitude = x.abs()
     # A channel of zeros is at no multiple of its mean.
     mean = magnitude.mean(0).clamp(min=torch.finfo(x.dtype).tiny)
-    largest = (magnitude / mean).amax(1)
-    # Counted first: a plan, which has no numbers, takes any count for zero.
-    tokens = largest.topk(int((largest > LARGE).sum())).indices.sort().values
+    largest = magnitude.amax(0)
+    tokens = _large(magnitude, mean, largest)
+    if len(tokens):
+        largest = magnitude.index_fill_(0, tokens, 0.0).amax(0)
+    step = largest / _STEPS
     # Zeros instead of fewer rows: a matrix library compiles a kernel for each shape of a product.
-    step = magnitude.index_fill_(0, tokens, 0.0).amax(0) / _STEPS
-    steps_per_one = torch.where(step > 0, 1 / step, 0.0)
-    numbers = (x * steps_per_one).round_().to(torch.int8).index_fill_(0, tokens, 0)
-    # Channel by channel, rows of all sizes of ``x`` are equally far apart in memory, so that kernels fit them all.
-    return FixedPoint(numbers.T.contiguous(), step, x[tokens])
+    numbers = _in_steps(x, torch.where(step > 0, 1 / step, 0.0)).index_fill_(1, tokens, 0)
+    return FixedPoint(numbers, step, x[tokens])
+
+
+def _large(magnitude: Tensor, mean: Tensor, largest: Tensor) -> Tensor:
+    """The tokens of ``magnitude [tokens, size]`` that have a large value, in order; of most inputs none or few."""
+    times = largest / mean
+    # Counted first: a plan, which has no numbers, takes any count for zero.
+    channels = times.topk(int((times > LARGE).sum())).indices
+    if not len(channels):
+        return channels
+    times = (magnitude.index_select(1, channels) / mean[channels]).amax(1)
+    return times.topk(int((times > LARGE).sum())).indices.sort().values
+
+
+def _in_steps(x: Tensor, steps_per_one: Tensor) -> Tensor:
+    """Steps of ``x [tokens, size]`` as ``[size, tokens]`` int8.
+
+    Channel by channel, rows of all sizes of ``x`` are equally far apart in memory, so that kernels fit them all.
+    """
+    numbers = torch.empty(x.shape[1], len(x), dtype=torch.int8, device=x.device)
+    # A part at a time stays in the cache.
+    for start in range(0, len(x), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        numbers[:, part] = (x[part] * steps_per_one).round_().to(torch.int8).T
+    return numbers
 
 
 def add_product(total: Tensor, x: FixedPoint, rows: slice, columns: slice) -> None:

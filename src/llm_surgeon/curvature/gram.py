@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class GramSum:
     Only the strips that hold the upper triangle are computed and stored: rows i to i + STRIP of the columns from i
     on. Sums are float32 whatever the inputs' type; the products themselves follow
     ``torch.get_float32_matmul_precision()``: where it allows less than float32 and the CPU has nothing better, they are
-    those of ``fixed_point``. Nothing is held before the first addition.
+    those of ``fixed_point``. Unless memory is reserved for it, nothing is held before the first addition.
     """
 
     def __init__(self, size: int, device: torch.device | str) -> None:
@@ -73,6 +75,12 @@ class GramSum:
             start = number * STRIP
             fixed_point.add_product(strip, parts, slice(start, start + STRIP), slice(start, None))
 
+    def begin_in(self, memory: Tensor) -> None:
+        """Begin with zeros in memory that is given: ``[nbytes / 4]`` float32."""
+        sizes = [rows * columns for rows, columns in self._shapes]
+        parts = memory.zero_().split(sizes) if sizes else ()
+        self._strips = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
     def add_up(self, processes: Processes) -> None:
         """Take in the sums of the other processes."""
         processes.add_up(self._strips)
@@ -101,3 +109,15 @@ class GramSum:
     def nbytes(self) -> int:
         """Bytes of the sum, wherever it is."""
         return sum(rows * columns * 4 for rows, columns in self._shapes)
+
+
+def reserve(sums: Sequence[GramSum], device: torch.device | str) -> None:
+    """Let sums that will all be held until the last is complete begin in one piece of memory.
+
+    They outlive what a pass allocates and frees around them. Each in a place of its own, between tensors of hundreds
+    of sizes, they would leave gaps that no later tensor fits, and memory would grow with every shot.
+    """
+    sizes = [total.nbytes // 4 for total in sums]
+    memory = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    for total, own in zip(sums, memory.split(sizes), strict=True):
+        total.begin_in(own)

@@ -8,7 +8,7 @@ Eschenhagen et al. 2023).
 from __future__ import annotations
 
 from llm_surgeon.curvature.factors import InputSum, KroneckerFactors
-from llm_surgeon.curvature.gram import GramSum
+from llm_surgeon.curvature.gram import GramSum, reserve
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.models.anatomy import LinearLayer
@@ -34,6 +34,9 @@ def estimate_kfac(task: Task) -> KroneckerFactors:
                 core = core_of(task.model, layer)
                 gradients[name] = GramSum(core.out_features, task.device)
                 hooks.on_gradient(core, gradients[name].add)
+
+        if task.how.order == "batch-major":
+            reserve([*(total.gram for total in inputs.values()), *gradients.values()], task.device)
 
         def put_away(block: int) -> None:
             layers = [layer for layer in task.anatomy.layers.values() if layer.block == block]

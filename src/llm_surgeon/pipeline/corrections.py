@@ -161,7 +161,7 @@ def correct_shot(
         steps=config.lora_final_steps if shot == config.shots else config.lora_steps,
         share=config.lora_share,
     )
-    work = how.steps * config.batch_size * tokens.seq_len
+    work = how.steps * config.lora_batch_size * tokens.seq_len
     with clock.phase("correction"), progress.phase(f"shot {shot}/{config.shots}: correction", work) as phase:
 
         def train() -> CorrectionRecord:
@@ -171,7 +171,7 @@ def correct_shot(
                 masks,
                 tokens,
                 how,
-                batch_size=config.batch_size,
+                batch_size=config.lora_batch_size,
                 precision=config.precision,
                 # Other sequences and other random factors in each shot.
                 seed=config.seed + shot,

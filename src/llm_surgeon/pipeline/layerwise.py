@@ -204,7 +204,7 @@ class _Run:
             with self._clock.phase("curvature"):
                 family, config = self._anatomy.family, self._config
                 sweep = Sweep(
-                    self._model, family.blocks, self._tokens, config.batch_size, config.precision, self._store
+                    self._model, family.blocks, self._tokens, config.sequences_per_pass, config.precision, self._store
                 )
         for block, layers in enumerate(self.blocks):
             if reorder:

@@ -194,7 +194,7 @@ class _Run:
         if self.dense is None:
             return None
         config = self.config
-        how = Reconstruction(config.reconstruction_ridge, config.batch_size, config.precision)
+        how = Reconstruction(config.reconstruction_ridge, config.sequences_per_pass, config.precision)
         description = f"shot {number}/{config.shots}: reconstruction"
         with clock.phase("reconstruction"):
             fitted = self._fitted
@@ -216,7 +216,7 @@ class _Run:
     def _fitted(self) -> CalibrationTokens:
         """What reconstruction fits to: this process's part of the tokens, and copies of it."""
         config, own = self.config, self._own
-        how = Estimation(config.batch_size, config.precision, seed=config.seed)
+        how = Estimation(config.sequences_per_pass, config.precision, seed=config.seed)
         copies = config.reconstruction_copies
         with self.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
             dense = cast(PreTrainedModel, self.dense)
@@ -293,7 +293,7 @@ def _warn_if_short(before: Masks, after: Masks, target: int) -> None:
 def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
     assert config.resolved_curvature is not None  # layer-wise methods do not come here
     return Estimation(
-        batch_size=config.batch_size,
+        batch_size=config.sequences_per_pass,
         precision=config.precision,
         curvature=config.resolved_curvature,
         sampled_labels=config.fisher_samples if config.fisher == "true" else 0,

@@ -109,7 +109,7 @@ def passes_within(
 
 def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
     """Bytes of freed space that a shot's passes leave and cannot use again, on a CPU."""
-    several = config.batch_size * (config.seq_len - 1) > CHUNK
+    several = config.sequences_per_pass * (config.seq_len - 1) > CHUNK
     curvature = config.resolved_curvature
     if not several or curvature in (None, "identity", "activations"):
         return 0
@@ -234,7 +234,7 @@ class Demand:
     def _reconstruction(self) -> Parts:
         """Streams of both models, and that of the dense one inside a block."""
         sequences = self.config.samples * (1 + self.config.reconstruction_copies)
-        batches = math.ceil(sequences / self.config.batch_size)
+        batches = math.ceil(sequences / self.config.sequences_per_pass)
         return {"passes": self.traces.watching, "hidden states": 3 * batches * self.traces.waiting}
 
     def _goal(self) -> Parts:
@@ -268,7 +268,7 @@ class Demand:
             host = {"process": self.process + GPU_PROCESS, **on_host}
             return Need(host, {"weights": self.weights, **tensors, **apart})
         held = {**tensors, **on_host}
-        slack = round(SLACK * sum(held.values()))
+        slack = int(SLACK * sum(held.values()))
         return Need({"process": self.process, "weights": self.weights, **held, **apart, "allocator": slack}, {})
 
 

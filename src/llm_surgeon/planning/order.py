@@ -112,8 +112,8 @@ def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: f
 
 def placed(total: int, budgets: Budgets, device: torch.device) -> Waiting:
     """Where so many bytes will wait."""
-    on_device = 0 if device.type == "cpu" else round(min(total, budgets.device))
-    on_host = round(min(total - on_device, budgets.host))
+    on_device = 0 if device.type == "cpu" else int(min(total, budgets.device))
+    on_host = int(min(total - on_device, budgets.host))
     return Waiting(on_device, on_host, total - on_device - on_host)
 
 

@@ -55,7 +55,7 @@ def probe_batch(
         NonFiniteError: If the loss is not finite.
     """
     network, anatomy = loaded(skeleton, config, device, streamed=streamed)
-    ids, mask = next(iter(tokens.batches(config.batch_size)))
+    ids, mask = next(iter(tokens.batches(config.sequences_per_pass)))
     batch = CalibrationTokens(ids, mask, {})
     reset_peak(device)
     for _ in range(2):

@@ -128,7 +128,7 @@ def _reconstruction(config: PruneConfig, kept: float) -> float:
 def _corrections(config: PruneConfig) -> int:
     """Tokens of the corrections of all shots."""
     steps = config.lora_steps * (config.shots - 1) + config.lora_final_steps
-    return steps * config.batch_size * config.seq_len if config.lora else 0
+    return steps * config.lora_batch_size * config.seq_len if config.lora else 0
 
 
 def _decompositions(skeleton: Skeleton, config: PruneConfig) -> float:

@@ -137,7 +137,7 @@ def trace(
     waiting, watching = tracer.sweep() if config.layerwise or config.reconstruction else (0, 0)
     return Traces(
         curvature=tracer.batch(replace(estimation_of(config), order=order)) if reads else 0,
-        training=tracer.batch(Estimation(config.batch_size, config.precision)) if config.lora else 0,
+        training=tracer.batch(Estimation(config.lora_batch_size, config.precision)) if config.lora else 0,
         evaluation=tracer.window() if config.evaluation != "none" else 0,
         waiting=waiting,
         watching=watching,
@@ -193,7 +193,7 @@ class _Tracer:
 
     def _estimate(self, how: Estimation, anatomy: Anatomy) -> int:
         with self._counted() as live:
-            tokens = self._tokens(min(self._config.batch_size, self._config.samples))
+            tokens = self._tokens(min(how.batch_size, self._config.samples))
             factors = estimate(self._network, anatomy, {}, tokens, how, store=_Nowhere(self._device))
             kept = how.order == "batch-major" or how.curvature not in PUT_AWAY
             return live.peak - (factors.nbytes if kept else 0)
@@ -208,8 +208,8 @@ class _Tracer:
     def _sweep(self, anatomy: Anatomy) -> tuple[int, int]:
         config, layers = self._config, [layer for layer in anatomy.layers.values() if layer.block == 0]
         with self._counted() as live:
-            tokens = self._tokens(min(config.batch_size, config.samples))
-            sweep = Sweep(self._network, anatomy.family.blocks, tokens, config.batch_size, config.precision)
+            tokens = self._tokens(min(config.sequences_per_pass, config.samples))
+            sweep = Sweep(self._network, anatomy.family.blocks, tokens, config.sequences_per_pass, config.precision)
             held, live.peak = live.now, live.now
             # Reconstruction has fewer Gram matrices than this, and products of inputs and errors as large.
             grams = config.reconstruction or LAYERWISE[config.method].scope is None
@@ -228,7 +228,11 @@ def estimation_of(config: PruneConfig) -> Estimation:
     if curvature in (None, "identity"):
         curvature = "activations"
     return Estimation(
-        config.batch_size, config.precision, "diagonal" if curvature in TERMS else curvature, samples, seed=config.seed
+        config.sequences_per_pass,
+        config.precision,
+        "diagonal" if curvature in TERMS else curvature,
+        samples,
+        seed=config.seed,
     )
 
 
