@@ -5,9 +5,9 @@
 Studies: structured (methods, rows and columns; paper, Table 1), unstructured and semistructured (methods, single
 weights and 2:4), shots (Table 9), correlations and groups (independent against correlated updates, rows and columns
 in five shots, single weights in one, with the time of the update by size of group), dampings (both, in both orders),
-curvatures, corrections. Variants that are in the result already are not run again; remove the JSON file to start
-afresh. A variant whose recipe another study has run is taken from there, times included. Writes
-benchmarks/results/STUDY.json, .md and .png.
+curvatures, steps (of one shot), reconstruction, corrections. Variants that are in the result already are not run again;
+remove the JSON file to start afresh. A variant whose recipe another study has run is taken from there, times included.
+Writes benchmarks/results/STUDY.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -66,9 +66,18 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10)},
     ),
     "steps": (
-        "Steps of a shot, rows and columns, five shots to 50 %",
-        {(f"{steps} steps" if steps > 1 else "1 step"): {"steps_per_shot": steps} for steps in (1, 2, 4, 8)}
-        | {"4 steps and reconstruction": {"steps_per_shot": 4, "reconstruction": True}},
+        "One curvature pass: rows and columns, one shot to 50 %, in steps",
+        {f"steps: {steps}": ONE_SHOT | {"steps_per_shot": steps} for steps in (1, 2, 4, 8)}
+        | {
+            f"steps: {steps}, reconstruction": ONE_SHOT | {"steps_per_shot": steps, "reconstruction": True}
+            for steps in (2, 4)
+        }
+        | {
+            "steps: 2, reconstruction without copies": ONE_SHOT
+            | {"steps_per_shot": 2, "reconstruction": True, "reconstruction_copies": 0},
+            "two shots, steps: 2": {"shots": 2, "steps_per_shot": 2},
+            "two shots, steps: 2, reconstruction": {"shots": 2, "steps_per_shot": 2, "reconstruction": True},
+        },
     ),
     "correlations": (
         "Rows and columns, independent against correlated updates, five shots to 50 %",

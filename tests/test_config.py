@@ -63,6 +63,40 @@ def test_a_recipe_survives_the_round_trip():
     assert again.to_yaml() == config.to_yaml()
 
 
+def test_a_preset_stands_for_its_options():
+    fast = PruneConfig(preset="fast")
+    assert (fast.shots, fast.reconstruction) == (1, True)
+    assert fast.steps_per_shot > 1
+    best = PruneConfig(preset="best", structure="neurons+heads")
+    assert (best.shots, best.reconstruction) == (5, True)
+
+
+def test_what_is_given_beside_a_preset_holds():
+    config = PruneConfig(preset="best", shots=2, reconstruction=False)
+    assert (config.shots, config.reconstruction) == (2, False)
+    assert PruneConfig.from_mapping(yaml.safe_load(config.to_yaml())).resolved() == config.resolved()
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+def test_a_preset_leaves_out_what_zeros_have_no_use_for(structure):
+    config = PruneConfig(preset="fast", structure=structure)
+    assert (config.shots, config.steps_per_shot, config.reconstruction) == (1, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"preset": "faster"}, "'fast' or 'best'"),
+        ({"preset": 1}, "'fast' or 'best'"),
+        ({"preset": "fast", "method": "wanda"}, "not for wanda"),
+        ({"preset": "fast", "method": "k-obd"}, "not for k-obd"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_refused(options, named):
+    with pytest.raises(ConfigError, match=named):
+        PruneConfig.from_mapping(options)
+
+
 def test_recipes_take_hyphens_and_may_be_empty(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("seq-len: 64\n")

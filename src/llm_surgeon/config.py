@@ -20,6 +20,7 @@ from llm_surgeon.methods import (
     resolve_curvature,
 )
 from llm_surgeon.pattern import Pattern
+from llm_surgeon.presets import Preset, options_of
 from llm_surgeon.quantity import parse_quantity
 
 RankBy = Literal["cost-per-weight", "cost"]
@@ -32,7 +33,7 @@ Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
 
-_UNSTRUCTURED = "unstructured"
+_DEFAULT, _UNSTRUCTURED = "rows-columns", "unstructured"
 # What may be given instead of the sparsity.
 TARGETS = ("target_params", "target_bytes", "target_latency")
 # What really shrinks; several are joined by "+".
@@ -77,11 +78,16 @@ class PruneConfig(BaseModel):
         "copies of the model with random removals, and afterwards on the result.",
     )
     structure: str = Field(
-        "rows-columns",
+        _DEFAULT,
         description="What is removed as a unit. Really smaller: rows-columns (of each matrix), neurons, heads, values "
         "(single value dimensions), blocks (attention or feed-forward parts; costly), or several joined by +, e.g. "
         "neurons+heads. Zeros in the old shapes: unstructured (single weights), or N:M, which keeps N of every M "
         "consecutive inputs, e.g. 2:4.",
+    )
+    preset: Preset | None = Field(
+        None,
+        description="Options that go together, each of which may also be given: fast (the best of one curvature pass) "
+        "or best (the best of several, without training). For the method surgeon.",
     )
     method: str = Field(
         "surgeon",
@@ -262,6 +268,7 @@ class PruneConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
+        given = options_of(given.get("preset"), shrinks=bool(_parts_of(given.get("structure", _DEFAULT)))) | given
         if goes_layerwise(given):
             given = {"structure": _UNSTRUCTURED, "shots": 1} | given
         targets = [name for name in TARGETS if name in given]
@@ -300,6 +307,8 @@ class PruneConfig(BaseModel):
             )
         if any(not 1 <= shot <= self.shots for shot in self.export_shots):
             raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")
+        if self.preset is not None and self.method != "surgeon":
+            raise ValueError(f"preset is for the method surgeon, not for {self.method}")
         self._check_shapes()
         if self.target_latency is not None and (self.device_memory or self.host_memory):
             raise ValueError("with target_latency nothing is planned: no device_memory, no host_memory")
@@ -412,7 +421,7 @@ class PruneConfig(BaseModel):
     @property
     def parts(self) -> tuple[str, ...]:
         """The structures whose removal shrinks the matrices; none for single weights and N:M."""
-        return tuple(self.structure.split("+")) if self.structure.split("+")[0] in SHAPES else ()
+        return _parts_of(self.structure)
 
     @property
     def widths_multiple(self) -> int:
@@ -487,6 +496,12 @@ class PruneConfig(BaseModel):
             raise ConfigError(
                 f"The recipe is not valid: {problems}.", f"{known}`llm-surgeon prune --help` explains each option."
             ) from None
+
+
+def _parts_of(structure: Any) -> tuple[str, ...]:
+    """The structures that shrink matrices and are joined by + in the name of one; none in any other."""
+    parts = tuple(structure.split("+")) if isinstance(structure, str) else ()
+    return parts if parts and parts[0] in SHAPES else ()
 
 
 def _layerwise_options(values: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ _PANELS = {
     "What to remove": (
         *("sparsity", "target_params", "target_bytes", "target_latency"),
         *("structure", "uniform", "round_to", "min_width"),
-        *("method", "shots", "steps_per_shot", "rank_by", "ignore", "export_shots"),
+        *("preset", "method", "shots", "steps_per_shot", "rank_by", "ignore", "export_shots"),
     ),
     "Curvature and update": (
         *("curvature", "fisher", "fisher_samples", "kronecker_iterations"),

@@ -1,0 +1,30 @@
+"""Recipes by name: options that go together. Their figures: benchmarks/results/steps.md and reconstruction.md."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any, Literal
+
+Preset = Literal["fast", "best"]
+
+PRESETS = MappingProxyType(
+    {
+        # The best perplexity found with one curvature pass.
+        "fast": {"shots": 1, "steps_per_shot": 8, "reconstruction": True},
+        # The best perplexity found without a gradient step on weights.
+        "best": {"shots": 5, "reconstruction": True},
+    }
+)
+# What structures that leave zeros in matrices of the old shapes have no use for.
+_OF_SHAPES = ("steps_per_shot", "reconstruction")
+
+
+def options_of(preset: Any, *, shrinks: bool) -> dict[str, Any]:
+    """The options that a preset stands for, none for a name that there is not.
+
+    Args:
+        preset: Its name.
+        shrinks: Whether the structure shrinks matrices.
+    """
+    options = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    return {name: value for name, value in options.items() if shrinks or name not in _OF_SHAPES}
