@@ -98,6 +98,19 @@ def test_one_of_them_writes_shows_and_reports(checkpoint, text, tmp_path):
     assert json.loads((out / "shot-1" / "report.json").read_text(encoding="utf8"))["processes"] == 2
 
 
+def test_each_of_them_streams_its_weights(checkpoint, text, tmp_path):
+    results = []
+    for processes, weights in ((1, "resident"), (2, "streamed")):
+        out, options = tmp_path / weights, ["--shots", "2", "--sparsity", "0.3", "--order", "layer-major"]
+        status, _, errors = ended(pruning(processes, checkpoint, text, out, *options, "--weights", weights))
+        assert status == 0, errors
+        results.append(load(out, device="cpu")[0].state_dict())
+    expected, found = results
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(value, found[key], rtol=1e-3, atol=1e-4)
+
+
 def test_when_one_is_killed_the_others_end_and_another_number_continues(checkpoint, text, tmp_path):
     out, options = tmp_path / "out", ["--shots", "12", "--sparsity", "0.3", "--eval-tokens", "64"]
     run = pruning(3, checkpoint, text, out, *options)
