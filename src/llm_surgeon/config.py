@@ -86,8 +86,8 @@ class PruneConfig(BaseModel):
     )
     preset: Preset | None = Field(
         None,
-        description="Options that go together, each of which may also be given: fast (the best of one curvature pass) "
-        "or best (the best of several, without training). For the method surgeon.",
+        description="Options that go together, each of which may also be given: fast (one curvature pass) or best "
+        "(without training, whatever it takes). For the method surgeon.",
     )
     method: str = Field(
         "surgeon",
