@@ -66,7 +66,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10)},
     ),
     "steps": (
-        "One curvature pass: rows and columns, one shot to 50 %, in steps",
+        "Steps of a shot, rows and columns to 50 %",
         {f"steps: {steps}": ONE_SHOT | {"steps_per_shot": steps} for steps in (1, 2, 4, 8)}
         | {
             f"steps: {steps}, reconstruction": ONE_SHOT | {"steps_per_shot": steps, "reconstruction": True}
@@ -201,11 +201,11 @@ def _tens(item: dict[str, Any]) -> dict[int, float]:
 
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
-    """Perplexity against size where there are several sizes, else one point per variant beside the dense model."""
+    """Perplexity against size where most have several sizes, else one point per variant beside the dense model."""
     picture = figure()
     axes = picture.subplots()
     variants = result["variants"]
-    if any(len(item["size"]) > 1 for item in variants.values()):
+    if 2 * sum(len(item["size"]) > 1 for item in variants.values()) > len(variants):
         value_axis = axes.yaxis
         for number, (label, item) in enumerate(variants.items()):
             style = {"marker": "o", "linestyle": "--" if number >= len(COLOURS) else "-"}
