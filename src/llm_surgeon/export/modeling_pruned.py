@@ -49,12 +49,12 @@ class PrunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        # On a CPU, gather and scatter take a fifth to a half of the time of index_select and index_copy.
+        # On a CPU, gather and scatter are up to seven and three times as fast as index_select and index_copy.
         if self.input_index is not None:
             x = x.gather(-1, self.input_index.expand(*x.shape[:-1], -1))
         y: Tensor = self.core(x)
         if self.output_index is not None:
-            y = y.new_zeros(*y.shape[:-1], self.out_features).scatter(-1, self.output_index.expand_as(y), y)
+            y = y.new_zeros(*y.shape[:-1], self.out_features).scatter_(-1, self.output_index.expand_as(y), y)
         return y
 
     def extra_repr(self) -> str:
