@@ -73,8 +73,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for steps in (2, 4)
         }
         | {
-            "steps: 2, reconstruction without copies": ONE_SHOT
-            | {"steps_per_shot": 2, "reconstruction": True, "reconstruction_copies": 0},
+            f"steps: 2, reconstruction without copies{f', seed {seed}' if seed else ''}": ONE_SHOT
+            | {"steps_per_shot": 2, "reconstruction": True, "reconstruction_copies": 0, "seed": seed}
+            for seed in (0, 1, 2)
+        }
+        | {
             "two shots, steps: 2": {"shots": 2, "steps_per_shot": 2},
             "two shots, steps: 2, reconstruction": {"shots": 2, "steps_per_shot": 2, "reconstruction": True},
         },

@@ -1,4 +1,4 @@
-"""Recipes by name: options that go together. Their figures: benchmarks/results/steps.md and reconstruction.md."""
+"""Recipes by name: options that go together. Their figures are in docs/global.md."""
 
 from __future__ import annotations
 
