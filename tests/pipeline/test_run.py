@@ -56,7 +56,7 @@ def test_end_to_end(checkpoint, text_file, tmp_path):
 
     assert json.loads((out / "report.json").read_text()) == report.model_dump(mode="json")
     assert PruneConfig.from_mapping(yaml.safe_load((out / "recipe.yaml").read_text())) == config(
-        text_file, curvature="kfac", round_to=1, min_width=0.0, sparsity=0.4
+        text_file, batch_size=8, curvature="kfac", round_to=1, min_width=0.0, sparsity=0.4
     )
     model, reloaded_tokenizer = load(out, device="cpu")
     assert sum(p.numel() for p in model.parameters()) == final.size.total

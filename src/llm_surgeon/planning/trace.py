@@ -84,7 +84,8 @@ class _Nowhere(TensorStore):
 
     def put(self, tensor: Tensor) -> Stored:
         """Remember the shape."""
-        anew = partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=self.device)
+        # Zeros, so that a pass with numbers is a pass with finite ones.
+        anew = partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=self.device)
         return Stored(anew, self.device, lambda: None)
 
 
