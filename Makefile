@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 
 # The command refuses a directory that is not empty, so every run gets a new one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
-DEMO_ARGS ?= --sparsity 0.2 --shots 4 --samples 24 --seq-len 512 --eval-tokens 10240
+DEMO_ARGS ?= --preset fast --sparsity 0.2 --samples 24 --seq-len 512 --eval-tokens 10240
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint types format clean

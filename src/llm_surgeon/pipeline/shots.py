@@ -218,6 +218,8 @@ class _Run:
         config, own = self.config, self._own
         how = Estimation(config.sequences_per_pass, config.precision, seed=config.seed)
         copies = config.reconstruction_copies
+        if not copies:
+            return own
         with self.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
             dense = cast(PreTrainedModel, self.dense)
             return with_copies(dense, own, copies, config.reconstruction_share, how, phase.advance)
