@@ -37,6 +37,8 @@ def test_sums_in_one_piece_of_memory_are_what_they_are_apart():
     sizes = (0, 3, 200, 64)
     apart, together = [[GramSum(size, "cpu") for size in sizes] for _ in range(2)]
     reserve(together, "cpu")
+    memory = {strip.untyped_storage().data_ptr() for total in together for strip in total._strips}
+    assert len(memory) == 1
     for _ in range(2):
         for alone, one in zip(apart, together, strict=True):
             x = torch.randn(10, alone.size, generator=generator)
