@@ -44,6 +44,7 @@ RECONSTRUCTIONS = {
     "without": {},
     "fitted to the calibration tokens": {"reconstruction": True, "reconstruction_copies": 0},
     "and to two copies": {"reconstruction": True},
+    "and to two copies, two steps a shot": {"reconstruction": True, "steps_per_shot": 2},
 }
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (

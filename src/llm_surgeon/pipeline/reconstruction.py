@@ -172,6 +172,19 @@ def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: s
     return behind
 
 
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a pass through a block behind a layer, whose ``output [n, width]`` it brings."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _stop(output: Tensor) -> None:
+    """The feed-forward part, most of a block, need not be run for what stands in front of it."""
+    raise _Enough(output)
+
+
 @dataclass(frozen=True)
 class _Work:
     """What all corrections of a shot have in common."""
@@ -217,18 +230,19 @@ class _Work:
     def _seen(self, block: int, layer: LinearLayer, inside: bool) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Run the block; yields each batch with a layer's inputs ``[n, C]`` and the stream behind it ``[n, width]``."""
         inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
         with Hooks() as hooks:
             hooks.on_input(core_of(self.model, layer), inputs.append)
-            hooks.on_output(self.model.get_submodule(layer.name), outputs.append)
+            if inside:
+                hooks.on_output(self.model.get_submodule(layer.name), _stop)
             for batch in self.stream.batches:
                 hooks.positions = batch.positions
                 entering = batch.hidden.get()
-                leaving = self.stream.run(block, batch, entering)
-                x, y = inputs.pop(), outputs.pop()
-                stream = _counted(entering, batch.positions) + y if inside else _counted(leaving, batch.positions)
+                try:
+                    stream = _counted(self.stream.run(block, batch, entering), batch.positions)
+                except _Enough as reached:
+                    stream = _counted(entering, batch.positions) + reached.output
                 self.advance(batch.input_ids.numel())
-                yield batch, x, stream
+                yield batch, inputs.pop(), stream
 
     def _change(self, layer: LinearLayer, a: Tensor, error_by_input: Tensor) -> None:
         def solve() -> Tensor:
