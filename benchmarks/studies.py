@@ -46,6 +46,11 @@ RECONSTRUCTIONS = {
     "and to two copies": {"reconstruction": True},
     "and to two copies, two steps a shot": {"reconstruction": True, "steps_per_shot": 2},
 }
+# The ranking by raw cost and the update of rows and of columns, each all together but without the other, that the
+# published code has; what is removed by implication is counted at once all the same.
+PUBLISHED = {"rank_by": "cost", "max_correlations": 1_000_000}
+BEST = {"preset": "best"}
+FRENCH = {"calibration": "demo:fr", "evaluation": "demo:fr"}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -131,6 +136,14 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for seed in (0, 1, 2)
         }
         | {"and to two copies, with corrections": {"reconstruction": True, "lora": True}},
+    ),
+    "french": (
+        "Rows and columns, five shots to 50 %, calibrated and measured on French text",
+        {
+            f"{name}, seed {seed}": FRENCH | options | {"seed": seed}
+            for seed in (0, 1, 2)
+            for name, options in {"ranking and update of the published code": PUBLISHED, "best": BEST}.items()
+        },
     ),
     "corrections": (
         "First-order corrections: rows and columns in five shots, single weights in one, to 50 %",

@@ -6,7 +6,7 @@ from llm_surgeon.pipeline import run as run_module
 
 def without_what_has_other_tests(patch):
     """No plan, reload check, timing, page and picture; ``patch`` is pytest's monkeypatch."""
-    patch.setattr(run_module, "foresee", lambda *_: None)
+    patch.setattr(run_module, "foresee", lambda *_, **__: None)
     patch.setattr(run_module, "warn_if_short", lambda _: None)
     patch.setattr(run_module, "verify_export", lambda *_: ReloadCheck(0.0, 1.0))
     patch.setattr(run_module, "_compare_speed", lambda *_: None)

@@ -12,6 +12,16 @@ The ridge holds the weights at those that the update has found, not at zero: wit
 the error of the kept rows with a matrix, such as their block of the factor G, would change nothing, as each row has its
 own least-squares problem with the same ``A``. The error in rows that the layer has lost is left alone: G would let the
 kept rows make up for part of it.
+
+What is fitted to few tokens promises more than it keeps. Least squares answers noise with a smaller stream, but the
+last norm makes that as large as any other, so that predictions come out surer than they are right: their logits ``u``
+have to be scaled. The mean negative log-likelihood of the text ``f(s) = mean(log sum_v exp(s u_v) - s u_label)`` is
+convex in the scale, with
+
+    f'(1) = mean(E_p[u] - u_label),    f''(1) = mean Var_p[u],    p = softmax(u),
+
+and one Newton step from 1 comes close to its minimum where that is close to 1 (temperature scaling, Guo et al., ICML
+2017).
 """
 
 from __future__ import annotations
@@ -20,6 +30,9 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.linalg import damped_cholesky, damping_of
+
+# Beyond, a parabola says little of where the minimum is.
+LARGEST_SCALE = 1.25
 
 
 def reconstructing_change(error_by_input: Tensor, a: Tensor, ridge: float, name: str) -> Tensor:
@@ -41,3 +54,15 @@ def reconstructing_change(error_by_input: Tensor, a: Tensor, ridge: float, name:
     factor = damped_cholesky(a, damping_of(a, ridge), name)
     change: Tensor = torch.cholesky_solve(error_by_input.T, factor).T
     return change
+
+
+def logit_scale(slope: float, curvature: float) -> float:
+    """The scale of the logits after a Newton step from 1, of no more than a factor of ``LARGEST_SCALE`` either way.
+
+    Args:
+        slope: Derivative of the mean negative log-likelihood by the scale, at 1, in nats.
+        curvature: Second derivative; where it is zero the scale does not matter, and stays.
+    """
+    if not curvature > 0:
+        return 1.0
+    return min(max(1 - slope / curvature, 1 / LARGEST_SCALE), LARGEST_SCALE)

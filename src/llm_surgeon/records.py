@@ -145,9 +145,14 @@ class CorrectionRecord(Record):
 
 
 class ReconstructionRecord(Record):
-    """Reconstruction after a shot: error of the stream behind the last block, relative to the dense model's stream."""
+    """Reconstruction after a shot.
+
+    ``relative_error`` is that of the stream behind the last block, relative to the dense model's stream; by ``scale``
+    the last norm was multiplied.
+    """
 
     relative_error: float
+    scale: float = 1.0
 
 
 class ShotRecord(Record):
@@ -430,6 +435,7 @@ class Plan(Record):
         store_device: The same of the GPU.
         scratch: Bytes that will wait on disk in the meantime.
         streamed: Whether the weights of blocks are among them, and come one block at a time.
+        processes: How many share the run; memory is that of each.
     """
 
     model: str
@@ -451,6 +457,7 @@ class Plan(Record):
     store_device: int | None = None
     scratch: int = 0
     streamed: bool = False
+    processes: int = 1
 
     @property
     def host_peak(self) -> int:

@@ -104,14 +104,29 @@ def test_each_of_them_streams_its_weights(checkpoint, text, tmp_path):
         out, options = tmp_path / weights, ["--shots", "2", "--sparsity", "0.3", "--order", "layer-major"]
         status, _, errors = ended(pruning(processes, checkpoint, text, out, *options, "--weights", weights))
         assert status == 0, errors
-        # Several processes have no plan that would say so; of streamed weights no speed is measured.
+        # Of streamed weights no speed is measured.
         report = json.loads((out / "report.json").read_text(encoding="utf8"))
-        assert (report["speed"] is None) == (weights == "streamed")
+        assert (report["speed"] is None) == report["plan"]["streamed"] == (weights == "streamed")
+        assert report["plan"]["processes"] == processes
         results.append(load(out, device="cpu")[0].state_dict())
     expected, found = results
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         torch.testing.assert_close(value, found[key], rtol=1e-3, atol=1e-4)
+
+
+def test_they_are_planned_together(checkpoint, text, tmp_path):
+    out, options = tmp_path / "out", ["--shots", "1", "--sparsity", "0.3", "--host-memory"]
+    status, _, errors = ended(pruning(2, checkpoint, text, out, *options, "100MiB"))
+    assert status != 0
+    assert errors.count("in 2 processes, and --host-memory is 0.10 GiB") == 1
+    assert "llm_surgeon/" not in errors
+    assert not list(tmp_path.iterdir())
+    status, _, errors = ended(pruning(2, checkpoint, text, out, *options, "64GiB"))
+    assert status == 0, errors
+    planned = json.loads((out / "report.json").read_text(encoding="utf8"))["plan"]
+    assert planned["host_available"] == 2**35
+    assert planned["order"] == "batch-major"
 
 
 def test_when_one_is_killed_the_others_end_and_another_number_continues(checkpoint, text, tmp_path):

@@ -75,6 +75,32 @@ def test_a_plan_chooses_layer_major_for_little_memory(checkpoint, recipe, monkey
     assert short.seconds > phase.seconds
 
 
+def test_each_of_several_processes_has_its_part_of_tokens_and_memory(checkpoint, recipe, monkeypatch):
+    monkeypatch.setattr(plan_module, "process_bytes", lambda: 0)
+    one = plan(str(checkpoint), recipe(samples=32, batch_size=2))
+    shared = plan(str(checkpoint), recipe(samples=64, batch_size=2), processes=2)
+    assert (one.processes, shared.processes) == (1, 2)
+    for single, part in zip(one.phases, shared.phases, strict=True):
+        assert part.host == single.host
+        halved = single.name in ("selection", "update", "dense evaluation", "evaluation")
+        assert part.seconds == pytest.approx(single.seconds / 2 if halved else single.seconds)
+    limit = next(phase for phase in one.phases if phase.name == "curvature").host_bytes - 1000
+    one = plan(str(checkpoint), recipe(samples=32, batch_size=2, host_memory=limit))
+    shared = plan(str(checkpoint), recipe(samples=64, batch_size=2, host_memory=2 * limit), processes=2)
+    assert one.order == shared.order == "layer-major"
+    assert one.store_host == shared.store_host
+    assert shared.host_available == limit
+    with pytest.raises(ConfigError, match=r"in 2 processes, and --host-memory is 0\.00 GiB"):
+        plan(str(checkpoint), recipe(samples=64, host_memory=1000), processes=2)
+
+
+def test_what_several_processes_cannot_have_is_said_at_once(recipe):
+    with pytest.raises(ConfigError, match="cannot be shared out among 9 processes"):
+        plan("nowhere", recipe(), processes=9)
+    with pytest.raises(ConfigError, match="A probe times a batch in one process"):
+        plan("nowhere", recipe(), probe=True, processes=2)
+
+
 def test_a_run_is_the_same_in_either_order_and_on_disk(checkpoint, recipe, tmp_path, monkeypatch):
     reports = {}
     put, on_disk = TensorStore.put, []

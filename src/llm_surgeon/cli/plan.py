@@ -18,6 +18,7 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Load the model after all, and time and measure one batch.")
     ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of this machine that are to share the run.")] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the plan to; must not exist.")] = None,
     **given: Any,
 ) -> None:
@@ -35,7 +36,7 @@ def plan(
         log_to_stderr()
         if out is not None:
             check_result_file(out)
-        foreseen = foresee(model, config, probe)
+        foreseen = foresee(model, config, probe, processes)
         console().print(plan_tables(foreseen))
         warn_if_short(foreseen)
         if out is not None:

@@ -82,6 +82,20 @@ class Head:
             gradient.copy_(by_logits.to(weight.dtype) @ weight)
         return total
 
+    def sharpness(self, states: Tensor, labels: Tensor) -> tuple[float, float]:
+        """First and second derivative, by a scale ``s`` of ``states`` at 1, of what ``likelihood`` gives.
+
+        With logits ``s u`` plus a bias and their probabilities ``p``: the sums of ``E_p[u] - u_label`` and of
+        ``Var_p[u]`` over the positions. A cap on the logits is not provided for.
+        """
+        logits = self(states)
+        scaled = logits if self._linear.bias is None else logits - self._linear.bias.float()
+        probabilities = logits.softmax(-1)
+        mean = (probabilities * scaled).sum(-1)
+        variance = (probabilities * scaled.square()).sum(-1) - mean.square()
+        slope = mean - scaled.gather(1, labels[:, None])[:, 0]
+        return float(slope.sum()), float(variance.sum())
+
 
 @torch.no_grad()
 def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:

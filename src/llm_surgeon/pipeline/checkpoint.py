@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +165,22 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_of(model: PreTrainedModel, anatomy: Anatomy, standing: Standing, *, everything: bool) -> dict[str, Tensor]:
+def tensors_of(
+    model: PreTrainedModel, anatomy: Anatomy, standing: Standing, others: Sequence[str] | None = ()
+) -> dict[str, Tensor]:
     """All tensors of a checkpoint.
 
     Args:
         model: As the shot left it.
         anatomy: The layers of the dense model.
         standing: Where the run stands.
-        everything: Whether other parameters than those of the prunable layers have changed as well.
+        others: Names of other parameters than those of the prunable layers that have changed as well; None: all.
     """
     return {
         name: tensor.contiguous()
         for part in (
-            _parameters(model) if everything else _layers(model, anatomy),
+            _parameters(model, others),
+            _layers(model, anatomy) if others is not None else {},
             _mask_tensors(standing.masks),
             _start_tensors(standing.start),
         )
@@ -185,8 +188,12 @@ def tensors_of(model: PreTrainedModel, anatomy: Anatomy, standing: Standing, *, 
     }
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {f"parameter/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+def _parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
+    return {
+        f"parameter/{name}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if names is None or name in names
+    }
 
 
 def _layers(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
@@ -247,9 +254,10 @@ def _elements(tensors: _Tensors, layer: LinearLayer) -> Tensor:
 @torch.no_grad()
 def _read_weights(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy, masks: Masks) -> None:
     parameters = dict(model.named_parameters())
-    if all(f"parameter/{name}" in tensors for name in parameters):
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
+    there = [name for name in parameters if f"parameter/{name}" in tensors]
+    for name in there:
+        parameters[name].copy_(tensors[f"parameter/{name}"])
+    if len(there) == len(parameters):
         return
     # Zeros lie in matrices of the dense shape.
     shapes = anatomy.dense_masks() | {name: mask for name, mask in masks.items() if isinstance(mask, KeepMask)}

@@ -2,7 +2,8 @@
 
 The dense and the pruned model go through the calibration tokens side by side, block by block. In each block the output
 projections of the attention and of the feed-forward part are corrected, in this order, on the inputs that they really
-get: from blocks that are pruned and corrected already. See ``reconstruction.py`` for what each correction minimises.
+get: from blocks that are pruned and corrected already. At the end the last norm is scaled for predictions that are as
+sure as they are right. See ``reconstruction.py`` for what each correction minimises.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
@@ -23,11 +24,12 @@ from llm_surgeon.curvature.sweep import Batch, Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.head import Head, label_positions
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
-from llm_surgeon.models.modes import products
+from llm_surgeon.models.modes import arithmetic, products
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.processes import ALONE, Processes
-from llm_surgeon.reconstruction import reconstructing_change
+from llm_surgeon.reconstruction import logit_scale, reconstructing_change
 from llm_surgeon.records import ReconstructionRecord
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.storage import Stored, TensorStore
@@ -39,6 +41,8 @@ DENSE_RUNS, PRUNED_RUNS = 1, 3
 # A stream that is a sum is met up to rounding; one that is normalised on the way is missed by its own size.
 _ROUNDING = 0.05
 _PROBE = 8
+# So many tokens tell one number well enough: the scale of the predictions to about 0.01.
+_SCALE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,11 @@ class Reconstruction:
 
 
 def dense_copy(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
-    """A copy of a dense model that pruning the model does not change; what is not pruned is shared with it."""
-    own = {id(parameter) for name in anatomy.layers for parameter in model.get_submodule(name).parameters()}
+    """A copy of a dense model that pruning the model does not change; what stays in both is shared."""
+    changed = [model.get_submodule(name) for name in anatomy.layers]
+    if (norm := _last_norm(model, anatomy)) is not None:
+        changed.append(norm)
+    own = {id(parameter) for module in changed for parameter in module.parameters()}
     shared = {id(tensor): tensor for tensor in model.parameters() if id(tensor) not in own}
     return deepcopy(model, shared)
 
@@ -111,11 +118,12 @@ def reconstruct(
     tokens: CalibrationTokens,
     how: Reconstruction,
     *,
+    text: int | None = None,
     store: TensorStore | None = None,
     processes: Processes = ALONE,
     advance: Advance = lambda _tokens: None,
 ) -> ReconstructionRecord:
-    """Correct the layers of a pruned model that write into the residual stream, in place.
+    """Correct the layers of a pruned model that write into the residual stream, and scale its last norm, in place.
 
     Args:
         model: The model, as pruned so far.
@@ -124,13 +132,14 @@ def reconstruct(
         keep: Rows and columns that are left; agrees with ``model``.
         tokens: Calibration tokens of this process.
         how: Ridge, batches and precision.
+        text: How many of the sequences, the first ones, are text whose next tokens are right; all if None.
         store: Where hidden states of both models wait; in the memory of the model's device if None.
         processes: Who reads the other tokens; sums are added up with theirs.
         advance: Called with the number of tokens after each batch that went through a block of either model:
             ``DENSE_RUNS + PRUNED_RUNS`` times all tokens a block.
 
     Returns:
-        The error of the stream behind the last block, relative to the stream itself.
+        The error of the stream behind the last block, relative to the stream itself, and the scale of the last norm.
 
     Raises:
         NonFiniteError: If inputs or corrected weights are not finite.
@@ -147,7 +156,12 @@ def reconstruct(
         for stored in behind_attention:
             stored.release()
         stream.pass_through(block, advance)
-    return ReconstructionRecord(relative_error=_relative_error(goal, stream, processes))
+    scale = 1.0
+    norm = _last_norm(model, anatomy)
+    if norm is not None:
+        slope, curvature = _sharpness(model, stream, tokens.n_samples if text is None else text, how, processes)
+        scale = _scale_norm(norm, logit_scale(slope, curvature))
+    return ReconstructionRecord(relative_error=_relative_error(goal, stream, processes), scale=scale)
 
 
 def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
@@ -252,6 +266,72 @@ class _Work:
         changed = matrix + self.processes.from_first(solve).to(matrix)
         write_matrix(self.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
         check_written(layer, core_of(self.model, layer))
+
+
+def _last_norm(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module | None:
+    """The norm behind the last block, if the model has one."""
+    try:
+        norm = model.get_submodule(anatomy.family.residual.final_norm)
+    except AttributeError:
+        return None
+    return norm if isinstance(norm, nn.Module) else None
+
+
+def last_norm_parameters(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+    """Names of the parameters that reconstruction changes beside those of prunable layers."""
+    norm = _last_norm(model, anatomy)
+    path = anatomy.family.residual.final_norm
+    return [] if norm is None else [f"{path}.{name}" for name, _ in norm.named_parameters()]
+
+
+def _sharpness(
+    model: PreTrainedModel, stream: Sweep, text: int, how: Reconstruction, processes: Processes
+) -> tuple[float, float]:
+    """Derivatives of the mean loss by a scale of the last norm, over some of the text's tokens.
+
+    Args:
+        model: The corrected model.
+        stream: Behind its last block.
+        text: Sequences that count, the first ones.
+        how: Batches and precision.
+        processes: Who has the other tokens.
+    """
+    length = stream.batches[0].input_ids.shape[1]
+    # The same tokens of a sequence whatever batch or process it is in.
+    every = max(1, round(processes.total(text * length)[0]) // _SCALE_TOKENS)
+    head, first = Head(model), 0
+    slope = curvature = count = 0.0
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch in stream.batches:
+            positions, labels = label_positions(batch.input_ids, batch.attention_mask)
+            chosen = (positions % length % every == 0) & (positions < (text - first) * length)
+            first += len(batch.input_ids)
+            if not bool(chosen.any()):
+                continue
+            states = stream.last_states(batch, batch.hidden.get())[positions[chosen]]
+            with arithmetic(device, how.precision):
+                sums = head.sharpness(states, labels[chosen])
+            slope, curvature, count = slope + sums[0], curvature + sums[1], count + float(chosen.sum())
+    slope, curvature, count = processes.total(slope, curvature, count)
+    return (slope / count, curvature / count) if count else (0.0, 0.0)
+
+
+@torch.no_grad()
+def _scale_norm(norm: nn.Module, scale: float) -> float:
+    """Scale what a norm puts out; returns by how much: a norm that is not in proportion to its parameters stays."""
+    parameters = list(norm.parameters())
+    if not parameters:
+        return 1.0
+    probe = torch.linspace(-1, 1, parameters[0].numel(), device=parameters[0].device, dtype=parameters[0].dtype)
+    expected, before = scale * norm(probe), [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data * scale
+    if torch.allclose(norm(probe), expected, rtol=_ROUNDING, atol=0):
+        return scale
+    for parameter, data in zip(parameters, before, strict=True):
+        parameter.data = data
+    return 1.0
 
 
 def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:

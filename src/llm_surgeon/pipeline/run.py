@@ -31,7 +31,7 @@ from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, Reached, count_parameters, measure, run_job
-from llm_surgeon.pipeline.reconstruction import goal_of
+from llm_surgeon.pipeline.reconstruction import goal_of, last_norm_parameters
 from llm_surgeon.pipeline.run_directory import RunDirectory, run_directory
 from llm_surgeon.pipeline.structures import Masks, check_structure
 from llm_surgeon.pipeline.targets import count_based, latency_based
@@ -52,6 +52,7 @@ from llm_surgeon.report.page import report_page
 from llm_surgeon.report.plots import kept_fraction_png
 from llm_surgeon.report.progress import Progress, SilentProgress
 from llm_surgeon.selection import KeepMask
+from llm_surgeon.torchrun import place
 from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def prune_checkpoint(
     require_streaming(config.weights)
     device = resolve_device(own_device(config.device))
     with joined(device) as processes, _directory(out, processes) as run:
-        _check_processes(config, processes)
+        processes.check_samples(config.samples)
         skeleton = skeleton_of(resolve_source(model), config)
         resolved = settled(skeleton, config)
         files = source_files(skeleton.source, skeleton.network.config)
@@ -249,20 +250,6 @@ def prune_checkpoint(
         )
         processes.from_first(lambda: _the(run).begin(record, job.config))
         return _prune_into(job, run, config, dense=skeleton.source, record=record, former=former)
-
-
-def _check_processes(config: PruneConfig, processes: Processes) -> None:
-    """What cannot be done by several processes.
-
-    Raises:
-        ConfigError: Naming the option.
-    """
-    processes.check_samples(config.samples)
-    if processes.count > 1 and (config.device_memory is not None or config.host_memory is not None):
-        raise ConfigError(
-            "Memory is planned for one process only.",
-            "Leave --device-memory and --host-memory out; --order layer-major saves memory in several processes too.",
-        )
 
 
 def _begun(run: RunDirectory, config: PruneConfig, texts: Texts) -> tuple[PruneConfig, Checkpoint | None]:
@@ -295,10 +282,11 @@ def _loaded_job(
 ) -> Job:
     """Load the model that everything has been checked for."""
     foreseen = None
-    # What a latency comes to is only known once the model has been timed, and plans are for one process.
-    if config.target is None and processes.count == 1:
-        foreseen = foresee(model, skeleton, config, device, texts)
-        warn_if_short(foreseen)
+    # What a latency comes to is only known once the model has been timed.
+    if config.target is None:
+        foreseen = processes.from_first(lambda: foresee(model, skeleton, config, device, texts, place=place()))
+        if processes.first:
+            warn_if_short(foreseen)
     streamed = foreseen.streamed if foreseen else config.weights == "streamed"
     network, anatomy = loaded(skeleton, config, device, streamed=streamed)
     config = processes.from_first(partial(latency_based, config, network, anatomy))
@@ -340,8 +328,7 @@ def _prune_into(
 
     def keep(reached: Reached) -> None:
         if record is not None:
-            everything = job.config.permute
-            tensors = tensors_of(job.model, job.anatomy, reached.standing, everything=everything)
+            tensors = tensors_of(job.model, job.anatomy, reached.standing, _others_changed(job))
             _the(run).checkpoints.write(Checkpoint(run=record, report=reached.report), tensors)
             weights_of(job.model).forget()
         _export_shot(job, _the(run), reached)
@@ -365,6 +352,13 @@ def _prune_into(
         return there.finish(_export(job, reached, there.export, there.out, timed, asked))
 
     return processes.from_first(finish)
+
+
+def _others_changed(job: Job) -> list[str] | None:
+    """Names of parameters outside prunable layers that the run changes; None: all of them."""
+    if job.config.permute:
+        return None
+    return last_norm_parameters(job.model, job.anatomy) if job.config.reconstruction else []
 
 
 def _export_shot(job: Job, run: RunDirectory, reached: Reached) -> None:

@@ -207,6 +207,7 @@ class _Run:
                     self.structure.shapes,
                     fitted,
                     how,
+                    text=self._own.n_samples,
                     store=self.store,
                     processes=self.processes,
                     advance=phase.advance,

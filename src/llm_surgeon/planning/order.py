@@ -84,14 +84,15 @@ def goes_streamed(config: PruneConfig, room: Room, layer_major: bool, floor: tup
     return short and by_layers and can_stream() and not (config.lora or config.reconstruction)
 
 
-def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: float) -> Budgets:
+def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: float, processes: int = 1) -> Budgets:
     """What a store may take of the memory that is left beside everything else.
 
     Args:
-        config: The recipe.
-        room: What there is.
+        config: The recipe of one process.
+        room: What there is for it.
         floor: Bytes of main memory and of the GPU that the shots take without the store.
         slack: Bytes that the allocator of the host holds beside each byte in use.
+        processes: How many share the main memory.
 
     Raises:
         ConfigError: If a limit was asked for that is too low even so.
@@ -100,9 +101,11 @@ def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: f
         (config.host_memory, config.device_memory), ("--host-memory", "--device-memory"), floor, strict=True
     ):
         if asked is not None and least > asked:
+            shared = processes if option == "--host-memory" else 1
             raise ConfigError(
-                f"Even layer by layer the run needs about {least / 2**30:.2f} GiB, and {option} is "
-                f"{asked / 2**30:.2f} GiB.",
+                f"Even layer by layer the run needs about {shared * least / 2**30:.2f} GiB"
+                f"{f' in {shared} processes' if shared > 1 else ''}, and {option} is "
+                f"{shared * asked / 2**30:.2f} GiB.",
                 f"Raise {option}, or use a smaller --batch-size or --dtype bfloat16.",
             )
     host, device = floor

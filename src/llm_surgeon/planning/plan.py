@@ -43,22 +43,26 @@ from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, 
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
 from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of, weightless
 from llm_surgeon.planning.trace import Traces, estimation_of, trace
+from llm_surgeon.processes import Processes
 from llm_surgeon.records import Plan, PlannedPhase
 from llm_surgeon.storage import Budgets
+from llm_surgeon.torchrun import Place
 
 logger = logging.getLogger(__name__)
 
+ALONE = Place()
 # The report's peak is of what is between.
 _UNREPORTED = ("load", "export and check", "speed")
 
 
-def plan(model: str, config: PruneConfig, probe: bool = False) -> Plan:
+def plan(model: str, config: PruneConfig, probe: bool = False, processes: int = 1) -> Plan:
     """Say what pruning a checkpoint will take and give, without loading its weights.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
         config: The recipe.
-        probe: Whether to load the model after all, and to time and measure one batch.
+        probe: Whether to load the model after all, and to time and measure one batch; for one process.
+        processes: How many of this machine are to share the run.
 
     Returns:
         Sizes, memory and seconds by phase, disk, and what can load the result. Memory of the host is that of this
@@ -70,6 +74,9 @@ def plan(model: str, config: PruneConfig, probe: bool = False) -> Plan:
     if config.lora:
         require_peft()
     require_streaming(config.weights)
+    if probe and processes > 1:
+        raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
+    Processes(count=processes).check_samples(config.samples)
     device, source = resolve_device(config.device), resolve_source(model)
     skeleton = skeleton_of(source, config)
     config = settled(skeleton, config)
@@ -79,20 +86,37 @@ def plan(model: str, config: PruneConfig, probe: bool = False) -> Plan:
             "Plan with --sparsity, or let prune find the sparsity.",
         )
     texts = prepare_texts(load_tokenizer(source, config.trust_remote_code), config)
-    return foresee(model, skeleton, config, device, texts, probe=probe)
+    shared = Place(count=processes, local_count=processes)
+    return foresee(model, skeleton, config, device, texts, probe=probe, place=shared)
 
 
 def foresee(
-    model: str, skeleton: Skeleton, config: PruneConfig, device: torch.device, texts: Texts, probe: bool = False
+    model: str,
+    skeleton: Skeleton,
+    config: PruneConfig,
+    device: torch.device,
+    texts: Texts,
+    probe: bool = False,
+    place: Place = ALONE,
 ) -> Plan:
     """The plan of a run whose texts are prepared and whose model is still to be loaded; see ``plan``.
+
+    Args:
+        model: What was asked for.
+        skeleton: The model without its weights.
+        config: The recipe.
+        device: Where the run, or one of its processes, is to be.
+        texts: Its texts.
+        probe: Whether to time and measure one batch.
+        place: One of the processes that share the run; the plan is of what each of them needs.
 
     Raises:
         ConfigError: If it needs more memory than the recipe allows.
     """
     process, rates = process_bytes(), default_rates(config, device)
     weights = weights_read(skeleton, device, texts)
-    room = room_for(config, device)
+    config = _part_of(config, place)
+    room = room_for(config, device, place)
 
     def traced(order: Order) -> Traces:
         return trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device, order)
@@ -117,7 +141,7 @@ def foresee(
             measured = passes_within(probed.peak, skeleton, config, device, process, weights)
             traces = replace(traces, curvature=measured)
     if layer_major:
-        budgets = budgets_of(config, room, peak_of_shots(needed(traces, waiting, streamed)), SLACK)
+        budgets = budgets_of(config, room, peak_of_shots(needed(traces, waiting, streamed)), SLACK, place.local_count)
         waiting = placed(waiting_bytes(skeleton, config), budgets, device)
     needs = needed(traces, waiting, streamed)
     last = config.sparsity_schedule[-1]
@@ -131,7 +155,7 @@ def foresee(
         dense_weight_bytes=skeleton.weight_bytes,
         weight_bytes=weight_bytes(skeleton, config, last),
         disk=disk_bytes(skeleton, config),
-        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts), order)),
+        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts), order, place.count)),
         host_available=room.host,
         device_available=room.device,
         loaders=loaders(config, skeleton.anatomy.family.model_type),
@@ -141,11 +165,20 @@ def foresee(
         store_device=None if budgets.device == math.inf else round(budgets.device),
         scratch=(waiting.disk if waiting else 0) + (weights_streamed(skeleton)[1] if streamed else 0),
         streamed=streamed,
+        processes=place.count,
     )
 
 
-def room_for(config: PruneConfig, device: torch.device) -> Room:
-    """What is free, or what the recipe allows.
+def _part_of(config: PruneConfig, place: Place) -> PruneConfig:
+    """The recipe as one process works on it: with its part of the tokens and of the memory of its machine."""
+    memory = None if config.host_memory is None else config.host_memory // place.local_count
+    own = math.ceil(config.samples / place.count)
+    batch = min(own, config.sequences_per_pass)
+    return config.model_copy(update={"samples": own, "batch_size": batch, "host_memory": memory})
+
+
+def room_for(config: PruneConfig, device: torch.device, place: Place = ALONE) -> Room:
+    """What is free for one process, or what its part of the recipe allows.
 
     Raises:
         ConfigError: If there is no GPU whose memory could be limited.
@@ -155,7 +188,7 @@ def room_for(config: PruneConfig, device: torch.device) -> Room:
     on_gpu = available_bytes(device) if device.type == "cuda" else None
     if on_gpu is not None and config.device_memory is not None:
         on_gpu = config.device_memory
-    return Room(config.host_memory or host_available(), on_gpu)
+    return Room(config.host_memory or host_available() // place.local_count, on_gpu)
 
 
 def warn_if_short(foreseen: Plan) -> None:

@@ -82,21 +82,22 @@ def _factor_operations(skeleton: Skeleton, curvature: str) -> float:
 
 
 def phase_seconds(
-    skeleton: Skeleton, config: PruneConfig, rates: Rates, evaluated: int, order: Order
+    skeleton: Skeleton, config: PruneConfig, rates: Rates, evaluated: int, order: Order, processes: int = 1
 ) -> dict[str, float]:
     """Seconds of each phase, of all shots together.
 
     Args:
         skeleton: The model.
-        config: The recipe.
+        config: The recipe, with the tokens of one process.
         rates: Operations per second.
         evaluated: Tokens of the evaluation text.
         order: Of the passes for the curvature.
+        processes: How many share out decompositions and the evaluation text.
     """
     tokens = config.samples * config.seq_len
     # What a shot works on is what the one before has left.
     kept = [1.0, *(1 - sparsity for sparsity in config.sparsity_schedule)][:-1]
-    window = 2 * skeleton.parameters * evaluated / rates.passes
+    window = 2 * skeleton.parameters * evaluated / rates.passes / processes
     read = skeleton.weight_bytes / DISK
     operations = sum(pass_operations(skeleton, config, order, k) for k in kept)
     steps = config.steps_per_shot
@@ -107,8 +108,8 @@ def phase_seconds(
         "load": read,
         "dense evaluation": window,
         "curvature": _passes(config) * tokens * operations / rates.passes,
-        "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32,
-        "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32,
+        "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32 / processes,
+        "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32 / processes,
         "reconstruction": sum(_reconstruction(config, k) for k in kept) * forward,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
         "evaluation": window * config.shots,

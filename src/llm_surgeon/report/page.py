@@ -172,7 +172,7 @@ def _shots(report: PruneReport) -> str:
         headings += ["correction steps", "first loss", "last loss"]
     reconstructed = any(shot.reconstruction is not None for shot in report.shots)
     if reconstructed:
-        headings += ["error of the stream"]
+        headings += ["error of the stream", "scale of predictions"]
     rows = [
         _shot_row(shot)
         + (_correction_cells(shot) if corrected else ())
@@ -187,7 +187,8 @@ def _shots(report: PruneReport) -> str:
     if reconstructed:
         notes += (
             " The error of the stream is what the last block's output misses of the dense model's after "
-            "reconstruction, in root mean square, relative to it."
+            "reconstruction, in root mean square, relative to it; by the scale the last norm was multiplied for "
+            "predictions that are as sure as they are right."
         )
     return f"{_table('What each shot removed', headings, rows)}\n{_said(notes, 'notes')}"
 
@@ -213,7 +214,9 @@ def _correction_cells(shot: ShotRecord) -> tuple[str, ...]:
 
 def _reconstruction_cells(shot: ShotRecord) -> tuple[str, ...]:
     record = shot.reconstruction
-    return (UNKNOWN if record is None else f"{100 * record.relative_error:.1f} %",)
+    if record is None:
+        return (UNKNOWN,) * 2
+    return f"{100 * record.relative_error:.1f} %", f"{record.scale:.3f}"
 
 
 def _curves(report: PruneReport) -> str:

@@ -80,8 +80,8 @@ def _phases(plan: Plan) -> Table:
         else "rough, by rates of a common machine; --probe measures them"
     )
     table.caption = Text(
-        f"Passes are {plan.order}{_streamed(plan)}{_scratch(plan)}. Peaks of each phase; on a CPU, freed memory stays "
-        "with the process. "
+        f"Passes are {plan.order}{_streamed(plan)}{_scratch(plan)}. Peaks of each phase{_each(plan)}; on a CPU, freed "
+        "memory stays with the process. "
         f"Time: {how}."
     )
     return table
@@ -89,6 +89,10 @@ def _phases(plan: Plan) -> Table:
 
 def _streamed(plan: Plan) -> str:
     return ", weights come one block at a time" if plan.streamed else ""
+
+
+def _each(plan: Plan) -> str:
+    return f" in each of {plan.processes} processes" if plan.processes > 1 else ""
 
 
 def _scratch(plan: Plan) -> str:
