@@ -5,9 +5,9 @@
 Studies: structured (methods, rows and columns; paper, Table 1), unstructured and semistructured (methods, single
 weights and 2:4), shots (Table 9), correlations and groups (independent against correlated updates, rows and columns
 in five shots, single weights in one, with the time of the update by size of group), dampings (both, in both orders),
-curvatures, steps (of one shot), reconstruction, corrections. Variants that are in the result already are not run again;
-remove the JSON file to start afresh. A variant whose recipe another study has run is taken from there, times included.
-Writes benchmarks/results/STUDY.json, .md and .png.
+curvatures, steps (of one shot), reconstruction, corrections, french (by the demo text; the files named are not read).
+Variants that are in the result already are not run again; remove the JSON file to start afresh. A variant whose recipe
+another study has run is taken from there, times included. Writes benchmarks/results/STUDY.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ RECONSTRUCTIONS = {
     "without": {},
     "fitted to the calibration tokens": {"reconstruction": True, "reconstruction_copies": 0},
     "and to two copies": {"reconstruction": True},
-    "and to two copies, two steps a shot": {"reconstruction": True, "steps_per_shot": 2},
 }
 # The ranking by raw cost and the update of rows and of columns, each all together but without the other, that the
 # published code has; what is removed by implication is counted at once all the same.

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llm_surgeon.errors import NonFiniteError
-from llm_surgeon.reconstruction import reconstructing_change
+from llm_surgeon.reconstruction import LARGEST_SCALE, logit_scale, reconstructing_change
 
 RIDGE = 0.3
 
@@ -60,3 +60,12 @@ def test_a_larger_ridge_changes_less():
 def test_inputs_that_are_not_finite_name_the_layer():
     with pytest.raises(NonFiniteError, match="the layer"):
         reconstructing_change(torch.zeros(1, 2), torch.full((2, 2), float("nan")), RIDGE, "the layer")
+
+
+def test_the_scale_is_the_minimum_of_the_parabola_within_limits():
+    # f(s) = 3 (s - 0.9)^2
+    assert logit_scale(6 * (1 - 0.9), 6.0) == pytest.approx(0.9)
+    assert logit_scale(-100.0, 1.0) == LARGEST_SCALE
+    assert logit_scale(100.0, 1.0) == 1 / LARGEST_SCALE
+    # Logits that are all alike: no scale changes them.
+    assert logit_scale(0.0, 0.0) == 1.0

@@ -11,6 +11,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import core_of, read_matrix
+from llm_surgeon.pipeline import reconstruction as module
 from llm_surgeon.pipeline.reconstruction import (
     DENSE_RUNS,
     PRUNED_RUNS,
@@ -116,6 +117,57 @@ def test_only_what_writes_into_the_stream_changes(family):
     assert all(torch.equal(parameter, goal[name]) for name, parameter in dense.named_parameters())
 
 
+def by_scale(model, text, scale):
+    """Mean loss of a model whose last hidden states are scaled, in float64."""
+    with torch.no_grad():
+        states = model.base_model(input_ids=text).last_hidden_state.double()[:, :-1] * scale
+        logits = model.get_output_embeddings().double()(states)
+    model.get_output_embeddings().float()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()))
+
+
+@families
+def test_predictions_are_as_sure_as_they_are_right(family):
+    model, dense, anatomy, keep = pruned(family)
+    norm = model.get_submodule(anatomy.family.residual.final_norm)
+    with torch.no_grad():
+        # Far too sure, as random models are next to indifferent.
+        for parameter in norm.parameters():
+            parameter.mul_(1.1 * 8)
+    before = {name: parameter.clone() for name, parameter in norm.named_parameters()}
+    # Of the last two sequences the next tokens are not known to be right.
+    text, h = TEXT.input_ids[:6], 1e-3
+
+    record = reconstruct(model, dense, anatomy, keep, TEXT, HOW, text=6)
+
+    for name, parameter in norm.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * record.scale)
+    low, middle, high = (by_scale(model, text, (1 + step) / record.scale) for step in (-h, 0, h))
+    expected = 1 - (high - low) / (2 * h) / ((high - 2 * middle + low) / h**2)
+    assert record.scale == pytest.approx(min(max(expected, 0.8), 1.25), abs=0.01)
+    assert record.scale < 0.99
+    assert by_scale(model, text, 1) < middle
+
+
+def test_a_norm_of_another_kind_is_left_alone():
+    model, dense, anatomy, keep = pruned("llama")
+
+    class OneMore(torch.nn.Module):
+        """As in Gemma, which adds 1 to the weight."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(model.config.hidden_size))
+
+        def forward(self, x):
+            return x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + self.weight / 4)
+
+    model.model.norm = OneMore()
+    record = reconstruct(model, dense, anatomy, keep, TEXT, HOW)
+    assert record.scale == 1
+    assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
+
+
 def test_a_model_that_lost_nothing_stays_as_it_is():
     model, dense, anatomy, keep = pruned("llama", share=0.0)
     before = weights(model, anatomy)
@@ -152,16 +204,21 @@ def test_padding_does_not_count():
     assert all(torch.equal(matrix, others[name]) for name, matrix in matrices.items())
 
 
-def test_batches_and_a_store_on_disk_make_no_difference():
-    states = []
+def test_batches_and_a_store_on_disk_make_no_difference(monkeypatch):
+    # A third of the tokens are looked at.
+    monkeypatch.setattr(module, "_SCALE_TOKENS", TEXT.input_ids.numel() // 3)
+    states, scales = [], []
     for batch_size, budgets in ((8, None), (3, Budgets(host=0, device=0))):
         model, dense, anatomy, keep = pruned("llama-biased")
         store = TensorStore(torch.device("cpu"), budgets)
-        reconstruct(model, dense, anatomy, keep, TEXT, Reconstruction(0.1, batch_size, "float32"), store=store)
+        how = Reconstruction(0.1, batch_size, "float32")
+        scales.append(reconstruct(model, dense, anatomy, keep, TEXT, how, store=store).scale)
         states.append(weights(model, anatomy))
         assert store.bytes_on_disk == 0
     for name, matrix in states[0].items():
         torch.testing.assert_close(matrix, states[1][name], rtol=1e-3, atol=1e-4)
+    assert scales[0] == pytest.approx(scales[1], rel=1e-4)
+    assert scales[0] != 1
 
 
 def test_bfloat16_models_keep_their_type():
@@ -187,7 +244,8 @@ def test_the_copy_shares_what_is_not_pruned_and_nothing_else():
     anatomy = examine(model, family_of("llama"))
     copy = dense_copy(model, anatomy)
     shared = {name for name, parameter in copy.named_parameters() if parameter is model.get_parameter(name)}
-    assert {f"{name}.weight" for name in anatomy.layers} == {n for n, _ in copy.named_parameters()} - shared
+    own = {f"{name}.weight" for name in anatomy.layers} | {"model.norm.weight"}
+    assert own == {n for n, _ in copy.named_parameters()} - shared
     assert "model.embed_tokens.weight" in shared
 
 

@@ -91,7 +91,7 @@ def full_shot(number: int, kept: float) -> ShotRecord:
             "costs": COSTS,
             "correction": CORRECTION,
             "correction_seconds": 12.5,
-            "reconstruction": ReconstructionRecord(relative_error=0.1234),
+            "reconstruction": ReconstructionRecord(relative_error=0.1234, scale=0.9321),
             "reconstruction_seconds": 2.5,
             "peaks": dict.fromkeys(PHASE_COLOURS, 10**9 + number),
         }
@@ -226,7 +226,7 @@ def test_first_table_is_that_of_the_other_reports(full: Page) -> None:
 
 def test_shots_are_shown_in_numbers(full: Page) -> None:
     rows = full.rows()
-    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "17", "3.4560", "3.1230", "12.3 %"] in rows
+    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "17", "3.4560", "3.1230", "12.3 %", "0.932"] in rows
     assert ["1", "30.0", "1.0", "9.0", "2.5", "12.5", "5.0", "60.0"] in rows
     assert ["1", *["1.000 GB"] * 6] in rows
     assert "all" in full.text("th").split("\n")

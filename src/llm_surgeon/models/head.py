@@ -91,10 +91,11 @@ class Head:
         logits = self(states)
         scaled = logits if self._linear.bias is None else logits - self._linear.bias.float()
         probabilities = logits.softmax(-1)
-        mean = (probabilities * scaled).sum(-1)
-        variance = (probabilities * scaled.square()).sum(-1) - mean.square()
-        slope = mean - scaled.gather(1, labels[:, None])[:, 0]
-        return float(slope.sum()), float(variance.sum())
+        mean = (probabilities * scaled).sum(-1, keepdim=True)
+        slope = mean - scaled.gather(1, labels[:, None])
+        # Not the difference of two squares, which may be large beside it.
+        variance = (probabilities * (scaled - mean).square_()).sum()
+        return float(slope.sum()), float(variance)
 
 
 @torch.no_grad()
