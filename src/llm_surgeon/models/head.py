@@ -118,6 +118,20 @@ def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: 
     return total
 
 
+@torch.no_grad()
+def head_sharpness(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[float, float]:
+    """What ``Head.sharpness`` gives for some positions, a few at a time.
+
+    Args:
+        model: As for ``head_loss``.
+        hidden: ``[n, width]`` last hidden states.
+        labels: ``[n]`` next tokens.
+    """
+    head = Head(model)
+    parts = [head.sharpness(*part) for part in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)]
+    return sum(slope for slope, _ in parts), sum(curvature for _, curvature in parts)
+
+
 def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The last hidden states of ``input_ids [batch, length]``, flat as ``label_positions`` counts them.
 

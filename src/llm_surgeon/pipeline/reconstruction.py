@@ -24,7 +24,7 @@ from llm_surgeon.curvature.sweep import Batch, Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
-from llm_surgeon.models.head import Head, label_positions
+from llm_surgeon.models.head import head_sharpness, label_positions
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
 from llm_surgeon.models.modes import arithmetic, products
 from llm_surgeon.pipeline.solving import check_written
@@ -299,21 +299,17 @@ def _sharpness(
     length = stream.batches[0].input_ids.shape[1]
     # The same tokens of a sequence whatever batch or process it is in.
     every = max(1, round(processes.total(text * length)[0]) // _SCALE_TOKENS)
-    head, first = Head(model), 0
-    slope = curvature = count = 0.0
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        for batch in stream.batches:
-            positions, labels = label_positions(batch.input_ids, batch.attention_mask)
-            chosen = (positions % length % every == 0) & (positions < (text - first) * length)
-            first += len(batch.input_ids)
-            if not bool(chosen.any()):
-                continue
-            states = stream.last_states(batch, batch.hidden.get())[positions[chosen]]
-            with arithmetic(device, how.precision):
-                sums = head.sharpness(states, labels[chosen])
-            slope, curvature, count = slope + sums[0], curvature + sums[1], count + float(chosen.sum())
-    slope, curvature, count = processes.total(slope, curvature, count)
+    first, sums = 0, [0.0, 0.0, 0.0]
+    for batch in stream.batches:
+        positions, labels = label_positions(batch.input_ids, batch.attention_mask)
+        chosen = (positions % length % every == 0) & (positions < (text - first) * length)
+        first += len(batch.input_ids)
+        if bool(chosen.any()):
+            with torch.no_grad(), arithmetic(batch.input_ids.device, how.precision):
+                states = stream.last_states(batch, batch.hidden.get())[positions[chosen]]
+                found = (*head_sharpness(model, states, labels[chosen]), float(chosen.sum()))
+            sums = [total + part for total, part in zip(sums, found, strict=True)]
+    slope, curvature, count = processes.total(*sums)
     return (slope / count, curvature / count) if count else (0.0, 0.0)
 
 

@@ -39,6 +39,8 @@ READ_AROUND = 2**16
 # Square matrices that one layer's costs or update need at once beside its factors: two factors whole, their damped
 # copies, decompositions and inverses.
 SQUARES = 6
+# Float32 tensors of the size of the logits while it is found how sure predictions are.
+SHARPNESS = 4
 # Bytes per prunable weight while single weights are chosen: float32 costs and their bit patterns, both halves of
 # these, and masks before, after and of what goes.
 ELEMENT_BYTES = 4 + 4 + 4 + 3
@@ -232,10 +234,13 @@ class Demand:
         return {"adapters": 4 * 4 * self.config.lora_rank * sides, **self._pruned()}
 
     def _reconstruction(self) -> Parts:
-        """Streams of both models, and that of the dense one inside a block."""
+        """Streams of both models, and that of the dense one inside a block; at the end, logits and their like."""
         sequences = self.config.samples * (1 + self.config.reconstruction_copies)
         batches = math.ceil(sequences / self.config.sequences_per_pass)
-        return {"passes": self.traces.watching, "hidden states": 3 * batches * self.traces.waiting}
+        vocabulary: int = self.skeleton.network.get_output_embeddings().weight.shape[0]
+        tokens = min(CHUNK, self.config.sequences_per_pass * self.config.seq_len)
+        passes = max(self.traces.watching, SHARPNESS * tokens * vocabulary * 4)
+        return {"passes": passes, "hidden states": 3 * batches * self.traces.waiting}
 
     def _goal(self) -> Parts:
         """What reconstruction aims at, from before the first shot to the end of the run."""
