@@ -11,7 +11,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import core_of, read_matrix
-from llm_surgeon.pipeline import reconstruction as module
+from llm_surgeon.pipeline import last_norm
 from llm_surgeon.pipeline.reconstruction import (
     DENSE_RUNS,
     PRUNED_RUNS,
@@ -206,7 +206,7 @@ def test_padding_does_not_count():
 
 def test_batches_and_a_store_on_disk_make_no_difference(monkeypatch):
     # A third of the tokens are looked at.
-    monkeypatch.setattr(module, "_SCALE_TOKENS", TEXT.input_ids.numel() // 3)
+    monkeypatch.setattr(last_norm, "_TOKENS", TEXT.input_ids.numel() // 3)
     states, scales = [], []
     for batch_size, budgets in ((8, None), (3, Budgets(host=0, device=0))):
         model, dense, anatomy, keep = pruned("llama-biased")

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
@@ -24,12 +24,12 @@ from llm_surgeon.curvature.sweep import Batch, Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
-from llm_surgeon.models.head import head_sharpness, label_positions
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
-from llm_surgeon.models.modes import arithmetic, products
+from llm_surgeon.models.modes import products
+from llm_surgeon.pipeline.last_norm import last_norm, scale_last_norm
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.processes import ALONE, Processes
-from llm_surgeon.reconstruction import logit_scale, reconstructing_change
+from llm_surgeon.reconstruction import reconstructing_change
 from llm_surgeon.records import ReconstructionRecord
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.storage import Stored, TensorStore
@@ -41,8 +41,6 @@ DENSE_RUNS, PRUNED_RUNS = 1, 3
 # A stream that is a sum is met up to rounding; one that is normalised on the way is missed by its own size.
 _ROUNDING = 0.05
 _PROBE = 8
-# So many tokens tell one number well enough: the scale of the predictions to about 0.01.
-_SCALE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Reconstruction:
 def dense_copy(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     """A copy of a dense model that pruning the model does not change; what stays in both is shared."""
     changed = [model.get_submodule(name) for name in anatomy.layers]
-    if (norm := _last_norm(model, anatomy)) is not None:
+    if (norm := last_norm(model, anatomy)) is not None:
         changed.append(norm)
     own = {id(parameter) for module in changed for parameter in module.parameters()}
     shared = {id(tensor): tensor for tensor in model.parameters() if id(tensor) not in own}
@@ -156,11 +154,8 @@ def reconstruct(
         for stored in behind_attention:
             stored.release()
         stream.pass_through(block, advance)
-    scale = 1.0
-    norm = _last_norm(model, anatomy)
-    if norm is not None:
-        slope, curvature = _sharpness(model, stream, tokens.n_samples if text is None else text, how, processes)
-        scale = _scale_norm(norm, logit_scale(slope, curvature))
+    counted = tokens.n_samples if text is None else text
+    scale = scale_last_norm(model, anatomy, stream, counted, how.precision, processes)
     return ReconstructionRecord(relative_error=_relative_error(goal, stream, processes), scale=scale)
 
 
@@ -266,70 +261,6 @@ class _Work:
         changed = matrix + self.processes.from_first(solve).to(matrix)
         write_matrix(self.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
         check_written(layer, core_of(self.model, layer))
-
-
-def _last_norm(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module | None:
-    """The norm behind the last block, if the model has one."""
-    try:
-        norm = model.get_submodule(anatomy.family.residual.final_norm)
-    except AttributeError:
-        return None
-    return norm if isinstance(norm, nn.Module) else None
-
-
-def last_norm_parameters(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
-    """Names of the parameters that reconstruction changes beside those of prunable layers."""
-    norm = _last_norm(model, anatomy)
-    path = anatomy.family.residual.final_norm
-    return [] if norm is None else [f"{path}.{name}" for name, _ in norm.named_parameters()]
-
-
-def _sharpness(
-    model: PreTrainedModel, stream: Sweep, text: int, how: Reconstruction, processes: Processes
-) -> tuple[float, float]:
-    """Derivatives of the mean loss by a scale of the last norm, over some of the text's tokens.
-
-    Args:
-        model: The corrected model.
-        stream: Behind its last block.
-        text: Sequences that count, the first ones.
-        how: Batches and precision.
-        processes: Who has the other tokens.
-    """
-    length = stream.batches[0].input_ids.shape[1]
-    # The same tokens of a sequence whatever batch or process it is in.
-    every = max(1, round(processes.total(text * length)[0]) // _SCALE_TOKENS)
-    first, sums = 0, [0.0, 0.0, 0.0]
-    for batch in stream.batches:
-        positions, labels = label_positions(batch.input_ids, batch.attention_mask)
-        chosen = (positions % length % every == 0) & (positions < (text - first) * length)
-        first += len(batch.input_ids)
-        if bool(chosen.any()):
-            with torch.no_grad(), arithmetic(batch.input_ids.device, how.precision):
-                states = stream.last_states(batch, batch.hidden.get())[positions[chosen]]
-                found = (*head_sharpness(model, states, labels[chosen]), float(chosen.sum()))
-            sums = [total + part for total, part in zip(sums, found, strict=True)]
-    slope, curvature, count = processes.total(*sums)
-    return (slope / count, curvature / count) if count else (0.0, 0.0)
-
-
-@torch.no_grad()
-def _scale_norm(norm: nn.Module, scale: float) -> float:
-    """Scale what a norm puts out; returns by how much: a norm that is not in proportion to its parameters stays."""
-    parameters = list(norm.parameters())
-    if not parameters:
-        return 1.0
-    probe = torch.linspace(-1, 1, parameters[0].numel(), device=parameters[0].device, dtype=parameters[0].dtype)
-    unscaled, before = norm(probe).float(), [parameter.data for parameter in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.data * scale
-    missed = norm(probe).float() - scale * unscaled
-    # Half of it is more than the rounding of weights, unless they do not change at all.
-    if float(missed.norm()) <= 0.5 * abs(1 - scale) * float(unscaled.norm()):
-        return scale
-    for parameter, data in zip(parameters, before, strict=True):
-        parameter.data = data
-    return 1.0
 
 
 def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:

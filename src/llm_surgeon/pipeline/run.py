@@ -31,7 +31,8 @@ from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, Reached, count_parameters, measure, run_job
-from llm_surgeon.pipeline.reconstruction import goal_of, last_norm_parameters
+from llm_surgeon.pipeline.last_norm import last_norm_parameters
+from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.run_directory import RunDirectory, run_directory
 from llm_surgeon.pipeline.structures import Masks, check_structure
 from llm_surgeon.pipeline.targets import count_based, latency_based
