@@ -79,7 +79,7 @@ def _sharpness(
 
 @torch.no_grad()
 def _scaled(norm: nn.Module, scale: float) -> float:
-    """Scale what a norm puts out; a norm that is not in proportion to its parameters (Gemma) stays. Returns the scale."""
+    """Scale what a norm puts out, and return the scale; a norm not in proportion to its parameters (Gemma) stays."""
     parameters = list(norm.parameters())
     if not parameters:
         return 1.0
