@@ -6,6 +6,7 @@ from llm_surgeon import PruneConfig
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.pipeline.checkpoint import tensors_of
 from llm_surgeon.pipeline.job import Job, run_job
+from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.texts import prepare_texts
 from llm_surgeon.planning.sizes import SMALL_FILES, checkpoint_bytes, disk_bytes, weight_bytes
 from llm_surgeon.planning.skeleton import skeleton_of
@@ -22,6 +23,7 @@ SMALL = {"samples": 8, "seq_len": 16, "evaluation": "none", "precision": "float3
         ("opt", {"structure": "neurons+heads", "round_to": 1, "curvature": "nearest-kronecker"}),
         ("opt", {"structure": "unstructured"}),
         ("llama", {"structure": "2:4", "method": "wanda", "permute": True, "sparsity": 0.5}),
+        ("gpt2", {"reconstruction": True}),
     ],
 )
 def test_a_checkpoint_is_about_as_large_as_expected_and_never_larger(family, options, text_file, tmp_path):
@@ -30,8 +32,10 @@ def test_a_checkpoint_is_about_as_large_as_expected_and_never_larger(family, opt
     config = PruneConfig.from_mapping({**SMALL, "calibration": str(text_file), **options})
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
     texts = prepare_texts(tokenizer(), config)
-    reached = run_job(Job(model, tokenizer(), anatomy, texts, config, SilentProgress(), "m"))
-    tensors = tensors_of(model, anatomy, reached.standing, everything=config.permute)
+    dense = goal_of(model, anatomy, texts.calibration, config)
+    reached = run_job(Job(model, tokenizer(), anatomy, texts, config, SilentProgress(), "m", dense=dense))
+    tensors = tensors_of(model, anatomy, reached.standing, config)
+    assert ("parameter/transformer.ln_f.bias" in tensors) == config.reconstruction
     expected = checkpoint_bytes(skeleton_of(str(tmp_path / "dense"), config), config, reached.report.shots[0].sparsity)
     assert 0.75 * expected < sum(tensor.nbytes for tensor in tensors.values()) <= expected
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import WarmStart
 from llm_surgeon.element_selection import ElementMask
 from llm_surgeon.errors import OutputError
@@ -28,6 +29,7 @@ from llm_surgeon.export.place import in_place, writing
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, write_matrix
 from llm_surgeon.models.streaming import weights_of
+from llm_surgeon.pipeline.last_norm import last_norm_parameters
 from llm_surgeon.pipeline.result import Standing
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.records import PruneReport, Record, RunRecord
@@ -165,22 +167,21 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_of(
-    model: PreTrainedModel, anatomy: Anatomy, standing: Standing, others: Sequence[str] | None = ()
-) -> dict[str, Tensor]:
+def tensors_of(model: PreTrainedModel, anatomy: Anatomy, standing: Standing, config: PruneConfig) -> dict[str, Tensor]:
     """All tensors of a checkpoint.
 
     Args:
         model: As the shot left it.
         anatomy: The layers of the dense model.
         standing: Where the run stands.
-        others: Names of other parameters than those of the prunable layers that have changed as well; None: all.
+        config: The recipe: says what else than the prunable layers has changed.
     """
+    layers = {} if config.permute else _layers(model, anatomy)
     return {
         name: tensor.contiguous()
         for part in (
-            _parameters(model, others),
-            _layers(model, anatomy) if others is not None else {},
+            _parameters(model, parameters_beside(model, anatomy, config)),
+            layers,
             _mask_tensors(standing.masks),
             _start_tensors(standing.start),
         )
@@ -188,12 +189,15 @@ def tensors_of(
     }
 
 
-def _parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
-    return {
-        f"parameter/{name}": parameter.detach()
-        for name, parameter in model.named_parameters()
-        if names is None or name in names
-    }
+def parameters_beside(model: nn.Module, anatomy: Anatomy, config: PruneConfig) -> list[str]:
+    """Names of the parameters that a checkpoint holds beside the layers; if that is all, it holds no layers."""
+    if config.permute:
+        return [name for name, _ in model.named_parameters()]
+    return last_norm_parameters(model, anatomy) if config.reconstruction else []
+
+
+def _parameters(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    return {f"parameter/{name}": model.get_parameter(name).detach() for name in names}
 
 
 def _layers(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:

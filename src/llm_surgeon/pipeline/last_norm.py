@@ -20,7 +20,7 @@ from llm_surgeon.reconstruction import logit_scale
 _TOKENS = 4096
 
 
-def last_norm(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module | None:
+def last_norm(model: nn.Module, anatomy: Anatomy) -> nn.Module | None:
     """The norm behind the last block, if the model has one."""
     try:
         return model.get_submodule(anatomy.family.residual.final_norm)
@@ -28,7 +28,7 @@ def last_norm(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module | None:
         return None
 
 
-def last_norm_parameters(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+def last_norm_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Names of its parameters."""
     norm, path = last_norm(model, anatomy), anatomy.family.residual.final_norm
     return [] if norm is None else [f"{path}.{name}" for name, _ in norm.named_parameters()]

@@ -31,7 +31,6 @@ from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, Reached, count_parameters, measure, run_job
-from llm_surgeon.pipeline.last_norm import last_norm_parameters
 from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.run_directory import RunDirectory, run_directory
 from llm_surgeon.pipeline.structures import Masks, check_structure
@@ -329,7 +328,7 @@ def _prune_into(
 
     def keep(reached: Reached) -> None:
         if record is not None:
-            tensors = tensors_of(job.model, job.anatomy, reached.standing, _others_changed(job))
+            tensors = tensors_of(job.model, job.anatomy, reached.standing, job.config)
             _the(run).checkpoints.write(Checkpoint(run=record, report=reached.report), tensors)
             weights_of(job.model).forget()
         _export_shot(job, _the(run), reached)
@@ -353,13 +352,6 @@ def _prune_into(
         return there.finish(_export(job, reached, there.export, there.out, timed, asked))
 
     return processes.from_first(finish)
-
-
-def _others_changed(job: Job) -> list[str] | None:
-    """Names of parameters outside prunable layers that the run changes; None: all of them."""
-    if job.config.permute:
-        return None
-    return last_norm_parameters(job.model, job.anatomy) if job.config.reconstruction else []
 
 
 def _export_shot(job: Job, run: RunDirectory, reached: Reached) -> None:

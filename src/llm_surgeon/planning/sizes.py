@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature.nearest import TERMS
-from llm_surgeon.pipeline.checkpoint import KEPT
+from llm_surgeon.pipeline.checkpoint import KEPT, parameters_beside
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.records import LayerKind, Size
 
@@ -60,7 +60,9 @@ def checkpoint_bytes(skeleton: Skeleton, config: PruneConfig, sparsity: float) -
     layers, itemsize = skeleton.anatomy.layers.values(), skeleton.dtype.itemsize
     weights = size_after(skeleton, sparsity).prunable if config.parts else dense_size(skeleton).prunable
     biases = sum(layer.rows for layer in layers if layer.bias)
-    stored = skeleton.parameters if config.permute else weights + biases
+    beside = parameters_beside(skeleton.network, skeleton.anatomy, config)
+    others = sum(skeleton.network.get_parameter(name).numel() for name in beside)
+    stored = others if config.permute else weights + biases + others
     # A bit for each weight, or a byte for each row and column.
     masks = sum(layer.rows + layer.columns if config.parts else layer.rows * layer.columns // 8 for layer in layers)
     terms = TERMS.get(config.resolved_curvature or "", 0)
