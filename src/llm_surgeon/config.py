@@ -218,7 +218,8 @@ class PruneConfig(BaseModel):
     reconstruction: bool = Field(
         False,
         description="After each shot, correct what writes into the residual stream by least squares, towards the "
-        "stream of the dense model, which is kept; no training. For structures that shrink.",
+        "stream of the dense model, which is kept, and scale the last norm by the loss; no training. For structures "
+        "that shrink.",
     )
     reconstruction_ridge: float = Field(
         0.2, gt=0.0, description="Ridge that holds its weights where they are, as a fraction of the mean squared input."

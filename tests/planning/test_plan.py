@@ -16,7 +16,7 @@ from llm_surgeon.planning.probe import Probe
 from llm_surgeon.planning.seconds import default_rates, phase_seconds
 from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.planning.trace import factor_bytes
-from tiny import VOCABULARY, llama
+from tiny import VOCABULARY, build, llama
 
 SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 512, "shots": 2, "device": "cpu"}
 
@@ -97,6 +97,23 @@ def test_steps_of_a_shot_take_costs_and_updates_again_but_no_pass(checkpoint, re
     one, four = (phase_seconds(skeleton, recipe(steps_per_shot=n), rates, 512, "batch-major") for n in (1, 4))
     changed = {name: four[name] / one[name] for name in one if one[name] and four[name] != one[name]}
     assert changed == pytest.approx({"selection": 4, "update": 4})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_seconds_of_reconstruction_are_runs_of_the_parts_of_a_block(tmp_path, recipe, family):
+    build(family).save_pretrained(tmp_path)
+    config = recipe(shots=1, sparsity=0.5, reconstruction=True, reconstruction_copies=0)
+    skeleton = skeleton_of(str(tmp_path), config)
+    rates = default_rates(config, torch.device("cpu"))
+    layers = skeleton.anatomy.layers.values()
+    both = sum(layer.rows * layer.columns for layer in layers)
+    attention = sum(layer.rows * layer.columns for layer in layers if "attn" in layer.name)
+
+    seconds = phase_seconds(skeleton, config, rates, 512, "batch-major")["reconstruction"]
+
+    # The dense model once; the pruned one, dense in its first shot, up to the attention and twice as a whole.
+    operations = 2 * (both + attention + 2 * both) * config.samples * config.seq_len
+    assert seconds == pytest.approx(operations / rates.passes)
 
 
 def test_a_layerwise_plan_grows_with_the_samples(checkpoint, recipe):

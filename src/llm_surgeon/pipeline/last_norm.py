@@ -18,6 +18,7 @@ from llm_surgeon.reconstruction import logit_scale
 
 # So many tokens tell one number well enough: the scale to about 0.01.
 _TOKENS = 4096
+_OF_EACH = 8
 
 
 def last_norm(model: nn.Module, anatomy: Anatomy) -> nn.Module | None:
@@ -61,8 +62,9 @@ def _sharpness(
 ) -> tuple[float, float]:
     """First and second derivative of the mean loss by the scale, over some of the text's tokens."""
     length = stream.batches[0].input_ids.shape[1]
-    # The same tokens of a sequence whatever batch or process it is in.
-    every = max(1, round(processes.total(text * length)[0]) // _TOKENS)
+    # The same tokens of a sequence whatever batch or process it is in; some of each, however many there are, as the
+    # first one, which has nothing before it, says little of the others.
+    every = max(1, min(round(processes.total(text * length)[0]) // _TOKENS, length // _OF_EACH))
     first, sums = 0, [0.0, 0.0, 0.0]
     for batch in stream.batches:
         positions, labels = label_positions(batch.input_ids, batch.attention_mask)

@@ -50,7 +50,7 @@ from llm_surgeon.torchrun import Place
 
 logger = logging.getLogger(__name__)
 
-ALONE = Place()
+_UNSHARED = Place()
 # The report's peak is of what is between.
 _UNREPORTED = ("load", "export and check", "speed")
 
@@ -97,7 +97,7 @@ def foresee(
     device: torch.device,
     texts: Texts,
     probe: bool = False,
-    place: Place = ALONE,
+    place: Place = _UNSHARED,
 ) -> Plan:
     """The plan of a run whose texts are prepared and whose model is still to be loaded; see ``plan``.
 
@@ -177,7 +177,7 @@ def _part_of(config: PruneConfig, place: Place) -> PruneConfig:
     return config.model_copy(update={"samples": own, "batch_size": batch, "host_memory": memory})
 
 
-def room_for(config: PruneConfig, device: torch.device, place: Place = ALONE) -> Room:
+def room_for(config: PruneConfig, device: torch.device, place: Place = _UNSHARED) -> Room:
     """What is free for one process, or what its part of the recipe allows.
 
     Raises:

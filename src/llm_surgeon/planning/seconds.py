@@ -101,7 +101,6 @@ def phase_seconds(
     read = skeleton.weight_bytes / DISK
     operations = sum(pass_operations(skeleton, config, order, k) for k in kept)
     steps = config.steps_per_shot
-    forward = 2 * skeleton.parameters * tokens / rates.passes
     speed = SPEED_RUNS * (2 * skeleton.parameters * SPEED_PROMPT / rates.float32)
     speed += SPEED_RUNS * SPEED_DECODED * skeleton.weight_bytes / MEMORY_RATE
     return {
@@ -110,7 +109,7 @@ def phase_seconds(
         "curvature": _passes(config) * tokens * operations / rates.passes,
         "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32 / processes,
         "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32 / processes,
-        "reconstruction": sum(_reconstruction(config, k) for k in kept) * forward,
+        "reconstruction": sum(_reconstruction(skeleton, config, k) for k in kept) * tokens / rates.passes,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
         "evaluation": window * config.shots,
         "export and check": 2 * read + RELOAD,
@@ -118,12 +117,24 @@ def phase_seconds(
     }
 
 
-def _reconstruction(config: PruneConfig, kept: float) -> float:
-    """Forward passes of the dense model over the calibration tokens that take as long as a shot's reconstruction."""
-    runs = DENSE_RUNS + PRUNED_RUNS * kept
+def _reconstruction(skeleton: Skeleton, config: PruneConfig, kept: float) -> float:
+    """Operations per token of the text of a shot's reconstruction; sums over tokens are small beside the passes."""
+    if not config.reconstruction:
+        return 0.0
+    prunable = skeleton.anatomy.prunable_weights
+    # One run of the pruned model ends behind the attention.
+    runs = DENSE_RUNS * prunable + kept * (PRUNED_RUNS * prunable - _feed_forward_weights(skeleton))
     # Each copy is written once, in the first shot.
     copies = config.reconstruction_copies
-    return (1 + copies) * runs + copies / config.shots if config.reconstruction else 0.0
+    return 2 * ((1 + copies) * runs + skeleton.parameters * copies / config.shots)
+
+
+def _feed_forward_weights(skeleton: Skeleton) -> int:
+    """Prunable weights of the feed-forward parts of all blocks."""
+    family = skeleton.anatomy.family
+    kinds = {family.short_name(name) for name in (*family.feed_forward.inputs, family.feed_forward.output)}
+    layers = skeleton.anatomy.layers.values()
+    return sum(layer.rows * layer.columns for layer in layers if layer.kind in kinds)
 
 
 def _corrections(config: PruneConfig) -> int:
