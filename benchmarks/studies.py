@@ -49,6 +49,8 @@ RECONSTRUCTIONS = {
 # published code has; what is removed by implication is counted at once all the same.
 PUBLISHED = {"rank_by": "cost", "max_correlations": 1_000_000}
 BEST = {"preset": "best"}
+# The same tokens, with as much context as the windows of the evaluation have.
+PAIRS = {"samples": 16, "seq_len": 1024, "windows_per_sample": 2}
 FRENCH = {"calibration": "demo:fr", "evaluation": "demo:fr"}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
@@ -151,7 +153,8 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             | {"structure": structure, "lora": lora}
             for structure, options in (("rows-columns", {}), ("unstructured", ONE_SHOT))
             for lora in (False, True)
-        },
+        }
+        | {"rows-columns, with corrections, two windows a sequence": PAIRS | {"lora": True, "lora_batch_size": 1}},
     ),
 }
 

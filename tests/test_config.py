@@ -18,6 +18,8 @@ def test_sparsity_outside_the_open_interval_is_refused(sparsity):
         ("shots", 0),
         ("samples", 0),
         ("seq_len", 1),
+        ("windows_per_sample", 0),
+        ("windows_per_sample", 3),
         ("dampening_a", 0.0),
         ("dampening_g", -1.0),
         ("structure", "columns"),

@@ -140,6 +140,12 @@ class PruneConfig(BaseModel):
     )
     samples: int = Field(128, ge=1, description="Calibration sequences.")
     seq_len: int = Field(512, ge=2, description="Tokens per calibration sequence.")
+    windows_per_sample: int = Field(
+        1,
+        ge=1,
+        description="Windows of the text, each from another place, that make up a calibration sequence one behind the "
+        "other: as many places as with short sequences, and as much context as in long ones.",
+    )
     batch_size: int | None = Field(
         None,
         ge=1,
@@ -305,6 +311,11 @@ class PruneConfig(BaseModel):
             raise ValueError(
                 f"a sparsity of {self.sparsity:g} is more than {self.structure} can reach, which is "
                 f"{self.pattern.sparsity:g}"
+            )
+        if self.seq_len % self.windows_per_sample:
+            raise ValueError(
+                f"a sequence of {self.seq_len} tokens (seq_len) cannot be {self.windows_per_sample} windows "
+                "(windows_per_sample) of equal length"
             )
         if any(not 1 <= shot <= self.shots for shot in self.export_shots):
             raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")

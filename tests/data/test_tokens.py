@@ -47,6 +47,26 @@ def test_windows_start_where_the_global_generator_would_put_them(tokenizer, corp
     assert (tokens.n_samples, tokens.seq_len, tokens.n_tokens) == (5, 16, 80)
 
 
+def test_windows_of_a_sample_are_those_of_short_samples_one_behind_the_other(tokenizer, corpus):
+    short = sample_calibration(tokenizer, corpus, samples=6, seq_len=8, seed=7)
+    long = sample_calibration(tokenizer, corpus, samples=2, seq_len=24, seed=7, windows_per_sample=3)
+    assert long.input_ids.tolist() == short.input_ids.view(2, 24).tolist()
+    assert long.provenance["windows_per_sample"] == 3
+    assert short.provenance["windows_per_sample"] == 1
+
+
+def test_windows_of_a_sample_are_of_equal_length(tokenizer, corpus):
+    with pytest.raises(DataError, match="10 tokens cannot be 3 windows of equal length"):
+        sample_calibration(tokenizer, corpus, samples=2, seq_len=10, seed=7, windows_per_sample=3)
+
+
+def test_windows_count_where_the_text_is_short(tokenizer, corpus):
+    """Long sequences of short windows fit where one long window hardly would."""
+    assert sample_calibration(tokenizer, corpus, 1, WORDS, 0, windows_per_sample=2).input_ids.shape == (1, WORDS)
+    with pytest.raises(DataError, match=rf"1 samples of {WORDS + 10} tokens need {WORDS + 10}"):
+        sample_calibration(tokenizer, corpus, 1, WORDS + 10, 0, windows_per_sample=2)
+
+
 def test_sampling_leaves_the_global_generator_alone(tokenizer, corpus):
     random.seed(3)
     expected = random.random()

@@ -40,6 +40,7 @@ def compare(
     calibration: Annotated[str | None, option("calibration")] = None,
     samples: Annotated[int | None, option("samples")] = None,
     seq_len: Annotated[int | None, option("seq_len")] = None,
+    windows_per_sample: Annotated[int | None, option("windows_per_sample")] = None,
     batch_size: Annotated[int | None, option("batch_size")] = None,
     seed: Annotated[int | None, option("seed")] = None,
     device: Annotated[str | None, option("device")] = None,

@@ -37,7 +37,10 @@ _PANELS = {
     ),
     "Reconstruction": tuple(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
-    "Texts": ("calibration", "samples", "seq_len", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
+    "Texts": (
+        *("calibration", "samples", "seq_len", "windows_per_sample"),
+        *("evaluation", "eval_window", "eval_stride", "eval_tokens"),
+    ),
 }
 
 TrustRemoteCode = Annotated[

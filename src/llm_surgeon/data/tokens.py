@@ -15,7 +15,10 @@ from llm_surgeon.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLING_RULE = "random.Random(seed).sample(range(0, tokens - seq_len), samples) gives the first token of each window"
+SAMPLING_RULE = (
+    "random.Random(seed).sample(range(0, tokens - window), samples * windows_per_sample), where window is seq_len / "
+    "windows_per_sample, gives the first token of each window; those of a sample follow one another"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,37 +99,51 @@ class CalibrationTokens:
 
 
 def sample_calibration(
-    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, samples: int, seq_len: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    windows_per_sample: int = 1,
 ) -> CalibrationTokens:
     """Draw calibration windows at random places of the corpus, which is tokenised as one sequence.
 
-    The windows may overlap, but no two start at the same token.
+    The windows may overlap, but no two start at the same token. With several windows one behind the other in a sample,
+    long sequences show as many places of the text as short ones would.
 
     Args:
         tokenizer: Tokenizer of the model.
         corpus: Text to draw from.
-        samples: Number of windows.
-        seq_len: Tokens per window.
+        samples: Number of sequences.
+        seq_len: Tokens per sequence.
         seed: Seed of the draw; equal to ``random.seed(seed); random.sample(...)``, without touching the global state.
+        windows_per_sample: Windows that make up a sequence.
 
     Returns:
-        The windows, ``input_ids`` [samples, seq_len], without padding.
+        The sequences, ``input_ids`` [samples, seq_len], without padding.
 
     Raises:
-        DataError: If the corpus has fewer tokens than ``samples * seq_len``, or too few for so many windows.
+        DataError: If the corpus has fewer tokens than ``samples * seq_len``, or too few for so many windows, or the
+            windows of a sequence cannot be of equal length.
     """
     if samples < 1 or seq_len < 1:
         raise DataError(f"{samples} samples of {seq_len} tokens were asked for.", "Ask for at least one of each.")
+    if windows_per_sample < 1 or seq_len % windows_per_sample:
+        raise DataError(
+            f"{seq_len} tokens cannot be {windows_per_sample} windows of equal length.",
+            "Choose a number of windows that divides seq_len.",
+        )
+    windows, window = samples * windows_per_sample, seq_len // windows_per_sample
     ids = _tokenise(tokenizer, corpus)
     # A window needs a first token that no other has, so the smallest requests need a little more than their product.
-    needed = max(samples * seq_len, seq_len + samples)
+    needed = max(windows * window, window + windows)
     if len(ids) < needed:
         raise DataError(
             f"The calibration text {corpus.source} has {len(ids):,} tokens; "
             f"{samples:,} samples of {seq_len:,} tokens need {needed:,}.",
             "Give a longer text, or lower samples or seq_len.",
         )
-    starts = random.Random(seed).sample(range(0, len(ids) - seq_len), samples)
+    starts = random.Random(seed).sample(range(0, len(ids) - window), windows)
     provenance = {
         "source": corpus.source,
         "sha256": corpus.sha256,
@@ -135,11 +152,12 @@ def sample_calibration(
         "tokens_available": len(ids),
         "samples": samples,
         "seq_len": seq_len,
+        "windows_per_sample": windows_per_sample,
         "seed": seed,
         "sampling": SAMPLING_RULE,
     }
-    windows = torch.stack([ids[start : start + seq_len] for start in starts])
-    return CalibrationTokens(input_ids=windows, attention_mask=None, provenance=provenance)
+    drawn = torch.stack([ids[start : start + window] for start in starts]).view(samples, seq_len)
+    return CalibrationTokens(input_ids=drawn, attention_mask=None, provenance=provenance)
 
 
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window: int, max_tokens: int) -> torch.Tensor:

@@ -43,7 +43,9 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Te
     spec = config.evaluation or config.calibration
     same = spec == config.calibration
     corpus = _part(config.calibration, CALIBRATION, split=same)
-    calibration = sample_calibration(tokenizer, corpus, config.samples, config.seq_len, config.seed)
+    calibration = sample_calibration(
+        tokenizer, corpus, config.samples, config.seq_len, config.seed, config.windows_per_sample
+    )
     if spec == "none":
         return Texts(calibration, None)
     evaluation = evaluation_text(

@@ -30,7 +30,8 @@ SUFFIXES: dict[str, dict[str, Any]] = {
 
 # What all variants have to have in common: the texts, and the dense model that they are compared with.
 SHARED = (
-    *("calibration", "samples", "seq_len", "seed", "evaluation", "eval_window", "eval_stride", "eval_tokens"),
+    *("calibration", "samples", "seq_len", "windows_per_sample", "seed"),
+    *("evaluation", "eval_window", "eval_stride", "eval_tokens"),
     *("dtype", "device", "precision", "trust_remote_code"),
 )
 _SETTING = ("structure", "sparsity")

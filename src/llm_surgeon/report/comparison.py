@@ -62,10 +62,12 @@ def problems(comparison: Comparison) -> list[str]:
 def footnotes(comparison: Comparison) -> list[str]:
     """Say what the columns count, and on what and how everything was measured."""
     shared = comparison.shared
+    sequences = f"{shared['samples']:,} sequences of {shared['seq_len']:,} tokens"
+    if shared["windows_per_sample"] > 1:
+        sequences += f" in {shared['windows_per_sample']} windows each"
     return [
         perplexity_note(comparison.dense.perplexity),
-        f"Calibration: {shared['calibration']}, {shared['samples']:,} sequences of {shared['seq_len']:,} tokens, seed "
-        f"{shared['seed']}; the same tokens for all.",
+        f"Calibration: {shared['calibration']}, {sequences}, seed {shared['seed']}; the same tokens for all.",
         "KL: divergence from the dense model's predictions, KL(dense || pruned), mean over the tokens scored. Sparsity "
         "reached: counted in the pruned weights.",
         "Seconds: pruning alone. Peak memory: while pruning, in a process of its own (of the GPU, on a GPU).",
