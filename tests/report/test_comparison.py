@@ -109,6 +109,12 @@ def test_footnotes_say_how_it_was_measured() -> None:
         assert fact in text
 
 
+def test_footnotes_say_of_what_sequences_are_made() -> None:
+    shared = PruneConfig(seed=7, windows_per_sample=4).model_dump()
+    text = " ".join(footnotes(MIXED.model_copy(update={"shared": shared})))
+    assert "128 sequences of 512 tokens in 4 windows each, seed 7" in text
+
+
 def test_terminal_shows_the_same_cells_and_cuts_nothing_at_100_columns() -> None:
     comparison = sample_comparison(*MIXED.cells, cell("sparsegpt+r2-dsnot+owl+permute", 31.0))
     text = shown(comparison)
