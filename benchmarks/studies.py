@@ -263,7 +263,8 @@ def main() -> None:
     share_dense_work()
     name = arguments.study
     title, variants = STUDIES[name]
-    before = finished(name).get("variants", {})
+    earlier = finished(name)
+    before = earlier.get("variants", {})
     texts = {"calibration": arguments.calibration, "evaluation": arguments.evaluation}
     for variant, options in variants.items():
         if variant in before or (arguments.only and variant not in arguments.only):
@@ -275,6 +276,8 @@ def main() -> None:
             "dense_perplexity": dense_perplexity,
             "variants": {known: before[known] for known in variants if known in before},
         }
+        if "note" in earlier:
+            result["note"] = earlier["note"]
         write(name, result, markdown(title, result))
         draw(name, title, result)
 
