@@ -118,7 +118,7 @@ def phase_seconds(
 
 
 def _reconstruction(skeleton: Skeleton, config: PruneConfig, kept: float) -> float:
-    """Operations per token of the text of a shot's reconstruction; sums over tokens are small beside the passes."""
+    """Operations of the passes of a shot's reconstruction, per token of the text."""
     if not config.reconstruction:
         return 0.0
     prunable = skeleton.anatomy.prunable_weights
