@@ -15,7 +15,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from common import COLOURS, PROTOCOL, RESULTS, circumstances, figure, finished, run, share_dense_work, table, write
+from common import (
+    COLOURS,
+    PROTOCOL,
+    RESULTS,
+    circumstances,
+    figure,
+    finished,
+    run,
+    seconds_saved,
+    share_dense_work,
+    table,
+    write,
+)
 
 from llm_surgeon import PruneConfig, PruneReport
 from llm_surgeon.methods import METHODS
@@ -160,11 +172,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
 
 
 def record(report: PruneReport) -> dict[str, Any]:
-    """What the table needs of a run."""
+    """What the table needs of the last run; curvature that was estimated for an earlier one counts here too."""
     return {
         "size": [round(100 * (1 - shot.sparsity), 2) for shot in report.shots],
         "perplexity": [round(shot.perplexity.perplexity, 2) for shot in report.shots if shot.perplexity],
-        "curvature_s": [round(shot.curvature_seconds, 1) for shot in report.shots],
+        "curvature_s": [round(shot.curvature_seconds + seconds_saved(), 1) for shot in report.shots],
         "selection_s": [round(shot.selection_seconds, 1) for shot in report.shots],
         "update_s": [round(shot.update_seconds, 1) for shot in report.shots],
         "reconstruction_s": [round(shot.reconstruction_seconds, 1) for shot in report.shots],
@@ -197,9 +209,6 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         # Results from before there was reconstruction say nothing of it.
         phases = [item.get(f"{phase}_s", [0.0]) for phase in PHASES]
         means = [sum(phase) / len(phase) for phase in phases]
-        if means[0] < 0.05 and len(item["size"]) == 1 and "identity" not in name:
-            # It was estimated once for all one-shot variants of a process; each would have needed it.
-            means[0] = max(other["curvature_s"][0] for other in variants.values() if len(other["size"]) == 1)
         share = f"{100 * means[2] / sum(means):.0f} %"
         rows.append([name, *(at.get(size) for size in sizes), *(f"{mean:.1f}" for mean in means), share])
     note = f" {result['note']}" if "note" in result else ""
