@@ -148,7 +148,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for name, options in RECONSTRUCTIONS.items()
             for seed in (0, 1, 2)
         }
-        | {"and to two copies, with corrections": {"reconstruction": True, "lora": True}},
+        | {
+            "and to two copies, ridge 1, two windows a sequence": PAIRS
+            | {"reconstruction": True, "reconstruction_ridge": 1.0},
+            "and to two copies, with corrections": {"reconstruction": True, "lora": True},
+        },
     ),
     "french": (
         "Rows and columns, five shots to 50 %, calibrated and measured on French text",
@@ -166,7 +170,10 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for structure, options in (("rows-columns", {}), ("unstructured", ONE_SHOT))
             for lora in (False, True)
         }
-        | {"rows-columns, with corrections, two windows a sequence": PAIRS | {"lora": True, "lora_batch_size": 1}},
+        | {
+            "rows-columns, with corrections, two windows a sequence": PAIRS | {"lora": True, "lora_batch_size": 1},
+            "rows-columns, with corrections, 128 steps at the end": {"lora": True, "lora_final_steps": 128},
+        },
     ),
 }
 
