@@ -170,9 +170,10 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for structure, options in (("rows-columns", {}), ("unstructured", ONE_SHOT))
             for lora in (False, True)
         }
+        | {"rows-columns, with corrections, two windows a sequence": PAIRS | {"lora": True, "lora_batch_size": 1}}
         | {
-            "rows-columns, with corrections, two windows a sequence": PAIRS | {"lora": True, "lora_batch_size": 1},
-            "rows-columns, with corrections, 128 steps at the end": {"lora": True, "lora_final_steps": 128},
+            f"rows-columns, with corrections, {steps} steps at the end": {"lora": True, "lora_final_steps": steps}
+            for steps in (40, 128)
         },
     ),
 }
