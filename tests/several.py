@@ -39,6 +39,7 @@ RECIPES = {
     "global scores": ("llama", {"method": "wanda", "scope": "global", "structure": "unstructured"}),
     "refined, owl": ("llama", {"method": "ria", "refine": "r2-dsnot", "layer_budget": "owl", "owl_multiple": 2.0}),
     "reconstruction": ("llama-biased", {"shots": 2, "reconstruction": True}),
+    "gates": ("llama-biased", {"shots": 2, "gate_steps": 2}),
     "corrections": ("llama", {"shots": 2, "lora": True, "lora_steps": 2, "lora_final_steps": 3, "lora_rank": 2}),
 }
 

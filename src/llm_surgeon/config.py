@@ -237,6 +237,16 @@ class PruneConfig(BaseModel):
         "written some of the tokens.",
     )
     reconstruction_share: float = Field(0.5, gt=0.0, le=1.0, description="Share of the tokens of a copy that it has.")
+    gate_steps: int = Field(
+        0,
+        ge=0,
+        description="After each shot, Newton steps on gates: one number for the output and the queries of each head, "
+        "and for the output and the switch of each feed-forward part, by the loss of the calibration text; 0: none. "
+        "No other weight is trained.",
+    )
+    gate_damping: float = Field(
+        0.5, gt=0.0, description="Damping of these steps, as a fraction of the mean diagonal of the gates' Fisher."
+    )
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
     lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")
@@ -393,6 +403,8 @@ class PruneConfig(BaseModel):
             ValueError: Naming the options that do not go together.
         """
         pattern, solver = self.pattern, LAYERWISE[self.method].scope is None
+        if self.gate_steps:
+            raise ValueError(f"gate_steps is for the global methods ({', '.join(METHODS)}), not for {self.method}")
         if self.parts:
             raise ValueError(
                 f"{self.method} as a layer-wise method removes single weights: structure is unstructured or N:M"

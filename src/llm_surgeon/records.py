@@ -155,6 +155,20 @@ class ReconstructionRecord(Record):
     scale: float = 1.0
 
 
+class GatesRecord(Record):
+    """Gates set after a shot: how many, in how many steps, and the largest relative change of one.
+
+    Losses are mean ones of the calibration text in nats: before the first step, and after the last one by the parabola
+    that gave its length; None if the model has no gates.
+    """
+
+    gates: int
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    largest_change: float
+
+
 class ShotRecord(Record):
     """One shot: what it aimed at, what it removed, what it cost. Times are seconds.
 
@@ -180,6 +194,8 @@ class ShotRecord(Record):
     correction: CorrectionRecord | None = None
     reconstruction_seconds: float = 0.0
     reconstruction: ReconstructionRecord | None = None
+    gates_seconds: float = 0.0
+    gates: GatesRecord | None = None
     costs: CostHistogram | None = None
     peaks: dict[str, int] = {}
     profile: dict[str, float] = {}
@@ -188,7 +204,7 @@ class ShotRecord(Record):
     def seconds(self) -> float:
         """Time of the shot itself, without the evaluation that reports on it."""
         pruning = self.curvature_seconds + self.selection_seconds + self.update_seconds
-        return pruning + self.reconstruction_seconds + self.correction_seconds
+        return pruning + self.reconstruction_seconds + self.gates_seconds + self.correction_seconds
 
 
 class Speed(Record):

@@ -170,6 +170,7 @@ RUNS = {
     "single weights": ("llama", {"structure": "unstructured", "sparsity": 0.5}),
     "diagonal": ("llama", {"method": "k-obd", "curvature": "diagonal"}),
     "no curvature": ("llama", {"method": "magnitude"}),
+    "gates": ("llama-biased", {"gate_steps": 1}),
     "scores": ("opt", {"method": "wanda"}),
     "solver, permuted": ("llama", {"method": "sparsegpt", "structure": "2:4", "permute": True}),
 }

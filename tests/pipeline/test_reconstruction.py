@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import torch
 
-from choosing import choose, shrink
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
@@ -20,8 +19,8 @@ from llm_surgeon.pipeline.reconstruction import (
     dense_copy,
     reconstruct,
 )
-from llm_surgeon.selection import StructureCosts
 from llm_surgeon.storage import Budgets, TensorStore
+from pruned_models import pruned
 from tiny import BUILDERS, build, tokenizer, tokens
 
 # Outputs are normalised before they are added, or their sum with the stream is.
@@ -29,22 +28,6 @@ NORMALISED = ("gemma2", "gemma3", "opt-post-norm")
 families = pytest.mark.parametrize("family", sorted(BUILDERS.keys() - set(NORMALISED)))
 TEXT = CalibrationTokens(tokens(8, 16), None, {})
 HOW = Reconstruction(ridge=1e-3, batch_size=3, precision="float32")
-
-
-def pruned(family, ignore=(), share=0.4):
-    """A tiny model with random rows and columns cut out, its dense copy, anatomy and masks."""
-    model = build(family)
-    anatomy = examine(model, family_of(model.config.model_type), ignore)
-    dense = dense_copy(model, anatomy)
-    generator = torch.Generator().manual_seed(1)
-    keep = anatomy.dense_masks()
-    costs = {
-        name: StructureCosts(*(torch.rand(len(axis), generator=generator) for axis in (mask.rows, mask.columns)))
-        for name, mask in keep.items()
-    }
-    keep = choose(keep, costs, anatomy.couplings, round((1 - share) * anatomy.prunable_weights)).keep
-    shrink(model, anatomy, keep)
-    return model, dense, anatomy, keep
 
 
 def last_stream(model, anatomy, block, text=TEXT):

@@ -91,6 +91,30 @@ def test_reconstruction_is_planned(checkpoint, recipe):
     assert all(each.host["dense weights to reconstruct"] == copy for each in one.phases if each.name != "load")
 
 
+@pytest.mark.parametrize("order", ["batch-major", "layer-major"])
+def test_gates_are_planned(checkpoint, recipe, order):
+    without, two = (plan(str(checkpoint), recipe(order=order, gate_steps=steps)) for steps in (0, 2))
+    assert "gates" not in named(without)
+    phase = named(two)["gates"]
+    assert phase.host["passes"] > 0
+    # Four heads and one feed-forward part in either block, with two gates each, at all tokens.
+    count, tokens = 2 * 2 * (4 + 1), recipe().samples * recipe().seq_len
+    assert phase.host["effects of gates"] == 4 * count * (tokens + count)
+
+
+@pytest.mark.parametrize("order", ["batch-major", "layer-major"])
+def test_seconds_of_gates_are_those_of_their_passes(checkpoint, recipe, order):
+    config = recipe(shots=1, sparsity=0.5, gate_steps=2)
+    skeleton = skeleton_of(str(checkpoint), config)
+    rates = default_rates(config, torch.device("cpu"))
+
+    seconds = phase_seconds(skeleton, config, rates, 512, order)["gates"]
+
+    # There and back, and there once more; layer by layer, blocks are run again on the way back.
+    weights = 3 * skeleton.parameters + (skeleton.anatomy.prunable_weights if order == "layer-major" else 0)
+    assert seconds == pytest.approx(2 * 2 * weights * config.samples * config.seq_len / rates.passes)
+
+
 def test_steps_of_a_shot_take_costs_and_updates_again_but_no_pass(checkpoint, recipe):
     skeleton = skeleton_of(str(checkpoint), recipe())
     rates = default_rates(recipe(), torch.device("cpu"))

@@ -10,7 +10,15 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
-from llm_surgeon.records import CorrectionRecord, CostHistogram, Memory, PruneReport, ReconstructionRecord, ShotRecord
+from llm_surgeon.records import (
+    CorrectionRecord,
+    CostHistogram,
+    GatesRecord,
+    Memory,
+    PruneReport,
+    ReconstructionRecord,
+    ShotRecord,
+)
 from llm_surgeon.report.figures import (
     PHASE_COLOURS,
     draw_costs,
@@ -93,6 +101,8 @@ def full_shot(number: int, kept: float) -> ShotRecord:
             "correction_seconds": 12.5,
             "reconstruction": ReconstructionRecord(relative_error=0.1234, scale=0.9321),
             "reconstruction_seconds": 2.5,
+            "gates": GatesRecord(gates=42, steps=2, first_loss=3.4567, last_loss=3.3219, largest_change=0.123),
+            "gates_seconds": 1.5,
             "peaks": dict.fromkeys(PHASE_COLOURS, 10**9 + number),
         }
     )
@@ -226,9 +236,10 @@ def test_first_table_is_that_of_the_other_reports(full: Page) -> None:
 
 def test_shots_are_shown_in_numbers(full: Page) -> None:
     rows = full.rows()
-    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "17", "3.4560", "3.1230", "12.3 %", "0.932"] in rows
-    assert ["1", "30.0", "1.0", "9.0", "2.5", "12.5", "5.0", "60.0"] in rows
-    assert ["1", *["1.000 GB"] * 6] in rows
+    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "17", "3.4560", "3.1230", "12.3 %", "0.932",
+            "42", "3.4567", "3.3219"] in rows  # fmt: skip
+    assert ["1", "30.0", "1.0", "9.0", "2.5", "1.5", "12.5", "5.0", "61.5"] in rows
+    assert ["1", *["1.000 GB"] * 7] in rows
     assert "all" in full.text("th").split("\n")
 
 
@@ -280,6 +291,7 @@ def test_what_is_missing_is_said() -> None:
     assert "perplexity of the shots" not in text.lower()
     assert "correction steps" not in text
     assert "error of the stream" not in text
+    assert "loss before them" not in text
     without = Page(report_page(full_report(dense_perplexity=None, shots=(shot(1, 0.5, None),)))).text()
     assert "Perplexity of the shots was not measured." in without
 
@@ -346,8 +358,8 @@ def test_bars_of_time_end_at_the_sum() -> None:
     draw_times(figure, [full_shot(1, 0.75), full_shot(2, 0.5)])
     (axes,) = figure.axes
     assert len(axes.patches) == 2 * len(PHASE_COLOURS)
-    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(60.0)
-    assert [text.get_text() for text in axes.texts] == ["60.0", "60.0"]
+    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(61.5)
+    assert [text.get_text() for text in axes.texts] == ["61.5", "61.5"]
     assert sum(seconds_by_phase(full_shot(1, 0.75)).values()) == full_shot(1, 0.75).seconds + 5
 
 

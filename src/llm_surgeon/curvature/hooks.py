@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 Receive = Callable[[Tensor], None]
+Side = Literal["input", "output"]
+PairReceive = Callable[[Tensor, Tensor], None]
 
 
 class Hooks:
@@ -61,7 +63,7 @@ class Hooks:
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def on_pair(self, module: nn.Module, receive: Callable[[Tensor, Tensor], None]) -> None:
+    def on_pair(self, module: nn.Module, receive: PairReceive) -> None:
         """Hand over input ``[tokens, columns]`` and gradient ``[tokens, rows]`` of the same tokens together."""
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -70,6 +72,20 @@ class Hooks:
                 output.register_hook(lambda gradient: receive(inputs, self._counted(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))
+
+    def on_effect(self, module: nn.Module, side: Side, receive: PairReceive) -> None:
+        """Hand over what enters or leaves a module ``[tokens, size]`` and its gradient together, of the same tokens."""
+
+        def watch(value: Tensor) -> None:
+            if value.requires_grad and self.positions is not None:
+                counted = self._counted(value.detach())
+                value.register_hook(lambda gradient: receive(counted, self._counted(gradient)))
+
+        if side == "input":
+            handle = module.register_forward_pre_hook(lambda _module, arguments: watch(arguments[0]))
+        else:
+            handle = module.register_forward_hook(lambda _module, _arguments, output: watch(output))
+        self._handles.append(handle)
 
     def start_graph_at(self, embedding: nn.Module) -> None:
         """Let the graph start at the embedded tokens: no parameter requires a gradient."""

@@ -183,6 +183,8 @@ def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, eval
         correction=result.correction,
         reconstruction_seconds=result.seconds.get("reconstruction", 0.0),
         reconstruction=result.reconstruction,
+        gates_seconds=result.seconds.get("gates", 0.0),
+        gates=result.gates,
         peaks=result.peaks | evaluation.peaks,
         profile=result.profile,
     )

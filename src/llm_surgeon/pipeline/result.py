@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from llm_surgeon.curvature import WarmStart
 from llm_surgeon.pipeline.structures import Masks
-from llm_surgeon.records import CorrectionRecord, CostHistogram, ReconstructionRecord
+from llm_surgeon.records import CorrectionRecord, CostHistogram, GatesRecord, ReconstructionRecord
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class ShotResult:
     costs: CostHistogram | None
     correction: CorrectionRecord | None
     reconstruction: ReconstructionRecord | None = None
+    gates: GatesRecord | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     profile: dict[str, float] = field(default_factory=dict)

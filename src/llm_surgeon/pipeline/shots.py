@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, WarmStart, estimate, passes_needed
 from llm_surgeon.curvature.passes import Order
+from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
@@ -23,6 +24,7 @@ from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
+from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, set_gates
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, reconstruct
 from llm_surgeon.pipeline.resampling import with_copies
@@ -30,7 +32,7 @@ from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.processes import ALONE, Processes
-from llm_surgeon.records import CostHistogram, ReconstructionRecord
+from llm_surgeon.records import CostHistogram, GatesRecord, ReconstructionRecord
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
 
@@ -122,6 +124,7 @@ class _Run:
         factor_bytes, loss = curvature.nbytes, curvature.loss
         del curvature
         reconstructed = self._reconstruct(number, clock)
+        gated = self._set_gates(number, clock)
         corrected = correct_shot(
             self.model,
             self.anatomy,
@@ -145,6 +148,7 @@ class _Run:
             costs=steps[-1].costs,
             correction=corrected,
             reconstruction=reconstructed,
+            gates=gated,
             seconds=clock.seconds,
             peaks=clock.peaks,
             profile=clock.profile(),
@@ -173,7 +177,7 @@ class _Run:
     def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
         """The curvature of the model as it is, from this process's part of the tokens and those of the others."""
         own = self._own
-        how = _estimation(self.config, number, "batch-major" if self.store is None else "layer-major")
+        how = _estimation(self.config, number, self._order)
         work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
         description = f"shot {number}/{self.config.shots}: curvature"
         with clock.phase("curvature"), self.progress.phase(description, work) as phase:
@@ -212,6 +216,26 @@ class _Run:
                     processes=self.processes,
                     advance=phase.advance,
                 )
+
+    def _set_gates(self, number: int, clock: Clock) -> GatesRecord | None:
+        """Set the gates of heads and feed-forward parts by the loss of the text, if the recipe wants it."""
+        config, own = self.config, self._own
+        if not config.gate_steps:
+            return None
+        how = Estimation(config.sequences_per_pass, config.precision, order=self._order)
+        work = own.input_ids.numel() * config.gate_steps * (BACKWARD_PASSES + FORWARD_PASSES)
+        with (
+            clock.phase("gates"),
+            self.progress.phase(f"shot {number}/{config.shots}: gates", work) as phase,
+        ):
+            store = self.store or TensorStore(next(self.model.parameters()).device)
+            keep = self.structure.shapes
+            task = Task(self.model, self.anatomy, keep, own, how, phase.advance, store, self.processes)
+            return set_gates(task, config.gate_steps, config.gate_damping)
+
+    @property
+    def _order(self) -> Order:
+        return "batch-major" if self.store is None else "layer-major"
 
     @cached_property
     def _fitted(self) -> CalibrationTokens:

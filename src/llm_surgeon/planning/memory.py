@@ -18,6 +18,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature.kfac import PUT_AWAY
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.head import CHUNK
+from llm_surgeon.pipeline.gates import gates_of
 from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.planning.order import Waiting
 from llm_surgeon.planning.sizes import weight_bytes
@@ -60,7 +61,7 @@ class Need:
 
 def peak_of_shots(needs: Mapping[str, Need]) -> tuple[int, int]:
     """Most bytes of main memory and of the GPU in the phases of shots."""
-    phases = [needs[name] for name in ("curvature", "selection", "update", "reconstruction") if name in needs]
+    phases = [needs[name] for name in ("curvature", "selection", "update", "reconstruction", "gates") if name in needs]
     return max(sum(p.host.values()) for p in phases), max(sum(p.device.values()) for p in phases)
 
 
@@ -162,6 +163,8 @@ class Demand:
         needs |= self._shot()
         if config.reconstruction:
             needs["reconstruction"] = self._on_device({**self._reconstruction(), **self._squares, **self._pruned()})
+        if config.gate_steps:
+            needs["gates"] = self._on_device({**self._gates(), **self._pruned()}, self._on_host())
         if config.lora:
             needs["correction"] = self._on_device({"passes": self.traces.training, **self._adapters()})
         if evaluates:
@@ -241,6 +244,13 @@ class Demand:
         tokens = min(CHUNK, self.config.sequences_per_pass * self.config.seq_len)
         passes = max(self.traces.watching, SHARPNESS * tokens * vocabulary * 4)
         return {"passes": passes, "hidden states": 3 * batches * self.traces.waiting}
+
+    def _gates(self) -> Parts:
+        """A pass with its gradients, and effects of the gates at all tokens."""
+        count = sum(gated.count for gated in gates_of(self.skeleton.anatomy))
+        tokens = self.config.samples * self.config.seq_len
+        waiting: Parts = {self._store: self.waiting.device} if self.waiting and self.waiting.device else {}
+        return {"passes": self.traces.gates, "effects of gates": 4 * count * (tokens + count), **waiting}
 
     def _goal(self) -> Parts:
         """What reconstruction aims at, from before the first shot to the end of the run."""

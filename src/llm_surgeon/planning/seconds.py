@@ -9,6 +9,7 @@ import torch
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import passes_needed
 from llm_surgeon.curvature.passes import Order
+from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES
 from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS
 from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.planning.trace import estimation_of
@@ -49,15 +50,17 @@ def pass_operations(skeleton: Skeleton, config: PruneConfig, order: Order, kept:
         order: Layer by layer, blocks are run forward twice.
         kept: Share of the prunable weights that is left.
     """
-    rest = skeleton.parameters - skeleton.anatomy.prunable_weights
     curvature = estimation_of(config).curvature
-    # Forward, and backward without the gradients of weights.
-    directions = 1 if curvature == "activations" else 2
-    blocks = kept * skeleton.anatomy.prunable_weights
-    model = 2 * directions * (rest + blocks)
-    if order == "layer-major" and directions == 2:
-        model += 2 * blocks
+    model = _model_operations(skeleton, order, kept, backward=curvature != "activations")
     return model + kept * _factor_operations(skeleton, curvature)
+
+
+def _model_operations(skeleton: Skeleton, order: Order, kept: float, *, backward: bool) -> float:
+    """Operations per token of the model in one pass, forward and, if asked for, back without gradients of weights."""
+    blocks = kept * skeleton.anatomy.prunable_weights
+    rest = skeleton.parameters - skeleton.anatomy.prunable_weights
+    again = 2 * blocks if order == "layer-major" and backward else 0.0
+    return 2 * (2 if backward else 1) * (rest + blocks) + again
 
 
 def _passes(config: PruneConfig) -> int:
@@ -110,6 +113,7 @@ def phase_seconds(
         "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32 / processes,
         "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32 / processes,
         "reconstruction": sum(_reconstruction(skeleton, config, k) for k in kept) * tokens / rates.passes,
+        "gates": config.gate_steps * sum(_gate_step(skeleton, order, k) for k in kept) * tokens / rates.passes,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
         "evaluation": window * config.shots,
         "export and check": 2 * read + RELOAD,
@@ -127,6 +131,12 @@ def _reconstruction(skeleton: Skeleton, config: PruneConfig, kept: float) -> flo
     # Each copy is written once, in the first shot.
     copies = config.reconstruction_copies
     return 2 * ((1 + copies) * runs + skeleton.parameters * copies / config.shots)
+
+
+def _gate_step(skeleton: Skeleton, order: Order, kept: float) -> float:
+    """Operations of the passes of a step on the gates, per token."""
+    back, forward = (_model_operations(skeleton, order, kept, backward=backward) for backward in (True, False))
+    return BACKWARD_PASSES * back + FORWARD_PASSES * forward
 
 
 def _feed_forward_weights(skeleton: Skeleton) -> int:

@@ -108,6 +108,7 @@ class Traces:
         evaluation: Of a window.
         waiting: Hidden states of a batch in front of a block, in layer-wise methods and for reconstruction.
         watching: Of a batch in a block that is watched, beside those.
+        gates: Of a batch with gradients for the gates.
     """
 
     curvature: int = 0
@@ -115,6 +116,7 @@ class Traces:
     evaluation: int = 0
     waiting: int = 0
     watching: int = 0
+    gates: int = 0
 
 
 def trace(
@@ -142,6 +144,9 @@ def trace(
         evaluation=tracer.window() if config.evaluation != "none" else 0,
         waiting=waiting,
         watching=watching,
+        gates=tracer.batch(Estimation(config.sequences_per_pass, config.precision, order=order))
+        if config.gate_steps
+        else 0,
     )
 
 

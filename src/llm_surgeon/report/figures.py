@@ -34,12 +34,14 @@ GREEN = "#009E73"
 ORANGE = "#E69F00"
 SKY = "#56B4E9"
 PINK = "#CC79A7"
+YELLOW = "#F0E442"
 GREY = "0.55"
 PHASE_COLOURS = {
     "curvature": BLUE,
     "selection": ORANGE,
     "update": GREEN,
     "reconstruction": PINK,
+    "gates": YELLOW,
     "correction": SKY,
     "evaluation": VERMILION,
 }
@@ -143,6 +145,7 @@ def seconds_by_phase(shot: ShotRecord) -> dict[str, float]:
         "selection": shot.selection_seconds,
         "update": shot.update_seconds,
         "reconstruction": shot.reconstruction_seconds,
+        "gates": shot.gates_seconds,
         "correction": shot.correction_seconds,
         "evaluation": shot.evaluation_seconds,
     }

@@ -173,10 +173,14 @@ def _shots(report: PruneReport) -> str:
     reconstructed = any(shot.reconstruction is not None for shot in report.shots)
     if reconstructed:
         headings += ["error of the stream", "scale of predictions"]
+    gated = any(shot.gates is not None for shot in report.shots)
+    if gated:
+        headings += ["number of gates", "loss before them", "loss after"]
     rows = [
         _shot_row(shot)
         + (_correction_cells(shot) if corrected else ())
         + (_reconstruction_cells(shot) if reconstructed else ())
+        + (_gates_cells(shot) if gated else ())
         for shot in report.shots
     ]
     notes = (
@@ -189,6 +193,11 @@ def _shots(report: PruneReport) -> str:
             " The error of the stream is what the last block's output misses of the dense model's after "
             "reconstruction, in root mean square, relative to it; by the scale the last norm was multiplied for "
             "predictions that are as sure as they are right."
+        )
+    if gated:
+        notes += (
+            " Gates are the numbers that heads and feed-forward parts were multiplied by; the losses are those of the "
+            "calibration text before the first step on them, and after the last as a parabola predicts it."
         )
     return f"{_table('What each shot removed', headings, rows)}\n{_said(notes, 'notes')}"
 
@@ -217,6 +226,14 @@ def _reconstruction_cells(shot: ShotRecord) -> tuple[str, ...]:
     if record is None:
         return (UNKNOWN,) * 2
     return f"{100 * record.relative_error:.1f} %", f"{record.scale:.3f}"
+
+
+def _gates_cells(shot: ShotRecord) -> tuple[str, ...]:
+    record = shot.gates
+    if record is None:
+        return (UNKNOWN,) * 3
+    losses = (UNKNOWN if loss is None else f"{loss:.4f}" for loss in (record.first_loss, record.last_loss))
+    return f"{record.gates:,}", *losses
 
 
 def _curves(report: PruneReport) -> str:

@@ -22,7 +22,7 @@ def compared(report: PruneReport) -> list[tuple[str, str, str, str]]:
     plan, export = report.plan, report.export
     if plan is None:
         return []
-    shots = ("curvature", "selection", "update", "reconstruction")
+    shots = ("curvature", "selection", "update", "reconstruction", "gates")
     seconds = sum(phase.seconds for phase in plan.phases if phase.name in shots)
     pairs: list[tuple[str, float, float]] = [("peak memory", plan.peak, report.memory.peak)]
     if export is not None:

@@ -1,0 +1,86 @@
+"""Gates: one number for each head and each feed-forward part, chosen by the loss; pure functions.
+
+Pruning and reconstruction weigh a part of the network by squared errors of its outputs. How much of it the loss wants
+is another question, and a few hundred numbers of which 16,384 tokens tell a lot answer it. Such a number, a gate, is 1
+at first and multiplies some of the rows or of the columns of one layer: what a head or a feed-forward part adds to the
+residual stream, how sharply a head attends, how sharply a feed-forward part switches its neurons. In the end it is in
+the weights.
+
+With ``l`` the loss of the text, summed over its tokens, and ``z`` what a gate multiplies, the relative derivative of
+``l`` by the gate is a sum over positions of ``c_t = z_t . dl/dz_t``, the *effect* of the gate there. Relative changes
+``d`` of all gates change the mean loss by
+
+    L(d) - L(0) ~ s . d + d . F d / 2,    s = mean c_t,    F = mean c_t c_t^T  (empirical Fisher)
+
+where effects at different positions are taken for independent, as K-FAC does. A damped Newton step minimises it:
+
+    d = -(F + lambda mean(diag F) I)^-1 s.
+
+As effects do depend on each other, F knows too little of how the loss bends along ``d``. One more pass tells: with the
+loss at ``d``, a parabola through both losses and the slope ``s . d`` has its minimum at a length that is taken.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.linalg import damped_cholesky, damping_of
+
+# A gate changes by half of what it is at most, and a step is at most so much longer than it was tried.
+LARGEST_CHANGE = 0.5
+LONGEST = 1.5
+
+
+def effects(values: Tensor, gradients: Tensor, members: Tensor, gates: int) -> Tensor:
+    """What relative changes of gates do to the loss at each token: ``[tokens, gates]`` float32.
+
+    Args:
+        values: What gates multiply, ``[tokens, size]``.
+        gradients: Of the loss by these, the same shape.
+        members: The gate of each of them, ``[size]``; -1 for none.
+        gates: How many there are.
+    """
+    products = values.float() * gradients.float()
+    sums = products.new_zeros(len(products), gates + 1)
+    # An index of -1 is none to index_add: what has no gate goes to one that is dropped.
+    return sums.index_add_(1, members.where(members >= 0, gates), products)[:, :gates]
+
+
+def newton_step(slopes: Tensor, fisher: Tensor, damping: float) -> Tensor:
+    """Relative changes of the gates ``[gates]`` that minimise the damped second-order model of the loss.
+
+    Args:
+        slopes: Mean effects, ``[gates]``.
+        fisher: Mean products of effects, ``[gates, gates]``.
+        damping: Lambda as a fraction of the mean of the diagonal of ``fisher``.
+
+    Raises:
+        NonFiniteError: If ``fisher`` holds NaN or infinity.
+        NotPositiveDefiniteError: If it has no decomposition even with more damping.
+
+    Returns:
+        The step; shortened if a gate would change by more than ``LARGEST_CHANGE``.
+    """
+    factor = damped_cholesky(fisher, damping_of(fisher, damping), "the gates")
+    step = -torch.cholesky_solve(slopes[:, None], factor)[:, 0]
+    largest = float(step.abs().max())
+    return step if largest <= LARGEST_CHANGE else step * (LARGEST_CHANGE / largest)
+
+
+def step_length(slope: float, rise: float) -> float:
+    """How much of a step to take: where a parabola has its minimum, between 0 and ``LONGEST``.
+
+    Args:
+        slope: Of the loss along the step, at its beginning.
+        rise: Loss at its end, less that at its beginning.
+    """
+    bend = 2 * (rise - slope)
+    if bend <= 0:
+        return LONGEST if slope < 0 else 0.0
+    return min(max(-slope / bend, 0.0), LONGEST)
+
+
+def rise_at(length: float, slope: float, rise: float) -> float:
+    """What that parabola says of the loss after so much of a step, less that at its beginning."""
+    return length * slope + length**2 * (rise - slope)

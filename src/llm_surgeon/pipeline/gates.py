@@ -1,0 +1,201 @@
+"""Gates of heads and feed-forward parts, set after a shot: see ``gates.py`` for what a step minimises."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.curvature.hooks import Hooks, Side
+from llm_surgeon.curvature.task import Task
+from llm_surgeon.gates import effects, newton_step, rise_at, step_length
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
+from llm_surgeon.models.parts import AttentionPart, FeedForwardPart
+from llm_surgeon.models.streaming import weights_of
+from llm_surgeon.pipeline.solving import check_written
+from llm_surgeon.records import GatesRecord
+from llm_surgeon.selection import Axis
+from llm_surgeon.storage import Stored
+
+# Times that a step takes all tokens through the model and back, and through it.
+BACKWARD_PASSES, FORWARD_PASSES = 1, 1
+# What a gate on an axis of a matrix multiplies.
+_SIDES: dict[Axis, Side] = {"columns": "input", "rows": "output"}
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The gates of some rows, or columns, of one layer.
+
+    Attributes:
+        layer: The layer.
+        axis: Which of its two.
+        members: The gate of each row, or column, of the dense layer; -1 for those without.
+        count: How many gates.
+    """
+
+    layer: LinearLayer
+    axis: Axis
+    members: Tensor
+    count: int
+
+
+def gates_of(anatomy: Anatomy) -> list[Gated]:
+    """The gates of a model: outputs and queries of each head; outputs and switches of each feed-forward part.
+
+    What else could be scaled has the same effect: values that of outputs, keys that of queries, and a feed-forward
+    part's second input that of its output.
+    """
+    attention = (gated for part in anatomy.attentions for gated in _of_attention(anatomy, part))
+    feed_forward = (gated for part in anatomy.feed_forwards for gated in _of_feed_forward(anatomy, part))
+    return sorted([*attention, *feed_forward], key=lambda gated: gated.layer.block)
+
+
+def _of_attention(anatomy: Anatomy, part: AttentionPart) -> Iterator[Gated]:
+    output, query = part.output, part.query
+    yield _gated(anatomy, output.layer, "columns", output.index.reshape(-1, part.width))
+    yield _gated(anatomy, query.layer, "rows", query.index.reshape(-1, part.width))
+
+
+def _of_feed_forward(anatomy: Anatomy, part: FeedForwardPart) -> Iterator[Gated]:
+    output, switch = part.output, part.inputs[0]
+    yield _gated(anatomy, output.layer, "columns", output.index[None])
+    yield _gated(anatomy, switch.layer, "rows", switch.index[None])
+
+
+def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor) -> Gated:
+    """A gate for each row of ``index [gates, size]``, rows or columns of the dense layer."""
+    layer = anatomy.layers[name]
+    members = torch.full((layer.rows if axis == "rows" else layer.columns,), -1)
+    members[index] = torch.arange(len(index))[:, None].expand_as(index)
+    return Gated(layer, axis, members, len(index))
+
+
+def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
+    """Take some Newton steps on the gates of a pruned model, and put them into its weights.
+
+    Args:
+        task: The model, with the text whose loss is lowered; ``how`` takes the text's own labels. Its ``advance`` hears
+            of all tokens ``BACKWARD_PASSES + FORWARD_PASSES`` times a step.
+        steps: How many; each takes the gates as the one before has left them.
+        damping: As a fraction of the mean of the diagonal of the Fisher of the gates.
+
+    Raises:
+        NonFiniteError: If the loss or a weight is not finite.
+        ProcessError: If another process is gone.
+    """
+    work = _Work(task, [gated for gated in gates_of(task.anatomy) if _kept(task, gated).numel()])
+    count = sum(gated.count for gated in work.gates)
+    product = torch.ones(count, dtype=torch.float64)
+    first = last = None
+    for _ in range(steps if count else 0):
+        factors, before, last = work.step(damping)
+        first = before if first is None else first
+        product *= factors
+    return GatesRecord(
+        gates=count,
+        steps=steps,
+        first_loss=first,
+        last_loss=last,
+        largest_change=float((product - 1).abs().max()) if count else 0.0,
+    )
+
+
+def _kept(task: Task, gated: Gated) -> Tensor:
+    """The gate of each row, or column, that the layer still has; none if nothing is left of it."""
+    keep = task.keep[gated.layer.name]
+    members = gated.members[to_index(keep.axis(gated.axis))]
+    return members if keep.weights else members[:0]
+
+
+def _keep(batches: list[Tensor], members: Tensor, count: int, values: Tensor, gradients: Tensor) -> None:
+    batches.append(effects(values, gradients, members, count))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Gates of layers that have weights left, and what they are set by."""
+
+    task: Task
+    gates: list[Gated]
+
+    def step(self, damping: float) -> tuple[Tensor, float, float]:
+        """Take one step.
+
+        Returns:
+            By how much each gate was multiplied ``[gates]``, the loss before, and what a parabola says of that after.
+        """
+        processes = self.task.processes
+        slopes, fisher, before = self._moments()
+        step = processes.from_first(partial(newton_step, slopes, fisher, damping)).double().cpu()
+        slope = float(slopes.double().cpu() @ step)
+        self._multiply(1 + step)
+        rise = self.task.run(Hooks(), backward=False).loss - before
+        length = step_length(slope, rise)
+        # In half precision a weight is rounded twice; a copy of the layers to go back to would be half of the model.
+        self._multiply((1 + length * step) / (1 + step))
+        return 1 + length * step, before, before + rise_at(length, slope, rise)
+
+    def _moments(self) -> tuple[Tensor, Tensor, float]:
+        """Mean effects ``[gates]``, mean products of them ``[gates, gates]``, and the loss."""
+        seen = _Effects(self.task, self.gates)
+        with Hooks() as hooks:
+            seen.watch(hooks)
+            result = self.task.run(hooks, backward=True, finished=seen.put_away)
+        slopes, products = seen.sums()
+        self.task.processes.add_up([slopes, products])
+        return slopes / result.tokens, products / result.tokens, result.loss
+
+    @torch.no_grad()
+    def _multiply(self, factors: Tensor) -> None:
+        """Multiply gates ``[gates]`` into the weights, and biases of gated rows."""
+        model, keep, extents = self.task.model, self.task.keep, self.task.anatomy.extents(self.task.keep)
+        for gated, own in zip(self.gates, factors.split([gated.count for gated in self.gates]), strict=True):
+            layer, name, members = gated.layer, gated.layer.name, _kept(self.task, gated)
+            scale = torch.cat([own, own.new_ones(1)])[members]
+            with weights_of(model).present(model.get_submodule(name)):
+                matrix = read_matrix(model, layer).clone()
+            if gated.axis == "rows":
+                matrix *= scale[:, None].to(matrix)
+            else:
+                matrix[:, : len(scale)] *= scale.to(matrix)
+            write_matrix(model, layer, keep[name], extents[name], matrix)
+            check_written(layer, core_of(model, layer))
+            weights_of(model).settle(model.get_submodule(name))
+
+
+class _Effects:
+    """Effects of gates at the tokens of this process, which wait block by block in the task's store."""
+
+    def __init__(self, task: Task, gates: Sequence[Gated]) -> None:
+        self._task = task
+        self._batches: dict[int, list[tuple[Gated, list[Tensor]]]] = defaultdict(list)
+        for gated in gates:
+            self._batches[gated.layer.block].append((gated, []))
+        self._stored: dict[int, Stored] = {}
+
+    def watch(self, hooks: Hooks) -> None:
+        """Take from a pass, batch by batch, what the gates multiply and its gradients."""
+        for gated, batches in chain.from_iterable(self._batches.values()):
+            receive = partial(_keep, batches, _kept(self._task, gated).to(self._task.device), gated.count)
+            hooks.on_effect(core_of(self._task.model, gated.layer), _SIDES[gated.axis], receive)
+
+    def put_away(self, block: int) -> None:
+        """Store the effects of a block, ``[tokens, gates]``."""
+        if found := self._batches.pop(block, None):
+            self._stored[block] = self._task.store.put(torch.cat([torch.cat(batches) for _, batches in found], dim=1))
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sums over tokens of the effects ``[gates]`` and of their products ``[gates, gates]``; gives them away."""
+        blocks = [self._stored.pop(block) for block in sorted(self._stored)]
+        slopes = torch.cat([block.get().sum(0) for block in blocks])
+        products = torch.cat([torch.cat([a.get().T @ b.get() for b in blocks], dim=1) for a in blocks])
+        for block in blocks:
+            block.release()
+        return slopes, products

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from llm_surgeon.errors import NonFiniteError
+from llm_surgeon.gates import LARGEST_CHANGE, LONGEST, effects, newton_step, rise_at, step_length
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def test_effects_are_derivatives_by_gates_of_each_token():
+    """By autograd, with a gate of its own at each token; two of the five values have no gate."""
+    values, weight, members = draw(7, 5), draw(5, 4), torch.tensor([1, -1, 0, 1, -1])
+    own = torch.ones(7, 2, dtype=torch.float64, requires_grad=True)
+    at = torch.cat([own, torch.ones(7, 1, dtype=torch.float64)], dim=1)[:, members]
+    gated = values * at
+    loss = torch.tanh(gated @ weight).square().sum()
+    gradients, expected = torch.autograd.grad(loss, (gated, own))
+
+    found = effects(values, gradients, members, 2)
+
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_step_minimises_the_damped_parabola():
+    slopes, root = draw(6) * 0.01, draw(40, 6)
+    fisher = root.T @ root / 40
+    damped = fisher + 0.3 * fisher.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+
+    step = newton_step(slopes, fisher, 0.3)
+
+    def loss(d):
+        return float(slopes @ d + d @ damped @ d / 2)
+
+    torch.testing.assert_close(step, torch.linalg.solve(damped, -slopes))
+    assert loss(step) < 0
+    assert all(loss(step) < loss(step + 0.01 * draw(6)) for _ in range(20))
+
+
+def test_no_gate_changes_by_more_than_half():
+    slopes, fisher = draw(4), torch.eye(4, dtype=torch.float64) * 0.01
+
+    step = newton_step(slopes, fisher, 0.1)
+
+    assert float(step.abs().max()) == pytest.approx(LARGEST_CHANGE)
+    torch.testing.assert_close(step / step.norm(), -slopes / slopes.norm())
+
+
+def test_effects_that_are_not_finite_are_named():
+    with pytest.raises(NonFiniteError, match="the gates"):
+        newton_step(torch.zeros(2), torch.full((2, 2), float("inf")), 0.1)
+
+
+@pytest.mark.parametrize("minimum", [0.2, 1.0, 1.4])
+def test_the_length_is_where_a_parabola_is_lowest(minimum):
+    def parabola(t):
+        return 3 * (t - minimum) ** 2 - 3 * minimum**2
+
+    slope, rise = -6 * minimum, parabola(1)
+
+    assert step_length(slope, rise) == pytest.approx(minimum)
+    assert rise_at(0.7, slope, rise) == pytest.approx(parabola(0.7))
+
+
+def test_the_length_has_limits():
+    # Still falling faster at the end of the step; lowest far beyond it; rising from the beginning.
+    assert step_length(-1.0, -2.0) == LONGEST
+    assert step_length(-1.0, -0.99) == LONGEST
+    assert step_length(0.5, 1.0) == 0.0
+    assert step_length(0.5, 0.2) == 0.0
