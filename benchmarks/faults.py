@@ -48,17 +48,18 @@ CASES: dict[str, dict[str, Any]] = {
         "fisher": "true",
         "export_shots": (1,),
     },
-    "steps, reconstruction, corrections": {
+    "steps, reconstruction, gates, corrections": {
         "steps_per_shot": 2,
         "reconstruction": True,
         "reconstruction_copies": 1,
+        "gate_steps": 1,
         "lora": True,
         "lora_steps": 2,
         "lora_final_steps": 2,
     },
 }
 # Phases of each shot; the others come once.
-IN_SHOTS = ("curvature", "selection", "update", "reconstruction", "correction", "evaluation", "checkpoint")
+IN_SHOTS = ("curvature", "selection", "update", "reconstruction", "gates", "correction", "evaluation", "checkpoint")
 # Share of the attempts that nobody kills, so that runs end.
 SPARED = 0.15
 

@@ -51,19 +51,24 @@ def dampings(structure: str, sparsity: float) -> Variants:
     }
 
 
-PHASES = ("curvature", "selection", "update", "reconstruction", "correction")
+PHASES = ("curvature", "selection", "update", "reconstruction", "gates", "correction")
 RECONSTRUCTIONS = {
     "without": {},
     "fitted to the calibration tokens": {"reconstruction": True, "reconstruction_copies": 0},
     "and to two copies": {"reconstruction": True},
+    "and two steps on gates": {"reconstruction": True, "gate_steps": 2},
 }
 # The ranking by raw cost and the update of rows and of columns, each all together but without the other, that the
 # published code has; what is removed by implication is counted at once all the same.
 PUBLISHED = {"rank_by": "cost", "max_correlations": 1_000_000}
-BEST = {"preset": "best"}
 # The same tokens, with as much context as the windows of the evaluation have.
 PAIRS = {"samples": 16, "seq_len": 1024, "windows_per_sample": 2}
 FRENCH = {"calibration": "demo:fr", "evaluation": "demo:fr"}
+FRENCH_VARIANTS = {
+    "ranking and update of the published code": PUBLISHED,
+    "reconstruction": {"reconstruction": True},
+    "reconstruction, and two steps on gates": {"reconstruction": True, "gate_steps": 2},
+}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -73,12 +78,14 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     "unstructured": (
         "Methods, single weights, five shots to 50 %",
         {name: {"method": name, "structure": "unstructured"} for name in METHODS}
-        | {"surgeon, one shot": ONE_SHOT | {"structure": "unstructured"}},
+        | {"surgeon, one shot": ONE_SHOT | {"structure": "unstructured"}}
+        | {"surgeon, one shot, 2 steps on gates": ONE_SHOT | {"structure": "unstructured", "gate_steps": 2}},
     ),
     "semistructured": (
         "Methods, 2:4, five shots",
         {name: {"method": name, "structure": "2:4"} for name in METHODS}
-        | {"surgeon, one shot": ONE_SHOT | {"structure": "2:4"}},
+        | {"surgeon, one shot": ONE_SHOT | {"structure": "2:4"}}
+        | {"surgeon, one shot, 2 steps on gates": ONE_SHOT | {"structure": "2:4", "gate_steps": 2}},
     ),
     "shots": (
         "Shots, rows and columns to 50 %",
@@ -97,6 +104,8 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for seed in (0, 1, 2)
         }
         | {
+            "steps: 2, reconstruction without copies, two steps on gates": ONE_SHOT
+            | {"steps_per_shot": 2, "reconstruction": True, "reconstruction_copies": 0, "gate_steps": 2},
             "two shots, steps: 2": {"shots": 2, "steps_per_shot": 2},
             "two shots, steps: 2, reconstruction": {"shots": 2, "steps_per_shot": 2, "reconstruction": True},
         },
@@ -159,7 +168,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         {
             f"{name}, seed {seed}": FRENCH | options | {"seed": seed}
             for seed in (0, 1, 2)
-            for name, options in {"ranking and update of the published code": PUBLISHED, "best": BEST}.items()
+            for name, options in FRENCH_VARIANTS.items()
         },
     ),
     "corrections": (
@@ -188,6 +197,7 @@ def record(report: PruneReport) -> dict[str, Any]:
         "selection_s": [round(shot.selection_seconds, 1) for shot in report.shots],
         "update_s": [round(shot.update_seconds, 1) for shot in report.shots],
         "reconstruction_s": [round(shot.reconstruction_seconds, 1) for shot in report.shots],
+        "gates_s": [round(shot.gates_seconds, 1) for shot in report.shots],
         "correction_s": [round(shot.correction_seconds, 1) for shot in report.shots],
         "peak_mib": round(report.memory.peak / 2**20),
         "versions": report.versions,

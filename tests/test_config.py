@@ -69,7 +69,7 @@ def test_a_preset_stands_for_its_options():
     fast = PruneConfig(preset="fast")
     assert (fast.shots, fast.steps_per_shot, fast.reconstruction, fast.reconstruction_copies) == (1, 2, True, 0)
     best = PruneConfig(preset="best", structure="neurons+heads")
-    assert (best.shots, best.reconstruction) == (5, True)
+    assert (best.shots, best.reconstruction, best.gate_steps) == (5, True, 2)
 
 
 def test_what_is_given_beside_a_preset_holds():

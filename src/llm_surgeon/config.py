@@ -87,7 +87,7 @@ class PruneConfig(BaseModel):
     preset: Preset | None = Field(
         None,
         description="Options that go together, each of which may also be given: fast (one curvature pass) or best "
-        "(without training, whatever it takes). For the method surgeon.",
+        "(whatever it takes, nothing trained but gates). For the method surgeon.",
     )
     method: str = Field(
         "surgeon",
