@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.records import GatesRecord
 from llm_surgeon.selection import Axis
 from llm_surgeon.storage import Stored
+
+logger = logging.getLogger(__name__)
 
 # Times that a step takes all tokens through the model and back, and through it.
 BACKWARD_PASSES, FORWARD_PASSES = 1, 1
@@ -83,7 +86,7 @@ def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
     Args:
         task: The model, with the text whose loss is lowered; ``how`` takes the text's own labels. Its ``advance`` hears
             of all tokens ``BACKWARD_PASSES + FORWARD_PASSES`` times a step.
-        steps: How many; each takes the gates as the one before has left them.
+        steps: How many, at least one; each takes the gates as the one before has left them.
         damping: As a fraction of the mean of the diagonal of the Fisher of the gates.
 
     Raises:
@@ -92,18 +95,17 @@ def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
     """
     work = _Work(task, [gated for gated in gates_of(task.anatomy) if _kept(task, gated).numel()])
     count = sum(gated.count for gated in work.gates)
-    product = torch.ones(count, dtype=torch.float64)
-    first = last = None
-    for _ in range(steps if count else 0):
-        factors, before, last = work.step(damping)
-        first = before if first is None else first
-        product *= factors
+    if not count:
+        logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")
+        return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0)
+    taken = [work.step(damping) for _ in range(steps)]
+    product = torch.stack([factors for factors, _, _ in taken]).prod(0)
     return GatesRecord(
         gates=count,
         steps=steps,
-        first_loss=first,
-        last_loss=last,
-        largest_change=float((product - 1).abs().max()) if count else 0.0,
+        first_loss=taken[0][1],
+        last_loss=taken[-1][2],
+        largest_change=float((product - 1).abs().max()),
     )
 
 
