@@ -188,6 +188,15 @@ def test_a_model_without_gates_stays_as_it_is(caplog):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("enough", [False, True])
+def test_too_few_tokens_for_the_gates_are_warned_of(enough, monkeypatch, caplog):
+    model, anatomy, keep = lively("llama")
+    count = sum(gated.count for gated in gates_of(anatomy))
+    monkeypatch.setattr(module, "TOKENS_PER_GATE", TEXT.input_ids.numel() // count + (0 if enough else 1))
+    set_gates(task_of(model, anatomy, keep), 1, 0.5)
+    assert ("raise --samples" in caplog.text) is not enough
+
+
 SMALL = {"samples": 8, "seq_len": 16, "sparsity": 0.4, "evaluation": "none", "precision": "float32"}
 
 

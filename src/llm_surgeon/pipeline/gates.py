@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Times that a step takes all tokens through the model and back, and through it.
 BACKWARD_PASSES, FORWARD_PASSES = 1, 1
+# With fewer tokens for each gate, they are warned of: 28 have helped, and one has done harm.
+TOKENS_PER_GATE = 10
 # What a gate on an axis of a matrix multiplies.
 _SIDES: dict[Axis, Side] = {"columns": "input", "rows": "output"}
 
@@ -98,6 +100,15 @@ def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
     if not count:
         logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")
         return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0)
+    (tokens,) = task.processes.total(task.tokens.input_ids.numel())
+    if tokens < TOKENS_PER_GATE * count and task.processes.first:
+        logger.warning(
+            "%d gates are set by %d tokens: fewer than %d for each fit the text rather than the language; raise "
+            "--samples, or leave out --gate-steps",
+            count,
+            tokens,
+            TOKENS_PER_GATE,
+        )
     taken = [work.step(damping) for _ in range(steps)]
     product = torch.stack([factors for factors, _, _ in taken]).prod(0)
     return GatesRecord(
