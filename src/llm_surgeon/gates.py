@@ -1,4 +1,4 @@
-"""Gates: one number for each head and each feed-forward part, chosen by the loss; pure functions.
+"""Gates: two numbers for each head and each feed-forward part, chosen by the loss; pure functions.
 
 Pruning and reconstruction weigh a part of the network by squared errors of its outputs. How much of it the loss wants
 is another question, and a few hundred numbers of which 16,384 tokens tell a lot answer it. Such a number, a gate, is 1

@@ -11,7 +11,7 @@ PRESETS = MappingProxyType(
     {
         # One curvature pass. Copies of the calibration text take twice the time for another 2 % of perplexity.
         "fast": {"shots": 1, "steps_per_shot": 2, "reconstruction": True, "reconstruction_copies": 0},
-        # The best perplexity found without training, but for one number for each head and feed-forward part.
+        # The best perplexity found without training, but for two numbers for each head and feed-forward part.
         "best": {"shots": 5, "reconstruction": True, "gate_steps": 2},
     }
 )

@@ -1,6 +1,7 @@
 """Gates on tiny models of the real classes."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from llm_surgeon.curvature.passes import Estimation
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import to_index
 from llm_surgeon.models.matrix import core_of, read_matrix
 from llm_surgeon.pipeline import gates as module
 from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, gates_of, set_gates
+from llm_surgeon.pipeline.shots import _Run, run_shots
+from llm_surgeon.report.progress import SilentProgress
 from llm_surgeon.storage import Budgets, TensorStore
 from pruned_models import pruned
 from tiny import BUILDERS, build, tokenizer, tokens
@@ -92,7 +96,7 @@ def test_moments_are_those_of_derivatives_at_each_position(family, monkeypatch):
 def test_gates_are_in_the_weights_afterwards(family, monkeypatch):
     model, anatomy, keep = lively(family)
     gates = [gated for gated in gates_of(anatomy) if keep[gated.layer.name].weights]
-    other, length = deepcopy(model), 0.6
+    other, before, length = deepcopy(model), deepcopy(model), 0.6
     count = sum(gated.count for gated in gates)
     step = 0.5 * torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.2
     monkeypatch.setattr(module, "newton_step", lambda *_: step)
@@ -105,7 +109,7 @@ def test_gates_are_in_the_weights_afterwards(family, monkeypatch):
     with torch.no_grad():
         expected, found = other(TEXT.input_ids).logits, model(TEXT.input_ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert (found - build(family)(TEXT.input_ids).logits).abs().max() > 0.01
+    assert (found - before(TEXT.input_ids).logits).abs().max() > 0.01
     assert record.largest_change == pytest.approx(length * float(step.abs().max()))
 
 
@@ -129,12 +133,15 @@ def test_only_gated_layers_change():
     set_gates(task_of(model, anatomy, keep), 1, 0.5)
 
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    kinds = {name.removesuffix(".core.weight").removesuffix(".core.bias").rpartition(".")[2] for name in changed}
-    assert {kind.removesuffix(".weight") for kind in kinds} <= {"q_proj", "o_proj", "gate_proj", "down_proj", "weight"}
     # A bias of what a head or a feed-forward part puts out is not its own.
-    assert not any(
-        name.endswith((f"{kind}.bias", f"{kind}.core.bias")) for kind in ("o_proj", "down_proj") for name in changed
-    )
+    kinds = {"columns": ("weight",), "rows": ("weight", "bias")}
+    expected = {
+        f"{gated.layer.name}.{kind}"
+        for gated in gates_of(anatomy)
+        for kind in kinds[gated.axis]
+        if keep[gated.layer.name].weights
+    }
+    assert {name.replace(".core.", ".") for name in changed} == expected
 
 
 @pytest.mark.parametrize("family", ["llama-biased", "gpt2", "phi3"])
@@ -165,10 +172,11 @@ def test_padding_does_not_count():
     assert all(torch.equal(*pair) for pair in zip(matrices, others, strict=True))
 
 
-def test_progress_counts_every_pass():
+@pytest.mark.parametrize("order", ["batch-major", "layer-major"])
+def test_progress_counts_every_pass(order):
     model, anatomy, keep = lively("llama")
     told = []
-    set_gates(task_of(model, anatomy, keep, advance=told.append), 2, 0.5)
+    set_gates(task_of(model, anatomy, keep, order, advance=told.append), 2, 0.5)
     assert sum(told) == 2 * TEXT.input_ids.numel() * (BACKWARD_PASSES + FORWARD_PASSES)
 
 
@@ -179,22 +187,12 @@ def test_parts_that_are_not_all_prunable_have_no_gates():
     assert set_gates(task_of(model, anatomy, keep), 1, 0.5).gates == 2
 
 
-def test_a_model_without_gates_stays_as_it_is(caplog):
+def test_a_model_without_gates_stays_as_it_is():
     model, anatomy, keep = lively("llama", ignore=("o_proj", "down_proj"))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     record = set_gates(task_of(model, anatomy, keep), 1, 0.5)
     assert (record.gates, record.steps, record.first_loss, record.last_loss) == (0, 0, None, None)
-    assert "no gates to set" in caplog.text
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-
-
-@pytest.mark.parametrize("enough", [False, True])
-def test_too_few_tokens_for_the_gates_are_warned_of(enough, monkeypatch, caplog):
-    model, anatomy, keep = lively("llama")
-    count = sum(gated.count for gated in gates_of(anatomy))
-    monkeypatch.setattr(module, "TOKENS_PER_GATE", TEXT.input_ids.numel() // count + (0 if enough else 1))
-    set_gates(task_of(model, anatomy, keep), 1, 0.5)
-    assert ("raise --samples" in caplog.text) is not enough
 
 
 SMALL = {"samples": 8, "seq_len": 16, "sparsity": 0.4, "evaluation": "none", "precision": "float32"}
@@ -204,6 +202,7 @@ SMALL = {"samples": 8, "seq_len": 16, "sparsity": 0.4, "evaluation": "none", "pr
     "options",
     [
         {"reconstruction": True, "shots": 2, "dampening_g": 0.5},
+        {"structure": "neurons+heads", "shots": 2},
         {"structure": "blocks", "sparsity": 0.8, "shots": 1},
         {"structure": "unstructured", "shots": 1},
         {"structure": "2:4", "method": "magnitude", "sparsity": None, "shots": 1},
@@ -216,6 +215,28 @@ def test_a_run_records_its_gates(options):
     assert all(shot.gates.last_loss <= shot.gates.first_loss for shot in report.shots)
     assert all(shot.gates_seconds > 0 and shot.gates.gates > 0 for shot in report.shots)
     assert report.shots[-1].sparsity == pytest.approx(config.sparsity, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "tokens_per_gate", "expected"),
+    [
+        ([], 7, "20 gates are set by 128 tokens: fewer than 7 for each"),
+        ([], 6, None),
+        (["o_proj", "down_proj"], 7, "there are no gates to set"),
+    ],
+)
+def test_what_gates_cannot_do_is_said_once_before_the_first_shot(
+    ignore, tokens_per_gate, expected, monkeypatch, caplog
+):
+    monkeypatch.setattr(module, "TOKENS_PER_GATE", tokens_per_gate)
+    said = []
+    monkeypatch.setattr(_Run, "shot", lambda *_: said.append(caplog.text) or SimpleNamespace(start=None))
+    config = PruneConfig.from_mapping({**SMALL, "shots": 2, "gate_steps": 1, "ignore": ignore})
+    model = build("llama")
+    list(run_shots(model, examine(model, family_of("llama"), ignore), TEXT, config, SilentProgress()))
+    first, second = said
+    assert first == second
+    assert expected in first if expected else not first
 
 
 def test_layer_wise_methods_have_no_gates():

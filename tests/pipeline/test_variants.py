@@ -20,7 +20,7 @@ def test_a_spec_is_a_method_and_what_its_suffixes_stand_for():
 
 def test_every_suffix_is_possible_with_some_method():
     for suffix in SUFFIXES:
-        structures = ("unstructured", "2:4")
+        structures = ("unstructured", "2:4", "rows-columns")
         plans = [
             plan(parse_methods(f"{method}+{suffix}"), settings_of([structure], [0.5]), {})
             for method, structure in itertools.product(("surgeon", "wanda"), structures)

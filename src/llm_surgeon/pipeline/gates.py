@@ -1,4 +1,4 @@
-"""Gates of heads and feed-forward parts, set after a shot: see ``gates.py`` for what a step minimises."""
+"""Gates of heads and feed-forward parts, two of each, set after a shot: see ``gates.py`` for what a step minimises."""
 
 from __future__ import annotations
 
@@ -82,6 +82,21 @@ def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor) -> Gated:
     return Gated(layer, axis, members, len(index))
 
 
+def warn_of_gates(anatomy: Anatomy, tokens: int) -> None:
+    """Say so if a model has no gates, or so many tokens of text are few for each."""
+    count = sum(gated.count for gated in gates_of(anatomy))
+    if not count:
+        logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")
+    elif tokens < TOKENS_PER_GATE * count:
+        logger.warning(
+            "%d gates are set by %d tokens: fewer than %d for each fit the text rather than the language; raise "
+            "--samples, or leave out --gate-steps",
+            count,
+            tokens,
+            TOKENS_PER_GATE,
+        )
+
+
 def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
     """Take some Newton steps on the gates of a pruned model, and put them into its weights.
 
@@ -98,17 +113,7 @@ def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
     work = _Work(task, [gated for gated in gates_of(task.anatomy) if _kept(task, gated).numel()])
     count = sum(gated.count for gated in work.gates)
     if not count:
-        logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")
         return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0)
-    (tokens,) = task.processes.total(task.tokens.input_ids.numel())
-    if tokens < TOKENS_PER_GATE * count and task.processes.first:
-        logger.warning(
-            "%d gates are set by %d tokens: fewer than %d for each fit the text rather than the language; raise "
-            "--samples, or leave out --gate-steps",
-            count,
-            tokens,
-            TOKENS_PER_GATE,
-        )
     taken = [work.step(damping) for _ in range(steps)]
     product = torch.stack([factors for factors, _, _ in taken]).prod(0)
     return GatesRecord(
@@ -208,7 +213,13 @@ class _Effects:
         """Sums over tokens of the effects ``[gates]`` and of their products ``[gates, gates]``; gives them away."""
         blocks = [self._stored.pop(block) for block in sorted(self._stored)]
         slopes = torch.cat([block.get().sum(0) for block in blocks])
-        products = torch.cat([torch.cat([a.get().T @ b.get() for b in blocks], dim=1) for a in blocks])
+        products = torch.cat([self._products(block, blocks) for block in blocks])
         for block in blocks:
             block.release()
         return slopes, products
+
+    @staticmethod
+    def _products(one: Stored, blocks: Sequence[Stored]) -> Tensor:
+        """Sums of products of the effects of one block with those of all, ``[gates of it, gates]``."""
+        own = one.get().T
+        return torch.cat([own @ block.get() for block in blocks], dim=1)

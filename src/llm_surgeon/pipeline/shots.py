@@ -24,7 +24,7 @@ from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
-from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, set_gates
+from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, set_gates, warn_of_gates
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, reconstruct
 from llm_surgeon.pipeline.resampling import with_copies
@@ -81,6 +81,8 @@ def run_shots(
     if since is not None:
         done, previous = since.shot, since.start
         structure.resume(since.masks)
+    if config.gate_steps and processes.first:
+        warn_of_gates(anatomy, tokens.input_ids.numel())
     run = _Run(model, anatomy, structure, tokens, config, progress, store, processes, dense)
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         result = run.shot(number, sparsity, previous)

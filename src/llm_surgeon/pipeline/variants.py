@@ -18,6 +18,8 @@ Options = Mapping[str, Any]
 # What a suffix of a method stands for: wanda+owl is the method wanda with the layers' sparsities of OWL.
 SUFFIXES: dict[str, dict[str, Any]] = {
     "one-shot": {"shots": 1},
+    "reconstruction": {"reconstruction": True},
+    "gates": {"gate_steps": 2},
     "lora": {"lora": True},
     "row": {"scope": "row"},
     "layer": {"scope": "layer"},
