@@ -5,7 +5,8 @@
 Studies: structured (methods, rows and columns; paper, Table 1), unstructured and semistructured (methods, single
 weights and 2:4), shots (Table 9), correlations and groups (independent against correlated updates, rows and columns
 in five shots, single weights in one, with the time of the update by size of group), dampings (both, in both orders),
-curvatures, steps (of one shot), reconstruction, corrections, french (by the demo text; the files named are not read).
+curvatures, steps (of one shot), reconstruction, crossfitting, corrections, french (by the demo text; the files named
+are not read).
 Variants that are in the result already are not run again; remove the JSON file to start afresh. A variant whose recipe
 another study has run is taken from there, times included. Writes benchmarks/results/STUDY.json, .md and .png.
 """
@@ -69,6 +70,7 @@ FRENCH_VARIANTS = {
     "reconstruction": {"reconstruction": True},
     "reconstruction, and two steps on gates": {"reconstruction": True, "gate_steps": 2},
 }
+CROSS_FITTED = PAIRS | ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -161,6 +163,23 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             "and to two copies, ridge 1, two windows a sequence": PAIRS
             | {"reconstruction": True, "reconstruction_ridge": 1.0},
             "and to two copies, with corrections": {"reconstruction": True, "lora": True},
+        },
+    ),
+    "crossfitting": (
+        "Cross-fitting, rows and columns, one shot to each size",
+        {
+            f"to {100 - removed} %, seed {seed}": CROSS_FITTED | {"sparsity": removed / 100, "seed": seed}
+            for seed in (0, 1, 2)
+            for removed in (10, 20, 30, 40, 50)
+        }
+        | {
+            "to 50 %, gates by all of the text": CROSS_FITTED | {"cross_fit": False},
+            "to 50 %, without copies": CROSS_FITTED | {"reconstruction_copies": 0},
+            "to 50 %, windows alone": CROSS_FITTED | {"samples": 32, "seq_len": 512, "windows_per_sample": 1},
+            "to 50 %, two steps on gates": CROSS_FITTED | {"gate_steps": 2},
+            "to 50 %, with corrections": CROSS_FITTED | {"lora": True, "lora_batch_size": 1},
+            "to 50 %, without copies, two steps on gates": CROSS_FITTED | {"reconstruction_copies": 0, "gate_steps": 2},
+            "five shots": CROSS_FITTED | {"shots": 5, "steps_per_shot": 1},
         },
     ),
     "french": (

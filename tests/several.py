@@ -40,6 +40,7 @@ RECIPES = {
     "refined, owl": ("llama", {"method": "ria", "refine": "r2-dsnot", "layer_budget": "owl", "owl_multiple": 2.0}),
     "reconstruction": ("llama-biased", {"shots": 2, "reconstruction": True}),
     "gates": ("llama-biased", {"shots": 2, "gate_steps": 2}),
+    "cross-fitting": ("llama", {"shots": 2, "reconstruction": True, "gate_steps": 1, "cross_fit": True}),
     "corrections": ("llama", {"shots": 2, "lora": True, "lora_steps": 2, "lora_final_steps": 3, "lora_rank": 2}),
 }
 

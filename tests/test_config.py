@@ -68,20 +68,23 @@ def test_a_recipe_survives_the_round_trip():
 def test_a_preset_stands_for_its_options():
     fast = PruneConfig(preset="fast")
     assert (fast.shots, fast.steps_per_shot, fast.reconstruction, fast.reconstruction_copies) == (1, 2, True, 0)
+    assert (fast.cross_fit, fast.gate_steps) == (True, 2)
     best = PruneConfig(preset="best", structure="neurons+heads")
-    assert (best.shots, best.reconstruction, best.gate_steps) == (5, True, 2)
+    assert (best.shots, best.steps_per_shot, best.reconstruction, best.reconstruction_copies) == (1, 2, True, 2)
+    assert (best.cross_fit, best.gate_steps) == (True, 4)
 
 
 def test_what_is_given_beside_a_preset_holds():
     config = PruneConfig(preset="best", shots=2, reconstruction=False)
-    assert (config.shots, config.reconstruction) == (2, False)
+    assert (config.shots, config.reconstruction, config.cross_fit, config.gate_steps) == (2, False, False, 4)
     assert PruneConfig.from_mapping(yaml.safe_load(config.to_yaml())).resolved() == config.resolved()
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "2:4"])
 def test_a_preset_leaves_out_what_zeros_have_no_use_for(structure):
     config = PruneConfig(preset="fast", structure=structure)
-    assert (config.shots, config.steps_per_shot, config.reconstruction) == (1, 1, False)
+    assert (config.shots, config.steps_per_shot, config.reconstruction, config.cross_fit) == (1, 1, False, False)
+    assert config.gate_steps == 2
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ def test_fewer_sequences_than_processes_are_refused():
     Processes(0, 3).check_samples(3)
     with pytest.raises(ConfigError, match="2 calibration sequences cannot be shared out among 3 processes"):
         Processes(0, 3).check_samples(2)
+    Processes(0, 3).check_samples(6, 2)
+    with pytest.raises(ConfigError, match="5 calibration sequences cannot be shared out among 3 processes, 2 to each"):
+        Processes(0, 3).check_samples(5, 2)
 
 
 @pytest.fixture

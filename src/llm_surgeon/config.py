@@ -247,6 +247,11 @@ class PruneConfig(BaseModel):
     gate_damping: float = Field(
         0.5, gt=0.0, description="Damping of these steps, as a fraction of the mean diagonal of the gates' Fisher."
     )
+    cross_fit: bool = Field(
+        False,
+        description="Reconstruct from each half of the calibration sequences by itself, with gates set by the other "
+        "half, and take the mean of the two models' weights.",
+    )
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
     lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")
@@ -285,7 +290,8 @@ class PruneConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
-        given = options_of(given.get("preset"), shrinks=bool(_parts_of(given.get("structure", _DEFAULT)))) | given
+        shrinks, reconstructs = bool(_parts_of(given.get("structure", _DEFAULT))), given.get("reconstruction", True)
+        given = options_of(given.get("preset"), shrinks=shrinks, reconstructs=reconstructs) | given
         if goes_layerwise(given):
             given = {"structure": _UNSTRUCTURED, "shots": 1} | given
         targets = [name for name in TARGETS if name in given]
@@ -359,6 +365,8 @@ class PruneConfig(BaseModel):
             raise ValueError("round_to is for structures with neurons and without rows-columns")
         if self.reconstruction and not parts:
             raise ValueError(f"reconstruction is for structures that shrink, not for {self.structure}")
+        if self.cross_fit and not self.reconstruction:
+            raise ValueError("cross_fit is for reconstruction: set it, or leave cross_fit out")
         if self.steps_per_shot > 1 and (not parts or self.resolved_curvature not in _DIVISIBLE):
             raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {', '.join(_DIVISIBLE)}")
         if self.min_width is not None and not parts:
@@ -474,6 +482,11 @@ class PruneConfig(BaseModel):
     def sequences_per_pass(self) -> int:
         """Calibration sequences of a pass."""
         return self.batch_size or max(1, min(self.samples, PASS_TOKENS // self.seq_len))
+
+    @property
+    def sequences_needed(self) -> int:
+        """Calibration sequences that each process needs at least."""
+        return 2 if self.cross_fit else 1
 
     @property
     def resolved_curvature(self) -> CurvatureName | None:

@@ -76,15 +76,15 @@ class Processes:
         """This process's part of a sequence."""
         return items[self.part(len(items))]
 
-    def check_samples(self, samples: int) -> None:
-        """Make sure that every process gets a sequence.
+    def check_samples(self, samples: int, each: int = 1) -> None:
+        """Make sure that every process gets a sequence, or several.
 
         Raises:
-            ConfigError: If there are fewer sequences than processes.
+            ConfigError: If there are fewer sequences.
         """
-        if samples < self.count:
+        if samples < each * self.count:
             raise ConfigError(
-                f"{samples} calibration sequences cannot be shared out among {self.count} processes.",
+                f"{samples} calibration sequences cannot be shared out among {self.count} processes, {each} to each.",
                 "Raise --samples, or start fewer processes.",
             )
 

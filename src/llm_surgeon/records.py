@@ -145,7 +145,7 @@ class CorrectionRecord(Record):
 
 
 class ReconstructionRecord(Record):
-    """Reconstruction after a shot.
+    """Reconstruction after a shot; with cross-fitting, means over the models of both halves of the text.
 
     ``relative_error`` is that of the stream behind the last block, relative to the dense model's stream; by ``scale``
     the last norm was multiplied.
@@ -157,6 +157,8 @@ class ReconstructionRecord(Record):
 
 class GatesRecord(Record):
     """Gates set after a shot: how many, in how many steps, and the largest relative change of one.
+
+    With cross-fitting the numbers are means over both models, each with the half that its reconstruction did not see.
 
     Losses are mean ones of the calibration text in nats: before the first step, and after the last one by the parabola
     that gave its length; None if the model has no gates.

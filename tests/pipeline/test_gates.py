@@ -16,6 +16,7 @@ from llm_surgeon.models.anatomy import to_index
 from llm_surgeon.models.matrix import core_of, read_matrix
 from llm_surgeon.pipeline import gates as module
 from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, gates_of, set_gates
+from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.shots import _Run, run_shots
 from llm_surgeon.report.progress import SilentProgress
 from llm_surgeon.storage import Budgets, TensorStore
@@ -218,22 +219,24 @@ def test_a_run_records_its_gates(options):
 
 
 @pytest.mark.parametrize(
-    ("ignore", "tokens_per_gate", "expected"),
+    ("options", "tokens_per_gate", "expected"),
     [
-        ([], 7, "20 gates are set by 128 tokens: fewer than 7 for each"),
-        ([], 6, None),
-        (["o_proj", "down_proj"], 7, "there are no gates to set"),
+        ({}, 7, "20 gates are set by 128 tokens: fewer than 7 for each"),
+        ({}, 6, None),
+        ({"reconstruction": True, "cross_fit": True}, 6, "20 gates are set by 64 tokens"),
+        ({"ignore": ["o_proj", "down_proj"]}, 7, "there are no gates to set"),
     ],
 )
 def test_what_gates_cannot_do_is_said_once_before_the_first_shot(
-    ignore, tokens_per_gate, expected, monkeypatch, caplog
+    options, tokens_per_gate, expected, monkeypatch, caplog
 ):
     monkeypatch.setattr(module, "TOKENS_PER_GATE", tokens_per_gate)
     said = []
     monkeypatch.setattr(_Run, "shot", lambda *_: said.append(caplog.text) or SimpleNamespace(start=None))
-    config = PruneConfig.from_mapping({**SMALL, "shots": 2, "gate_steps": 1, "ignore": ignore})
+    config = PruneConfig.from_mapping({**SMALL, "shots": 2, "gate_steps": 1, **options})
     model = build("llama")
-    list(run_shots(model, examine(model, family_of("llama"), ignore), TEXT, config, SilentProgress()))
+    anatomy = examine(model, family_of("llama"), config.ignore)
+    list(run_shots(model, anatomy, TEXT, config, SilentProgress(), dense=goal_of(model, anatomy, TEXT, config)))
     first, second = said
     assert first == second
     assert expected in first if expected else not first

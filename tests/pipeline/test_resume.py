@@ -85,6 +85,7 @@ CASES = {
     "power iteration": ("opt", {"curvature": "nearest-kronecker", "sparsity": 0.4}),
     "reconstruction": ("gpt2", {"sparsity": 0.4, "reconstruction": True, "order": "layer-major"}),
     "gates": ("opt", {"sparsity": 0.4, "reconstruction": True, "gate_steps": 1}),
+    "cross-fitting": ("llama", {"sparsity": 0.4, "reconstruction": True, "gate_steps": 1, "cross_fit": True}),
     "power iteration of a sum": ("llama", {"curvature": "kronecker-sum", "structure": "unstructured"}),
 }
 LORA = {"lora": True, "lora_steps": 2, "lora_final_steps": 3, "lora_rank": 2}

@@ -102,6 +102,17 @@ def test_gates_are_planned(checkpoint, recipe, order):
     assert phase.host["effects of gates"] == 4 * count * (tokens + count)
 
 
+def test_cross_fitting_holds_the_weights_of_the_other_half(checkpoint, recipe):
+    common = {"reconstruction": True, "gate_steps": 1, "shots": 2, "sparsity": 0.5}
+    without, crossed = (plan(str(checkpoint), recipe(cross_fit=cross, **common)) for cross in (False, True))
+    # After the first shot, three quarters are left, of four bytes each.
+    expected = 0.75 * 4 * without.dense_size.prunable
+    for name in ("reconstruction", "gates"):
+        assert "weights of the other half" not in named(without)[name].host
+        assert named(crossed)[name].host["weights of the other half"] == pytest.approx(expected, abs=4)
+        assert named(crossed)[name].seconds == pytest.approx(named(without)[name].seconds)
+
+
 @pytest.mark.parametrize("order", ["batch-major", "layer-major"])
 def test_seconds_of_gates_are_those_of_their_passes(checkpoint, recipe, order):
     config = recipe(shots=1, sparsity=0.5, gate_steps=2)

@@ -296,6 +296,11 @@ def test_what_is_missing_is_said() -> None:
     assert "Perplexity of the shots was not measured." in without
 
 
+def test_numbers_of_both_halves_are_said_to_be_means() -> None:
+    assert "both halves" not in page_text("full")
+    assert "both halves" in Page(report_page(full_report(config={"cross_fit": True}))).text()
+
+
 def test_zero_peaks_and_values_that_are_not_finite_are_survived() -> None:
     infinite = perplexity(float("inf"))
     costs = COSTS.model_copy(update={"threshold": 0.0, "kept": (0, 0, 0), "removed": (0, 0, 0)})

@@ -36,7 +36,7 @@ _PANELS = {
         *("refine", "refine_cycles", "refine_threshold", "refine_reweight"),
     ),
     "Reconstruction": tuple(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
-    "Gates": ("gate_steps", "gate_damping"),
+    "Gates": ("gate_steps", "gate_damping", "cross_fit"),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
     "Texts": (
         *("calibration", "samples", "seq_len", "windows_per_sample"),

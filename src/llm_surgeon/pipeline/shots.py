@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, WarmStart, estimate, passes_needed
 from llm_surgeon.curvature.passes import Order
-from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
@@ -24,15 +23,14 @@ from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
-from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, set_gates, warn_of_gates
+from llm_surgeon.pipeline.fitting import HALVES, Fitting
+from llm_surgeon.pipeline.gates import warn_of_gates
 from llm_surgeon.pipeline.histogram import cost_histogram
-from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, reconstruct
-from llm_surgeon.pipeline.resampling import with_copies
 from llm_surgeon.pipeline.result import ShotResult, Standing
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.processes import ALONE, Processes
-from llm_surgeon.records import CostHistogram, GatesRecord, ReconstructionRecord
+from llm_surgeon.records import CostHistogram
 from llm_surgeon.report.progress import Progress
 from llm_surgeon.storage import TensorStore
 
@@ -82,7 +80,7 @@ def run_shots(
         done, previous = since.shot, since.start
         structure.resume(since.masks)
     if config.gate_steps and processes.first:
-        warn_of_gates(anatomy, tokens.input_ids.numel())
+        warn_of_gates(anatomy, tokens.input_ids.numel() // (HALVES if config.cross_fit else 1))
     run = _Run(model, anatomy, structure, tokens, config, progress, store, processes, dense)
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         result = run.shot(number, sparsity, previous)
@@ -125,8 +123,7 @@ class _Run:
             start = curvature.warm_start(self.anatomy.layers, structure.shapes)
         factor_bytes, loss = curvature.nbytes, curvature.loss
         del curvature
-        reconstructed = self._reconstruct(number, clock)
-        gated = self._set_gates(number, clock)
+        reconstructed, gated = self._fitting.after_shot(number, structure.shapes, clock)
         corrected = correct_shot(
             self.model,
             self.anatomy,
@@ -179,7 +176,7 @@ class _Run:
     def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
         """The curvature of the model as it is, from this process's part of the tokens and those of the others."""
         own = self._own
-        how = _estimation(self.config, number, self._order)
+        how = _estimation(self.config, number, self._fitting.order)
         work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
         description = f"shot {number}/{self.config.shots}: curvature"
         with clock.phase("curvature"), self.progress.phase(description, work) as phase:
@@ -195,61 +192,12 @@ class _Run:
                 processes=self.processes,
             )
 
-    def _reconstruct(self, number: int, clock: Clock) -> ReconstructionRecord | None:
-        """Correct what writes into the stream, if the recipe wants it."""
-        if self.dense is None:
-            return None
-        config = self.config
-        how = Reconstruction(config.reconstruction_ridge, config.sequences_per_pass, config.precision)
-        description = f"shot {number}/{config.shots}: reconstruction"
-        with clock.phase("reconstruction"):
-            fitted = self._fitted
-            work = fitted.input_ids.numel() * self.anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
-            with self.progress.phase(description, work) as phase:
-                return reconstruct(
-                    self.model,
-                    self.dense,
-                    self.anatomy,
-                    self.structure.shapes,
-                    fitted,
-                    how,
-                    text=self._own.n_samples,
-                    store=self.store,
-                    processes=self.processes,
-                    advance=phase.advance,
-                )
-
-    def _set_gates(self, number: int, clock: Clock) -> GatesRecord | None:
-        """Set the gates of heads and feed-forward parts by the loss of the text, if the recipe wants it."""
-        config, own = self.config, self._own
-        if not config.gate_steps:
-            return None
-        how = Estimation(config.sequences_per_pass, config.precision, order=self._order)
-        work = own.input_ids.numel() * config.gate_steps * (BACKWARD_PASSES + FORWARD_PASSES)
-        with (
-            clock.phase("gates"),
-            self.progress.phase(f"shot {number}/{config.shots}: gates", work) as phase,
-        ):
-            store = self.store or TensorStore(next(self.model.parameters()).device)
-            keep = self.structure.shapes
-            task = Task(self.model, self.anatomy, keep, own, how, phase.advance, store, self.processes)
-            return set_gates(task, config.gate_steps, config.gate_damping)
-
-    @property
-    def _order(self) -> Order:
-        return "batch-major" if self.store is None else "layer-major"
-
     @cached_property
-    def _fitted(self) -> CalibrationTokens:
-        """What reconstruction fits to: this process's part of the tokens, and copies of it."""
-        config, own = self.config, self._own
-        how = Estimation(config.sequences_per_pass, config.precision, seed=config.seed)
-        copies = config.reconstruction_copies
-        if not copies:
-            return own
-        with self.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
-            dense = cast(PreTrainedModel, self.dense)
-            return with_copies(dense, own, copies, config.reconstruction_share, how, phase.advance)
+    def _fitting(self) -> Fitting:
+        # Copies of the text are written once for all shots.
+        return Fitting(
+            self.model, self.dense, self.anatomy, self._own, self.config, self.progress, self.store, self.processes
+        )
 
     @property
     def _own(self) -> CalibrationTokens:

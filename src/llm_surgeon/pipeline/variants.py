@@ -20,6 +20,7 @@ SUFFIXES: dict[str, dict[str, Any]] = {
     "one-shot": {"shots": 1},
     "reconstruction": {"reconstruction": True},
     "gates": {"gate_steps": 2},
+    "cross-fit": {"reconstruction": True, "cross_fit": True},
     "lora": {"lora": True},
     "row": {"scope": "row"},
     "layer": {"scope": "layer"},

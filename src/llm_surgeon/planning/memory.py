@@ -162,9 +162,11 @@ class Demand:
             needs["dense evaluation"] = self._on_device(window)
         needs |= self._shot()
         if config.reconstruction:
-            needs["reconstruction"] = self._on_device({**self._reconstruction(), **self._squares, **self._pruned()})
+            reconstruction = {**self._reconstruction(), **self._squares, **self._pruned(), **self._other_half()}
+            needs["reconstruction"] = self._on_device(reconstruction)
         if config.gate_steps:
-            needs["gates"] = self._on_device({**self._gates(), **self._pruned()}, self._on_host())
+            gates = {**self._gates(), **self._pruned(), **self._other_half()}
+            needs["gates"] = self._on_device(gates, self._on_host())
         if config.lora:
             needs["correction"] = self._on_device({"passes": self.traces.training, **self._adapters()})
         if evaluates:
@@ -251,6 +253,13 @@ class Demand:
         tokens = self.config.samples * self.config.seq_len
         waiting: Parts = {self._store: self.waiting.device} if self.waiting and self.waiting.device else {}
         return {"passes": self.traces.gates, "effects of gates": 4 * count * (tokens + count), **waiting}
+
+    def _other_half(self) -> Parts:
+        """Weights of the model of one half of the text while that of the other is fitted, at most."""
+        if not self.config.cross_fit:
+            return {}
+        kept = 1 - self.config.sparsity_schedule[0]
+        return {"weights of the other half": round(kept * self._prunable * self.skeleton.dtype.itemsize)}
 
     def _goal(self) -> Parts:
         """What reconstruction aims at, from before the first shot to the end of the run."""

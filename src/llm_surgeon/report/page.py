@@ -199,6 +199,11 @@ def _shots(report: PruneReport) -> str:
             " Gates are the numbers that heads and feed-forward parts were multiplied by; the losses are those of the "
             "calibration text before the first step on them, and after the last as a parabola predicts it."
         )
+    if report.config.get("cross_fit"):
+        notes += (
+            " All of these are means over the models of both halves of the text, before their weights became one; the "
+            "losses are those of the half that reconstruction has not seen."
+        )
     return f"{_table('What each shot removed', headings, rows)}\n{_said(notes, 'notes')}"
 
 
