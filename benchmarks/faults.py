@@ -48,11 +48,12 @@ CASES: dict[str, dict[str, Any]] = {
         "fisher": "true",
         "export_shots": (1,),
     },
-    "steps, reconstruction, gates, corrections": {
+    "steps, cross-fitting, corrections": {
         "steps_per_shot": 2,
         "reconstruction": True,
         "reconstruction_copies": 1,
         "gate_steps": 1,
+        "cross_fit": True,
         "lora": True,
         "lora_steps": 2,
         "lora_final_steps": 2,

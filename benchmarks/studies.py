@@ -173,9 +173,13 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for removed in (10, 20, 30, 40, 50)
         }
         | {
+            f"to 50 %, windows alone, seed {seed}": CROSS_FITTED
+            | {"samples": 32, "seq_len": 512, "windows_per_sample": 1, "seed": seed}
+            for seed in (0, 1, 2)
+        }
+        | {
             "to 50 %, gates by all of the text": CROSS_FITTED | {"cross_fit": False},
             "to 50 %, without copies": CROSS_FITTED | {"reconstruction_copies": 0},
-            "to 50 %, windows alone": CROSS_FITTED | {"samples": 32, "seq_len": 512, "windows_per_sample": 1},
             "to 50 %, two steps on gates": CROSS_FITTED | {"gate_steps": 2},
             "to 50 %, with corrections": CROSS_FITTED | {"lora": True, "lora_batch_size": 1},
             "to 50 %, without copies, two steps on gates": CROSS_FITTED | {"reconstruction_copies": 0, "gate_steps": 2},
