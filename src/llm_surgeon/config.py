@@ -86,8 +86,8 @@ class PruneConfig(BaseModel):
     )
     preset: Preset | None = Field(
         None,
-        description="Options that go together, each of which may also be given: fast (one curvature pass) or best "
-        "(whatever it takes, nothing trained but gates). For the method surgeon.",
+        description="Options that go together, each of which may also be given, of one shot: fast, or best in about twice the time "
+        "(nothing trained but gates). For the method surgeon.",
     )
     method: str = Field(
         "surgeon",
@@ -367,6 +367,8 @@ class PruneConfig(BaseModel):
             raise ValueError(f"reconstruction is for structures that shrink, not for {self.structure}")
         if self.cross_fit and not self.reconstruction:
             raise ValueError("cross_fit is for reconstruction: set it, or leave cross_fit out")
+        if self.cross_fit and self.samples < self.sequences_needed:
+            raise ValueError("cross_fit halves the calibration sequences: samples has to be at least 2")
         if self.steps_per_shot > 1 and (not parts or self.resolved_curvature not in _DIVISIBLE):
             raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {', '.join(_DIVISIBLE)}")
         if self.min_width is not None and not parts:

@@ -137,6 +137,5 @@ def test_without_reconstruction_there_is_nothing_to_cross():
 
 
 def test_one_sequence_has_no_halves():
-    config = PruneConfig.from_mapping({**RECIPE, "samples": 1})
-    with pytest.raises(ConfigError, match=r"1 calibration sequences cannot be shared out .* 2 to each"):
-        prune(build("llama"), tokenizer(), config)
+    with pytest.raises(ConfigError, match="samples has to be at least 2"):
+        PruneConfig.from_mapping({**RECIPE, "samples": 1})
