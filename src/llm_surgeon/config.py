@@ -86,8 +86,8 @@ class PruneConfig(BaseModel):
     )
     preset: Preset | None = Field(
         None,
-        description="Options that go together, each of which may also be given, of one shot: fast, or best in about twice the time "
-        "(nothing trained but gates). For the method surgeon.",
+        description="Options of one shot that go together, each of which may also be given: fast, or best in about "
+        "twice the time (nothing trained but gates). For the method surgeon.",
     )
     method: str = Field(
         "surgeon",
