@@ -47,6 +47,8 @@ _DIVISIBLE = ("kfac", "activations", "identity")
 PASS_TOKENS = 2048
 # Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
 ROUND_TO = 32
+# Into so many parts cross-fitting divides the calibration sequences.
+HALVES = 2
 
 
 class PruneConfig(BaseModel):
@@ -367,7 +369,7 @@ class PruneConfig(BaseModel):
             raise ValueError(f"reconstruction is for structures that shrink, not for {self.structure}")
         if self.cross_fit and not self.reconstruction:
             raise ValueError("cross_fit is for reconstruction: set it, or leave cross_fit out")
-        if self.cross_fit and self.samples < self.sequences_needed:
+        if self.samples < self.parts_of_text:
             raise ValueError("cross_fit halves the calibration sequences: samples has to be at least 2")
         if self.steps_per_shot > 1 and (not parts or self.resolved_curvature not in _DIVISIBLE):
             raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {', '.join(_DIVISIBLE)}")
@@ -486,9 +488,9 @@ class PruneConfig(BaseModel):
         return self.batch_size or max(1, min(self.samples, PASS_TOKENS // self.seq_len))
 
     @property
-    def sequences_needed(self) -> int:
-        """Calibration sequences that each process needs at least."""
-        return 2 if self.cross_fit else 1
+    def parts_of_text(self) -> int:
+        """Parts of the calibration sequences that are fitted to apart; each process needs one of each at least."""
+        return HALVES if self.cross_fit else 1
 
     @property
     def resolved_curvature(self) -> CurvatureName | None:

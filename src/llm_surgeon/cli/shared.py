@@ -35,8 +35,11 @@ _PANELS = {
         *("score_alpha", "score_norm", "score_ratio", "score_activation", "sparsegpt_block"),
         *("refine", "refine_cycles", "refine_threshold", "refine_reweight"),
     ),
-    "Reconstruction": tuple(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
-    "Gates": ("gate_steps", "gate_damping", "cross_fit"),
+    "Reconstruction": (
+        *(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
+        "cross_fit",
+    ),
+    "Gates": ("gate_steps", "gate_damping"),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
     "Texts": (
         *("calibration", "samples", "seq_len", "windows_per_sample"),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config import HALVES, PruneConfig
 from llm_surgeon.curvature import Estimation
 from llm_surgeon.curvature.passes import Order
 from llm_surgeon.curvature.task import Task
@@ -40,7 +40,6 @@ from llm_surgeon.storage import TensorStore
 
 R = TypeVar("R", bound=Record)
 Records = tuple[ReconstructionRecord | None, GatesRecord | None]
-HALVES = 2
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _job_in_memory(
     """What ``prune`` works on, once all is checked that can be."""
     if config.lora:
         require_peft()
-    processes.check_samples(config.samples, config.sequences_needed)
+    processes.check_samples(config.samples, config.parts_of_text)
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
     resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
     check_structure(resolved, anatomy)
@@ -221,7 +221,7 @@ def prune_checkpoint(
     require_streaming(config.weights)
     device = resolve_device(own_device(config.device))
     with joined(device) as processes, _directory(out, processes) as run:
-        processes.check_samples(config.samples, config.sequences_needed)
+        processes.check_samples(config.samples, config.parts_of_text)
         skeleton = skeleton_of(resolve_source(model), config)
         resolved = settled(skeleton, config)
         files = source_files(skeleton.source, skeleton.network.config)

@@ -23,7 +23,7 @@ from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.corrections import correct_shot
-from llm_surgeon.pipeline.fitting import HALVES, Fitting
+from llm_surgeon.pipeline.fitting import Fitting
 from llm_surgeon.pipeline.gates import warn_of_gates
 from llm_surgeon.pipeline.histogram import cost_histogram
 from llm_surgeon.pipeline.result import ShotResult, Standing
@@ -80,7 +80,7 @@ def run_shots(
         done, previous = since.shot, since.start
         structure.resume(since.masks)
     if config.gate_steps and processes.first:
-        warn_of_gates(anatomy, tokens.input_ids.numel() // (HALVES if config.cross_fit else 1))
+        warn_of_gates(anatomy, tokens.input_ids.numel() // config.parts_of_text)
     run = _Run(model, anatomy, structure, tokens, config, progress, store, processes, dense)
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         result = run.shot(number, sparsity, previous)

@@ -76,7 +76,7 @@ def plan(model: str, config: PruneConfig, probe: bool = False, processes: int = 
     require_streaming(config.weights)
     if probe and processes > 1:
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
-    Processes(count=processes).check_samples(config.samples, config.sequences_needed)
+    Processes(count=processes).check_samples(config.samples, config.parts_of_text)
     device, source = resolve_device(config.device), resolve_source(model)
     skeleton = skeleton_of(source, config)
     config = settled(skeleton, config)
