@@ -70,7 +70,10 @@ FRENCH_VARIANTS = {
     "reconstruction": {"reconstruction": True},
     "reconstruction, and two steps on gates": {"reconstruction": True, "gate_steps": 2},
 }
+# The same windows, each a sequence.
+ALONE = {"samples": 32, "seq_len": 512, "windows_per_sample": 1}
 CROSS_FITTED = PAIRS | ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
+TWO_SHOTS = CROSS_FITTED | ALONE | {"shots": 2, "fit_after": "last"}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -166,16 +169,18 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         },
     ),
     "crossfitting": (
-        "Cross-fitting, rows and columns, one shot to each size",
+        "Cross-fitting, rows and columns, one or two shots to each size",
         {
             f"to {100 - removed} %, seed {seed}": CROSS_FITTED | {"sparsity": removed / 100, "seed": seed}
             for seed in (0, 1, 2)
             for removed in (10, 20, 30, 40, 50)
         }
+        | {f"to 50 %, windows alone, seed {seed}": CROSS_FITTED | ALONE | {"seed": seed} for seed in (0, 1, 2)}
         | {
-            f"to 50 %, windows alone, seed {seed}": CROSS_FITTED
-            | {"samples": 32, "seq_len": 512, "windows_per_sample": 1, "seed": seed}
+            f"two shots to {100 - removed} %, windows alone, seed {seed}": TWO_SHOTS
+            | {"sparsity": removed / 100, "seed": seed}
             for seed in (0, 1, 2)
+            for removed in (10, 20, 30, 40, 50)
         }
         | {
             "to 50 %, gates by all of the text": CROSS_FITTED | {"cross_fit": False},
@@ -192,6 +197,10 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             f"{name}, seed {seed}": FRENCH | options | {"seed": seed}
             for seed in (0, 1, 2)
             for name, options in FRENCH_VARIANTS.items()
+        }
+        | {
+            f"two shots to {100 - removed} %, fitted crosswise": FRENCH | TWO_SHOTS | {"sparsity": removed / 100}
+            for removed in (10, 20, 30, 40, 50)
         },
     ),
     "corrections": (

@@ -24,6 +24,8 @@ def test_sparsity_outside_the_open_interval_is_refused(sparsity):
         ("dampening_g", -1.0),
         ("structure", "columns"),
         ("precision", "int8"),
+        ("gradient_share", 0.0),
+        ("gradient_share", 1.5),
         ("eval_stride", 0),
         ("speed", 9),
         ("ignore", ["layers.[0"]),
@@ -32,6 +34,12 @@ def test_sparsity_outside_the_open_interval_is_refused(sparsity):
 def test_bad_values_are_named(key, value):
     with pytest.raises(ConfigError, match=key):
         PruneConfig.from_mapping({key: value})
+
+
+@pytest.mark.parametrize("options", [{"curvature": "nearest-kronecker"}, {"method": "l-obd"}])
+def test_only_kfac_sums_gradients_over_a_share_of_the_tokens(options):
+    with pytest.raises(ConfigError, match=r"gradient_share is for the curvature kfac, not for (nearest|activations)"):
+        PruneConfig.from_mapping({"gradient_share": 0.5} | options)
 
 
 def test_every_problem_is_named_at_once():
@@ -70,13 +78,13 @@ def test_a_preset_stands_for_its_options():
     assert (fast.shots, fast.steps_per_shot, fast.reconstruction, fast.reconstruction_copies) == (1, 2, True, 0)
     assert (fast.cross_fit, fast.gate_steps) == (True, 2)
     best = PruneConfig(preset="best", structure="neurons+heads")
-    assert (best.shots, best.steps_per_shot, best.reconstruction, best.reconstruction_copies) == (1, 2, True, 2)
-    assert (best.cross_fit, best.gate_steps) == (True, 4)
+    assert (best.shots, best.steps_per_shot, best.reconstruction, best.reconstruction_copies) == (2, 2, True, 2)
+    assert (best.cross_fit, best.gate_steps, best.fit_after) == (True, 4, "last")
 
 
 def test_what_is_given_beside_a_preset_holds():
-    config = PruneConfig(preset="best", shots=2, reconstruction=False)
-    assert (config.shots, config.reconstruction, config.cross_fit, config.gate_steps) == (2, False, False, 4)
+    config = PruneConfig(preset="best", shots=3, reconstruction=False)
+    assert (config.shots, config.reconstruction, config.cross_fit, config.gate_steps) == (3, False, False, 4)
     assert PruneConfig.from_mapping(yaml.safe_load(config.to_yaml())).resolved() == config.resolved()
 
 

@@ -11,6 +11,7 @@ from llm_surgeon.linalg import (
     damping_of,
     inverse,
     inverse_diagonal,
+    quadratic_forms,
     triangular_inverse,
 )
 from oracles import random_factor
@@ -28,6 +29,15 @@ def test_inverse_diagonal_equals_that_of_the_dense_inverse(size):
     lower = torch.linalg.cholesky(matrix)
     torch.testing.assert_close(triangular_inverse(lower) @ lower, torch.eye(size, dtype=lower.dtype))
     torch.testing.assert_close(inverse_diagonal(lower), torch.linalg.inv(matrix).diagonal(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 65, 201])
+def test_quadratic_forms_are_those_of_the_whole_matrix(size):
+    generator = torch.Generator().manual_seed(0)
+    matrix = random_factor(size, generator) if size else torch.zeros(0, 0, dtype=torch.float64)
+    vectors = torch.randn(size, 5, generator=generator, dtype=torch.float64)
+    whole = torch.einsum("cn,cd,dn->n", vectors, matrix, vectors)
+    torch.testing.assert_close(quadratic_forms(vectors.T, matrix), whole, rtol=1e-12, atol=0)
 
 
 def test_cholesky_is_of_the_damped_matrix_and_leaves_its_argument_alone():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_surgeon.linalg import batched_solve
+from llm_surgeon.linalg import batched_solve, quadratic_forms
 
 
 def element_costs(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ def row_costs(weight: Tensor, a: Tensor | None, g_inverse_diagonal: Tensor) -> T
     Returns:
         ``[R]``, in nats of the loss that the factors were taken of.
     """
-    projected = weight if a is None else weight @ a
-    return 0.5 * (projected * weight).sum(1) / g_inverse_diagonal
+    energy = weight.square().sum(1) if a is None else quadratic_forms(weight, a)
+    return 0.5 * energy / g_inverse_diagonal
 
 
 def column_costs(weight: Tensor, g: Tensor | None, a_inverse_diagonal: Tensor) -> Tensor:

@@ -107,7 +107,40 @@ def _invert_into(lower: Tensor, inverted: Tensor) -> None:
     head, tail = slice(0, half), slice(half, size)
     _invert_into(lower[head, head], inverted[head, head])
     _invert_into(lower[tail, tail], inverted[tail, tail])
-    inverted[tail, head] = -(inverted[tail, tail] @ lower[tail, head]) @ inverted[head, head]
+    inverted[tail, head] = _times_lower(_lower_times(inverted[tail, tail], lower[tail, head]), inverted[head, head])
+    inverted[tail, head].neg_()
+
+
+def _lower_times(lower: Tensor, matrix: Tensor) -> Tensor:
+    """``L M`` of a lower triangular ``L``, without the quarter of it that is zero."""
+    half = len(lower) // 2
+    return torch.cat([lower[:half, :half] @ matrix[:half], lower[half:] @ matrix])
+
+
+def _times_lower(matrix: Tensor, lower: Tensor) -> Tensor:
+    """``M L``, in the same way."""
+    half = len(lower) // 2
+    return torch.cat([matrix @ lower[:, :half], matrix[:, half:] @ lower[half:, half:]], 1)
+
+
+# Strips of a symmetric matrix whose halves are taken for each other; with eight, 9 of 16 parts of it are used.
+_STRIPS = 8
+
+
+def quadratic_forms(vectors: Tensor, symmetric: Tensor) -> Tensor:
+    """``x^T M x`` for each row x of ``vectors [n, size]`` and a symmetric ``M [size, size]``: ``[n]``.
+
+    What is beside the diagonal counts twice, so that little more than half of ``M`` is multiplied with.
+    """
+    total, size = vectors.new_zeros(len(vectors)), len(symmetric)
+    height = max(1, -(-size // _STRIPS))
+    for start in range(0, size, height):
+        strip, rest = slice(start, start + height), slice(start + height, size)
+        own = vectors[:, strip]
+        product = own @ symmetric[strip, strip]
+        product.addmm_(vectors[:, rest], symmetric[rest, strip], alpha=2)
+        total += torch.linalg.vecdot(product, own)
+    return total
 
 
 def batched_solve(systems: Tensor, right: Tensor, name: str) -> Tensor:

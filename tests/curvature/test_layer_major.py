@@ -46,11 +46,12 @@ def costs_of(model, anatomy, curvature, correlated=True):
             yield costs(weight, correlated=correlated)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.4])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", BUILDERS)
-def test_factors_are_the_same(family, padded):
+def test_factors_are_the_same(family, padded, share):
     model = build(family)
-    anatomy, (one, told), (other, told_too) = both(model, calibration(padded))
+    anatomy, (one, told), (other, told_too) = both(model, calibration(padded), gradient_share=share)
     assert told == told_too == 45
     assert other.result.tokens == one.result.tokens
     assert other.loss == pytest.approx(one.loss, rel=1e-6)

@@ -113,6 +113,19 @@ def test_cross_fitting_holds_the_weights_of_the_other_half(checkpoint, recipe):
         assert named(crossed)[name].seconds == pytest.approx(named(without)[name].seconds)
 
 
+def test_fitting_after_the_last_shot_is_planned_for_what_is_left_then(checkpoint, recipe):
+    common = {"reconstruction": True, "gate_steps": 1, "cross_fit": True, "sparsity": 0.5}
+    one, last, each = (
+        named(plan(str(checkpoint), recipe(shots=shots, fit_after=after, **common)))
+        for shots, after in ((1, "each"), (2, "last"), (2, "each"))
+    )
+    for name in ("reconstruction", "gates"):
+        half = one[name].host["weights of the other half"]
+        assert last[name].host["weights of the other half"] == half < each[name].host["weights of the other half"]
+        assert last[name].seconds == pytest.approx(one[name].seconds)
+        assert each[name].seconds > 1.9 * last[name].seconds
+
+
 @pytest.mark.parametrize("order", ["batch-major", "layer-major"])
 def test_seconds_of_gates_are_those_of_their_passes(checkpoint, recipe, order):
     config = recipe(shots=1, sparsity=0.5, gate_steps=2)
@@ -121,8 +134,9 @@ def test_seconds_of_gates_are_those_of_their_passes(checkpoint, recipe, order):
 
     seconds = phase_seconds(skeleton, config, rates, 512, order)["gates"]
 
-    # There and back, and there once more; layer by layer, blocks are run again on the way back.
-    weights = 3 * skeleton.parameters + (skeleton.anatomy.prunable_weights if order == "layer-major" else 0)
+    # There and back, and there once more; layer by layer, blocks are run again on the way back. Half of them is left.
+    left = skeleton.anatomy.prunable_weights / 2
+    weights = 3 * (skeleton.parameters - left) + (left if order == "layer-major" else 0)
     assert seconds == pytest.approx(2 * 2 * weights * config.samples * config.seq_len / rates.passes)
 
 
@@ -146,8 +160,8 @@ def test_seconds_of_reconstruction_are_runs_of_the_parts_of_a_block(tmp_path, re
 
     seconds = phase_seconds(skeleton, config, rates, 512, "batch-major")["reconstruction"]
 
-    # The dense model once; the pruned one, dense in its first shot, up to the attention and twice as a whole.
-    operations = 2 * (both + attention + 2 * both) * config.samples * config.seq_len
+    # The dense model once; the pruned one, half as large, up to the attention and twice as a whole.
+    operations = 2 * (both + 0.5 * (attention + 2 * both)) * config.samples * config.seq_len
     assert seconds == pytest.approx(operations / rates.passes)
 
 

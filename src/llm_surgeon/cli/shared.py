@@ -27,7 +27,7 @@ _PANELS = {
         *("preset", "method", "shots", "steps_per_shot", "rank_by", "ignore", "export_shots"),
     ),
     "Curvature and update": (
-        *("curvature", "fisher", "fisher_samples", "kronecker_iterations"),
+        *("curvature", "fisher", "fisher_samples", "gradient_share", "kronecker_iterations"),
         *("dampening_a", "dampening_g", "max_correlations", "update_steps"),
     ),
     "Layer-wise methods": (
@@ -38,6 +38,7 @@ _PANELS = {
     "Reconstruction": (
         *(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
         "cross_fit",
+        "fit_after",
     ),
     "Gates": ("gate_steps", "gate_damping"),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),

@@ -32,7 +32,7 @@ class FixedPoint:
     """``x [tokens, size]``, in two parts over its tokens.
 
     Attributes:
-        numbers: ``[size, tokens]`` int8, of steps; zero for the tokens that are left.
+        numbers: ``[tokens, size]`` int8, of steps; zero for the tokens that are left.
         step: ``[size]``, of each channel; not finite if the channel is not, so that no product with it is either.
         left: ``[some, size]``, the tokens with large values as they were.
     """
@@ -64,7 +64,7 @@ def rounded(x: Tensor) -> FixedPoint:
         largest = magnitude.index_fill_(0, tokens, 0.0).amax(0)
     step = largest / _STEPS
     # Zeros instead of fewer rows: a matrix library compiles a kernel for each shape of a product.
-    numbers = _in_steps(x, torch.where(step > 0, 1 / step, 0.0)).index_fill_(1, tokens, 0)
+    numbers = _in_steps(x, torch.where(step > 0, 1 / step, 0.0)).index_fill_(0, tokens, 0)
     return FixedPoint(numbers, step, x[tokens])
 
 
@@ -80,19 +80,15 @@ def _large(magnitude: Tensor, mean: Tensor, largest: Tensor) -> Tensor:
 
 
 def _in_steps(x: Tensor, steps_per_one: Tensor) -> Tensor:
-    """Steps of ``x [tokens, size]`` as ``[size, tokens]`` int8.
-
-    Channel by channel, rows of all sizes of ``x`` are equally far apart in memory, so that kernels fit them all.
-    """
-    numbers = torch.empty(x.shape[1], len(x), dtype=torch.int8, device=x.device)
+    """Steps of ``x [tokens, size]``, int8 of the same shape."""
+    numbers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     # A part at a time stays in the cache.
-    for start in range(0, len(x), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        numbers[:, part] = (x[part] * steps_per_one).round_().to(torch.int8).T
+    for part, own in zip(x.split(_AT_ONCE), numbers.split(_AT_ONCE), strict=True):
+        own.copy_((part * steps_per_one).round_())
     return numbers
 
 
 def add_product(total: Tensor, x: FixedPoint, rows: slice, columns: slice) -> None:
     """Add what the numbers give of ``x_rows^T x_columns`` to ``total [r, c]`` float32."""
-    product = torch._int_mm(x.numbers[rows], x.numbers[columns].T).float()
+    product = torch._int_mm(x.numbers[:, rows].T, x.numbers[:, columns]).float()
     total.addcmul_(product.mul_(x.step[columns]), x.step[rows, None])

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.curvature.draws import TokenSample
+
 Receive = Callable[[Tensor], None]
 Side = Literal["input", "output"]
 PairReceive = Callable[[Tensor, Tensor], None]
@@ -20,10 +22,13 @@ class Hooks:
     Attributes:
         positions: Flat positions of the tokens that count in the batch under way: those with a label where gradients
             are taken, else those that are no padding. While it is None, nothing is handed over.
+        sample: Of these, the tokens whose gradients are handed over by ``on_gradient``, with their weights; None takes
+            all of them.
     """
 
     def __init__(self) -> None:
         self.positions: Tensor | None = None
+        self.sample: TokenSample | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Hooks:
@@ -55,11 +60,12 @@ class Hooks:
         self._handles.append(module.register_forward_hook(hook))
 
     def on_gradient(self, module: nn.Module, receive: Receive) -> None:
-        """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output."""
+        """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output, of the sample if any."""
 
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and self.positions is not None:
-                output.register_hook(lambda gradient: receive(self._counted(gradient)))
+                take = self._counted if self.sample is None else self.sample.take
+                output.register_hook(lambda gradient: receive(take(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, PassResult, draws_of
+from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, PassResult, label_draws, sample_of
 from llm_surgeon.curvature.sweep import Batch, Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.head import head_loss, sample_labels
@@ -34,11 +34,13 @@ class _Waiting:
     Attributes:
         batch: The batch.
         labelled: Where it has labels.
+        first: Number of its first sequence among those of all processes.
         gradients: At what leaves the block whose turn it is, one for each draw of labels, ``[batch, length, width]``.
     """
 
     batch: Batch
     labelled: LabelledBatch
+    first: int
     gradients: list[Stored] = field(default_factory=list)
 
 
@@ -66,11 +68,14 @@ class LayerMajorPass:
         store: TensorStore,
     ) -> None:
         self._model, self._how, self._processes = model, how, processes
-        self._first = tokens.first
         self._sweep = Sweep(model, blocks, tokens, how.batch_size, how.precision, store)
-        self._waiting = [_Waiting(b, LabelledBatch(b.input_ids, b.attention_mask)) for b in self._sweep.batches]
-        for waiting in self._waiting:
-            waiting.batch.positions = waiting.labelled.positions
+        self._waiting: list[_Waiting] = []
+        sequence = tokens.first
+        for batch in self._sweep.batches:
+            labelled = LabelledBatch(batch.input_ids, batch.attention_mask)
+            batch.positions = labelled.positions
+            self._waiting.append(_Waiting(batch, labelled, sequence))
+            sequence += len(batch.input_ids)
         self._device = next(model.parameters()).device
         self._progress = _Share(advance)
 
@@ -107,18 +112,17 @@ class LayerMajorPass:
 
     def _through_the_head(self, backward: bool) -> float:
         """The summed loss of the text's own labels; with ``backward``, gradients at what leaves the last block."""
-        how, loss, sequence = self._how, 0.0, self._first
+        how, loss = self._how, 0.0
         head = self._model.get_output_embeddings()
         with frozen(self._model), reduced_weights(head, how.precision):
             for waiting in self._waiting:
                 with arithmetic(self._device, how.precision):
-                    loss += self._head_of_batch(waiting, backward, sequence)
+                    loss += self._head_of_batch(waiting, backward)
                     if not math.isfinite(loss):
                         raise loss_not_finite(self._model, waiting.batch.input_ids, "the calibration tokens")
-                sequence += len(waiting.batch.input_ids)
         return loss
 
-    def _head_of_batch(self, waiting: _Waiting, backward: bool, sequence: int) -> float:
+    def _head_of_batch(self, waiting: _Waiting, backward: bool) -> float:
         labelled, batch = waiting.labelled, waiting.batch
         with torch.set_grad_enabled(backward):
             leaving = batch.hidden.get().detach().requires_grad_(backward)
@@ -127,10 +131,8 @@ class LayerMajorPass:
         last = states.detach().index_select(0, labelled.positions)
         if not backward:
             return head_loss(self._model, last, labelled.labels)
-        drawn = labelled.labels[None]
-        if self._how.sampled_labels:
-            draws = draws_of(batch.input_ids.shape, sequence, self._how).to(self._device)[labelled.positions]
-            drawn = sample_labels(self._model, last, draws)
+        draws = label_draws(labelled, waiting.first, self._how)
+        drawn = labelled.labels[None] if draws is None else sample_labels(self._model, last, draws)
         for number, labels in enumerate(drawn, start=1):
             by_last = torch.empty_like(last)
             loss = head_loss(self._model, last, labels, by_last)
@@ -143,6 +145,7 @@ class LayerMajorPass:
         with self._sweep.ready(block):
             for waiting, hidden in zip(self._waiting, entered, strict=True):
                 hooks.positions = waiting.batch.positions
+                hooks.sample = sample_of(waiting.labelled, waiting.first, self._how)
                 with torch.enable_grad(), arithmetic(self._device, self._how.precision):
                     entering = hidden.get().detach().requires_grad_()
                     leaving = self._sweep.run(block, waiting.batch, entering)

@@ -8,8 +8,7 @@ Fisher takes the text's own next tokens as labels; the true Fisher samples them 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.curvature.draws import TokenSample, draws_of
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.methods import CurvatureName
@@ -40,7 +40,9 @@ class Estimation:
         curvature: Which approximation.
         sampled_labels: Labels drawn from the model per token (true Fisher); 0 takes the text's own (empirical).
         iterations: Power iterations of the nearest Kronecker products.
-        seed: Seed of the sampled labels.
+        gradient_share: Of the tokens of each sequence that gradient factors are summed over, see ``TokenSample``; 1
+            takes all. For K-FAC only.
+        seed: Seed of the sampled labels and tokens.
         order: ``batch-major`` takes each batch through the whole model, ``layer-major`` all batches through one block
             before the next, with one block's sums and activations at a time.
     """
@@ -50,6 +52,7 @@ class Estimation:
     curvature: CurvatureName = "kfac"
     sampled_labels: int = 0
     iterations: int = 2
+    gradient_share: float = 1.0
     seed: int = 0
     order: Order = "batch-major"
 
@@ -88,7 +91,7 @@ def run_pass(
         for input_ids, attention_mask in tokens.batches(how.batch_size):
             batch = LabelledBatch(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
             hooks.positions = batch.positions
-            draws = draws_of(input_ids.shape, sequence, how).to(device)[batch.positions] if how.sampled_labels else None
+            hooks.sample, draws = sample_of(batch, sequence, how), label_draws(batch, sequence, how)
             sequence += len(input_ids)
             # Until it ends, autocast keeps the rounded inputs of the head. Scattered among the freed logits of earlier
             # batches they leave no room there for the next ones, and the memory of a pass grows with every batch.
@@ -102,20 +105,25 @@ def run_pass(
     return PassResult(loss / counted, round(counted), how.sampled_labels or 1)
 
 
-def draws_of(shape: Sequence[int], first: int, how: Estimation) -> Tensor:
-    """Numbers in [0, 1) that the labels of a batch are drawn by: ``[batch * length, samples]``.
-
-    Each sequence has a seed of its own, so that its labels depend neither on the batch nor on the process it is in.
+def sample_of(batch: LabelledBatch, first: int, how: Estimation) -> TokenSample | None:
+    """The tokens that gradients are summed over; None takes all that have a label.
 
     Args:
-        shape: Sequences of the batch, and their length.
+        batch: Its tokens.
         first: Number of its first sequence among those of all processes.
-        how: The seed, and how many labels are drawn for each token.
+        how: Their share, and the seed.
     """
-    sequences, length = shape
-    seeds = (random.Random(f"{how.seed} {first + row}").getrandbits(32) for row in range(sequences))
-    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-    return torch.cat([torch.rand(length, how.sampled_labels, generator=generator) for generator in generators])
+    if how.gradient_share == 1:
+        return None
+    return TokenSample(batch.input_ids.shape, batch.positions, how.gradient_share, first, how.seed)
+
+
+def label_draws(batch: LabelledBatch, first: int, how: Estimation) -> Tensor | None:
+    """What labels are sampled by, ``[n, samples]`` for the positions of a batch; None takes the text's own."""
+    if not how.sampled_labels:
+        return None
+    draws = draws_of(batch.input_ids.shape, first, how.sampled_labels, how.seed)
+    return draws.to(batch.positions.device)[batch.positions]
 
 
 class LabelledBatch:

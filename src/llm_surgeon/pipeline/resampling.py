@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.curvature.passes import Advance, Estimation, draws_of
+from llm_surgeon.curvature.draws import draws_of
+from llm_surgeon.curvature.passes import Advance, Estimation
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.head import label_positions, last_states, sample_labels
 from llm_surgeon.models.modes import arithmetic, fast_pass
@@ -48,8 +49,7 @@ def with_copies(
     """
     parts = [tokens.input_ids]
     for copy in range(1, copies + 1):
-        # Two numbers a token: whether it is replaced, and by what.
-        drawn = replace(how, sampled_labels=2, seed=how.seed + copy)
+        drawn = replace(how, seed=how.seed + copy)
         parts.append(_resampled(model, tokens, share, drawn, advance))
     mask = tokens.attention_mask
     masks = None if mask is None else mask.repeat(copies + 1, 1)
@@ -69,7 +69,8 @@ def _resampled(
             with arithmetic(device, how.precision):
                 states = last_states(model, ids, None if mask is None else mask.to(device))
                 positions, labels = label_positions(ids, None if mask is None else mask.to(device))
-                draws = draws_of(input_ids.shape, sequence, how).to(device)[positions]
+                # Two numbers a token: whether it is replaced, and by what.
+                draws = draws_of(input_ids.shape, sequence, 2, how.seed).to(device)[positions]
                 written = sample_labels(model, states.index_select(0, positions), draws[:, 1:])[0]
             flat = ids.flatten().clone()
             # What is predicted at a position stands at the next one.

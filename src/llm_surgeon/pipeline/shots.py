@@ -275,7 +275,8 @@ def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
         curvature=config.resolved_curvature,
         sampled_labels=config.fisher_samples if config.fisher == "true" else 0,
         iterations=config.kronecker_iterations,
-        # Each shot draws its own labels.
+        gradient_share=config.gradient_share,
+        # Each shot draws its own labels and tokens.
         seed=config.seed + shot,
         order=order,
     )

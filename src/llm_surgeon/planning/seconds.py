@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import passes_needed
-from llm_surgeon.curvature.passes import Order
+from llm_surgeon.curvature.passes import Estimation, Order
 from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES
 from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS
 from llm_surgeon.planning.skeleton import Skeleton
@@ -50,9 +51,9 @@ def pass_operations(skeleton: Skeleton, config: PruneConfig, order: Order, kept:
         order: Layer by layer, blocks are run forward twice.
         kept: Share of the prunable weights that is left.
     """
-    curvature = estimation_of(config).curvature
-    model = _model_operations(skeleton, order, kept, backward=curvature != "activations")
-    return model + kept * _factor_operations(skeleton, curvature)
+    how = estimation_of(config)
+    model = _model_operations(skeleton, order, kept, backward=how.curvature != "activations")
+    return model + kept * _factor_operations(skeleton, how)
 
 
 def _model_operations(skeleton: Skeleton, order: Order, kept: float, *, backward: bool) -> float:
@@ -74,14 +75,14 @@ def _passes(config: PruneConfig) -> int:
     return passes_needed(how, warm=False)
 
 
-def _factor_operations(skeleton: Skeleton, curvature: str) -> float:
+def _factor_operations(skeleton: Skeleton, how: Estimation) -> float:
     """Operations per token of sums of outer products, half of each symmetric one."""
     layers = skeleton.anatomy.layers.values()
-    if curvature == "diagonal":
+    if how.curvature == "diagonal":
         return sum(2.0 * layer.rows * layer.columns for layer in layers)
     inputs = sum(size**2 for size in {layer.input_group: layer.columns for layer in layers}.values())
-    gradients = sum(layer.rows**2 for layer in layers) if curvature == "kfac" else 0
-    return float(inputs + gradients)
+    gradients = sum(layer.rows**2 for layer in layers) if how.curvature == "kfac" else 0
+    return inputs + how.gradient_share * gradients
 
 
 def phase_seconds(
@@ -100,6 +101,7 @@ def phase_seconds(
     tokens = config.samples * config.seq_len
     # What a shot works on is what the one before has left.
     kept = [1.0, *(1 - sparsity for sparsity in config.sparsity_schedule)][:-1]
+    fitted = [1 - sparsity for sparsity in config.fitted_sparsities]
     window = 2 * skeleton.parameters * evaluated / rates.passes / processes
     read = skeleton.weight_bytes / DISK
     operations = sum(pass_operations(skeleton, config, order, k) for k in kept)
@@ -112,8 +114,8 @@ def phase_seconds(
         "curvature": _passes(config) * tokens * operations / rates.passes,
         "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32 / processes,
         "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32 / processes,
-        "reconstruction": sum(_reconstruction(skeleton, config, k) for k in kept) * tokens / rates.passes,
-        "gates": config.gate_steps * sum(_gate_step(skeleton, order, k) for k in kept) * tokens / rates.passes,
+        "reconstruction": _reconstructions(skeleton, config, fitted) * tokens / rates.passes,
+        "gates": config.gate_steps * sum(_gate_step(skeleton, order, k) for k in fitted) * tokens / rates.passes,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
         "evaluation": window * config.shots,
         "export and check": 2 * read + RELOAD,
@@ -121,16 +123,17 @@ def phase_seconds(
     }
 
 
-def _reconstruction(skeleton: Skeleton, config: PruneConfig, kept: float) -> float:
-    """Operations of the passes of a shot's reconstruction, per token of the text."""
+def _reconstructions(skeleton: Skeleton, config: PruneConfig, kept: Sequence[float]) -> float:
+    """Operations of the passes of the reconstructions of models with these shares of the weights, per token of text."""
     if not config.reconstruction:
         return 0.0
     prunable = skeleton.anatomy.prunable_weights
     # One run of the pruned model ends behind the attention.
-    runs = DENSE_RUNS * prunable + kept * (PRUNED_RUNS * prunable - _feed_forward_weights(skeleton))
-    # Each copy is written once, in the first shot.
+    pruned = PRUNED_RUNS * prunable - _feed_forward_weights(skeleton)
+    runs = sum(DENSE_RUNS * prunable + share * pruned for share in kept)
+    # Each copy is written once.
     copies = config.reconstruction_copies
-    return 2 * ((1 + copies) * runs + skeleton.parameters * copies / config.shots)
+    return 2 * ((1 + copies) * runs + skeleton.parameters * copies)
 
 
 def _gate_step(skeleton: Skeleton, order: Order, kept: float) -> float:

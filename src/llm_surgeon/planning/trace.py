@@ -238,6 +238,7 @@ def estimation_of(config: PruneConfig) -> Estimation:
         config.precision,
         "diagonal" if curvature in TERMS else curvature,
         samples,
+        gradient_share=config.gradient_share,
         seed=config.seed,
     )
 
