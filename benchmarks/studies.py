@@ -73,7 +73,6 @@ FRENCH_VARIANTS = {
 # The same windows, each a sequence.
 ALONE = {"samples": 32, "seq_len": 512, "windows_per_sample": 1}
 CROSS_FITTED = PAIRS | ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
-TWO_SHOTS = CROSS_FITTED | ALONE | {"shots": 2, "fit_after": "last"}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -169,15 +168,15 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         },
     ),
     "crossfitting": (
-        "Cross-fitting, rows and columns, one or two shots to each size",
+        "Cross-fitting, rows and columns, one shot to each size",
         {
             f"to {100 - removed} %, seed {seed}": CROSS_FITTED | {"sparsity": removed / 100, "seed": seed}
             for seed in (0, 1, 2)
             for removed in (10, 20, 30, 40, 50)
         }
-        | {f"to 50 %, windows alone, seed {seed}": CROSS_FITTED | ALONE | {"seed": seed} for seed in (0, 1, 2)}
         | {
-            f"two shots to {100 - removed} %, windows alone, seed {seed}": TWO_SHOTS
+            f"to {100 - removed} %, windows alone, seed {seed}": CROSS_FITTED
+            | ALONE
             | {"sparsity": removed / 100, "seed": seed}
             for seed in (0, 1, 2)
             for removed in (10, 20, 30, 40, 50)
@@ -199,7 +198,10 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for name, options in FRENCH_VARIANTS.items()
         }
         | {
-            f"two shots to {100 - removed} %, fitted crosswise": FRENCH | TWO_SHOTS | {"sparsity": removed / 100}
+            f"one shot to {100 - removed} %, fitted crosswise": FRENCH
+            | CROSS_FITTED
+            | ALONE
+            | {"sparsity": removed / 100}
             for removed in (10, 20, 30, 40, 50)
         },
     ),

@@ -23,6 +23,7 @@ COMMON = {
 RECIPES = {
     "kfac": ("llama-biased", {"shots": 3}),
     "layer by layer": ("llama-biased", {"shots": 2, "order": "layer-major"}),
+    "kfac, some gradients": ("llama", {"shots": 2, "gradient_share": 0.4}),
     "kfac, one by one": ("llama", {"shots": 1, "max_correlations": 1}),
     "neurons and heads": ("llama", {"shots": 2, "structure": "neurons+heads", "round_to": 4}),
     "unstructured": ("llama-biased", {"shots": 2, "structure": "unstructured", "sparsity": 0.6, "update_steps": 3}),

@@ -78,8 +78,8 @@ def test_a_preset_stands_for_its_options():
     assert (fast.shots, fast.steps_per_shot, fast.reconstruction, fast.reconstruction_copies) == (1, 2, True, 0)
     assert (fast.cross_fit, fast.gate_steps) == (True, 2)
     best = PruneConfig(preset="best", structure="neurons+heads")
-    assert (best.shots, best.steps_per_shot, best.reconstruction, best.reconstruction_copies) == (2, 2, True, 2)
-    assert (best.cross_fit, best.gate_steps, best.fit_after) == (True, 4, "last")
+    assert (best.shots, best.steps_per_shot, best.reconstruction, best.reconstruction_copies) == (1, 2, True, 2)
+    assert (best.cross_fit, best.gate_steps) == (True, 4)
 
 
 def test_what_is_given_beside_a_preset_holds():

@@ -29,7 +29,6 @@ Precision = Literal["bfloat16", "float32"]
 PassOrder = Literal["auto", "batch-major", "layer-major"]
 Residence = Literal["auto", "resident", "streamed"]
 LayerBudget = Literal["uniform", "owl"]
-FitAfter = Literal["each", "last"]
 Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
@@ -105,6 +104,7 @@ class PruneConfig(BaseModel):
     fisher: Literal["empirical", "true"] = Field(
         "empirical", description="Labels of the gradients: empirical (the text's own) or true (sampled from the model)."
     )
+    fisher_samples: int = Field(1, ge=1, description="Sampled labels per token with --fisher true.")
     gradient_share: float = Field(
         1.0,
         gt=0.0,
@@ -112,7 +112,6 @@ class PruneConfig(BaseModel):
         description="Share of the tokens of each sequence that gradient factors are summed over, drawn by the size of "
         "their gradients and weighted (for K-FAC).",
     )
-    fisher_samples: int = Field(1, ge=1, description="Sampled labels per token with --fisher true.")
     kronecker_iterations: int = Field(
         2, ge=1, description="Power iterations of nearest-kronecker and kronecker-sum; two passes over the data each."
     )
@@ -261,9 +260,6 @@ class PruneConfig(BaseModel):
         False,
         description="Reconstruct from each half of the calibration sequences by itself, with gates set by the other "
         "half, and take the mean of the two models' weights.",
-    )
-    fit_after: FitAfter = Field(
-        "each", description="Shots after which reconstruction and gates are fitted: each, or the last one only."
     )
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
@@ -504,15 +500,6 @@ class PruneConfig(BaseModel):
     def parts_of_text(self) -> int:
         """Parts of the calibration sequences that are fitted to apart; each process needs one of each at least."""
         return HALVES if self.cross_fit else 1
-
-    def fits_after(self, shot: int) -> bool:
-        """Whether reconstruction and gates, if wanted, come after a shot, counted from 1."""
-        return self.fit_after == "each" or shot == self.shots
-
-    @property
-    def fitted_sparsities(self) -> list[float]:
-        """Sparsities of the models that reconstruction and gates, if wanted, are fitted to."""
-        return [sparsity for shot, sparsity in enumerate(self.sparsity_schedule, start=1) if self.fits_after(shot)]
 
     @property
     def resolved_curvature(self) -> CurvatureName | None:

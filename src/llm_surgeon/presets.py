@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 Preset = Literal["fast", "best"]
 
-_FITTED = {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True}
+_ONE_SHOT: dict[str, Any] = {"shots": 1, "steps_per_shot": 2, "reconstruction": True, "cross_fit": True}
 PRESETS = MappingProxyType(
     {
-        # One pass for the curvature.
-        "fast": _FITTED | {"shots": 1, "reconstruction_copies": 0, "gate_steps": 2},
-        # The best perplexity found without training, but for two numbers for each head and feed-forward part. Fitted
-        # after each shot, a model would be fitted to the same text again and again, which is no better.
-        "best": _FITTED | {"shots": 2, "fit_after": "last", "gate_steps": 4},
+        # Copies of the calibration text and more steps on gates take twice the time.
+        "fast": _ONE_SHOT | {"reconstruction_copies": 0, "gate_steps": 2},
+        # The best perplexity found without training, but for two numbers for each head and feed-forward part. More
+        # shots, fitted after each or after the last, were no better.
+        "best": _ONE_SHOT | {"gate_steps": 4},
     }
 )
 # What structures that leave zeros in matrices of the old shapes have no use for, and recipes without reconstruction.

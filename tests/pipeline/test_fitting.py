@@ -10,14 +10,11 @@ from llm_surgeon.curvature.passes import Estimation
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.models import examine, family_of
 from llm_surgeon.pipeline import fitting
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.fitting import Fitting
 from llm_surgeon.pipeline.gates import set_gates
-from llm_surgeon.pipeline.reconstruction import Reconstruction, goal_of, reconstruct
-from llm_surgeon.pipeline.shots import run_shots
-from llm_surgeon.pipeline.structures import structure_of
+from llm_surgeon.pipeline.reconstruction import Reconstruction, reconstruct
 from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.report.progress import SilentProgress
 from llm_surgeon.storage import TensorStore
@@ -132,30 +129,6 @@ def test_a_run_records_the_means_of_both_halves(copies):
     assert all(shot.gates.last_loss <= shot.gates.first_loss for shot in report.shots)
     assert all(shot.reconstruction_seconds > 0 and shot.gates_seconds > 0 for shot in report.shots)
     assert all(0 < shot.reconstruction.relative_error < 1 for shot in report.shots)
-
-
-@pytest.mark.parametrize("cross", [False, True])
-def test_fitting_may_wait_for_the_last_shot(cross):
-    dense = build("llama")
-    anatomy = examine(dense, family_of("llama"))
-    config = PruneConfig.from_mapping({**RECIPE, "cross_fit": cross, "shots": 3, "fit_after": "last"})
-    without = config.model_copy(update={"reconstruction": False, "cross_fit": False, "gate_steps": 0})
-
-    model, expected = deepcopy(dense), deepcopy(dense)
-    *early, late = run_shots(
-        model, anatomy, TEXT, config, SilentProgress(), dense=goal_of(model, anatomy, TEXT, config)
-    )
-    *_, last = run_shots(expected, anatomy, TEXT, without, SilentProgress())
-    structure = structure_of(config, anatomy)
-    structure.resume(last.masks)
-    records = fitting_of(expected, dense, anatomy, shots=3, cross_fit=cross).after_shot(3, structure.shapes, Clock(CPU))
-
-    assert all(shot.reconstruction is None and shot.gates is None for shot in early)
-    assert all("reconstruction" not in shot.seconds and "gates" not in shot.seconds for shot in early)
-    assert (late.reconstruction, late.gates) == records
-    assert None not in records
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor)
 
 
 def test_without_reconstruction_there_is_nothing_to_cross():

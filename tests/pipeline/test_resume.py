@@ -74,7 +74,7 @@ def without_times(report):
 
 
 CASES = {
-    "rows-columns": ("llama", {"sparsity": 0.5}),
+    "rows-columns": ("llama", {"sparsity": 0.5, "gradient_share": 0.5}),
     "biases": ("opt", {"sparsity": 0.4}),
     "transposed, bfloat16": ("gpt2", {"structure": "neurons+rows-columns", "dtype": "bfloat16"}),
     "neurons+heads": ("phi3", {"structure": "neurons+heads", "round_to": 2}),

@@ -113,19 +113,6 @@ def test_cross_fitting_holds_the_weights_of_the_other_half(checkpoint, recipe):
         assert named(crossed)[name].seconds == pytest.approx(named(without)[name].seconds)
 
 
-def test_fitting_after_the_last_shot_is_planned_for_what_is_left_then(checkpoint, recipe):
-    common = {"reconstruction": True, "gate_steps": 1, "cross_fit": True, "sparsity": 0.5}
-    one, last, each = (
-        named(plan(str(checkpoint), recipe(shots=shots, fit_after=after, **common)))
-        for shots, after in ((1, "each"), (2, "last"), (2, "each"))
-    )
-    for name in ("reconstruction", "gates"):
-        half = one[name].host["weights of the other half"]
-        assert last[name].host["weights of the other half"] == half < each[name].host["weights of the other half"]
-        assert last[name].seconds == pytest.approx(one[name].seconds)
-        assert each[name].seconds > 1.9 * last[name].seconds
-
-
 @pytest.mark.parametrize("order", ["batch-major", "layer-major"])
 def test_seconds_of_gates_are_those_of_their_passes(checkpoint, recipe, order):
     config = recipe(shots=1, sparsity=0.5, gate_steps=2)

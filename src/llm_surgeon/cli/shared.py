@@ -38,7 +38,6 @@ _PANELS = {
     "Reconstruction": (
         *(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
         "cross_fit",
-        "fit_after",
     ),
     "Gates": ("gate_steps", "gate_damping"),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),

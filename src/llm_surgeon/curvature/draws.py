@@ -25,7 +25,7 @@ def draws_of(shape: Sequence[int], first: int, numbers: int, seed: int | str) ->
     """
     sequences, length = shape
     seeds = (random.Random(f"{seed} {first + row}").getrandbits(32) for row in range(sequences))
-    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    generators = (torch.Generator().manual_seed(own) for own in seeds)
     return torch.cat([torch.rand(length, numbers, generator=generator) for generator in generators])
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.curvature.draws import TokenSample
 from llm_surgeon.curvature.hooks import Hooks
 from llm_surgeon.curvature.passes import Advance, Estimation, LabelledBatch, PassResult, label_draws, sample_of
 from llm_surgeon.curvature.sweep import Batch, Sweep
@@ -35,12 +36,14 @@ class _Waiting:
         batch: The batch.
         labelled: Where it has labels.
         first: Number of its first sequence among those of all processes.
+        sample: The tokens that gradients are summed over; None takes all that have a label.
         gradients: At what leaves the block whose turn it is, one for each draw of labels, ``[batch, length, width]``.
     """
 
     batch: Batch
     labelled: LabelledBatch
     first: int
+    sample: TokenSample | None
     gradients: list[Stored] = field(default_factory=list)
 
 
@@ -74,7 +77,7 @@ class LayerMajorPass:
         for batch in self._sweep.batches:
             labelled = LabelledBatch(batch.input_ids, batch.attention_mask)
             batch.positions = labelled.positions
-            self._waiting.append(_Waiting(batch, labelled, sequence))
+            self._waiting.append(_Waiting(batch, labelled, sequence, sample_of(labelled, sequence, how)))
             sequence += len(batch.input_ids)
         self._device = next(model.parameters()).device
         self._progress = _Share(advance)
@@ -144,8 +147,7 @@ class LayerMajorPass:
     def _backward(self, block: int, entered: list[Stored], hooks: Hooks) -> None:
         with self._sweep.ready(block):
             for waiting, hidden in zip(self._waiting, entered, strict=True):
-                hooks.positions = waiting.batch.positions
-                hooks.sample = sample_of(waiting.labelled, waiting.first, self._how)
+                hooks.positions, hooks.sample = waiting.batch.positions, waiting.sample
                 with torch.enable_grad(), arithmetic(self._device, self._how.precision):
                     entering = hidden.get().detach().requires_grad_()
                     leaving = self._sweep.run(block, waiting.batch, entering)

@@ -67,15 +67,13 @@ class Fitting:
     processes: Processes
 
     def after_shot(self, number: int, keep: Mapping[str, KeepMask], clock: Clock) -> Records:
-        """Fit what the recipe wants to be fitted, in place, if it does after this shot.
+        """Fit what the recipe wants to be fitted, in place.
 
         Args:
             number: Of the shot.
             keep: Rows and columns that are left; agrees with the model.
             clock: Measures ``reconstruction`` and ``gates``.
         """
-        if not self.config.fits_after(number):
-            return None, None
         if not self.config.cross_fit:
             return self._reconstruct(number, keep, clock), self._set_gates(number, keep, clock)
         kept = [tensor.clone() for tensor in self._changing()]

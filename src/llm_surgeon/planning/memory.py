@@ -258,7 +258,7 @@ class Demand:
         """Weights of the model of one half of the text while that of the other is fitted, at most."""
         if not self.config.cross_fit:
             return {}
-        kept = 1 - self.config.fitted_sparsities[0]
+        kept = 1 - self.config.sparsity_schedule[0]
         return {"weights of the other half": round(kept * self._prunable * self.skeleton.dtype.itemsize)}
 
     def _goal(self) -> Parts:

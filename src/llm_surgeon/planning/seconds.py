@@ -99,9 +99,9 @@ def phase_seconds(
         processes: How many share out decompositions and the evaluation text.
     """
     tokens = config.samples * config.seq_len
-    # What a shot works on is what the one before has left.
+    # What a shot works on is what the one before has left; fitted is what it leaves itself.
     kept = [1.0, *(1 - sparsity for sparsity in config.sparsity_schedule)][:-1]
-    fitted = [1 - sparsity for sparsity in config.fitted_sparsities]
+    left = [1 - sparsity for sparsity in config.sparsity_schedule]
     window = 2 * skeleton.parameters * evaluated / rates.passes / processes
     read = skeleton.weight_bytes / DISK
     operations = sum(pass_operations(skeleton, config, order, k) for k in kept)
@@ -114,8 +114,8 @@ def phase_seconds(
         "curvature": _passes(config) * tokens * operations / rates.passes,
         "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32 / processes,
         "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32 / processes,
-        "reconstruction": _reconstructions(skeleton, config, fitted) * tokens / rates.passes,
-        "gates": config.gate_steps * sum(_gate_step(skeleton, order, k) for k in fitted) * tokens / rates.passes,
+        "reconstruction": _reconstructions(skeleton, config, left) * tokens / rates.passes,
+        "gates": config.gate_steps * sum(_gate_step(skeleton, order, k) for k in left) * tokens / rates.passes,
         "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
         "evaluation": window * config.shots,
         "export and check": 2 * read + RELOAD,
