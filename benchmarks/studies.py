@@ -281,11 +281,11 @@ def _tens(item: dict[str, Any]) -> dict[int, float]:
 
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
-    """Perplexity against size where most have several sizes, else one point per variant beside the dense model."""
+    """Perplexity against size if at least half have several sizes, else one point per variant beside the dense model."""
     picture = figure()
     axes = picture.subplots()
     variants = result["variants"]
-    if 2 * sum(len(item["size"]) > 1 for item in variants.values()) > len(variants):
+    if 2 * sum(len(item["size"]) > 1 for item in variants.values()) >= len(variants):
         value_axis = axes.yaxis
         for number, (label, item) in enumerate(variants.items()):
             style = {"marker": "o", "linestyle": "--" if number >= len(COLOURS) else "-"}
