@@ -281,7 +281,7 @@ def _tens(item: dict[str, Any]) -> dict[int, float]:
 
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
-    """Perplexity against size if at least half have several sizes, else one point per variant beside the dense model."""
+    """Perplexity against size where half have several sizes, else one point per variant beside the dense model."""
     picture = figure()
     axes = picture.subplots()
     variants = result["variants"]
