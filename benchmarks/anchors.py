@@ -36,6 +36,7 @@ from llm_surgeon.runtime import keep_freed_memory
 
 PUBLISHED = [26.08, 37.93, 48.83, 70.97, 94.38]
 GOAL = [24.5, 29.0, 35.0, 45.0, 57.0]
+NAME = "anchors"
 
 
 def plain_pass(model: PreTrainedModel, tokens: CalibrationTokens) -> float:
@@ -101,6 +102,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command again, for whoever has the texts."""
+    named = [] if arguments.name == NAME else ["--name", arguments.name]
+    changes = [word for item in arguments.set for word in ("--set", item)]
+    return " ".join(["python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt", *named, *changes])
+
+
 def _mib(size: int) -> str:
     return f"{size / 2**20:.0f} MiB"
 
@@ -111,7 +119,7 @@ def main() -> None:
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"anchors-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    parser.add_argument("--name", default="anchors", help="name of the result files")
+    parser.add_argument("--name", default=NAME, help="name of the result files")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="change the recipe")
     arguments = parser.parse_args()
     changes = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)}
@@ -133,10 +141,7 @@ def main() -> None:
     assert report.speed is not None
     assert report.dense_perplexity is not None
     result = {
-        **circumstances(
-            "python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt"
-            + "".join(f" --set {item}" for item in arguments.set)
-        ),
+        **circumstances(command_of(arguments)),
         "versions": report.versions,
         "config": {k: v for k, v in report.config.items() if k not in ("calibration", "evaluation")},
         "plain_pass_s": plain,
