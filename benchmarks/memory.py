@@ -1,7 +1,7 @@
 """Plan against run: what ``llm-surgeon plan`` predicts, and what the same run then uses, in fresh processes.
 
 Two models (the demo, and a random Qwen 2 of other proportions: few wide blocks, biases, an output head of its own) in
-two settings each. Few samples are enough for a peak. To be run without OMP_NUM_THREADS: memory depends on threads.
+three settings each. Few samples are enough for a peak. To be run without OMP_NUM_THREADS: memory depends on threads.
 
     python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt [--again]
 
@@ -25,10 +25,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from llm_surgeon import Plan, PruneReport
 from llm_surgeon.models.loading import load_tokenizer, resolve_source
 
-SETTINGS: list[dict[str, Any]] = [
-    {"batch_size": 2, "seq_len": 512},
-    {"batch_size": 1, "seq_len": 256},
-]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "2 x 512": {"batch_size": 2, "seq_len": 512},
+    "1 x 256": {"batch_size": 1, "seq_len": 256},
+    "4 x 512, 24 samples, --preset fast": {"batch_size": 4, "seq_len": 512, "samples": 24, "preset": "fast"},
+}
 SHORT = {"shots": 2, "sparsity": 0.4, "samples": 4, "eval_tokens": 2048}
 COMMAND = "python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt"
 
@@ -54,7 +55,10 @@ def other_model(directory: Path) -> Path:
 
 def options_of(setting: dict[str, Any], texts: list[str]) -> list[str]:
     """The command line of a setting."""
-    options = {**SHORT, **setting, "calibration": texts[0], "evaluation": texts[1], "device": "cpu"}
+    recipe = SHORT | setting
+    if "preset" in setting:
+        del recipe["shots"]
+    options = {**recipe, "calibration": texts[0], "evaluation": texts[1], "device": "cpu"}
     return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -63,12 +67,12 @@ def predicted(model: str, options: list[str], out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "llm_surgeon", "plan", model, "--out", str(out), *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     plan = Plan.model_validate_json(out.read_text(encoding="utf8"))
-    shots = sum(phase.seconds for phase in plan.phases if phase.name in ("curvature", "selection", "update"))
+    shots = sum(phase.seconds for phase in plan.phases if phase.name in PHASES)
     return {
         "peak": plan.peak,
         "weight_bytes": plan.weight_bytes,
         "shot_seconds": shots,
-        "curvature": next(phase for phase in plan.phases if phase.name == "curvature").host,
+        "largest": max((x for x in plan.phases if x.reports), key=lambda x: x.host_bytes).model_dump(),
     }
 
 
@@ -102,20 +106,26 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{after['shot_seconds']:,.0f}",
             )
         )
-        parts.append((setting, *(f"{before['curvature'].get(part, 0) / 2**20:,.0f}" for part in PARTS)))
+        largest = before["largest"]
+        parts.append((setting, largest["name"], *(f"{largest['host'].get(x, 0) / 2**20:,.0f}" for x in PARTS)))
     heading = ("batch x tokens", "peak, predicted (MiB)", "measured", "error", "weight files, predicted (MiB)",
                "measured", "shots, predicted (s)", "measured")  # fmt: skip
     return (
         f"# Plan against run\n\n{result['date']}, {result['machine']}, {result['threads']} threads. "
         f"Command: `{result['command']}`\n\nRows and columns, {SHORT['shots']} shots to "
-        f"{100 * (1 - SHORT['sparsity']):g} % of the prunable weights, {SHORT['samples']} samples, evaluation windows "
-        f"of 1,024 tokens.\n\n{table(heading, rows)}\n\nThe parts of the predicted peak, in MiB (the curvature of the "
-        f"second shot):\n\n{table(('batch x tokens', *PARTS), parts)}\n\n"
+        f"{100 * (1 - SHORT['sparsity']):g} % of the prunable weights, {SHORT['samples']} samples, if not said "
+        f"otherwise; evaluation windows of 1,024 tokens.\n\n{table(heading, rows)}\n\n"
+        f"The parts of the predicted peak, in MiB:\n\n{table(('batch x tokens', 'phase', *PARTS), parts)}\n\n"
         f"{NOTE}\n"
     )
 
 
-PARTS = ("process", "weights", "pruned weights", "factors", "passes", "allocator", "freed logits")
+# What a shot's seconds are of.
+PHASES = ("curvature", "selection", "update", "reconstruction", "gates")
+PARTS = (
+    *("process", "weights", "pruned weights", "weights of the other half", "dense weights to reconstruct"),
+    *("factors", "passes", "effects of gates", "allocator", "freed logits"),
+)
 
 
 NOTE = """\
@@ -146,8 +156,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         other = other_model(Path(scratch) / "random Qwen 2")
         for model in ("demo", str(other)):
-            for setting in SETTINGS:
-                name = f"{Path(model).name}, {setting['batch_size']} x {setting['seq_len']}"
+            for label, setting in SETTINGS.items():
+                name = f"{Path(model).name}, {label}"
                 options, out = options_of(setting, texts), Path(scratch) / name
                 foreseen = predicted(model, options, out.with_suffix(".json"))
                 found = before.get(name) or measured(model, options, out)

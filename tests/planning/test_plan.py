@@ -188,6 +188,11 @@ def test_passes_are_what_a_measured_peak_leaves_for_them(checkpoint, recipe):
     factors, left = factor_bytes(skeleton.network, skeleton.anatomy, config), logits_left(skeleton, config)
     passes = passes_within(10**9, skeleton, config, torch.device("cpu"), 10**7, 10**6)
     assert 10**7 + 10**6 + left + (1 + SLACK) * (passes + factors) == pytest.approx(10**9)
+    # Without gradients, no logits.
+    forward = recipe(seq_len=512, method="l-obd")
+    factors = factor_bytes(skeleton.network, skeleton.anatomy, forward)
+    passes = passes_within(10**9, skeleton, forward, torch.device("cpu"), 10**7, 10**6)
+    assert 10**7 + 10**6 + (1 + SLACK) * (passes + factors) == pytest.approx(10**9)
     assert passes_within(0, skeleton, config, torch.device("cpu"), 0, 0) == 0
 
 
@@ -195,7 +200,22 @@ def test_freed_logits_stay_if_a_batch_has_several_chunks(checkpoint, recipe):
     skeleton = skeleton_of(str(checkpoint), recipe())
     assert logits_left(skeleton, recipe(batch_size=1, seq_len=CHUNK + 1)) == 0
     assert logits_left(skeleton, recipe(batch_size=1, seq_len=CHUNK + 2)) == LOGITS_LEFT * CHUNK * VOCABULARY * 4
-    assert logits_left(skeleton, recipe(batch_size=4, seq_len=512, method="l-obd")) == 0, "no way back"
+
+
+@pytest.mark.parametrize(
+    ("options", "curvature", "gates"),
+    [
+        ({"shots": 1}, 1, 2),
+        ({"shots": 2}, 2, 2),
+        ({"shots": 1, "method": "l-obd"}, 0, 1),
+        ({"shots": 1, "order": "layer-major"}, 1, 1),
+    ],
+)
+def test_each_pass_of_another_model_leaves_freed_logits(options, curvature, gates, checkpoint, recipe):
+    config = recipe(batch_size=1, seq_len=CHUNK + 2, gate_steps=1, **options)
+    phases, once = named(plan(str(checkpoint), config)), LOGITS_LEFT * CHUNK * VOCABULARY * 4
+    assert phases["curvature"].host.get("freed logits", 0) == curvature * once
+    assert phases["gates"].host["freed logits"] == gates * once
 
 
 def test_rows_that_no_text_reads_stay_in_the_file(tmp_path, recipe):

@@ -7,10 +7,12 @@ import torch
 
 from llm_surgeon import PruneConfig
 from llm_surgeon.curvature import Estimation, estimate
+from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import straighten
+from llm_surgeon.pipeline.gates import gates_of, moments
 from llm_surgeon.planning.trace import LiveBytes, _Nowhere, estimation_of, factor_bytes, trace
 from tiny import BUILDERS, build, tokens
 
@@ -61,6 +63,18 @@ def test_a_pass_is_as_large_as_a_real_one(family, precision):
     assert traces.curvature == pytest.approx(real, rel=0.03)
 
 
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("order", ["batch-major", "layer-major"])
+def test_a_pass_for_gates_is_as_large_as_a_real_one(family, order):
+    model = build(family)
+    traces, config, anatomy = traced(model, gate_steps=1, order=order)
+    how = Estimation(config.sequences_per_pass, config.precision, order=order)
+    batch, gates = CalibrationTokens(tokens(2, config.seq_len), None, {}), gates_of(anatomy)
+    with CountingRealTensors() as live:
+        moments(Task(model, anatomy, {}, batch, how, lambda _: None, _Nowhere(CPU)), gates)
+    assert traces.gates == pytest.approx(live.peak, rel=0.03)
+
+
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_factors_are_those_of_an_estimation(curvature):
     model = build("llama-biased")
@@ -70,12 +84,13 @@ def test_factors_are_those_of_an_estimation(curvature):
     assert traces.curvature == pytest.approx(real, rel=0.03)
 
 
-def test_more_blocks_are_extrapolated_exactly(monkeypatch):
+@pytest.mark.parametrize("order", ["batch-major", "layer-major"])
+def test_more_blocks_are_extrapolated_exactly(order, monkeypatch):
     model = build("llama")
     model = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 9}))
-    shallow = traced(model)[0]
+    shallow = traced(model, gate_steps=1, order=order)[0]
     monkeypatch.setattr("llm_surgeon.planning.trace.DEPTH", 9)
-    assert traced(model)[0] == shallow
+    assert traced(model, gate_steps=1, order=order)[0] == shallow
 
 
 def test_an_evaluation_window_is_as_large_as_a_real_one():

@@ -74,8 +74,9 @@ class Hooks:
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and self.positions is not None:
-                inputs = self._counted(arguments[0].detach())
-                output.register_hook(lambda gradient: receive(inputs, self._counted(gradient)))
+                # Selected from when the gradient comes: until then the graph may hold it as well, a copy nobody.
+                inputs = arguments[0].detach()
+                output.register_hook(lambda gradient: receive(self._counted(inputs), self._counted(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))
 
@@ -84,8 +85,8 @@ class Hooks:
 
         def watch(value: Tensor) -> None:
             if value.requires_grad and self.positions is not None:
-                counted = self._counted(value.detach())
-                value.register_hook(lambda gradient: receive(counted, self._counted(gradient)))
+                held = value.detach()
+                value.register_hook(lambda gradient: receive(self._counted(held), self._counted(gradient)))
 
         if side == "input":
             handle = module.register_forward_pre_hook(lambda _module, arguments: watch(arguments[0]))

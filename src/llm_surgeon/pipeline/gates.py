@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from llm_surgeon.curvature.hooks import Hooks, Side
+from llm_surgeon.curvature.hooks import Hooks, PairReceive, Side
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.gates import effects, newton_step, rise_at, step_length
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
@@ -41,7 +41,7 @@ class Gated:
     Attributes:
         layer: The layer.
         axis: Which of its two.
-        members: The gate of each row, or column, of the dense layer; -1 for those without.
+        members: The gate of each row, or column, that the layer has; -1 for those without.
         count: How many gates.
     """
 
@@ -52,7 +52,7 @@ class Gated:
 
 
 def gates_of(anatomy: Anatomy) -> list[Gated]:
-    """The gates of a model: outputs and queries of each head; outputs and switches of each feed-forward part.
+    """The gates of a dense model: outputs and queries of each head; outputs and switches of each feed-forward part.
 
     What else could be scaled has the same effect: values that of outputs, keys that of queries, and a feed-forward
     part's second input that of its output.
@@ -110,7 +110,7 @@ def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
         NonFiniteError: If the loss or a weight is not finite.
         ProcessError: If another process is gone.
     """
-    work = _Work(task, [gated for gated in gates_of(task.anatomy) if _kept(task, gated).numel()])
+    work = _Work(task, [left for gated in gates_of(task.anatomy) if (left := _left(task, gated)).members.numel()])
     count = sum(gated.count for gated in work.gates)
     if not count:
         return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0)
@@ -125,15 +125,27 @@ def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
     )
 
 
-def _kept(task: Task, gated: Gated) -> Tensor:
-    """The gate of each row, or column, that the layer still has; none if nothing is left of it."""
+def moments(task: Task, gates: Sequence[Gated]) -> tuple[Tensor, Tensor, float]:
+    """Mean effects ``[gates]`` at the tokens of a task, mean products of them ``[gates, gates]``, and the loss.
+
+    Raises:
+        NonFiniteError: If the loss is not finite.
+        ProcessError: If another process is gone.
+    """
+    seen = _Effects(task, gates)
+    with Hooks() as hooks:
+        seen.watch(hooks)
+        result = task.run(hooks, backward=True, finished=seen.put_away)
+    slopes, products = seen.sums()
+    task.processes.add_up([slopes, products])
+    return slopes / result.tokens, products / result.tokens, result.loss
+
+
+def _left(task: Task, gated: Gated) -> Gated:
+    """What is left of the rows, or columns; no members if nothing is left of the layer."""
     keep = task.keep[gated.layer.name]
     members = gated.members[to_index(keep.axis(gated.axis))]
-    return members if keep.weights else members[:0]
-
-
-def _keep(batches: list[Tensor], members: Tensor, count: int, values: Tensor, gradients: Tensor) -> None:
-    batches.append(effects(values, gradients, members, count))
+    return replace(gated, members=members if keep.weights else members[:0])
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ class _Work:
             By how much each gate was multiplied ``[gates]``, the loss before, and what a parabola says of that after.
         """
         processes = self.task.processes
-        slopes, fisher, before = self._moments()
+        slopes, fisher, before = moments(self.task, self.gates)
         step = processes.from_first(partial(newton_step, slopes, fisher, damping)).double().cpu()
         slope = float(slopes.double().cpu() @ step)
         self._multiply(1 + step)
@@ -160,23 +172,13 @@ class _Work:
         self._multiply((1 + length * step) / (1 + step))
         return 1 + length * step, before, before + rise_at(length, slope, rise)
 
-    def _moments(self) -> tuple[Tensor, Tensor, float]:
-        """Mean effects ``[gates]``, mean products of them ``[gates, gates]``, and the loss."""
-        seen = _Effects(self.task, self.gates)
-        with Hooks() as hooks:
-            seen.watch(hooks)
-            result = self.task.run(hooks, backward=True, finished=seen.put_away)
-        slopes, products = seen.sums()
-        self.task.processes.add_up([slopes, products])
-        return slopes / result.tokens, products / result.tokens, result.loss
-
     @torch.no_grad()
     def _multiply(self, factors: Tensor) -> None:
         """Multiply gates ``[gates]`` into the weights, and biases of gated rows."""
         model, keep, extents = self.task.model, self.task.keep, self.task.anatomy.extents(self.task.keep)
         for gated, own in zip(self.gates, factors.split([gated.count for gated in self.gates]), strict=True):
-            layer, name, members = gated.layer, gated.layer.name, _kept(self.task, gated)
-            scale = torch.cat([own, own.new_ones(1)])[members]
+            layer, name = gated.layer, gated.layer.name
+            scale = torch.cat([own, own.new_ones(1)])[gated.members]
             with weights_of(model).present(model.get_submodule(name)):
                 matrix = read_matrix(model, layer).clone()
             if gated.axis == "rows":
@@ -189,25 +191,55 @@ class _Work:
 
 
 class _Effects:
-    """Effects of gates at the tokens of this process, which wait block by block in the task's store."""
+    """Effects of gates at the tokens of this process, which wait block by block in the task's store.
+
+    Batch by batch, memory for them is taken before the pass: in what one batch has freed, they would leave gaps that no
+    tensor of the next one fits.
+    """
 
     def __init__(self, task: Task, gates: Sequence[Gated]) -> None:
         self._task = task
-        self._batches: dict[int, list[tuple[Gated, list[Tensor]]]] = defaultdict(list)
+        self._gates: dict[int, list[Gated]] = defaultdict(list)
         for gated in gates:
-            self._batches[gated.layer.block].append((gated, []))
+            self._gates[gated.layer.block].append(gated)
+        self._held: dict[int, Tensor] = {}
         self._stored: dict[int, Stored] = {}
+        if task.how.order == "batch-major":
+            for block in self._gates:
+                self._of_block(block)
 
     def watch(self, hooks: Hooks) -> None:
         """Take from a pass, batch by batch, what the gates multiply and its gradients."""
-        for gated, batches in chain.from_iterable(self._batches.values()):
-            receive = partial(_keep, batches, _kept(self._task, gated).to(self._task.device), gated.count)
-            hooks.on_effect(core_of(self._task.model, gated.layer), _SIDES[gated.axis], receive)
+        for block, gates in self._gates.items():
+            ends = accumulate(gated.count for gated in gates)
+            for gated, end in zip(gates, ends, strict=True):
+                receive = self._receiver(block, slice(end - gated.count, end), gated)
+                hooks.on_effect(core_of(self._task.model, gated.layer), _SIDES[gated.axis], receive)
+
+    def _receiver(self, block: int, columns: slice, gated: Gated) -> PairReceive:
+        """Fills these columns of the effects of a block."""
+        members, done = gated.members.to(self._task.device), 0
+
+        def receive(values: Tensor, gradients: Tensor) -> None:
+            nonlocal done
+            end = done + len(values)
+            self._of_block(block)[done:end, columns] = effects(values, gradients, members, gated.count)
+            done = end
+
+        return receive
+
+    def _of_block(self, block: int) -> Tensor:
+        """Effects ``[tokens, gates]``; zero where no token has a label."""
+        if block not in self._held:
+            count = sum(gated.count for gated in self._gates[block])
+            tokens = self._task.tokens.input_ids.numel()
+            self._held[block] = torch.zeros(tokens, count, device=self._task.device)
+        return self._held[block]
 
     def put_away(self, block: int) -> None:
-        """Store the effects of a block, ``[tokens, gates]``."""
-        if found := self._batches.pop(block, None):
-            self._stored[block] = self._task.store.put(torch.cat([torch.cat(batches) for _, batches in found], dim=1))
+        """Store the effects of a block."""
+        if block in self._held:
+            self._stored[block] = self._task.store.put(self._held.pop(block))
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Sums over tokens of the effects ``[gates]`` and of their products ``[gates, gates]``; gives them away."""

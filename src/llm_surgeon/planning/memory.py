@@ -106,18 +106,21 @@ def passes_within(
     factors = factor_bytes(skeleton.network, skeleton.anatomy, config)
     if device.type != "cpu":
         return max(0, measured - weights - factors)
-    rest = measured - process - weights - logits_left(skeleton, config)
+    left = logits_left(skeleton, config) if _curvature_of_gradients(config) else 0
+    rest = measured - process - weights - left
     return max(0, round(rest / (1 + SLACK)) - factors)
 
 
 def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Bytes of freed space that a shot's passes leave and cannot use again, on a CPU."""
-    several = config.sequences_per_pass * (config.seq_len - 1) > CHUNK
-    curvature = config.resolved_curvature
-    if not several or curvature in (None, "identity", "activations"):
+    """Bytes of freed space that a pass with gradients leaves and cannot use again, on a CPU."""
+    if config.sequences_per_pass * (config.seq_len - 1) <= CHUNK:
         return 0
     vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
     return LOGITS_LEFT * CHUNK * vocabulary * 4
+
+
+def _curvature_of_gradients(config: PruneConfig) -> bool:
+    return config.resolved_curvature not in (None, "identity", "activations")
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class Demand:
             needs["reconstruction"] = self._on_device(reconstruction)
         if config.gate_steps:
             gates = {**self._gates(), **self._pruned(), **self._other_half()}
-            needs["gates"] = self._on_device(gates, self._on_host())
+            needs["gates"] = self._on_device(gates, self._on_host(), self._freed(gates=1))
         if config.lora:
             needs["correction"] = self._on_device({"passes": self.traces.training, **self._adapters()})
         if evaluates:
@@ -189,16 +192,24 @@ class Demand:
         masks: Parts = {} if self.config.parts else {"masks": self._prunable}
         costs: Parts = {} if self.config.parts else {"costs of single weights": ELEMENT_BYTES * self._prunable}
         return {
-            "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), self._freed()),
+            "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), self._freed(gates=0)),
             "selection": self._on_device({**self._squares, **larger}, costs | self._on_host()),
             "update": self._on_device(
                 {**self._squares, **self._statistics(), **self._pruned()}, masks | self._on_host()
             ),
         }
 
-    def _freed(self) -> Parts:
-        """Freed space of logits, of the first two shots; layer by layer they come once a shot, one after the other."""
-        times = min(2, self.config.shots) if self.waiting is None else 1
+    def _freed(self, gates: int) -> Parts:
+        """Freed space of logits.
+
+        The first two times that a model is another than before, passes with gradients leave it: in the first two shots,
+        and for the gates, which come after an update. Layer by layer, logits come once a shot, one after the other.
+
+        Args:
+            gates: How many of the passes for gates there have been.
+        """
+        curvatures = self.config.shots if _curvature_of_gradients(self.config) else 0
+        times = min(2 if self.waiting is None else 1, curvatures + gates)
         left = logits_left(self.skeleton, self.config) * times
         return {"freed logits": left} if left and self.device.type == "cpu" else {}
 

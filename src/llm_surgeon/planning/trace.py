@@ -32,6 +32,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.methods import LAYERWISE
 from llm_surgeon.models import Anatomy
+from llm_surgeon.pipeline.gates import gates_of, moments
 from llm_surgeon.pipeline.watched import watch
 from llm_surgeon.storage import Stored, TensorStore
 
@@ -144,7 +145,7 @@ def trace(
         evaluation=tracer.window() if config.evaluation != "none" else 0,
         waiting=waiting,
         watching=watching,
-        gates=tracer.batch(Estimation(config.sequences_per_pass, config.precision, order=order))
+        gates=tracer.gates(Estimation(config.sequences_per_pass, config.precision, order=order))
         if config.gate_steps
         else 0,
     )
@@ -164,6 +165,10 @@ class _Tracer:
     def batch(self, how: Estimation) -> int:
         """Bytes beside weights and factors."""
         return self._by_depth(partial(self._estimate, how))
+
+    def gates(self, how: Estimation) -> int:
+        """Bytes beside the weights, with the effects of the gates at the tokens of the batch."""
+        return self._by_depth(partial(self._moments, how))
 
     def window(self) -> int:
         """Bytes beside the weights."""
@@ -185,8 +190,11 @@ class _Tracer:
         """Make the model so many blocks deep; returns what is left of its layers."""
         del self._blocks[:]
         self._blocks.extend(self._all[:depth])
-        layers = {name: layer for name, layer in self._anatomy.layers.items() if layer.block < depth}
-        return replace(self._anatomy, layers=layers)
+        whole = self._anatomy
+        layers = {name: layer for name, layer in whole.layers.items() if layer.block < depth}
+        attentions = tuple(part for part in whole.attentions if layers.keys() >= set(part.layers))
+        feed_forwards = tuple(part for part in whole.feed_forwards if layers.keys() >= set(part.layers))
+        return replace(whole, blocks=depth, layers=layers, attentions=attentions, feed_forwards=feed_forwards)
 
     @contextmanager
     def _counted(self) -> Iterator[LiveBytes]:
@@ -203,6 +211,14 @@ class _Tracer:
             factors = estimate(self._network, anatomy, {}, tokens, how, store=_Nowhere(self._device))
             kept = how.order == "batch-major" or how.curvature not in PUT_AWAY
             return live.peak - (factors.nbytes if kept else 0)
+
+    def _moments(self, how: Estimation, anatomy: Anatomy) -> int:
+        gates = [replace(gated, members=self._fake.from_tensor(gated.members)) for gated in gates_of(anatomy)]
+        with self._counted() as live:
+            tokens = self._tokens(min(how.batch_size, self._config.samples))
+            if gates:
+                moments(Task(self._network, anatomy, {}, tokens, how, _nowhere, _Nowhere(self._device)), gates)
+            return live.peak
 
     def _evaluate(self, _anatomy: Anatomy) -> int:
         window = self._config.eval_window
