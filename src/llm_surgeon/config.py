@@ -250,8 +250,14 @@ class PruneConfig(BaseModel):
         0,
         ge=0,
         description="After each shot, Newton steps on gates: one number for the output and the queries of each head, "
-        "and for the output and the switch of each feed-forward part, by the loss of the calibration text; 0: none. "
+        "and for the output and the switch of each group of neurons, by the loss of the calibration text; 0: none. "
         "No other weight is trained.",
+    )
+    gate_width: int | None = Field(
+        None,
+        ge=1,
+        description="Neurons of a feed-forward part that share gates; unset: all of it, and with cross_fit as few "
+        "(16 or more) as leave each gate a token to be set by, with 8,192 gates at most.",
     )
     gate_damping: float = Field(
         0.5, gt=0.0, description="Damping of these steps, as a fraction of the mean diagonal of the gates' Fisher."

@@ -13,7 +13,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.pipeline import fitting
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.fitting import Fitting
-from llm_surgeon.pipeline.gates import set_gates
+from llm_surgeon.pipeline.gates import gate_width, set_gates
 from llm_surgeon.pipeline.reconstruction import Reconstruction, reconstruct
 from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.report.progress import SilentProgress
@@ -38,12 +38,14 @@ def fitting_of(model, dense, anatomy, text=TEXT, processes=ALONE, **options):
 @pytest.mark.parametrize("family", ["llama-biased", "gpt2", "phi3"])
 def test_the_result_is_the_mean_of_a_model_of_each_half(family, gate_steps):
     model, dense, anatomy, keep = pruned(family)
+    width = gate_width(anatomy, PruneConfig.from_mapping(RECIPE))
+    assert width < anatomy.feed_forwards[0].neurons
     models, records = [deepcopy(model), deepcopy(model)], []
     even, odd = (CalibrationTokens(TEXT.input_ids[first::2], None, {}) for first in (0, 1))
     for one, own, other in zip(models, (even, odd), (odd, even), strict=True):
         first = reconstruct(one, dense, anatomy, keep, own, Reconstruction(0.2, 3, "float32"))
         task = Task(one, anatomy, keep, other, Estimation(3, "float32"), lambda _: None, TensorStore(CPU))
-        records.append((first, set_gates(task, gate_steps, 0.5) if gate_steps else None))
+        records.append((first, set_gates(task, gate_steps, 0.5, width) if gate_steps else None))
 
     reconstruction, gates = fitting_of(model, dense, anatomy, gate_steps=gate_steps).after_shot(1, keep, Clock(CPU))
 

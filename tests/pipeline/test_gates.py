@@ -15,7 +15,7 @@ from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import to_index
 from llm_surgeon.models.matrix import core_of, read_matrix
 from llm_surgeon.pipeline import gates as module
-from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, gates_of, set_gates
+from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, gate_width, gates_of, set_gates
 from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.shots import _Run, run_shots
 from llm_surgeon.report.progress import SilentProgress
@@ -65,10 +65,11 @@ def gate_by_hooks(model, gates, keep, factors):
 
 
 @families
-def test_moments_are_those_of_derivatives_at_each_position(family, monkeypatch):
+@pytest.mark.parametrize("width", [None, 5])
+def test_moments_are_those_of_derivatives_at_each_position(family, width, monkeypatch):
     """By autograd, with a gate of its own at each position of each sequence."""
     model, anatomy, keep = lively(family)
-    gates = [gated for gated in gates_of(anatomy) if keep[gated.layer.name].weights]
+    gates = [gated for gated in gates_of(anatomy, width) if keep[gated.layer.name].weights]
     other, positions = deepcopy(model), TEXT.input_ids.numel()
     own = [torch.ones(positions, gated.count, requires_grad=True) for gated in gates]
     gate_by_hooks(other, gates, keep, own)
@@ -80,7 +81,7 @@ def test_moments_are_those_of_derivatives_at_each_position(family, monkeypatch):
     step = torch.zeros(by_token.shape[1])
     monkeypatch.setattr(module, "newton_step", lambda *moments: seen.append(moments) or step)
 
-    record = set_gates(task_of(model, anatomy, keep), 1, 0.7)
+    record = set_gates(task_of(model, anatomy, keep), 1, 0.7, width)
 
     ((slopes, fisher, damping),) = seen
     for found, expected in ((slopes, by_token.sum(0)), (fisher, by_token.T @ by_token)):
@@ -94,16 +95,17 @@ def test_moments_are_those_of_derivatives_at_each_position(family, monkeypatch):
 
 
 @families
-def test_gates_are_in_the_weights_afterwards(family, monkeypatch):
+@pytest.mark.parametrize("width", [None, 5])
+def test_gates_are_in_the_weights_afterwards(family, width, monkeypatch):
     model, anatomy, keep = lively(family)
-    gates = [gated for gated in gates_of(anatomy) if keep[gated.layer.name].weights]
+    gates = [gated for gated in gates_of(anatomy, width) if keep[gated.layer.name].weights]
     other, before, length = deepcopy(model), deepcopy(model), 0.6
     count = sum(gated.count for gated in gates)
     step = 0.5 * torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.2
     monkeypatch.setattr(module, "newton_step", lambda *_: step)
     monkeypatch.setattr(module, "step_length", lambda *_: length)
 
-    record = set_gates(task_of(model, anatomy, keep), 1, 0.5)
+    record = set_gates(task_of(model, anatomy, keep), 1, 0.5, width)
 
     factors = (1 + length * step).float().split([gated.count for gated in gates])
     gate_by_hooks(other, gates, keep, [own[None] for own in factors])
@@ -112,6 +114,43 @@ def test_gates_are_in_the_weights_afterwards(family, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (found - before(TEXT.input_ids).logits).abs().max() > 0.01
     assert record.largest_change == pytest.approx(length * float(step.abs().max()))
+
+
+def test_a_group_is_as_wide_as_is_said():
+    anatomy = examine(build("llama"), family_of("llama"))
+    (part, _), width = anatomy.feed_forwards, 7
+    assert part.neurons % width
+    for layer, axis in ((part.output.layer, "columns"), (part.inputs[0].layer, "rows")):
+        (gated,) = (x for x in gates_of(anatomy, width) if (x.layer.name, x.axis) == (layer, axis))
+        assert gated.members.tolist() == [neuron // width for neuron in range(part.neurons)]
+        assert gated.count == -(-part.neurons // width)
+    heads = [gated.count for gated in gates_of(anatomy, width) if "self_attn" in gated.layer.name]
+    assert heads == [4] * 4
+
+
+def width_of(**options):
+    config = PruneConfig.from_mapping({**SMALL, "gate_steps": 1, "reconstruction": True, **options})
+    return gate_width(examine(build("llama"), family_of("llama")), config)
+
+
+def test_gates_are_as_fine_as_the_text_of_the_other_half_allows(monkeypatch):
+    monkeypatch.setattr(module, "NARROWEST", 4)
+    (part, _) = examine(build("llama"), family_of("llama")).feed_forwards
+    # Gates of a model with groups so wide: four heads and the groups, two gates each, in two blocks.
+    counts = {width: 4 * (4 + -(-part.neurons // width)) for width in (4, 8, 16)}
+    for width, count in counts.items():
+        # Sequences of two tokens, half of which set the gates.
+        assert width_of(samples=count, seq_len=2, cross_fit=True) == width
+    assert width_of(samples=counts[4] - 1, seq_len=2, cross_fit=True) == 8
+    assert width_of(samples=2, seq_len=2, cross_fit=True) == part.neurons
+    monkeypatch.setattr(module, "MOST_GATES", counts[8])
+    assert width_of(samples=1000, cross_fit=True) == 8
+
+
+def test_gates_are_one_for_a_part_where_reconstruction_has_seen_the_text():
+    (part, _) = examine(build("llama"), family_of("llama")).feed_forwards
+    assert width_of(samples=1000) == part.neurons
+    assert width_of(samples=1000, gate_width=3) == width_of(samples=1000, gate_width=3, cross_fit=True) == 3
 
 
 @families
@@ -219,18 +258,19 @@ def test_a_run_records_its_gates(options):
 
 
 @pytest.mark.parametrize(
-    ("options", "tokens_per_gate", "expected"),
+    ("options", "expected"),
     [
-        ({}, 7, "20 gates are set by 128 tokens: fewer than 7 for each"),
-        ({}, 6, None),
-        ({"reconstruction": True, "cross_fit": True}, 6, "20 gates are set by 64 tokens"),
-        ({"ignore": ["o_proj", "down_proj"]}, 7, "there are no gates to set"),
+        ({}, "20 gates are set by 128 tokens: fewer than 7 for each"),
+        ({"samples": 9}, None),
+        ({"gate_width": 16}, "28 gates are set by 128 tokens"),
+        ({"reconstruction": True, "cross_fit": True, "samples": 8}, None),
+        ({"reconstruction": True, "cross_fit": True, "samples": 7}, "20 gates are set by 56 tokens: fewer than 3"),
+        ({"ignore": ["o_proj", "down_proj"]}, "there are no gates to set"),
     ],
 )
-def test_what_gates_cannot_do_is_said_once_before_the_first_shot(
-    options, tokens_per_gate, expected, monkeypatch, caplog
-):
-    monkeypatch.setattr(module, "TOKENS_PER_GATE", tokens_per_gate)
+def test_what_gates_cannot_do_is_said_once_before_the_first_shot(options, expected, monkeypatch, caplog):
+    monkeypatch.setattr(module, "TOKENS_PER_GATE", 7)
+    monkeypatch.setattr(module, "CROSSWISE_TOKENS_PER_GATE", 3)
     said = []
     monkeypatch.setattr(_Run, "shot", lambda *_: said.append(caplog.text) or SimpleNamespace(start=None))
     config = PruneConfig.from_mapping({**SMALL, "shots": 2, "gate_steps": 1, **options})

@@ -8,6 +8,7 @@ from llm_surgeon import PruneConfig, plan, prune_checkpoint
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, DataError, ModelError
 from llm_surgeon.models.head import CHUNK
+from llm_surgeon.pipeline.gates import gate_width, gates_of
 from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import LOGITS_LEFT, READ_AROUND, SLACK, logits_left, passes_within, weights_read
@@ -100,6 +101,18 @@ def test_gates_are_planned(checkpoint, recipe, order):
     # Four heads and one feed-forward part in either block, with two gates each, at all tokens.
     count, tokens = 2 * 2 * (4 + 1), recipe().samples * recipe().seq_len
     assert phase.host["effects of gates"] == 4 * count * (tokens + count)
+
+
+def test_gates_are_planned_as_fine_as_they_are_for_the_whole_text(checkpoint, recipe):
+    """A process has its part of the text only, and all gates."""
+    common = {"samples": 64, "reconstruction": True, "gate_steps": 1, "cross_fit": True}
+    one, two = (named(plan(str(checkpoint), recipe(**common), processes=n))["gates"].host for n in (1, 2))
+    config = recipe(**common)
+    anatomy = skeleton_of(str(checkpoint), config).anatomy
+    count = sum(gated.count for gated in gates_of(anatomy, gate_width(anatomy, config)))
+    assert count > sum(gated.count for gated in gates_of(anatomy))
+    for found, samples in ((one, 64), (two, 32)):
+        assert found["effects of gates"] == 4 * count * (samples * config.seq_len // 2 + count)
 
 
 def test_cross_fitting_holds_the_weights_of_the_other_half(checkpoint, recipe):

@@ -39,7 +39,7 @@ _PANELS = {
         *(name for name in PruneConfig.model_fields if name.startswith("reconstruction")),
         "cross_fit",
     ),
-    "Gates": ("gate_steps", "gate_damping"),
+    "Gates": ("gate_steps", "gate_width", "gate_damping"),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
     "Texts": (
         *("calibration", "samples", "seq_len", "windows_per_sample"),

@@ -28,7 +28,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline.clock import Clock
-from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, set_gates
+from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES, gate_width, set_gates
 from llm_surgeon.pipeline.last_norm import last_norm
 from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, reconstruct
 from llm_surgeon.pipeline.resampling import with_copies
@@ -119,7 +119,7 @@ class Fitting:
     def _set_gates(
         self, number: int, keep: Mapping[str, KeepMask], clock: Clock, half: int | None = None
     ) -> GatesRecord | None:
-        """Set the gates of heads and feed-forward parts by the loss of the text, or of half of it."""
+        """Set the gates of heads and groups of neurons by the loss of the text, or of half of it."""
         config = self.config
         if not config.gate_steps:
             return None
@@ -129,7 +129,7 @@ class Fitting:
         with clock.phase("gates"), self.progress.phase(self._phase(number, "gates", half), work) as phase:
             store = self.store or TensorStore(next(self.model.parameters()).device)
             task = Task(self.model, self.anatomy, keep, tokens, how, phase.advance, store, self.processes)
-            return set_gates(task, config.gate_steps, config.gate_damping)
+            return set_gates(task, config.gate_steps, config.gate_damping, gate_width(self.anatomy, config))
 
     def _phase(self, number: int, name: str, half: int | None) -> str:
         by = "" if half is None else f" by half {half + 1} of {HALVES}"

@@ -1,10 +1,10 @@
-"""Gates of heads and feed-forward parts, two of each, set after a shot: see ``gates.py`` for what a step minimises."""
+"""Gates of heads and groups of neurons, two of each, set after a shot: see ``gates.py`` for what a step minimises."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature.hooks import Hooks, PairReceive, Side
 from llm_surgeon.curvature.task import Task
 from llm_surgeon.gates import effects, newton_step, rise_at, step_length
@@ -30,6 +31,11 @@ logger = logging.getLogger(__name__)
 BACKWARD_PASSES, FORWARD_PASSES = 1, 1
 # With fewer tokens for each gate, they are warned of: 28 have helped, and one has done harm.
 TOKENS_PER_GATE = 10
+# The same for gates set by text that reconstruction has not seen: so few have helped.
+CROSSWISE_TOKENS_PER_GATE = 1
+# How finely feed-forward parts are gated then, unless the recipe says it: neurons that share gates, at least, and gates
+# of a model, at most; the Fisher of so many takes 256 MiB.
+NARROWEST, MOST_GATES = 16, 8192
 # What a gate on an axis of a matrix multiplies.
 _SIDES: dict[Axis, Side] = {"columns": "input", "rows": "output"}
 
@@ -51,53 +57,88 @@ class Gated:
     count: int
 
 
-def gates_of(anatomy: Anatomy) -> list[Gated]:
-    """The gates of a dense model: outputs and queries of each head; outputs and switches of each feed-forward part.
+def gates_of(anatomy: Anatomy, width: int | None = None) -> list[Gated]:
+    """The gates of a dense model: outputs and queries of each head; outputs and switches of each group of neurons.
 
     What else could be scaled has the same effect: values that of outputs, keys that of queries, and a feed-forward
     part's second input that of its output.
+
+    Args:
+        anatomy: Its layers.
+        width: Neurons in a group, which follow one another; None takes all of a feed-forward part.
     """
     attention = (gated for part in anatomy.attentions for gated in _of_attention(anatomy, part))
-    feed_forward = (gated for part in anatomy.feed_forwards for gated in _of_feed_forward(anatomy, part))
+    feed_forward = (gated for part in anatomy.feed_forwards for gated in _of_feed_forward(anatomy, part, width))
     return sorted([*attention, *feed_forward], key=lambda gated: gated.layer.block)
+
+
+def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
+    """Neurons of a feed-forward part that share gates.
+
+    Unless the recipe says it, these are all of a part; or, where the gates are set by text that reconstruction has not
+    seen, as few as its tokens allow.
+
+    Args:
+        anatomy: The layers of the dense model.
+        config: The recipe of the whole run, whatever this process has of it.
+    """
+    widest = max((part.neurons for part in anatomy.feed_forwards), default=1)
+    if config.gate_width is not None or not config.cross_fit:
+        return config.gate_width or widest
+    most = min(MOST_GATES, _tokens(config) // CROSSWISE_TOKENS_PER_GATE)
+    width = NARROWEST
+    while width < widest and _count(gates_of(anatomy, width)) > most:
+        width *= 2
+    return min(width, widest)
+
+
+def _tokens(config: PruneConfig) -> int:
+    """What sets the gates of a model."""
+    return config.samples * config.seq_len // config.parts_of_text
+
+
+def _count(gates: Iterable[Gated]) -> int:
+    return sum(gated.count for gated in gates)
 
 
 def _of_attention(anatomy: Anatomy, part: AttentionPart) -> Iterator[Gated]:
     output, query = part.output, part.query
-    yield _gated(anatomy, output.layer, "columns", output.index.reshape(-1, part.width))
-    yield _gated(anatomy, query.layer, "rows", query.index.reshape(-1, part.width))
+    yield _gated(anatomy, output.layer, "columns", output.index.reshape(-1, part.width).unbind())
+    yield _gated(anatomy, query.layer, "rows", query.index.reshape(-1, part.width).unbind())
 
 
-def _of_feed_forward(anatomy: Anatomy, part: FeedForwardPart) -> Iterator[Gated]:
+def _of_feed_forward(anatomy: Anatomy, part: FeedForwardPart, width: int | None) -> Iterator[Gated]:
     output, switch = part.output, part.inputs[0]
-    yield _gated(anatomy, output.layer, "columns", output.index[None])
-    yield _gated(anatomy, switch.layer, "rows", switch.index[None])
+    yield _gated(anatomy, output.layer, "columns", output.index.split(width or part.neurons))
+    yield _gated(anatomy, switch.layer, "rows", switch.index.split(width or part.neurons))
 
 
-def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor) -> Gated:
-    """A gate for each row of ``index [gates, size]``, rows or columns of the dense layer."""
+def _gated(anatomy: Anatomy, name: str, axis: Axis, groups: Sequence[Tensor]) -> Gated:
+    """A gate for each group of rows, or columns, of the dense layer."""
     layer = anatomy.layers[name]
     members = torch.full((layer.rows if axis == "rows" else layer.columns,), -1)
-    members[index] = torch.arange(len(index))[:, None].expand_as(index)
-    return Gated(layer, axis, members, len(index))
+    for number, index in enumerate(groups):
+        members[index] = number
+    return Gated(layer, axis, members, len(groups))
 
 
-def warn_of_gates(anatomy: Anatomy, tokens: int) -> None:
-    """Say so if a model has no gates, or so many tokens of text are few for each."""
-    count = sum(gated.count for gated in gates_of(anatomy))
+def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
+    """Say so if a model has no gates, or the tokens of the recipe are few for each."""
+    count, tokens = _count(gates_of(anatomy, gate_width(anatomy, config))), _tokens(config)
+    enough = CROSSWISE_TOKENS_PER_GATE if config.cross_fit else TOKENS_PER_GATE
     if not count:
         logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")
-    elif tokens < TOKENS_PER_GATE * count:
+    elif tokens < enough * count:
         logger.warning(
             "%d gates are set by %d tokens: fewer than %d for each fit the text rather than the language; raise "
-            "--samples, or leave out --gate-steps",
+            "--samples or --gate-width, or leave out --gate-steps",
             count,
             tokens,
-            TOKENS_PER_GATE,
+            enough,
         )
 
 
-def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
+def set_gates(task: Task, steps: int, damping: float, width: int | None = None) -> GatesRecord:
     """Take some Newton steps on the gates of a pruned model, and put them into its weights.
 
     Args:
@@ -105,13 +146,15 @@ def set_gates(task: Task, steps: int, damping: float) -> GatesRecord:
             of all tokens ``BACKWARD_PASSES + FORWARD_PASSES`` times a step.
         steps: How many, at least one; each takes the gates as the one before has left them.
         damping: As a fraction of the mean of the diagonal of the Fisher of the gates.
+        width: Neurons that share gates, see ``gates_of``.
 
     Raises:
         NonFiniteError: If the loss or a weight is not finite.
         ProcessError: If another process is gone.
     """
-    work = _Work(task, [left for gated in gates_of(task.anatomy) if (left := _left(task, gated)).members.numel()])
-    count = sum(gated.count for gated in work.gates)
+    gates = (_left(task, gated) for gated in gates_of(task.anatomy, width))
+    work = _Work(task, [gated for gated in gates if gated.members.numel()])
+    count = _count(work.gates)
     if not count:
         return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0)
     taken = [work.step(damping) for _ in range(steps)]
@@ -231,9 +274,8 @@ class _Effects:
     def _of_block(self, block: int) -> Tensor:
         """Effects ``[tokens, gates]``; zero where no token has a label."""
         if block not in self._held:
-            count = sum(gated.count for gated in self._gates[block])
             tokens = self._task.tokens.input_ids.numel()
-            self._held[block] = torch.zeros(tokens, count, device=self._task.device)
+            self._held[block] = torch.zeros(tokens, _count(self._gates[block]), device=self._task.device)
         return self._held[block]
 
     def put_away(self, block: int) -> None:

@@ -80,7 +80,7 @@ def run_shots(
         done, previous = since.shot, since.start
         structure.resume(since.masks)
     if config.gate_steps and processes.first:
-        warn_of_gates(anatomy, tokens.input_ids.numel() // config.parts_of_text)
+        warn_of_gates(anatomy, config)
     run = _Run(model, anatomy, structure, tokens, config, progress, store, processes, dense)
     for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
         result = run.shot(number, sparsity, previous)

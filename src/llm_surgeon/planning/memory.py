@@ -18,7 +18,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature.kfac import PUT_AWAY
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.head import CHUNK
-from llm_surgeon.pipeline.gates import gates_of
+from llm_surgeon.pipeline.gates import gate_width, gates_of
 from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.planning.order import Waiting
 from llm_surgeon.planning.sizes import weight_bytes
@@ -259,9 +259,10 @@ class Demand:
         return {"passes": passes, "hidden states": 3 * batches * self.traces.waiting}
 
     def _gates(self) -> Parts:
-        """A pass with its gradients, and effects of the gates at all tokens."""
-        count = sum(gated.count for gated in gates_of(self.skeleton.anatomy))
-        tokens = self.config.samples * self.config.seq_len
+        """A pass with its gradients, and effects of the gates at all tokens that set them."""
+        anatomy = self.skeleton.anatomy
+        count = sum(gated.count for gated in gates_of(anatomy, gate_width(anatomy, self.config)))
+        tokens = self.config.samples * self.config.seq_len // self.config.parts_of_text
         waiting: Parts = {self._store: self.waiting.device} if self.waiting and self.waiting.device else {}
         return {"passes": self.traces.gates, "effects of gates": 4 * count * (tokens + count), **waiting}
 

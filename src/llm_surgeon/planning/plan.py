@@ -15,6 +15,7 @@ from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_source
 from llm_surgeon.models.streaming import require_streaming
 from llm_surgeon.pipeline.corrections import require_peft
+from llm_surgeon.pipeline.gates import gate_width
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import (
@@ -115,7 +116,7 @@ def foresee(
     """
     process, rates = process_bytes(), default_rates(config, device)
     weights = weights_read(skeleton, device, texts)
-    config = _part_of(config, place)
+    config = _part_of(config.model_copy(update={"gate_width": gate_width(skeleton.anatomy, config)}), place)
     room = room_for(config, device, place)
 
     def traced(order: Order) -> Traces:

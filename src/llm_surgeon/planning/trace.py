@@ -32,7 +32,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.methods import LAYERWISE
 from llm_surgeon.models import Anatomy
-from llm_surgeon.pipeline.gates import gates_of, moments
+from llm_surgeon.pipeline.gates import gate_width, gates_of, moments
 from llm_surgeon.pipeline.watched import watch
 from llm_surgeon.storage import Stored, TensorStore
 
@@ -159,6 +159,7 @@ class _Tracer:
         with self._fake:
             self._network = make()
         self._anatomy, self._config, self._device = anatomy, config, device
+        self._gate_width = gate_width(anatomy, config)
         self._blocks = cast(nn.ModuleList, self._network.get_submodule(anatomy.family.blocks))
         self._all = list(self._blocks)
 
@@ -213,7 +214,8 @@ class _Tracer:
             return live.peak - (factors.nbytes if kept else 0)
 
     def _moments(self, how: Estimation, anatomy: Anatomy) -> int:
-        gates = [replace(gated, members=self._fake.from_tensor(gated.members)) for gated in gates_of(anatomy)]
+        dense = gates_of(anatomy, self._gate_width)
+        gates = [replace(gated, members=self._fake.from_tensor(gated.members)) for gated in dense]
         with self._counted() as live:
             tokens = self._tokens(min(how.batch_size, self._config.samples))
             if gates:
