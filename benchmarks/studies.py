@@ -70,9 +70,10 @@ FRENCH_VARIANTS = {
     "reconstruction": {"reconstruction": True},
     "reconstruction, and two steps on gates": {"reconstruction": True, "gate_steps": 2},
 }
-# The same windows, each a sequence.
-ALONE = {"samples": 32, "seq_len": 512, "windows_per_sample": 1}
-CROSS_FITTED = PAIRS | ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
+CROSS_FITTED = ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
+FAST = CROSS_FITTED | {"reconstruction_copies": 0, "gate_steps": 2}
+# All neurons of a feed-forward part of the demo model share gates.
+WHOLE = {"gate_width": 1536}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -170,25 +171,27 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     "crossfitting": (
         "Cross-fitting, rows and columns, one shot to each size",
         {
-            f"to {100 - removed} %, seed {seed}": CROSS_FITTED | {"sparsity": removed / 100, "seed": seed}
-            for seed in (0, 1, 2)
-            for removed in (10, 20, 30, 40, 50)
-        }
-        | {
-            f"to {100 - removed} %, windows alone, seed {seed}": CROSS_FITTED
-            | ALONE
+            f"to {100 - removed} %{name}, seed {seed}": CROSS_FITTED
+            | options
             | {"sparsity": removed / 100, "seed": seed}
+            for name, options in {
+                "": {},
+                ", parts gated whole": WHOLE,
+                ", parts gated whole, windows in pairs": WHOLE | PAIRS,
+            }.items()
             for seed in (0, 1, 2)
             for removed in (10, 20, 30, 40, 50)
         }
+        | {f"to 50 %, without copies, two steps on gates, seed {seed}": FAST | {"seed": seed} for seed in (0, 1, 2)}
         | {
-            "to 50 %, gates by all of the text": CROSS_FITTED | {"cross_fit": False},
-            "to 50 %, without copies": CROSS_FITTED | {"reconstruction_copies": 0},
-            "to 50 %, two steps on gates": CROSS_FITTED | {"gate_steps": 2},
-            "to 50 %, with corrections": CROSS_FITTED | {"lora": True, "lora_batch_size": 1},
-            "to 50 %, without copies, two steps on gates": CROSS_FITTED | {"reconstruction_copies": 0, "gate_steps": 2},
-            "five shots": CROSS_FITTED | {"shots": 5, "steps_per_shot": 1},
-        },
+            f"to 50 %, parts gated whole, windows in pairs, {name}": CROSS_FITTED | WHOLE | PAIRS | options
+            for name, options in {
+                "gates by all of the text": {"cross_fit": False},
+                "with corrections": {"lora": True, "lora_batch_size": 1},
+                "without copies, two steps on gates": FAST,
+            }.items()
+        }
+        | {"five shots": CROSS_FITTED | {"shots": 5, "steps_per_shot": 1}},
     ),
     "french": (
         "Rows and columns, five shots to 50 %, calibrated and measured on French text",
@@ -198,10 +201,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for name, options in FRENCH_VARIANTS.items()
         }
         | {
-            f"one shot to {100 - removed} %, fitted crosswise": FRENCH
+            f"one shot to {100 - removed} %, fitted crosswise{name}": FRENCH
             | CROSS_FITTED
-            | ALONE
+            | options
             | {"sparsity": removed / 100}
+            for name, options in {"": {}, ", parts gated whole": WHOLE}.items()
             for removed in (10, 20, 30, 40, 50)
         },
     ),

@@ -1,10 +1,9 @@
-"""Gates: two numbers for each head and each feed-forward part, chosen by the loss; pure functions.
+"""Gates: two numbers for each head and each group of neurons, chosen by the loss; pure functions.
 
 Pruning and reconstruction weigh a part of the network by squared errors of its outputs. How much of it the loss wants
-is another question, and a few hundred numbers of which 16,384 tokens tell a lot answer it. Such a number, a gate, is 1
-at first and multiplies some of the rows or of the columns of one layer: what a head or a feed-forward part adds to the
-residual stream, how sharply a head attends, how sharply a feed-forward part switches its neurons. In the end it is in
-the weights.
+is another question, and numbers that are few beside the weights answer it. Such a number, a gate, is 1 at first and
+multiplies some of the rows or of the columns of one layer: what a head or a group of neurons adds to the residual
+stream, how sharply a head attends, how sharply a group of neurons switches. In the end it is in the weights.
 
 With ``l`` the loss of the text, summed over its tokens, and ``z`` what a gate multiplies, the relative derivative of
 ``l`` by the gate is a sum over positions of ``c_t = z_t . dl/dz_t``, the *effect* of the gate there. Relative changes

@@ -196,7 +196,7 @@ def _shots(report: PruneReport) -> str:
         )
     if gated:
         notes += (
-            " Gates are the numbers that heads and feed-forward parts were multiplied by; the losses are those of the "
+            " Gates are the numbers that heads and groups of neurons were multiplied by; the losses are those of the "
             "calibration text before the first step on them, and after the last as a parabola predicts it."
         )
     if report.config.get("cross_fit"):
