@@ -72,8 +72,8 @@ FRENCH_VARIANTS = {
 }
 CROSS_FITTED = ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
 FAST = CROSS_FITTED | {"reconstruction_copies": 0, "gate_steps": 2}
-# All neurons of a feed-forward part of the demo model share gates.
-WHOLE = {"gate_width": 1536}
+# One gate for each side of a feed-forward part of the demo model.
+WIDE = {"gate_width": 1536}
 STUDIES: dict[str, tuple[str, Variants]] = {
     "structured": (
         "Methods, rows and columns, five shots to 50 %",
@@ -176,19 +176,19 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             | {"sparsity": removed / 100, "seed": seed}
             for name, options in {
                 "": {},
-                ", parts gated whole": WHOLE,
-                ", parts gated whole, windows in pairs": WHOLE | PAIRS,
+                ", wide gates": WIDE,
+                ", wide gates, pairs": WIDE | PAIRS,
             }.items()
             for seed in (0, 1, 2)
             for removed in (10, 20, 30, 40, 50)
         }
-        | {f"to 50 %, without copies, two steps on gates, seed {seed}": FAST | {"seed": seed} for seed in (0, 1, 2)}
+        | {f"to 50 %, preset fast, seed {seed}": FAST | {"seed": seed} for seed in (0, 1, 2)}
         | {
-            f"to 50 %, parts gated whole, windows in pairs, {name}": CROSS_FITTED | WHOLE | PAIRS | options
+            f"to 50 %, wide gates, pairs, {name}": CROSS_FITTED | WIDE | PAIRS | options
             for name, options in {
                 "gates by all of the text": {"cross_fit": False},
                 "with corrections": {"lora": True, "lora_batch_size": 1},
-                "without copies, two steps on gates": FAST,
+                "preset fast": FAST,
             }.items()
         }
         | {"five shots": CROSS_FITTED | {"shots": 5, "steps_per_shot": 1}},
@@ -205,7 +205,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             | CROSS_FITTED
             | options
             | {"sparsity": removed / 100}
-            for name, options in {"": {}, ", parts gated whole": WHOLE}.items()
+            for name, options in {"": {}, ", wide gates": WIDE}.items()
             for removed in (10, 20, 30, 40, 50)
         },
     ),
