@@ -12,7 +12,7 @@ PRESETS = MappingProxyType(
     {
         # Copies of the calibration text and more steps on gates take twice the time.
         "fast": _ONE_SHOT | {"reconstruction_copies": 0, "gate_steps": 2},
-        # The best perplexity found without training, but for two numbers for each head and feed-forward part. More
+        # The best perplexity found without training, but for two numbers for each head and group of neurons. More
         # shots, fitted after each or after the last, were no better.
         "best": _ONE_SHOT | {"gate_steps": 4},
     }
