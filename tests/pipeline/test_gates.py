@@ -190,7 +190,7 @@ def test_orders_and_a_store_on_disk_make_no_difference(family):
     for order, budgets in (("batch-major", None), ("layer-major", Budgets(host=0, device=0))):
         model, anatomy, keep = lively(family)
         store = TensorStore(torch.device("cpu"), budgets)
-        set_gates(task_of(model, anatomy, keep, order, store), 2, 0.5)
+        set_gates(task_of(model, anatomy, keep, order, store), 2, 0.5, 5)
         states.append({name: read_matrix(model, layer) for name, layer in anatomy.layers.items()})
         assert store.bytes_on_disk == 0
     for name, matrix in states[0].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -103,23 +104,22 @@ def _count(gates: Iterable[Gated]) -> int:
 
 def _of_attention(anatomy: Anatomy, part: AttentionPart) -> Iterator[Gated]:
     output, query = part.output, part.query
-    yield _gated(anatomy, output.layer, "columns", output.index.reshape(-1, part.width).unbind())
-    yield _gated(anatomy, query.layer, "rows", query.index.reshape(-1, part.width).unbind())
+    yield _gated(anatomy, output.layer, "columns", output.index, part.width)
+    yield _gated(anatomy, query.layer, "rows", query.index, part.width)
 
 
 def _of_feed_forward(anatomy: Anatomy, part: FeedForwardPart, width: int | None) -> Iterator[Gated]:
     output, switch = part.output, part.inputs[0]
-    yield _gated(anatomy, output.layer, "columns", output.index.split(width or part.neurons))
-    yield _gated(anatomy, switch.layer, "rows", switch.index.split(width or part.neurons))
+    yield _gated(anatomy, output.layer, "columns", output.index, width or part.neurons)
+    yield _gated(anatomy, switch.layer, "rows", switch.index, width or part.neurons)
 
 
-def _gated(anatomy: Anatomy, name: str, axis: Axis, groups: Sequence[Tensor]) -> Gated:
-    """A gate for each group of rows, or columns, of the dense layer."""
+def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor, width: int) -> Gated:
+    """A gate for each so many rows, or columns, of those of ``index`` in the dense layer."""
     layer = anatomy.layers[name]
     members = torch.full((layer.rows if axis == "rows" else layer.columns,), -1)
-    for number, index in enumerate(groups):
-        members[index] = number
-    return Gated(layer, axis, members, len(groups))
+    members[index.flatten()] = torch.arange(index.numel()) // width
+    return Gated(layer, axis, members, math.ceil(index.numel() / width))
 
 
 def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
@@ -287,13 +287,14 @@ class _Effects:
         """Sums over tokens of the effects ``[gates]`` and of their products ``[gates, gates]``; gives them away."""
         blocks = [self._stored.pop(block) for block in sorted(self._stored)]
         slopes = torch.cat([block.get().sum(0) for block in blocks])
-        products = torch.cat([self._products(block, blocks) for block in blocks])
-        for block in blocks:
+        products = slopes.new_zeros(len(slopes), len(slopes))
+        first = 0
+        # They are symmetric: each block with itself and those behind it.
+        for number, block in enumerate(blocks):
+            own = block.get().T
+            following = torch.cat([own @ other.get() for other in blocks[number:]], dim=1)
+            products[first : first + len(own), first:] = following
+            products[first:, first : first + len(own)] = following.T
+            first += len(own)
             block.release()
         return slopes, products
-
-    @staticmethod
-    def _products(one: Stored, blocks: Sequence[Stored]) -> Tensor:
-        """Sums of products of the effects of one block with those of all, ``[gates of it, gates]``."""
-        own = one.get().T
-        return torch.cat([own @ block.get() for block in blocks], dim=1)
