@@ -15,7 +15,7 @@ from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.models import examine, family_of, streaming
 from llm_surgeon.models.streaming import StreamedWeights, require_streaming, stream, weights_of
 from llm_surgeon.pipeline.run import prune, prune_checkpoint
-from llm_surgeon.planning import plan as plan_module
+from llm_surgeon.planning import way
 from llm_surgeon.planning.plan import plan
 from quick import without_what_has_other_tests
 from tiny import BUILDERS, build, tokenizer, tokens
@@ -223,7 +223,7 @@ def test_a_run_goes_on_with_streamed_weights(recipe, tmp_path, monkeypatch):
 
 
 def test_a_plan_streams_what_does_not_fit(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module, "process_bytes", lambda: 0)
+    monkeypatch.setattr(way, "process_bytes", lambda: 0)
     source = saved(tmp_path / "dense")
     enough = plan(source, recipe(order="layer-major"))
     assert not enough.streamed

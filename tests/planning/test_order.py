@@ -7,6 +7,7 @@ from llm_surgeon import PruneConfig, plan, prune, prune_checkpoint
 from llm_surgeon.curvature.layer_major import LayerMajorPass
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.planning import plan as plan_module
+from llm_surgeon.planning import way
 from llm_surgeon.planning.order import Room, Waiting, budgets_of, goes_layer_major, placed
 from llm_surgeon.planning.seconds import pass_operations
 from llm_surgeon.planning.skeleton import skeleton_of
@@ -60,7 +61,7 @@ def test_tensors_wait_on_the_device_then_on_the_host_then_on_disk():
 
 def test_a_plan_chooses_layer_major_for_little_memory(checkpoint, recipe, monkeypatch):
     # Constants of the process and its allocator are larger than any tiny model.
-    monkeypatch.setattr(plan_module, "process_bytes", lambda: 0)
+    monkeypatch.setattr(way, "process_bytes", lambda: 0)
     enough = plan(str(checkpoint), recipe(samples=64, batch_size=2))
     assert enough.order == "batch-major"
     assert enough.scratch == 0
@@ -76,7 +77,7 @@ def test_a_plan_chooses_layer_major_for_little_memory(checkpoint, recipe, monkey
 
 
 def test_each_of_several_processes_has_its_part_of_tokens_and_memory(checkpoint, recipe, monkeypatch):
-    monkeypatch.setattr(plan_module, "process_bytes", lambda: 0)
+    monkeypatch.setattr(way, "process_bytes", lambda: 0)
     one = plan(str(checkpoint), recipe(samples=32, batch_size=2))
     shared = plan(str(checkpoint), recipe(samples=64, batch_size=2), processes=2)
     assert (one.processes, shared.processes) == (1, 2)

@@ -180,7 +180,7 @@ def test_weights_of_another_type_are_converted_while_the_files_are_read(checkpoi
 
 def test_a_probe_says_what_was_measured(checkpoint, recipe, monkeypatch):
     measured = Probe(tokens=64, seconds=2.0, peak=20 * 2**30)
-    monkeypatch.setattr("llm_surgeon.planning.plan.probe_batch", lambda *_, **__: measured)
+    monkeypatch.setattr("llm_surgeon.planning.way.probe_batch", lambda *_, **__: measured)
     foreseen = plan(str(checkpoint), recipe(shots=1), probe=True)
     assert foreseen.probed
     phase = named(foreseen)["curvature"]

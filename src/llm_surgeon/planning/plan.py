@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 
 import torch
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.curvature.passes import Order
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_source
@@ -18,35 +16,14 @@ from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.gates import gate_width
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
-from llm_surgeon.planning.memory import (
-    SLACK,
-    Demand,
-    Need,
-    host_available,
-    passes_within,
-    peak_of_shots,
-    process_bytes,
-    weights_read,
-    weights_streamed,
-)
-from llm_surgeon.planning.order import (
-    Room,
-    Waiting,
-    budgets_of,
-    goes_layer_major,
-    goes_streamed,
-    order_name,
-    placed,
-    waiting_bytes,
-)
-from llm_surgeon.planning.probe import probe_batch
+from llm_surgeon.planning.memory import Need, host_available, weights_streamed
+from llm_surgeon.planning.order import Room, order_name
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
-from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of, weightless
-from llm_surgeon.planning.trace import Traces, estimation_of, trace
+from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of
+from llm_surgeon.planning.way import Course
 from llm_surgeon.processes import Processes
 from llm_surgeon.records import Plan, PlannedPhase
-from llm_surgeon.storage import Budgets
 from llm_surgeon.torchrun import Place
 
 logger = logging.getLogger(__name__)
@@ -114,37 +91,15 @@ def foresee(
     Raises:
         ConfigError: If it needs more memory than the recipe allows.
     """
-    process, rates = process_bytes(), default_rates(config, device)
-    weights = weights_read(skeleton, device, texts)
     config = _part_of(config.model_copy(update={"gate_width": gate_width(skeleton.anatomy, config)}), place)
-    room = room_for(config, device, place)
-
-    def traced(order: Order) -> Traces:
-        return trace(lambda: weightless(skeleton, device), skeleton.anatomy, config, device, order)
-
-    def needed(traces: Traces, waiting: Waiting | None, streamed: bool = False) -> dict[str, Need]:
-        held = weights_streamed(skeleton)[0] if streamed else weights
-        return Demand(skeleton, config, device, traces, process, held, waiting, streamed).needs()
-
-    traces = traced("batch-major")
-    layer_major = goes_layer_major(config, room, lambda: peak_of_shots(needed(traces, None)))
-    # What a layer-wise method does is traced apart.
-    order = order_name(layer_major and not config.layerwise)
-    if order == "layer-major":
-        traces = traced(order)
-    waiting, budgets = Waiting() if layer_major else None, Budgets()
-    streamed = goes_streamed(config, room, layer_major, peak_of_shots(needed(traces, waiting)))
+    room, rates = room_for(config, device, place), default_rates(config, device)
+    course = Course(skeleton, config, device, texts, room, place)
+    way = course.way()
     if probe:
-        probed = probe_batch(skeleton, config, device, texts.calibration, order, streamed=streamed)
-        rates = _calibrated(rates, pass_operations(skeleton, config, order) * probed.tokens / probed.seconds)
-        # A nearest product holds other factors than the pass that stands in for its own.
-        if traces.curvature and not layer_major and estimation_of(config).curvature == config.resolved_curvature:
-            measured = passes_within(probed.peak, skeleton, config, device, process, weights)
-            traces = replace(traces, curvature=measured)
-    if layer_major:
-        budgets = budgets_of(config, room, peak_of_shots(needed(traces, waiting, streamed)), SLACK, place.local_count)
-        waiting = placed(waiting_bytes(skeleton, config), budgets, device)
-    needs = needed(traces, waiting, streamed)
+        way, probed = course.probed(way)
+        rates = _calibrated(rates, pass_operations(skeleton, config, way.order) * probed.tokens / probed.seconds)
+    way = course.with_store(way)
+    seconds = phase_seconds(skeleton, config, rates, _evaluated(texts), way.order, place.count)
     last = config.sparsity_schedule[-1]
     return Plan(
         model=model,
@@ -156,16 +111,16 @@ def foresee(
         dense_weight_bytes=skeleton.weight_bytes,
         weight_bytes=weight_bytes(skeleton, config, last),
         disk=disk_bytes(skeleton, config),
-        phases=_phases(needs, phase_seconds(skeleton, config, rates, _evaluated(texts), order, place.count)),
+        phases=_phases(course.needs(way), seconds),
         host_available=room.host,
         device_available=room.device,
         loaders=loaders(config, skeleton.anatomy.family.model_type),
         probed=probe,
-        order=order_name(layer_major),
-        store_host=None if budgets.host == math.inf else round(budgets.host),
-        store_device=None if budgets.device == math.inf else round(budgets.device),
-        scratch=(waiting.disk if waiting else 0) + (weights_streamed(skeleton)[1] if streamed else 0),
-        streamed=streamed,
+        order=order_name(way.layer_major),
+        store_host=None if way.budgets.host == math.inf else round(way.budgets.host),
+        store_device=None if way.budgets.device == math.inf else round(way.budgets.device),
+        scratch=(way.waiting.disk if way.waiting else 0) + (weights_streamed(skeleton)[1] if way.streamed else 0),
+        streamed=way.streamed,
         processes=place.count,
     )
 
