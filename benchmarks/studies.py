@@ -64,6 +64,8 @@ RECONSTRUCTIONS = {
 PUBLISHED = {"rank_by": "cost", "max_correlations": 1_000_000}
 # The same tokens, with as much context as the windows of the evaluation have.
 PAIRS = {"samples": 16, "seq_len": 1024, "windows_per_sample": 2}
+# Corrections as they were by default at first.
+HALF_RATE = {"lora_learning_rate": 5e-4, "lora_final_steps": 64}
 FRENCH = {"calibration": "demo:fr", "evaluation": "demo:fr"}
 FRENCH_VARIANTS = {
     "ranking and update of the published code": PUBLISHED,
@@ -165,7 +167,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         | {
             "and to two copies, ridge 1, two windows a sequence": PAIRS
             | {"reconstruction": True, "reconstruction_ridge": 1.0},
-            "and to two copies, with corrections": {"reconstruction": True, "lora": True},
+            "and to two copies, with corrections": {"reconstruction": True, "lora": True} | HALF_RATE,
         },
     ),
     "crossfitting": (
@@ -187,7 +189,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             f"to 50 %, wide gates, pairs, {name}": CROSS_FITTED | WIDE | PAIRS | options
             for name, options in {
                 "gates by all of the text": {"cross_fit": False},
-                "with corrections": {"lora": True, "lora_batch_size": 1},
+                "with corrections": {"lora": True, "lora_batch_size": 1} | HALF_RATE,
                 "preset fast": FAST,
             }.items()
         }
@@ -217,10 +219,24 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for structure, options in (("rows-columns", {}), ("unstructured", ONE_SHOT))
             for lora in (False, True)
         }
-        | {"rows-columns, with corrections, two windows a sequence": PAIRS | {"lora": True, "lora_batch_size": 1}}
         | {
-            f"rows-columns, with corrections, {steps} steps at the end": {"lora": True, "lora_final_steps": steps}
-            for steps in (40, 128)
+            f"rows-columns, with corrections, {name}": {"lora": True} | options
+            for name, options in {
+                "seed 1": {"seed": 1},
+                "seed 2": {"seed": 2},
+                "64 steps at the end": {"lora_final_steps": 64},
+                "half the rate, 40 steps at the end": HALF_RATE | {"lora_final_steps": 40},
+                "half the rate, 64 steps at the end": HALF_RATE,
+                "half the rate, 128 steps at the end": HALF_RATE | {"lora_final_steps": 128},
+                "half the rate, 64 steps at the end, two windows a sequence": HALF_RATE
+                | PAIRS
+                | {"lora_batch_size": 1},
+            }.items()
+        }
+        | {
+            "unstructured, with corrections, half the rate, 64 steps at the end": ONE_SHOT
+            | {"structure": "unstructured", "lora": True}
+            | HALF_RATE
         },
     ),
 }

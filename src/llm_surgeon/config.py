@@ -269,9 +269,9 @@ class PruneConfig(BaseModel):
     )
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
     lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
-    lora_learning_rate: float = Field(5e-4, gt=0.0, description="Learning rate of the corrections.")
+    lora_learning_rate: float = Field(1e-3, gt=0.0, description="Learning rate of the corrections.")
     lora_steps: int = Field(32, ge=1, description="Optimizer steps of the corrections after a shot, a batch each.")
-    lora_final_steps: int = Field(64, ge=1, description="Steps after the last shot.")
+    lora_final_steps: int = Field(32, ge=1, description="Steps after the last shot.")
     lora_batch_size: int = Field(2, ge=1, description="Sequences of a step.")
     lora_share: float = Field(
         1.0, gt=0.0, le=1.0, description="Share of the calibration sequences that the corrections of a shot use."

@@ -42,7 +42,7 @@ class Corrections:
     """
 
     rank: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     steps: int = 32
     share: float = 1.0
 
@@ -140,7 +140,7 @@ def correct_shot(
     progress: Progress,
     processes: Processes = ALONE,
 ) -> CorrectionRecord | None:
-    """First-order corrections after a shot, longer after the last, if the recipe wants any.
+    """First-order corrections after a shot, if the recipe wants any; the last may have steps of its own.
 
     Args:
         model: The model, as pruned so far.
