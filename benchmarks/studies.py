@@ -302,10 +302,12 @@ def _tens(item: dict[str, Any]) -> dict[int, float]:
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
     """Perplexity against size where half have several sizes, else one point per variant beside the dense model."""
-    picture = figure()
-    axes = picture.subplots()
     variants = result["variants"]
-    if 2 * sum(len(item["size"]) > 1 for item in variants.values()) >= len(variants):
+    lines = 2 * sum(len(item["size"]) > 1 for item in variants.values()) >= len(variants)
+    # Names of lines stand below the axes, where they cover none.
+    picture = figure(height=4.6 + 0.2 * lines * len(variants))
+    axes = picture.subplots()
+    if lines:
         value_axis = axes.yaxis
         for number, (label, item) in enumerate(variants.items()):
             style = {"marker": "o", "linestyle": "--" if number >= len(COLOURS) else "-"}
@@ -313,7 +315,7 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
         axes.invert_xaxis()
         axes.set_xlabel("prunable weights kept (%)")
         axes.set_yscale("log")
-        axes.legend(frameon=False, loc="best")
+        picture.legend(frameon=False, loc="outside lower left")
     else:
         value_axis = axes.xaxis
         values = [item["perplexity"][-1] for item in variants.values()]
