@@ -305,7 +305,7 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
     variants = result["variants"]
     lines = 2 * sum(len(item["size"]) > 1 for item in variants.values()) >= len(variants)
     # Names of lines stand below the axes, where they cover none.
-    picture = figure(height=4.6 + 0.2 * lines * len(variants))
+    picture = figure(height=4.6 + (0.2 * len(variants) if lines else 0.0))
     axes = picture.subplots()
     if lines:
         value_axis = axes.yaxis
