@@ -30,7 +30,7 @@ def test_the_step_minimises_the_damped_parabola():
     fisher = root.T @ root / 40
     damped = fisher + 0.3 * fisher.diagonal().mean() * torch.eye(6, dtype=torch.float64)
 
-    step = newton_step(slopes, fisher, 0.3)
+    step = newton_step(slopes, fisher, float(0.3 * fisher.diagonal().mean()))
 
     def loss(d):
         return float(slopes @ d + d @ damped @ d / 2)

@@ -259,8 +259,11 @@ class PruneConfig(BaseModel):
         description="Neurons of a feed-forward part that share gates; unset: all of it, and with cross_fit as few "
         "(16 or more) as leave each gate a token to be set by, with 8,192 gates at most.",
     )
-    gate_damping: float = Field(
-        0.5, gt=0.0, description="Damping of these steps, as a fraction of the mean diagonal of the gates' Fisher."
+    gate_damping: float | None = Field(
+        None,
+        gt=0.0,
+        description="Damping of these steps, as a fraction of the mean diagonal of the gates' Fisher; unset: the one "
+        "with the largest evidence.",
     )
     cross_fit: bool = Field(
         False,

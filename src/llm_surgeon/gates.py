@@ -13,7 +13,17 @@ With ``l`` the loss of the text, summed over its tokens, and ``z`` what a gate m
 
 where effects at different positions are taken for independent, as K-FAC does. A damped Newton step minimises it:
 
-    d = -(F + lambda mean(diag F) I)^-1 s.
+    d = -(F + lambda I)^-1 s.
+
+Damping says how far from 1 gates are expected to be, and the text itself tells (MacKay 1992, "Bayesian interpolation").
+If, before ``n`` tokens are seen, the changes of all ``G`` gates are drawn from a normal distribution around 0 with a
+variance of ``1 / (n lambda)``, the step is their mean once they are seen. The mean of ``exp(-n (L(d) - L(0)))`` over
+what is drawn is the *evidence* of ``lambda``: how many times better models with such gates explain the text than the
+model without. Of Gaussians that integral is
+
+    log evidence(lambda) = n s . (F + lambda I)^-1 s / 2 - log det(I + F / lambda) / 2.
+
+The first term is what the step saves, the second how small a share of what might have been drawn saves so much.
 
 As effects do depend on each other, F knows too little of how the loss bends along ``d``. One more pass tells: with the
 loss at ``d``, a parabola through both losses and the slope ``s . d`` has its minimum at a length that is taken.
@@ -21,14 +31,20 @@ loss at ``d``, a parabola through both losses and the slope ``s . d`` has its mi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from llm_surgeon.linalg import damped_cholesky, damping_of
 
+NAME = "the gates"
 # A gate changes by half of what it is at most, and a step is at most so much longer than it was tried.
 LARGEST_CHANGE = 0.5
 LONGEST = 1.5
+# Damping is looked for so many times a factor of two from the mean of the Fisher's diagonal at most, which a
+# decomposition in float32 allows.
+MOST_DOUBLINGS = 10
 
 
 def effects(values: Tensor, gradients: Tensor, members: Tensor, gates: int) -> Tensor:
@@ -46,13 +62,51 @@ def effects(values: Tensor, gradients: Tensor, members: Tensor, gates: int) -> T
     return sums.index_add_(1, members.where(members >= 0, gates), products)[:, :gates]
 
 
+def log_evidence(slopes: Tensor, fisher: Tensor, damping: float, tokens: int) -> float:
+    """How much better the text is explained with gates that a damping allows than with none, in nats.
+
+    Args:
+        slopes: Mean effects, ``[gates]``.
+        fisher: Mean products of effects, ``[gates, gates]``.
+        damping: Lambda.
+        tokens: How many the means are of.
+
+    Raises:
+        NonFiniteError: If ``fisher`` holds NaN or infinity.
+        NotPositiveDefiniteError: If it has no decomposition even with more damping.
+    """
+    factor = damped_cholesky(fisher, damping, NAME)
+    saved = torch.linalg.solve_triangular(factor, slopes[:, None], upper=False).double().square().sum() / 2
+    # Of the diagonal of the factor, divided by the root of lambda: half of log det(I + F / lambda).
+    spread = (factor.diagonal().double().log() - math.log(damping) / 2).sum()
+    return float(tokens * saved - spread)
+
+
+def evidence_damping(slopes: Tensor, fisher: Tensor, tokens: int) -> float:
+    """The damping with the largest evidence nearest to the mean of the diagonal of ``fisher``, to a factor of two.
+
+    Args, errors: As of ``log_evidence``.
+    """
+    middle = damping_of(fisher, 1.0)
+    best, most = 0, log_evidence(slopes, fisher, middle, tokens)
+    for direction in (1, -1):
+        for doublings in range(direction, direction * (MOST_DOUBLINGS + 1), direction):
+            evidence = log_evidence(slopes, fisher, middle * 2.0**doublings, tokens)
+            if evidence <= most:
+                break
+            best, most = doublings, evidence
+        if best:
+            break
+    return middle * 2.0**best
+
+
 def newton_step(slopes: Tensor, fisher: Tensor, damping: float) -> Tensor:
     """Relative changes of the gates ``[gates]`` that minimise the damped second-order model of the loss.
 
     Args:
         slopes: Mean effects, ``[gates]``.
         fisher: Mean products of effects, ``[gates, gates]``.
-        damping: Lambda as a fraction of the mean of the diagonal of ``fisher``.
+        damping: Lambda.
 
     Raises:
         NonFiniteError: If ``fisher`` holds NaN or infinity.
@@ -61,7 +115,7 @@ def newton_step(slopes: Tensor, fisher: Tensor, damping: float) -> Tensor:
     Returns:
         The step; shortened if a gate would change by more than ``LARGEST_CHANGE``.
     """
-    factor = damped_cholesky(fisher, damping_of(fisher, damping), "the gates")
+    factor = damped_cholesky(fisher, damping, NAME)
     step = -torch.cholesky_solve(slopes[:, None], factor)[:, 0]
     largest = float(step.abs().max())
     return step if largest <= LARGEST_CHANGE else step * (LARGEST_CHANGE / largest)

@@ -161,7 +161,8 @@ class GatesRecord(Record):
     With cross-fitting the numbers are means over both models, each with the half that its reconstruction did not see.
 
     Losses are mean ones of the calibration text in nats: before the first step, and after the last one by the parabola
-    that gave its length; None if the model has no gates.
+    that gave its length; None if the model has no gates. ``damping`` is that of the first step, as a fraction of the
+    mean of the diagonal of the gates' Fisher; None without gates, and in records of versions that did not tell.
     """
 
     gates: int
@@ -169,6 +170,7 @@ class GatesRecord(Record):
     first_loss: float | None
     last_loss: float | None
     largest_change: float
+    damping: float | None = None
 
 
 class ShotRecord(Record):

@@ -16,7 +16,8 @@ from torch import Tensor
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature.hooks import Hooks, PairReceive, Side
 from llm_surgeon.curvature.task import Task
-from llm_surgeon.gates import effects, newton_step, rise_at, step_length
+from llm_surgeon.gates import effects, evidence_damping, newton_step, rise_at, step_length
+from llm_surgeon.linalg import damping_of
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
 from llm_surgeon.models.parts import AttentionPart, FeedForwardPart
@@ -138,14 +139,15 @@ def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
         )
 
 
-def set_gates(task: Task, steps: int, damping: float, width: int | None = None) -> GatesRecord:
+def set_gates(task: Task, steps: int, damping: float | None = None, width: int | None = None) -> GatesRecord:
     """Take some Newton steps on the gates of a pruned model, and put them into its weights.
 
     Args:
         task: The model, with the text whose loss is lowered; ``how`` takes the text's own labels. Its ``advance`` hears
             of all tokens ``BACKWARD_PASSES + FORWARD_PASSES`` times a step.
         steps: How many, at least one; each takes the gates as the one before has left them.
-        damping: As a fraction of the mean of the diagonal of the Fisher of the gates.
+        damping: As a fraction of the mean of the diagonal of the Fisher of the gates; None takes the one with the
+            largest evidence, at each step.
         width: Neurons that share gates, see ``gates_of``.
 
     Raises:
@@ -156,20 +158,38 @@ def set_gates(task: Task, steps: int, damping: float, width: int | None = None) 
     work = _Work(task, [gated for gated in gates if gated.members.numel()])
     count = _count(work.gates)
     if not count:
-        return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0)
+        return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0, damping=None)
     taken = [work.step(damping) for _ in range(steps)]
-    product = torch.stack([factors for factors, _, _ in taken]).prod(0)
+    product = torch.stack([step.factors for step in taken]).prod(0)
     return GatesRecord(
         gates=count,
         steps=steps,
-        first_loss=taken[0][1],
-        last_loss=taken[-1][2],
+        first_loss=taken[0].before,
+        last_loss=taken[-1].after,
         largest_change=float((product - 1).abs().max()),
+        damping=taken[0].damping,
     )
 
 
-def moments(task: Task, gates: Sequence[Gated]) -> tuple[Tensor, Tensor, float]:
-    """Mean effects ``[gates]`` at the tokens of a task, mean products of them ``[gates, gates]``, and the loss.
+@dataclass(frozen=True)
+class GateMoments:
+    """Of the effects of gates at the tokens of a task.
+
+    Attributes:
+        slopes: Mean effects ``[gates]``.
+        fisher: Mean products of them ``[gates, gates]``.
+        loss: Mean loss of these tokens.
+        tokens: How many have a label, of all processes.
+    """
+
+    slopes: Tensor
+    fisher: Tensor
+    loss: float
+    tokens: int
+
+
+def moments(task: Task, gates: Sequence[Gated]) -> GateMoments:
+    """The means over the tokens of a task, those of other processes with them.
 
     Raises:
         NonFiniteError: If the loss is not finite.
@@ -181,7 +201,7 @@ def moments(task: Task, gates: Sequence[Gated]) -> tuple[Tensor, Tensor, float]:
         result = task.run(hooks, backward=True, finished=seen.put_away)
     slopes, products = seen.sums()
     task.processes.add_up([slopes, products])
-    return slopes / result.tokens, products / result.tokens, result.loss
+    return GateMoments(slopes / result.tokens, products / result.tokens, result.loss, result.tokens)
 
 
 def _left(task: Task, gated: Gated) -> Gated:
@@ -192,28 +212,41 @@ def _left(task: Task, gated: Gated) -> Gated:
 
 
 @dataclass(frozen=True)
+class _Step:
+    """A step that was taken.
+
+    Attributes:
+        factors: By how much each gate was multiplied, ``[gates]``.
+        before: The loss before it.
+        after: What a parabola says of the loss after it.
+        damping: As a fraction of the mean of the diagonal of the Fisher.
+    """
+
+    factors: Tensor
+    before: float
+    after: float
+    damping: float
+
+
+@dataclass(frozen=True)
 class _Work:
     """Gates of layers that have weights left, and what they are set by."""
 
     task: Task
     gates: list[Gated]
 
-    def step(self, damping: float) -> tuple[Tensor, float, float]:
-        """Take one step.
-
-        Returns:
-            By how much each gate was multiplied ``[gates]``, the loss before, and what a parabola says of that after.
-        """
-        processes = self.task.processes
-        slopes, fisher, before = moments(self.task, self.gates)
-        step = processes.from_first(partial(newton_step, slopes, fisher, damping)).double().cpu()
-        slope = float(slopes.double().cpu() @ step)
+    def step(self, damping: float | None) -> _Step:
+        """Take one step, damped as is said or as the evidence says."""
+        seen = moments(self.task, self.gates)
+        step, damping = self.task.processes.from_first(partial(_direction, seen, damping))
+        step = step.double().cpu()
+        slope = float(seen.slopes.double().cpu() @ step)
         self._multiply(1 + step)
-        rise = self.task.run(Hooks(), backward=False).loss - before
+        rise = self.task.run(Hooks(), backward=False).loss - seen.loss
         length = step_length(slope, rise)
         # In half precision a weight is rounded twice; a copy of the layers to go back to would be half of the model.
         self._multiply((1 + length * step) / (1 + step))
-        return 1 + length * step, before, before + rise_at(length, slope, rise)
+        return _Step(1 + length * step, seen.loss, seen.loss + rise_at(length, slope, rise), damping)
 
     @torch.no_grad()
     def _multiply(self, factors: Tensor) -> None:
@@ -231,6 +264,13 @@ class _Work:
             write_matrix(model, layer, keep[name], extents[name], matrix)
             check_written(layer, core_of(model, layer))
             weights_of(model).settle(model.get_submodule(name))
+
+
+def _direction(seen: GateMoments, fraction: float | None) -> tuple[Tensor, float]:
+    """The step of unit length, and its damping as a fraction of the mean of the diagonal of the Fisher."""
+    mean = damping_of(seen.fisher, 1.0)
+    damping = evidence_damping(seen.slopes, seen.fisher, seen.tokens) if fraction is None else fraction * mean
+    return newton_step(seen.slopes, seen.fisher, damping), damping / mean
 
 
 class _Effects:
