@@ -52,13 +52,18 @@ def dampings(structure: str, sparsity: float) -> Variants:
     }
 
 
+# Gates as they were damped at first; without a damping their evidence sets it.
+GATE_DAMPINGS = {"": {}, ", fixed damping": {"gate_damping": 0.5}}
+TWO_STEPS_ON_GATES = {
+    f"two steps on gates{name}": {"reconstruction": True, "gate_steps": 2} | options
+    for name, options in GATE_DAMPINGS.items()
+}
 PHASES = ("curvature", "selection", "update", "reconstruction", "gates", "correction")
 RECONSTRUCTIONS = {
     "without": {},
     "fitted to the calibration tokens": {"reconstruction": True, "reconstruction_copies": 0},
     "and to two copies": {"reconstruction": True},
-    "and two steps on gates": {"reconstruction": True, "gate_steps": 2},
-}
+} | {f"and {name}": options for name, options in TWO_STEPS_ON_GATES.items()}
 # The ranking by raw cost and the update of rows and of columns, each all together but without the other, that the
 # published code has; what is removed by implication is counted at once all the same.
 PUBLISHED = {"rank_by": "cost", "max_correlations": 1_000_000}
@@ -70,8 +75,7 @@ FRENCH = {"calibration": "demo:fr", "evaluation": "demo:fr"}
 FRENCH_VARIANTS = {
     "ranking and update of the published code": PUBLISHED,
     "reconstruction": {"reconstruction": True},
-    "reconstruction, and two steps on gates": {"reconstruction": True, "gate_steps": 2},
-}
+} | {f"reconstruction, and {name}": options for name, options in TWO_STEPS_ON_GATES.items()}
 CROSS_FITTED = ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
 FAST = CROSS_FITTED | {"reconstruction_copies": 0, "gate_steps": 2}
 # One gate for each side of a feed-forward part of the demo model.
@@ -86,13 +90,23 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         "Methods, single weights, five shots to 50 %",
         {name: {"method": name, "structure": "unstructured"} for name in METHODS}
         | {"surgeon, one shot": ONE_SHOT | {"structure": "unstructured"}}
-        | {"surgeon, one shot, 2 steps on gates": ONE_SHOT | {"structure": "unstructured", "gate_steps": 2}},
+        | {
+            f"surgeon, one shot, 2 steps on gates{name}": ONE_SHOT
+            | {"structure": "unstructured", "gate_steps": 2}
+            | options
+            for name, options in GATE_DAMPINGS.items()
+        },
     ),
     "semistructured": (
         "Methods, 2:4, five shots",
         {name: {"method": name, "structure": "2:4"} for name in METHODS}
         | {"surgeon, one shot": ONE_SHOT | {"structure": "2:4"}}
-        | {"surgeon, one shot, 2 steps on gates": ONE_SHOT | {"structure": "2:4", "gate_steps": 2}},
+        | {
+            f"surgeon, one shot, 2 steps on gates{name}": ONE_SHOT
+            | {"structure": "2:4", "gate_steps": 2}
+            | options
+            for name, options in GATE_DAMPINGS.items()
+        },
     ),
     "shots": (
         "Shots, rows and columns to 50 %",
@@ -111,8 +125,12 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for seed in (0, 1, 2)
         }
         | {
-            "steps: 2, reconstruction without copies, two steps on gates": ONE_SHOT
-            | {"steps_per_shot": 2, "reconstruction": True, "reconstruction_copies": 0, "gate_steps": 2},
+            f"steps: 2, reconstruction without copies, {name}": ONE_SHOT
+            | {"steps_per_shot": 2, "reconstruction_copies": 0}
+            | options
+            for name, options in TWO_STEPS_ON_GATES.items()
+        }
+        | {
             "two shots, steps: 2": {"shots": 2, "steps_per_shot": 2},
             "two shots, steps: 2, reconstruction": {"shots": 2, "steps_per_shot": 2, "reconstruction": True},
         },
@@ -173,9 +191,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     "crossfitting": (
         "Cross-fitting, rows and columns, one shot to each size",
         {
-            f"to {100 - removed} %{name}, seed {seed}": CROSS_FITTED
+            f"to {100 - removed} %{name}{how}, seed {seed}": CROSS_FITTED
             | options
+            | damping
             | {"sparsity": removed / 100, "seed": seed}
+            for how, damping in GATE_DAMPINGS.items()
             for name, options in {
                 "": {},
                 ", wide gates": WIDE,
@@ -184,9 +204,17 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for seed in (0, 1, 2)
             for removed in (10, 20, 30, 40, 50)
         }
-        | {f"to 50 %, preset fast, seed {seed}": FAST | {"seed": seed} for seed in (0, 1, 2)}
         | {
-            f"to 50 %, wide gates, pairs, {name}": CROSS_FITTED | WIDE | PAIRS | options
+            f"to 50 %, preset fast{how}, seed {seed}": FAST | damping | {"seed": seed}
+            for how, damping in GATE_DAMPINGS.items()
+            for seed in (0, 1, 2)
+        }
+        | {
+            f"to 50 %, wide gates, pairs, fixed damping, {name}": CROSS_FITTED
+            | WIDE
+            | PAIRS
+            | GATE_DAMPINGS[", fixed damping"]
+            | options
             for name, options in {
                 "gates by all of the text": {"cross_fit": False},
                 "with corrections": {"lora": True, "lora_batch_size": 1} | HALF_RATE,
@@ -203,10 +231,12 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for name, options in FRENCH_VARIANTS.items()
         }
         | {
-            f"one shot to {100 - removed} %, fitted crosswise{name}": FRENCH
+            f"one shot to {100 - removed} %, fitted crosswise{name}{how}": FRENCH
             | CROSS_FITTED
             | options
+            | damping
             | {"sparsity": removed / 100}
+            for how, damping in GATE_DAMPINGS.items()
             for name, options in {"": {}, ", wide gates": WIDE}.items()
             for removed in (10, 20, 30, 40, 50)
         },

@@ -88,10 +88,28 @@ def test_moments_are_those_of_derivatives_at_each_position(family, width, monkey
         expected = expected / len(labels)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         assert float(expected.abs().max()) > 1e-4
-    assert damping == 0.7
+    assert damping == pytest.approx(0.7 * float(fisher.diagonal().mean()))
+    assert record.damping == pytest.approx(0.7)
     assert record.gates == by_token.shape[1]
     assert record.first_loss == pytest.approx(float(loss.detach()) / len(labels), rel=1e-5)
     assert record.last_loss == pytest.approx(record.first_loss, rel=1e-6)
+
+
+def test_damping_is_what_the_evidence_of_the_labels_says(monkeypatch):
+    model, anatomy, keep = lively("llama")
+    asked, used = [], []
+    monkeypatch.setattr(module, "evidence_damping", lambda *given: asked.append(given) or 0.25)
+    monkeypatch.setattr(module, "newton_step", lambda *given: used.append(given) or torch.zeros(len(given[0])))
+
+    record = set_gates(task_of(model, anatomy, keep), 2)
+
+    for (slopes, fisher, tokens), (own_slopes, own_fisher, damping) in zip(asked, used, strict=True):
+        assert slopes is own_slopes
+        assert fisher is own_fisher
+        assert tokens == TEXT.input_ids[:, 1:].numel()
+        assert damping == 0.25
+    assert len(used) == 2
+    assert record.damping == pytest.approx(0.25 / float(used[0][1].diagonal().mean()))
 
 
 @families
