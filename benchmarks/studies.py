@@ -102,9 +102,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         {name: {"method": name, "structure": "2:4"} for name in METHODS}
         | {"surgeon, one shot": ONE_SHOT | {"structure": "2:4"}}
         | {
-            f"surgeon, one shot, 2 steps on gates{name}": ONE_SHOT
-            | {"structure": "2:4", "gate_steps": 2}
-            | options
+            f"surgeon, one shot, 2 steps on gates{name}": ONE_SHOT | {"structure": "2:4", "gate_steps": 2} | options
             for name, options in GATE_DAMPINGS.items()
         },
     ),

@@ -103,10 +103,10 @@ def test_damping_is_what_the_evidence_of_the_labels_says(monkeypatch):
 
     record = set_gates(task_of(model, anatomy, keep), 2)
 
-    for (slopes, fisher, tokens), (own_slopes, own_fisher, damping) in zip(asked, used, strict=True):
+    for (slopes, fisher, count), (own_slopes, own_fisher, damping) in zip(asked, used, strict=True):
         assert slopes is own_slopes
         assert fisher is own_fisher
-        assert tokens == TEXT.input_ids[:, 1:].numel()
+        assert count == TEXT.input_ids[:, 1:].numel()
         assert damping == 0.25
     assert len(used) == 2
     assert record.damping == pytest.approx(0.25 / float(used[0][1].diagonal().mean()))
