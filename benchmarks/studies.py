@@ -332,8 +332,8 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
     """Perplexity against size where half have several sizes, else one point per variant beside the dense model."""
     variants = result["variants"]
     lines = 2 * sum(len(item["size"]) > 1 for item in variants.values()) >= len(variants)
-    # Names of lines stand below the axes, where they cover none.
-    picture = figure(height=4.6 + (0.2 * len(variants) if lines else 0.0))
+    # Names of lines stand below the axes, where they cover none; else each variant has a row of its own.
+    picture = figure(height=4.6 + 0.2 * len(variants) if lines else max(4.6, 1.4 + 0.22 * len(variants)))
     axes = picture.subplots()
     if lines:
         value_axis = axes.yaxis
@@ -352,13 +352,14 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
         for variant, value in zip(variants, values, strict=True):
             axes.annotate(f"{value:.4g}", (value, variant), (7, 0), textcoords="offset points", va="center")
         axes.set_xscale("log")
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.invert_yaxis()
         axes.legend(frameon=False)
     tick_perplexity(value_axis, [value for item in variants.values() for value in item["perplexity"]])
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.set_title(title)
+    # Over the whole picture: long names leave the axes too little room for it.
+    picture.suptitle(title)
     picture.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
