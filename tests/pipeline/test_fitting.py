@@ -34,9 +34,9 @@ def fitting_of(model, dense, anatomy, text=TEXT, processes=ALONE, **options):
     return Fitting(model, dense, anatomy, text, config, SilentProgress(), None, processes)
 
 
-@pytest.mark.parametrize("gate_steps", [0, 2])
+@pytest.mark.parametrize(("gate_steps", "damping"), [(0, None), (2, None), (2, 0.5)])
 @pytest.mark.parametrize("family", ["llama-biased", "gpt2", "phi3"])
-def test_the_result_is_the_mean_of_a_model_of_each_half(family, gate_steps):
+def test_the_result_is_the_mean_of_a_model_of_each_half(family, gate_steps, damping):
     model, dense, anatomy, keep = pruned(family)
     width = gate_width(anatomy, PruneConfig.from_mapping(RECIPE))
     assert width < anatomy.feed_forwards[0].neurons
@@ -45,9 +45,10 @@ def test_the_result_is_the_mean_of_a_model_of_each_half(family, gate_steps):
     for one, own, other in zip(models, (even, odd), (odd, even), strict=True):
         first = reconstruct(one, dense, anatomy, keep, own, Reconstruction(0.2, 3, "float32"))
         task = Task(one, anatomy, keep, other, Estimation(3, "float32"), lambda _: None, TensorStore(CPU))
-        records.append((first, set_gates(task, gate_steps, 0.5, width) if gate_steps else None))
+        records.append((first, set_gates(task, gate_steps, damping, width) if gate_steps else None))
 
-    reconstruction, gates = fitting_of(model, dense, anatomy, gate_steps=gate_steps).after_shot(1, keep, Clock(CPU))
+    work = fitting_of(model, dense, anatomy, gate_steps=gate_steps, gate_damping=damping)
+    reconstruction, gates = work.after_shot(1, keep, Clock(CPU))
 
     halves = [one.state_dict() for one in models]
     for name, tensor in model.state_dict().items():
@@ -60,7 +61,7 @@ def test_the_result_is_the_mean_of_a_model_of_each_half(family, gate_steps):
     if not gate_steps:
         assert gates is None
         return
-    for name in ("first_loss", "last_loss", "largest_change"):
+    for name in ("first_loss", "last_loss", "largest_change", "damping"):
         assert getattr(gates, name) == pytest.approx(sum(getattr(record, name) for _, record in records) / 2)
     assert (gates.gates, gates.steps) == (records[0][1].gates, gate_steps)
 
