@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_surgeon.curvature import fixed_point
 from llm_surgeon.models.modes import products
@@ -49,15 +49,12 @@ class GramSum:
         if not self._strips:
             self._strips = [torch.zeros(shape, dtype=torch.float32, device=self._device) for shape in self._shapes]
         with timed("factor sums"):
-            if self._padded == self.size:
-                wide = x.float()
+            if self._padded > self.size:
+                x = nn.functional.pad(x, (0, self._padded - self.size))
+            if torch.get_float32_matmul_precision() == "highest" or not fixed_point.is_fast(x.device):
+                self._add_products(x.float())
             else:
-                wide = x.new_zeros(len(x), self._padded, dtype=torch.float32)
-                wide[:, : self.size] = x
-            if torch.get_float32_matmul_precision() == "highest" or not fixed_point.is_fast(wide.device):
-                self._add_products(wide)
-            else:
-                self._add_rounded(wide)
+                self._add_rounded(x)
 
     def _add_products(self, x: Tensor) -> None:
         for number, strip in enumerate(self._strips):
