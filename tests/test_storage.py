@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from llm_surgeon import storage
 from llm_surgeon.errors import DiskSpaceError
-from llm_surgeon.storage import Budgets, TensorStore
+from llm_surgeon.storage import Budgets, TensorStore, in_turn
 
 CPU = torch.device("cpu")
 
@@ -59,10 +60,84 @@ def test_nothing_is_seen_in_the_scratch_directory(tmp_path):
 def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     with open("/dev/full", "r+b", buffering=0) as file:
         monkeypatch.setattr(storage.tempfile, "TemporaryFile", lambda **_: file)
-        with pytest.raises(DiskSpaceError, match=r"No space left.*--host-memory"):
-            TensorStore(CPU, Budgets(host=0), tmp_path).put(torch.zeros(1000))
+        store = TensorStore(CPU, Budgets(host=0), tmp_path)
+        # It is written while others are computed with, so whoever comes next hears of it.
+        stored = store.put(torch.zeros(1000))
+        for next_step in (stored.get, lambda: store.put(torch.zeros(5)), stored.get):
+            with pytest.raises(DiskSpaceError, match=r"No space left.*--host-memory"):
+                next_step()
 
 
 def test_a_scratch_directory_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DiskSpaceError, match="No such file"):
         TensorStore(CPU, Budgets(host=0), tmp_path / "gone").put(torch.zeros(1000))
+
+
+class Watched:
+    """The scratch file of a store, whose reading and writing can be watched and held up."""
+
+    def __init__(self, store, monkeypatch):
+        self.may_write, self.read = threading.Event(), [threading.Event() for _ in range(4)]
+        self.reads = 0
+        write, read = store._disk.write, store._disk.read
+
+        def held_up(start, tensor):
+            assert self.may_write.wait(30)
+            return write(start, tensor)
+
+        def watched(start, shape, dtype):
+            result = read(start, shape, dtype)
+            self.read[self.reads].set()
+            self.reads += 1
+            return result
+
+        monkeypatch.setattr(store._disk, "write", held_up)
+        monkeypatch.setattr(store._disk, "read", watched)
+
+
+def test_the_next_tensor_comes_while_one_is_computed_with(tmp_path, monkeypatch):
+    store = TensorStore(CPU, Budgets(host=0), tmp_path)
+    watched = Watched(store, monkeypatch)
+    watched.may_write.set()
+    stored = [store.put(torch.full((5,), float(number))) for number in range(3)]
+    for number, item in enumerate(in_turn(stored)):
+        if number < 2:
+            # Nobody has asked for the one after this, nor for this.
+            assert watched.read[number].wait(30)
+        assert torch.equal(item.get(), torch.full((5,), float(number)))
+        item.release()
+    assert watched.reads == 3
+    assert store.bytes_on_disk == 0
+
+
+def test_a_tensor_leaves_while_others_are_computed_with(tmp_path, monkeypatch):
+    store = TensorStore(CPU, Budgets(host=0), tmp_path)
+    watched = Watched(store, monkeypatch)
+    # Comes back although nothing is written yet.
+    first = store.put(torch.ones(5))
+    threading.Timer(0.05, watched.may_write.set).start()
+    second = store.put(torch.zeros(5))
+    assert watched.may_write.is_set()  # only one may wait to be written
+    assert torch.equal(first.get(), torch.ones(5))
+    assert torch.equal(second.get(), torch.zeros(5))
+
+
+def test_a_place_is_read_before_it_is_written_anew(tmp_path):
+    store = TensorStore(CPU, Budgets(host=0), tmp_path)
+    for number in range(200):
+        stored = store.put(torch.full((50,), float(number)))
+        stored.expect()
+        held = stored._coming
+        stored.release()
+        other = store.put(torch.full((50,), -1.0))
+        assert torch.equal(held(), torch.full((50,), float(number)))
+        other.release()
+    assert store._disk._end == 200
+
+
+def test_what_is_in_memory_is_not_moved():
+    store = TensorStore(CPU, Budgets())
+    tensor = torch.ones(3)
+    stored = store.put(tensor)
+    assert [item.get().data_ptr() for item in in_turn([stored, stored])] == [tensor.data_ptr()] * 2
+    assert not store._transfers._pool._threads

@@ -1,11 +1,15 @@
-"""Tensors that do not all fit: on the device as far as its budget goes, then in host memory, then on disk."""
+"""Tensors that do not all fit: on the device as far as its budget goes, then in host memory, then on disk.
+
+What is not where it is wanted is moved while others are computed with: it leaves as soon as it is put, and whoever
+knows what is wanted next says so (``in_turn``).
+"""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from llm_surgeon.errors import DiskSpaceError
 from llm_surgeon.stopwatch import timed
+from llm_surgeon.transfers import Transfers
 
 
 @dataclass(frozen=True)
@@ -30,27 +35,50 @@ class Stored:
     """One tensor of a store; its bytes are given back with ``release``, or when nobody holds it any more.
 
     Args:
-        read: Gives the tensor, wherever it is.
-        device: Where it is wanted.
+        read: Gives the tensor where it is wanted.
         released: Called when its bytes are free again.
+        transfers: Who brings it, while others are computed with; None where there is nothing to bring.
     """
 
-    def __init__(self, read: Callable[[], Tensor], device: torch.device, released: Callable[[], None]) -> None:
+    def __init__(
+        self, read: Callable[[], Tensor], released: Callable[[], None], transfers: Transfers | None = None
+    ) -> None:
         self._read: Callable[[], Tensor] | None = read
-        self._device = device
+        self._transfers = transfers
+        self._coming: Callable[[], Tensor] | None = None
         self._gone = weakref.finalize(self, released)
         self._gone.atexit = False
 
-    def get(self) -> Tensor:
-        """The tensor, on the device. It may be the stored one itself: not to be changed."""
+    def expect(self) -> None:
+        """Let it come: it will be asked for soon."""
         assert self._read is not None, "it has been released"
+        if self._coming is None:
+            self._coming = self._read if self._transfers is None else self._transfers.begin(self._read)
+
+    def get(self) -> Tensor:
+        """The tensor, on the device. It may be the stored one itself: not to be changed.
+
+        Raises:
+            DiskSpaceError: If it could not be kept.
+        """
         with timed("transfers"):
-            return self._read().to(self._device, non_blocking=True)
+            self.expect()
+            assert self._coming is not None
+            coming, self._coming = self._coming, None
+            return coming()
 
     def release(self) -> None:
         """Give its bytes back."""
-        self._read = None
+        self._read = self._coming = None
         self._gone()  # the first time only
+
+
+def in_turn(stored: Sequence[Stored]) -> Iterator[Stored]:
+    """Each of several, in order; the one after it is on its way meanwhile."""
+    for number, this in enumerate(stored, start=1):
+        if number < len(stored):
+            stored[number].expect()
+        yield this
 
 
 class TensorStore:
@@ -68,6 +96,8 @@ class TensorStore:
         # On a CPU the device is the host.
         self._free = {"device": limits.device if device.type != "cpu" else 0.0, "host": limits.host}
         self._disk = _ScratchFile(scratch)
+        self._transfers = Transfers(device)
+        self._leaving: Callable[[], Tensor] | None = None
 
     @property
     def bytes_on_disk(self) -> int:
@@ -75,24 +105,36 @@ class TensorStore:
         return self._disk.used
 
     def put(self, tensor: Tensor) -> Stored:
-        """Keep a tensor; the caller gives up its own.
+        """Keep a tensor; the caller gives up its own, and does not change it any more.
 
         Raises:
-            DiskSpaceError: If it has to go to disk, and the disk is full.
+            DiskSpaceError: If this or an earlier one has to go to disk, and the disk is full; ``get`` says so as well.
         """
-        size = tensor.nbytes
+        tensor, size = tensor.detach(), tensor.nbytes
         place = next((name for name, free in self._free.items() if size <= free), None)
+        if place is None:
+            start = self._disk.reserve(size)
+            written = self._leave(lambda: self._disk.write(start, tensor))
+            read = partial(self._from_disk, written, start, tensor.shape, tensor.dtype)
+            return Stored(read, partial(self._disk.free, start, size), self._transfers)
+        self._free[place] -= size
+        released = partial(self._give_back, place, size)
+        if place == "host" and tensor.device.type != "cpu":
+            kept = self._leave(lambda: _pinned(tensor))
+            return Stored(lambda: kept().to(self.device, non_blocking=True), released, self._transfers)
+        return Stored(lambda: tensor, released)
+
+    def _leave(self, move: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Begin to move what was put; one at a time, as it takes the place where it was until it has left."""
         with timed("transfers"):
-            if place is None:
-                start = self._disk.write(tensor)
-                read = partial(self._disk.read, start, tensor.shape, tensor.dtype)
-                return Stored(read, self.device, partial(self._disk.free, start, size))
-            self._free[place] -= size
-            if place == "host" and tensor.device.type != "cpu":
-                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-            else:
-                held = tensor.detach()
-        return Stored(lambda: held, self.device, partial(self._give_back, place, size))
+            if self._leaving is not None:
+                self._leaving()
+            self._leaving = self._transfers.begin(move)
+        return self._leaving
+
+    def _from_disk(self, written: Callable[[], Tensor], start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        written()
+        return self._disk.read(start, shape, dtype).to(self.device, non_blocking=True)
 
     def _give_back(self, place: str, size: int) -> None:
         self._free[place] += size
@@ -101,7 +143,8 @@ class TensorStore:
 class _ScratchFile:
     """Tensors in a file without a name, of which nothing is left however the process ends.
 
-    Read and written rather than mapped: mapped pages count as memory of the process.
+    Read and written rather than mapped: mapped pages count as memory of the process. Both by one thread only; places
+    are given and taken back by the others.
 
     Attributes:
         used: Bytes of the tensors in it.
@@ -114,27 +157,38 @@ class _ScratchFile:
         # Tensors of a pass come in few sizes, so what is given back fits the next one.
         self._holes: dict[int, list[int]] = {}
 
-    def write(self, tensor: Tensor) -> int:
-        """Write a tensor; returns where.
+    def reserve(self, size: int) -> int:
+        """A place for so many bytes; returns where it begins.
+
+        Raises:
+            DiskSpaceError: If there can be no file.
+        """
+        if self._file is None:
+            try:
+                self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115  # as long as the store
+            except OSError as error:
+                raise not_kept(self._directory, size, error) from None
+        holes = self._holes.get(size)
+        start = holes.pop() if holes else self._end
+        self._end = max(self._end, start + size)
+        self.used += size
+        return start
+
+    def write(self, start: int, tensor: Tensor) -> Tensor:
+        """Write a tensor to its place; returns nothing of it.
 
         Raises:
             DiskSpaceError: If the disk is full.
         """
-        size = tensor.nbytes
-        holes = self._holes.get(size)
-        start = holes.pop() if holes else self._end
+        assert self._file is not None
+        left = _bytes_of(tensor.cpu().contiguous())
         try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115  # as long as the store
             self._file.seek(start)
-            left = _bytes_of(tensor.detach().cpu().contiguous())
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise not_kept(self._directory, size, error) from None
-        self._end = max(self._end, start + size)
-        self.used += size
-        return start
+            raise not_kept(self._directory, tensor.nbytes, error) from None
+        return tensor.new_empty(0)
 
     def read(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Read a tensor."""
@@ -155,6 +209,11 @@ class _ScratchFile:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, whatever its type."""
     return tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in host memory that a GPU can read by itself."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def not_kept(directory: Path | None, size: int, error: OSError) -> DiskSpaceError:

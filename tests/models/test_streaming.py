@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from llm_surgeon import PruneConfig
+from llm_surgeon.curvature.sweep import Sweep
+from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, DiskSpaceError
 from llm_surgeon.evaluation import perplexity as perplexity_module
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
@@ -101,6 +103,48 @@ def test_weights_are_present_while_a_block_runs_and_no_longer(monkeypatch):
     assert block.mlp.up_proj.weight.data_ptr() == before
 
 
+@pytest.fixture
+def arrivals(monkeypatch):
+    """Weights that move as to a GPU, copies on the CPU standing for what is there; what has arrived, by home."""
+    arrived = []
+
+    def arriving(_self, home):
+        arrived.append(home.data_ptr())
+        return home.clone()
+
+    monkeypatch.setattr(StreamedWeights, "_arriving", arriving)
+    monkeypatch.setattr(StreamedWeights, "_moves", True)
+    return arrived
+
+
+def test_weights_of_the_next_block_come_while_one_is_run(arrivals):
+    model, anatomy = streamed()
+    weights, blocks = weights_of(model), model.get_submodule(anatomy.family.blocks)
+    sweep = Sweep(model, anatomy.family.blocks, CalibrationTokens(tokens(2, 16), None, {}), 1, "float32")
+    homes = [{parameter.data_ptr() for parameter in block.parameters()} for block in blocks]
+    arrivals.clear()
+    for number in reversed(range(len(blocks))):
+        with sweep.ready(number, then=number - 1):
+            # Begun while this block is there, without being asked for.
+            for begun in weights._coming.get(blocks[number - 1], []):
+                begun()
+            assert set(arrivals) == set().union(*homes[max(0, number - 1) :])
+    # Each once.
+    assert len(arrivals) == sum(map(len, homes))
+    assert not weights._coming
+
+
+def test_weights_that_were_written_meanwhile_are_the_new_ones(arrivals):
+    model, _ = streamed()
+    weights, block = weights_of(model), model.model.layers[1]
+    weights.expect(block)
+    with torch.no_grad():
+        block.mlp.up_proj.weight.fill_(2.0)
+    weights.settle(block.mlp.up_proj)
+    with weights.present(block):
+        assert torch.equal(block.mlp.up_proj.weight, torch.full_like(block.mlp.up_proj.weight, 2.0))
+
+
 def test_weights_go_home_after_an_error(monkeypatch):
     monkeypatch.setattr(StreamedWeights, "_arriving", lambda _self, home: home.clone())
     model, _ = streamed()
@@ -185,6 +229,7 @@ def test_a_run_gives_the_same_weights(name, recipe, tmp_path, monkeypatch):
     without_what_has_other_tests(monkeypatch)
     # What comes to a GPU is another tensor than what is written to.
     monkeypatch.setattr(StreamedWeights, "_arriving", lambda _self, home: home.clone())
+    monkeypatch.setattr(StreamedWeights, "_moves", True)
     family, options = RUNS[name]
     shots = {"shots": 1} if options.get("method") in ("wanda", "sparsegpt") else {}
     if "2:4" in options.values():

@@ -11,7 +11,7 @@ from llm_surgeon.curvature import fixed_point
 from llm_surgeon.models.modes import products
 from llm_surgeon.processes import Processes
 from llm_surgeon.stopwatch import timed
-from llm_surgeon.storage import Stored, TensorStore
+from llm_surgeon.storage import Stored, TensorStore, in_turn
 
 # Height of the strips that the upper triangle is stored in: low enough to save nearly half of the work, high enough
 # for full speed of the products. On a CPU with AVX-512, size 1536: 8.1 ms for 192, 9.0 for 384, 13.8 for one product.
@@ -89,7 +89,7 @@ class GramSum:
 
     def dense(self) -> Tensor:
         """The whole matrix, ``[size, size]`` float32."""
-        strips = self._strips or [stored.get() for stored in self._stored]
+        strips = self._strips or [stored.get() for stored in in_turn(self._stored)]
         if not strips:
             return torch.zeros(self.size, self.size, device=self._device)
         full = strips[0].new_empty(self._padded, self._padded)

@@ -25,7 +25,7 @@ from llm_surgeon.models.head import head_loss, sample_labels
 from llm_surgeon.models.modes import arithmetic, frozen, reduced_weights
 from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.processes import Processes
-from llm_surgeon.storage import Stored, TensorStore
+from llm_surgeon.storage import Stored, TensorStore, in_turn
 
 
 @dataclass
@@ -118,19 +118,20 @@ class LayerMajorPass:
         how, loss = self._how, 0.0
         head = self._model.get_output_embeddings()
         with frozen(self._model), reduced_weights(head, how.precision):
-            for waiting in self._waiting:
+            hidden = in_turn([waiting.batch.hidden for waiting in self._waiting])
+            for waiting, leaving in zip(self._waiting, hidden, strict=True):
                 with arithmetic(self._device, how.precision):
-                    loss += self._head_of_batch(waiting, backward)
+                    loss += self._head_of_batch(waiting, leaving, backward)
                     if not math.isfinite(loss):
                         raise loss_not_finite(self._model, waiting.batch.input_ids, "the calibration tokens")
         return loss
 
-    def _head_of_batch(self, waiting: _Waiting, backward: bool) -> float:
-        labelled, batch = waiting.labelled, waiting.batch
+    def _head_of_batch(self, waiting: _Waiting, hidden: Stored, backward: bool) -> float:
+        labelled = waiting.labelled
         with torch.set_grad_enabled(backward):
-            leaving = batch.hidden.get().detach().requires_grad_(backward)
-            states = self._sweep.last_states(batch, leaving)
-        batch.hidden.release()
+            leaving = hidden.get().detach().requires_grad_(backward)
+            states = self._sweep.last_states(waiting.batch, leaving)
+        hidden.release()
         last = states.detach().index_select(0, labelled.positions)
         if not backward:
             return head_loss(self._model, last, labelled.labels)
@@ -145,15 +146,17 @@ class LayerMajorPass:
         return head_loss(self._model, last, labelled.labels) if self._how.sampled_labels else loss
 
     def _backward(self, block: int, entered: list[Stored], hooks: Hooks) -> None:
-        with self._sweep.ready(block):
-            for waiting, hidden in zip(self._waiting, entered, strict=True):
+        with self._sweep.ready(block, then=block - 1):
+            for waiting, hidden in zip(self._waiting, in_turn(entered), strict=True):
                 hooks.positions, hooks.sample = waiting.batch.positions, waiting.sample
+                # It comes while the block is run.
+                waiting.gradients[0].expect()
                 with torch.enable_grad(), arithmetic(self._device, self._how.precision):
                     entering = hidden.get().detach().requires_grad_()
                     leaving = self._sweep.run(block, waiting.batch, entering)
                     waiting.gradients = [
                         self._handed_down(gradient, leaving, entering, last=gradient is waiting.gradients[-1])
-                        for gradient in waiting.gradients
+                        for gradient in in_turn(waiting.gradients)
                     ]
                 hidden.release()
                 self._progress.advance(waiting.batch.input_ids.numel())

@@ -22,7 +22,7 @@ from llm_surgeon.models.attention import attention_by_blocks
 from llm_surgeon.models.head import last_states
 from llm_surgeon.models.modes import arithmetic, frozen, reduced_weights
 from llm_surgeon.models.streaming import weights_of
-from llm_surgeon.storage import Stored, TensorStore
+from llm_surgeon.storage import Stored, TensorStore, in_turn
 
 Advance = Callable[[int], None]
 
@@ -99,9 +99,9 @@ class Sweep:
     def watch(self, block: int, hooks: Hooks, advance: Advance = lambda _tokens: None) -> None:
         """Run a block for what ``hooks`` see of it; the batches stay in front of it."""
         with torch.no_grad(), self.ready(block):
-            for batch in self.batches:
+            for batch, entering in self._entering():
                 hooks.positions = batch.positions
-                self.run(block, batch, batch.hidden.get())
+                self.run(block, batch, entering.get())
                 advance(batch.input_ids.numel())
 
     def pass_through(
@@ -115,15 +115,18 @@ class Sweep:
             keep: Whether what entered the block stays in the store, as somebody else holds it.
             hooks: What looks on.
         """
-        with torch.no_grad(), self.ready(block):
-            for batch in self.batches:
+        with torch.no_grad(), self.ready(block, then=block + 1):
+            for batch, entering in self._entering():
                 if hooks is not None:
                     hooks.positions = batch.positions
-                entered = batch.hidden
-                batch.hidden = self.store.put(self.run(block, batch, entered.get()))
+                batch.hidden = self.store.put(self.run(block, batch, entering.get()))
                 if not keep:
-                    entered.release()
+                    entering.release()
                 advance(batch.input_ids.numel())
+
+    def _entering(self) -> Iterator[tuple[Batch, Stored]]:
+        """The batches with what enters the block, which is on its way before its turn."""
+        return zip(self.batches, in_turn([batch.hidden for batch in self.batches]), strict=True)
 
     def run(self, block: int, batch: Batch, hidden: Tensor) -> Tensor:
         """What a block makes of hidden states ``[batch, length, width]``; to be called where it is ``ready``."""
@@ -139,11 +142,18 @@ class Sweep:
             return last_states(self._model, batch.input_ids, batch.attention_mask)
 
     @contextmanager
-    def ready(self, block: int) -> Iterator[None]:
-        """The block as it is run: frozen, with weights and attention as the precision allows."""
+    def ready(self, block: int, then: int | None = None) -> Iterator[None]:
+        """The block as it is run: frozen, with weights and attention as the precision allows.
+
+        Args:
+            block: Its number.
+            then: Of the block that comes next, if there is one; its weights are on their way meanwhile.
+        """
         module = self._blocks[block]
         weights, attention = weights_of(self._model), attention_by_blocks() if self._fast else nullcontext()
         with weights.present(module), frozen(module), reduced_weights(module, self._precision), attention:
+            if then is not None and 0 <= then < len(self._blocks):
+                weights.expect(self._blocks[then])
             yield
 
     def _record(self, tokens: CalibrationTokens, batch_size: int) -> Iterator[Batch]:

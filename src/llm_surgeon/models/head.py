@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.linalg import is_finite
 
-# Tokens whose logits exist at once: a vocabulary of 50,000 in float32 makes 100 MB of these. With fewer, the head's
+# Tokens whose logits exist at once: a vocabulary of 50,000 in bfloat16 makes 50 MB of these. With fewer, the head's
 # weights are read too often.
 CHUNK = 512
+# Of these, the logits that are worked on at once in float32, on a CPU: what stays in its cache.
+_AT_ONCE = 2**20
 
 
 def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,33 +55,45 @@ class Head:
 
     def __call__(self, states: Tensor) -> Tensor:
         """The logits."""
-        values: Tensor = self._linear(states).float()
+        return self._capped(self._linear(states))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        values = logits.float()
         return values if self._cap is None else self._cap * torch.tanh(values / self._cap)
 
     def likelihood(self, states: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
         """Sum of the negative log-likelihoods of labels ``[n]``, and if asked its gradient at the states.
 
         The gradient at the logits is ``softmax(logits) - onehot(labels)``, written down here rather than left to
-        automatic differentiation, which holds three times as many numbers of the size of the logits.
+        automatic differentiation, which holds three times as many numbers of the size of the logits. Here it takes
+        their place, a few rows at a time.
 
         Args:
             states: ``[n, width]``.
             labels: ``[n]``.
             gradient: ``[n, width]``, filled with the gradient.
         """
-        logits, label = self(states), labels[:, None]
-        # With a cap, ``l = c tanh(z / c)``, so that ``dl/dz = 1 - (l / c)^2``.
-        slope = None if self._cap is None else 1 - (logits / self._cap).square_()
-        log_probabilities = logits.log_softmax(-1)
-        del logits
-        total = -float(log_probabilities.gather(1, label).sum())
+        logits = self._linear(states)
+        rows = max(1, _AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        total = 0.0
+        for some, own in zip(logits.split(rows), labels.split(rows), strict=True):
+            total += self._likelihood_of(some, own, gradient is not None)
         if gradient is not None:
+            weight = self._linear.weight
+            gradient.copy_(logits.to(weight.dtype) @ weight)
+        return total
+
+    def _likelihood_of(self, logits: Tensor, labels: Tensor, into_gradient: bool) -> float:
+        """The same of some logits ``[n, vocabulary]`` as the head gives them; if asked, they become its gradient."""
+        values, label = self._capped(logits), labels[:, None]
+        # With a cap, ``l = c tanh(z / c)``, so that ``dl/dz = 1 - (l / c)^2``.
+        slope = None if self._cap is None or not into_gradient else 1 - (values / self._cap).square_()
+        log_probabilities = values.log_softmax(-1)
+        total = -float(log_probabilities.gather(1, label).sum())
+        if into_gradient:
             by_logits = log_probabilities.exp_()
             by_logits.scatter_add_(1, label, by_logits.new_full(label.shape, -1.0))
-            if slope is not None:
-                by_logits.mul_(slope)
-            weight = self._linear.weight
-            gradient.copy_(by_logits.to(weight.dtype) @ weight)
+            logits.copy_(by_logits if slope is None else by_logits.mul_(slope))
         return total
 
     def sharpness(self, states: Tensor, labels: Tensor) -> tuple[float, float]:

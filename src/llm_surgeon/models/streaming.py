@@ -3,7 +3,7 @@
 A model that fits neither a GPU nor main memory may still fit block by block. Each weight of a block is a tensor in a
 file without a name that is mapped into memory: whoever reads or writes it does so as ever, and the kernel brings and
 takes its pages. On a CPU that is all. For a GPU the block that is run is copied there and forgotten again; what is run
-block by block (``curvature/sweep.py``) keeps it there for all batches.
+block by block (``curvature/sweep.py``) keeps it there for all batches, and the next one arrives meanwhile.
 
 What is not in a block (embeddings, last norm, head) stays where the model runs.
 """
@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -27,6 +28,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.runtime import forget_pages
 from llm_surgeon.stopwatch import timed
 from llm_surgeon.storage import not_kept
+from llm_surgeon.transfers import Transfers
 
 
 class Weights:
@@ -42,6 +44,9 @@ class Weights:
     def present(self, _module: nn.Module) -> Iterator[None]:
         """The weights of a block, or of a layer in one, are where the model runs; there they are not to be changed."""
         yield
+
+    def expect(self, _module: nn.Module) -> None:
+        """Let the weights of a block come, which are not to be changed before it has been ``present`` next."""
 
     def settle(self, _module: nn.Module) -> None:
         """Put weights away that have been written to a block or a layer while they were not ``present``.
@@ -81,6 +86,8 @@ class StreamedWeights(Weights):
         self._modules = cast(nn.ModuleList, model.get_submodule(blocks))
         # Not the model: that would keep it alive for ever, see ``stream``.
         self._present: set[nn.Module] = set()
+        self._transfers = Transfers(device)
+        self._coming: dict[nn.Module, list[Callable[[], Tensor]]] = {}
         inside = set()
         for block in self._modules:
             for parameter in block.parameters():
@@ -105,8 +112,9 @@ class StreamedWeights(Weights):
         self._present.add(module)
         try:
             with timed("transfers"):
-                for tensor, home in homes:
-                    tensor.data = self._arriving(home)
+                arriving = self._coming.pop(module, None) or [partial(self._arriving, home) for _tensor, home in homes]
+                for (tensor, _home), arrived in zip(homes, arriving, strict=True):
+                    tensor.data = arrived()
             yield
         finally:
             self._present.remove(module)
@@ -114,8 +122,15 @@ class StreamedWeights(Weights):
                 tensor.data = home
                 forget_pages(home)
 
+    def expect(self, module: nn.Module) -> None:
+        """Let the weights of a block come; on a CPU they are there already."""
+        if self._moves and module not in self._present:
+            # Those of others are not wanted any more: there is room for two blocks.
+            self._coming = {module: [self._transfers.begin(partial(self._arriving, x.data)) for x in _tensors(module)]}
+
     def settle(self, module: nn.Module) -> None:
-        """Put what is not in a file yet into one."""
+        """Put what is not in a file yet into one; what is on its way may be what was there before."""
+        self._coming.clear()
         for tensor in _tensors(module):
             if tensor.numel() and not _is_mapped(tensor):
                 tensor.data = self._mapped(tensor.data)
@@ -125,6 +140,10 @@ class StreamedWeights(Weights):
         """The pages of all blocks."""
         for tensor in _tensors(self._modules):
             forget_pages(tensor)
+
+    @property
+    def _moves(self) -> bool:
+        return self._device.type != "cpu"
 
     def _arriving(self, home: Tensor) -> Tensor:
         return home.to(self._device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import psutil
@@ -82,12 +83,16 @@ def weights_read(skeleton: Skeleton, device: torch.device, texts: Texts) -> int:
     return skeleton.weight_bytes - max(0, whole - pieces * max(row, READ_AROUND))
 
 
-def weights_streamed(skeleton: Skeleton) -> tuple[int, int]:
-    """Bytes of the weights that a run has where the model runs if they are streamed, and of those on disk."""
+def weights_streamed(skeleton: Skeleton, device: torch.device) -> tuple[int, int]:
+    """Bytes of the weights that a run has where the model runs if they are streamed, and of those on disk.
+
+    To a GPU one block comes while another is run.
+    """
     blocks = skeleton.network.get_submodule(skeleton.anatomy.family.blocks)
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.children()]
     away = sum(counts) * skeleton.dtype.itemsize
-    return skeleton.weight_bytes - away + max(counts) * skeleton.dtype.itemsize, away
+    there = max(counts) if device.type == "cpu" else max(map(sum, pairwise(counts)), default=max(counts))
+    return skeleton.weight_bytes - away + there * skeleton.dtype.itemsize, away
 
 
 def passes_within(

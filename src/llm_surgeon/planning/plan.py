@@ -119,7 +119,8 @@ def foresee(
         order=order_name(way.layer_major),
         store_host=None if way.budgets.host == math.inf else round(way.budgets.host),
         store_device=None if way.budgets.device == math.inf else round(way.budgets.device),
-        scratch=(way.waiting.disk if way.waiting else 0) + (weights_streamed(skeleton)[1] if way.streamed else 0),
+        scratch=(way.waiting.disk if way.waiting else 0)
+        + (weights_streamed(skeleton, device)[1] if way.streamed else 0),
         streamed=way.streamed,
         processes=place.count,
     )

@@ -87,7 +87,7 @@ class _Nowhere(TensorStore):
         """Remember the shape."""
         # Zeros, so that a pass with numbers is a pass with finite ones.
         anew = partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=self.device)
-        return Stored(anew, self.device, lambda: None)
+        return Stored(anew, lambda: None)
 
 
 class _Idle(Task):

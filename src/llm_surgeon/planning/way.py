@@ -115,7 +115,7 @@ class Course:
 
     def needs(self, way: Way) -> dict[str, Need]:
         """Memory by phase."""
-        held = weights_streamed(self._skeleton)[0] if way.streamed else self._weights
+        held = weights_streamed(self._skeleton, self._device)[0] if way.streamed else self._weights
         return Demand(
             self._skeleton, self._config, self._device, way.traces, self._process, held, way.waiting, way.streamed
         ).needs()
