@@ -3,7 +3,8 @@
 Protocol: SmolLM2-135M-Instruct (the demo model), 32 windows of 512 tokens of WikiText-2 for calibration, five shots
 to 50 % of the prunable weights, perplexity of 20 windows of 1,024 tokens of held-out WikiText-2. The plain pass that
 a shot's time is compared with is a bfloat16-autocast forward and backward pass of the dense model over the same
-tokens, one sequence at a time, without weight gradients, timed before and after the shots in the same process.
+tokens, one sequence at a time, without weight gradients, timed before the first shot and after each, in the same
+process. As the speed of a machine changes within minutes, a shot is compared with the mean of the passes around it.
 
     python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt [--set option=value ...]
 
@@ -13,9 +14,12 @@ Writes benchmarks/results/anchors.json and anchors.md, and the export below --ou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from llm_surgeon.data.tokens import CalibrationTokens, sample_calibration
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
 from llm_surgeon.models.modes import arithmetic, frozen
 from llm_surgeon.pipeline.run import prune_checkpoint
-from llm_surgeon.report.progress import RichProgress
+from llm_surgeon.report.progress import Phase, RichProgress
 from llm_surgeon.runtime import keep_freed_memory
 
 PUBLISHED = [26.08, 37.93, 48.83, 70.97, 94.38]
@@ -51,8 +55,27 @@ def plain_pass(model: PreTrainedModel, tokens: CalibrationTokens) -> float:
     return time.perf_counter() - start
 
 
-def rows(report: PruneReport, plain: float) -> list[dict[str, Any]]:
-    """One record per shot."""
+class Between(RichProgress):
+    """Times a plain pass whenever perplexity has been measured: before the first shot, and after each."""
+
+    def __init__(self, source: str, tokens: CalibrationTokens) -> None:
+        super().__init__()
+        self._source, self._tokens = source, tokens
+        self.plain: list[float] = []
+
+    @contextlib.contextmanager
+    def phase(self, description: str, total_tokens: int) -> Iterator[Phase]:
+        """Show a phase, and time what comes after it."""
+        with super().phase(description, total_tokens) as phase:
+            yield phase
+        if description.endswith(": perplexity"):
+            # Loaded anew, so that it takes no memory from the shots.
+            self.plain.append(plain_pass(load_model(self._source), self._tokens))
+
+
+def rows(report: PruneReport, plain: list[float]) -> list[dict[str, Any]]:
+    """One record per shot, of which the plain passes were timed before and after."""
+    around = [statistics.mean(pair) for pair in itertools.pairwise(plain)]
     return [
         {
             "size": round(100 * (1 - shot.sparsity), 2),
@@ -60,9 +83,11 @@ def rows(report: PruneReport, plain: float) -> list[dict[str, Any]]:
             "curvature_s": round(shot.curvature_seconds, 1),
             "selection_s": round(shot.selection_seconds, 1),
             "update_s": round(shot.update_seconds, 1),
-            "ratio_to_plain_pass": round(shot.seconds / plain, 2),
+            "plain_pass_s": round(unit, 1),
+            "curvature_to_plain_pass": round(shot.curvature_seconds / unit, 2),
+            "ratio_to_plain_pass": round(shot.seconds / unit, 2),
         }
-        for shot in report.shots
+        for shot, unit in zip(report.shots, around, strict=True)
     ]
 
 
@@ -74,21 +99,23 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['date']}, {result['machine']}, torch {result['versions']['torch']}, transformers "
         f"{result['versions']['transformers']}. Command: `{result['command']}`",
         "",
-        "| prunable weights | published code | goal | here | curvature s | selection s | update s | x plain pass |",
-        "|---|---|---|---|---|---|---|---|",
+        "| prunable weights | published code | goal | here | curvature s | selection s | update s | plain pass s | "
+        "curvature x plain pass | shot x plain pass |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for number, row in enumerate(result["shots"]):
         lines.append(
             f"| {row['size']} % | {PUBLISHED[number]} | {GOAL[number]} | {row['perplexity']} | {row['curvature_s']} | "
-            f"{row['selection_s']} | {row['update_s']} | {row['ratio_to_plain_pass']} |"
+            f"{row['selection_s']} | {row['update_s']} | {row['plain_pass_s']} | {row['curvature_to_plain_pass']} | "
+            f"{row['ratio_to_plain_pass']} |"
         )
     speed, memory = result["speed"], result["memory"]
     plain = ", ".join(f"{seconds:.1f}" for seconds in result["plain_pass_s"])
     lines += [
         "",
         f"Dense perplexity {result['dense_perplexity']}. Plain forward and backward pass of the dense model over the "
-        f"same tokens: {plain} s (before, before, after); the ratios use the median. Mean shot: "
-        f"**{result['mean_ratio']} times** the plain pass (published code: 5.5 times).",
+        f"same tokens: {plain} s (before the first shot and after each); the column has the mean of the two around a "
+        f"shot. Mean shot: **{result['mean_ratio']} times** the plain pass (published code: 5.5 times).",
         "",
         f"At 50 %: prefill {speed['prefill_ratio']:.2f} times and decoding {speed['decode_ratio']:.2f} times the dense "
         f"model's tokens per second (512-token prompt, batch 1, {speed['dense']['dtype']}); weight files "
@@ -131,12 +158,12 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     tokens = sample_calibration(tokenizer, load_corpus(config.calibration), config.samples, config.seq_len, config.seed)
     dense = load_model(source)
-    plain_pass(dense, CalibrationTokens(tokens.input_ids[:1], None, {}))
-    plain = [plain_pass(dense, tokens), plain_pass(dense, tokens)]
+    # Kernels are compiled, and memory is there.
+    plain_pass(dense, CalibrationTokens(tokens.input_ids[:2], None, {}))
     del dense
-    report = prune_checkpoint("demo", arguments.out, config, progress=RichProgress())
-    plain.append(plain_pass(load_model(source), tokens))
-    unit = statistics.median(plain)
+    between = Between(source, tokens)
+    report = prune_checkpoint("demo", arguments.out, config, progress=between)
+    shots = rows(report, between.plain)
     assert report.export is not None
     assert report.speed is not None
     assert report.dense_perplexity is not None
@@ -144,10 +171,10 @@ def main() -> None:
         **circumstances(command_of(arguments)),
         "versions": report.versions,
         "config": {k: v for k, v in report.config.items() if k not in ("calibration", "evaluation")},
-        "plain_pass_s": plain,
+        "plain_pass_s": between.plain,
         "dense_perplexity": round(report.dense_perplexity.perplexity, 2),
-        "shots": rows(report, unit),
-        "mean_ratio": round(statistics.mean(shot.seconds for shot in report.shots) / unit, 2),
+        "shots": shots,
+        "mean_ratio": round(statistics.mean(shot["ratio_to_plain_pass"] for shot in shots), 2),
         "speed": report.speed.model_dump(),
         "weight_bytes": report.export.weight_bytes,
         "dense_weight_bytes": report.export.dense_weight_bytes,

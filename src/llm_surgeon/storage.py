@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torch import Tensor
 from llm_surgeon.errors import DiskSpaceError
 from llm_surgeon.stopwatch import timed
 from llm_surgeon.transfers import Transfers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class TensorStore:
         self._free = {"device": limits.device if device.type != "cpu" else 0.0, "host": limits.host}
         self._disk = _ScratchFile(scratch)
         self._transfers = Transfers(device)
-        self._leaving: Callable[[], Tensor] | None = None
+        self._leaving: Callable[[], object] | None = None
 
     @property
     def bytes_on_disk(self) -> int:
@@ -124,15 +126,15 @@ class TensorStore:
             return Stored(lambda: kept().to(self.device, non_blocking=True), released, self._transfers)
         return Stored(lambda: tensor, released)
 
-    def _leave(self, move: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _leave(self, move: Callable[[], T]) -> Callable[[], T]:
         """Begin to move what was put; one at a time, as it takes the place where it was until it has left."""
         with timed("transfers"):
             if self._leaving is not None:
                 self._leaving()
-            self._leaving = self._transfers.begin(move)
-        return self._leaving
+            self._leaving = leaving = self._transfers.begin(move)
+        return leaving
 
-    def _from_disk(self, written: Callable[[], Tensor], start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _from_disk(self, written: Callable[[], None], start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         written()
         return self._disk.read(start, shape, dtype).to(self.device, non_blocking=True)
 
@@ -174,8 +176,8 @@ class _ScratchFile:
         self.used += size
         return start
 
-    def write(self, start: int, tensor: Tensor) -> Tensor:
-        """Write a tensor to its place; returns nothing of it.
+    def write(self, start: int, tensor: Tensor) -> None:
+        """Write a tensor to its place.
 
         Raises:
             DiskSpaceError: If the disk is full.
@@ -188,7 +190,6 @@ class _ScratchFile:
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise not_kept(self._directory, tensor.nbytes, error) from None
-        return tensor.new_empty(0)
 
     def read(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Read a tensor."""
