@@ -5,8 +5,8 @@ three settings each. Few samples are enough for a peak. To be run without OMP_NU
 
     python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt [--again]
 
-``--again`` predicts anew and keeps what was measured before. Writes benchmarks/results/memory.json and
-memory.md.
+``--again`` predicts anew and keeps what was measured before, if it was. Writes benchmarks/results/memory.json and
+memory.md after each.
 """
 
 from __future__ import annotations
@@ -147,19 +147,19 @@ def main() -> None:
     texts = [arguments.calibration, arguments.evaluation]
     earlier = finished("memory")
     before = {found["setting"]: found["measured"] for found in earlier["runs"]} if arguments.again else {}
-    runs = []
+    when = {key: earlier[key] for key in ("date", "machine", "threads", "command")} if arguments.again else {}
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         other = other_model(Path(scratch) / "random Qwen 2")
-        for model in ("demo", str(other)):
-            for label, setting in SETTINGS.items():
+        for label, setting in SETTINGS.items():
+            for model in ("demo", str(other)):
                 name = f"{Path(model).name}, {label}"
                 options, out = options_of(setting, texts), Path(scratch) / name
                 foreseen = predicted(model, options, out.with_suffix(".json"))
                 found = before.get(name) or measured(model, options, out)
                 runs.append({"setting": name, "predicted": foreseen, "measured": found})
-    when = {key: earlier[key] for key in ("date", "machine", "threads", "command")} if arguments.again else {}
-    result = {**circumstances(COMMAND), **when, "recipe": SHORT, "runs": runs}
-    write("memory", result, markdown(result))
+                result = {**circumstances(COMMAND), **when, "recipe": SHORT, "runs": runs}
+                write("memory", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,16 @@ def dense_attention(query, key, value, scale):
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 
+@pytest.fixture(params=[0, 512], ids=["computed once more", "kept"])
+def kept(request, monkeypatch):
+    """Length up to which probabilities are kept for the way back."""
+    monkeypatch.setattr(attention, "_KEPT", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("length", [1, 7, 128, 300])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_equals_dense_attention_forward_and_backward(length, heads, key_heads):
+def test_equals_dense_attention_forward_and_backward(length, heads, key_heads, kept):
     tensors = inputs(length, heads, key_heads, 8, 5, torch.float64)
     outer = torch.randn(2, heads, length, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     actual, expected = CausalAttention.apply(*tensors, 0.3), dense_attention(*tensors, 0.3)
@@ -36,7 +43,7 @@ def test_equals_dense_attention_forward_and_backward(length, heads, key_heads):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bfloat16_accurate_to_its_rounding():
+def test_in_bfloat16_accurate_to_its_rounding(kept):
     tensors = inputs(256, 4, 2, 32, 32, torch.bfloat16)
     outer = torch.randn(2, 4, 256, 32, generator=torch.Generator().manual_seed(1))
     wide = [x.detach().double().requires_grad_() for x in tensors]
@@ -45,6 +52,12 @@ def test_in_bfloat16_accurate_to_its_rounding():
     for ours, theirs in zip(actual, truth, strict=True):
         # Numbers in bfloat16 are up to 0.004 off; here products of some of them are summed.
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.01
+
+
+def test_probabilities_of_long_sequences_are_not_kept():
+    for length, tensors_kept in ((512, 4 + 4), (513, 4)):
+        output = CausalAttention.apply(*inputs(length, 2, 1, 8, 8, torch.bfloat16), 0.3)
+        assert len(output.grad_fn.saved_tensors) == tensors_kept
 
 
 def count_calls(monkeypatch):

@@ -19,6 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Queries of one block: fewer save more of the products above the diagonal, more make the products larger.
 _QUERIES = 128
+# Length of sequences up to which probabilities are kept for the way back. To compute them once more takes a seventh of
+# the time; of longer sequences they would take more room than all else that is kept.
+_KEPT = 512
 _FUSED = "sdpa"
 
 
@@ -74,17 +77,21 @@ class CausalAttention(torch.autograd.Function):
     """``softmax(scale Q K^T) V`` where no position sees a later one; products and what is stored in the inputs' type.
 
     Queries ``[batch, heads, length, width]``; keys and values ``[batch, key heads, length, width]``, each shared by
-    as many neighbouring query heads. Probabilities are not kept for the backward pass but computed once more.
+    as many neighbouring query heads. Of long sequences probabilities are not kept for the backward pass but computed
+    once more.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """The output, ``[batch, heads, length, value width]``."""
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        kept = []
         for block in _blocks(query.shape[2]):
             probabilities = _probabilities(query, key, scale, block)
             output[:, :, block] = _ungrouped(probabilities @ value[:, :, : block.stop], query)
-        ctx.save_for_backward(query, key, value, output)
+            if query.shape[2] <= _KEPT:
+                kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, output, *kept)
         ctx.scale = scale
         return output
 
@@ -96,13 +103,14 @@ class CausalAttention(torch.autograd.Function):
         ``scale P * (D V^T - sum(D * O))``, a row's sum standing for the softmax's normalisation.
         """
         (outer,) = gradients
-        query, key, value, output = ctx.saved_tensors
+        query, key, value, output, *kept = ctx.saved_tensors
         by_query = torch.empty_like(query)
         by_key, by_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
         rows = (outer.float() * output.float()).sum(-1, keepdim=True).to(query.dtype)
-        for block in _blocks(query.shape[2]):
+        for number, block in enumerate(_blocks(query.shape[2])):
             seen = slice(0, block.stop)
-            probabilities, above = _probabilities(query, key, ctx.scale, block), _grouped(outer, key, block)
+            probabilities = kept[number] if kept else _probabilities(query, key, ctx.scale, block)
+            above = _grouped(outer, key, block)
             by_value[:, :, seen] += probabilities.transpose(-1, -2) @ above
             scores = above @ value[:, :, seen].transpose(-1, -2)
             scores.sub_(_grouped(rows, key, block)).mul_(probabilities)
