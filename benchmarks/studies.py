@@ -222,7 +222,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         | {"five shots": CROSS_FITTED | {"shots": 5, "steps_per_shot": 1}},
     ),
     "french": (
-        "Rows and columns, five shots to 50 %, calibrated and measured on French text",
+        "Rows and columns, calibrated and measured on French text",
         {
             f"{name}, seed {seed}": FRENCH | options | {"seed": seed}
             for seed in (0, 1, 2)
