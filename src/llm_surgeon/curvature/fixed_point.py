@@ -24,7 +24,7 @@ from torch import Tensor
 LARGE = 64.0
 _STEPS = 127
 # Tokens that are rounded at once.
-_AT_ONCE = 256
+_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
