@@ -99,7 +99,7 @@ class Sweep:
     def watch(self, block: int, hooks: Hooks, advance: Advance = lambda _tokens: None) -> None:
         """Run a block for what ``hooks`` see of it; the batches stay in front of it."""
         with torch.no_grad(), self.ready(block):
-            for batch, entering in self._entering():
+            for batch, entering in self.entering():
                 hooks.positions = batch.positions
                 self.run(block, batch, entering.get())
                 advance(batch.input_ids.numel())
@@ -116,7 +116,7 @@ class Sweep:
             hooks: What looks on.
         """
         with torch.no_grad(), self.ready(block, then=block + 1):
-            for batch, entering in self._entering():
+            for batch, entering in self.entering():
                 if hooks is not None:
                     hooks.positions = batch.positions
                 batch.hidden = self.store.put(self.run(block, batch, entering.get()))
@@ -124,8 +124,8 @@ class Sweep:
                     entering.release()
                 advance(batch.input_ids.numel())
 
-    def _entering(self) -> Iterator[tuple[Batch, Stored]]:
-        """The batches with what enters the block, which is on its way before its turn."""
+    def entering(self) -> Iterator[tuple[Batch, Stored]]:
+        """The batches, each with what enters the block whose turn it is: on its way while the batch before is used."""
         return zip(self.batches, in_turn([batch.hidden for batch in self.batches]), strict=True)
 
     def run(self, block: int, batch: Batch, hidden: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.records import GatesRecord
 from llm_surgeon.selection import Axis
-from llm_surgeon.storage import Stored
+from llm_surgeon.storage import Stored, in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -326,13 +326,13 @@ class _Effects:
     def sums(self) -> tuple[Tensor, Tensor]:
         """Sums over tokens of the effects ``[gates]`` and of their products ``[gates, gates]``; gives them away."""
         blocks = [self._stored.pop(block) for block in sorted(self._stored)]
-        slopes = torch.cat([block.get().sum(0) for block in blocks])
+        slopes = torch.cat([block.get().sum(0) for block in in_turn(blocks)])
         products = slopes.new_zeros(len(slopes), len(slopes))
         first = 0
         # They are symmetric: each block with itself and those behind it.
         for number, block in enumerate(blocks):
             own = block.get().T
-            following = torch.cat([own @ other.get() for other in blocks[number:]], dim=1)
+            following = torch.cat([own @ other.get() for other in in_turn(blocks[number:])], dim=1)
             products[first : first + len(own), first:] = following
             products[first:, first : first + len(own)] = following.T
             first += len(own)

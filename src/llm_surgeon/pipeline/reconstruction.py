@@ -32,7 +32,7 @@ from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.reconstruction import reconstructing_change
 from llm_surgeon.records import ReconstructionRecord
 from llm_surgeon.selection import KeepMask
-from llm_surgeon.storage import Stored, TensorStore
+from llm_surgeon.storage import Stored, TensorStore, in_turn
 
 Advance = Callable[[int], None]
 
@@ -174,7 +174,7 @@ def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: s
         hooks.on_output(dense.get_submodule(output), lambda y: outputs.append(goal.store.put(y.float())))
         goal.pass_through(block, advance, keep=True, hooks=hooks)
     behind = []
-    for batch, before, added in zip(goal.batches, entered, outputs, strict=True):
+    for batch, before, added in zip(goal.batches, in_turn(entered), in_turn(outputs), strict=True):
         behind.append(goal.store.put(_counted(before.get(), batch.positions) + added.get()))
         added.release()
         before.release()
@@ -226,7 +226,7 @@ class _Work:
         rows = to_index(self.keep[name].rows).to(core.weight.device)
         count = 0
         with torch.no_grad(), self.stream.ready(block), products(self.how.precision):
-            for (batch, x, stream), goal in zip(self._seen(block, layer, inside), goals, strict=True):
+            for (batch, x, stream), goal in zip(self._seen(block, layer, inside), in_turn(goals), strict=True):
                 error = _counted(goal.get(), batch.positions) - stream
                 inputs.add(x)
                 cross.addmm_(error[:, rows].T, with_bias(x.float(), layer.bias))
@@ -243,9 +243,9 @@ class _Work:
             hooks.on_input(core_of(self.model, layer), inputs.append)
             if inside:
                 hooks.on_output(self.model.get_submodule(layer.name), _stop)
-            for batch in self.stream.batches:
+            for batch, waiting in self.stream.entering():
                 hooks.positions = batch.positions
-                entering = batch.hidden.get()
+                entering = waiting.get()
                 try:
                     stream = _counted(self.stream.run(block, batch, entering), batch.positions)
                 except _Enough as reached:
@@ -266,12 +266,12 @@ class _Work:
 def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:
     """``|dense - pruned| / |dense|`` of the streams behind the last block; they are given back to the store."""
     error = size = 0.0
-    for wanted, reached in zip(goal.batches, stream.batches, strict=True):
-        there = _counted(wanted.hidden.get(), wanted.positions)
-        error += float((there - _counted(reached.hidden.get(), reached.positions)).square().sum())
+    for (batch, wanted), (_, reached) in zip(goal.entering(), stream.entering(), strict=True):
+        there = _counted(wanted.get(), batch.positions)
+        error += float((there - _counted(reached.get(), batch.positions)).square().sum())
         size += float(there.square().sum())
-        wanted.hidden.release()
-        reached.hidden.release()
+        wanted.release()
+        reached.release()
     error, size = processes.total(error, size)
     return math.sqrt(error / size)
 
