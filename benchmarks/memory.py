@@ -129,10 +129,8 @@ PARTS = (
 
 
 NOTE = """\
-The shares of `allocator` and `freed logits` were fitted on runs of 2026-11-22, in which batches of 2 x 512 left more
-freed space than they do now: of two chunks of logits in a batch little is lost, of four (the preset's runs, which took
-no part in the fit, with one gate for each side of a feed-forward part) what is foreseen. One more that took no part
-(demo, 4 x 512, 8 samples, three shots to 50 %, no evaluation): 4,583 MiB measured, 4,473 predicted.
+What is `allocator` and `freed logits` was fitted to these runs, and to one more (demo, 4 x 512, 8 samples, three shots to
+70 %, no evaluation): 4,590 MiB measured, 4,643 predicted.
 
 Seconds are of rates of a common machine, without `--probe`."""
 

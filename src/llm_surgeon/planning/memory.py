@@ -29,13 +29,18 @@ from llm_surgeon.runtime import freed_bytes
 
 Parts = dict[str, int]
 
-# Bytes that the C allocator holds beside each byte of tensors in use: freed space between them that is too small for
-# the next, and kernels of the matrix libraries. Measured, see benchmarks/results/memory.md.
+# Bytes that the C allocator holds beside each byte that a pass has in use at its peak: freed space between its tensors
+# that is too small for the next. Factors lie in one piece, and leave none. Measured, see benchmarks/results/memory.md.
+GAPS = 0.42
+# The same for each byte that waits in main memory, whose tensors come and go.
 SLACK = 0.19
-# Logits are the largest tensors, and if a batch has several chunks of them, later ones do not fit where earlier ones
-# were: so many float32 chunks of freed space stay after the first shot, and as many more after the second, in which
-# the new matrices lie between. Measured like the share above.
+# Kernels of the matrix libraries.
+LIBRARIES = 70 * 2**20
+# Once the small matrices of a pruned model lie between, large batches leave more: as much as so many float32 chunks of
+# logits, the largest tensors that there are. Measured like the share above.
 LOGITS_LEFT = 4
+# How many chunks of logits a batch has to have for that; with two nothing is left.
+LARGE = 3
 # The kernel reads a mapped file in pieces of this size around the byte that is asked for.
 READ_AROUND = 2**16
 # Square matrices that one layer's costs or update need at once beside its factors: two factors whole, their damped
@@ -111,14 +116,12 @@ def passes_within(
     factors = factor_bytes(skeleton.network, skeleton.anatomy, config)
     if device.type != "cpu":
         return max(0, measured - weights - factors)
-    left = logits_left(skeleton, config) if _curvature_of_gradients(config) else 0
-    rest = measured - process - weights - left
-    return max(0, round(rest / (1 + SLACK)) - factors)
+    return max(0, round((measured - process - weights - factors - LIBRARIES) / (1 + GAPS)))
 
 
 def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Bytes of freed space that a pass with gradients leaves and cannot use again, on a CPU."""
-    if config.sequences_per_pass * (config.seq_len - 1) <= CHUNK:
+    """Bytes of freed space that passes with gradients of a pruned model leave and cannot use again, on a CPU."""
+    if math.ceil(config.sequences_per_pass * (config.seq_len - 1) / CHUNK) < LARGE:
         return 0
     vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
     return LOGITS_LEFT * CHUNK * vocabulary * 4
@@ -174,7 +177,7 @@ class Demand:
             needs["reconstruction"] = self._on_device(reconstruction)
         if config.gate_steps:
             gates = {**self._gates(), **self._pruned(), **self._other_half()}
-            needs["gates"] = self._on_device(gates, self._on_host(), self._freed(gates=1))
+            needs["gates"] = self._on_device(gates, self._on_host(), self._freed())
         if config.lora:
             needs["correction"] = self._on_device({"passes": self.traces.training, **self._adapters()})
         if evaluates:
@@ -196,26 +199,19 @@ class Demand:
         passes, larger = self._passes(), self._held()
         masks: Parts = {} if self.config.parts else {"masks": self._prunable}
         costs: Parts = {} if self.config.parts else {"costs of single weights": ELEMENT_BYTES * self._prunable}
+        again = self.config.shots > 1 and _curvature_of_gradients(self.config)
+        freed = self._freed() if again else {}
         return {
-            "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), self._freed(gates=0)),
+            "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), freed),
             "selection": self._on_device({**self._squares, **larger}, costs | self._on_host()),
             "update": self._on_device(
                 {**self._squares, **self._statistics(), **self._pruned()}, masks | self._on_host()
             ),
         }
 
-    def _freed(self, gates: int) -> Parts:
-        """Freed space of logits.
-
-        The first two times that a model is another than before, passes with gradients leave it: in the first two shots,
-        and for the gates, which come after an update. Layer by layer, logits come once a shot, one after the other.
-
-        Args:
-            gates: How many of the passes for gates there have been.
-        """
-        curvatures = self.config.shots if _curvature_of_gradients(self.config) else 0
-        times = min(2 if self.waiting is None else 1, curvatures + gates)
-        left = logits_left(self.skeleton, self.config) * times
+    def _freed(self) -> Parts:
+        """Freed space that passes with gradients leave once the model is pruned: in the second shot, and for gates."""
+        left = logits_left(self.skeleton, self.config)
         return {"freed logits": left} if left and self.device.type == "cpu" else {}
 
     def _passes(self) -> Parts:
@@ -309,7 +305,7 @@ class Demand:
             host = {"process": self.process + GPU_PROCESS, **on_host}
             return Need(host, {"weights": self.weights, **tensors, **apart})
         held = {**tensors, **on_host}
-        slack = int(SLACK * sum(held.values()))
+        slack = int(GAPS * held.get("passes", 0) + SLACK * held.get(self._store, 0)) + LIBRARIES
         return Need({"process": self.process, "weights": self.weights, **held, **apart, "allocator": slack}, {})
 
 
