@@ -129,8 +129,8 @@ PARTS = (
 
 
 NOTE = """\
-What is `allocator` and `freed logits` was fitted to these runs, and to one more (demo, 4 x 512, 8 samples, three shots to
-70 %, no evaluation): 4,590 MiB measured, 4,643 predicted.
+What is `allocator` and `freed logits` was fitted to these runs, and to one more (demo, 4 x 512, 8 samples, three shots
+to 70 %, no evaluation): 4,590 MiB measured, 4,643 predicted.
 
 Seconds are of rates of a common machine, without `--probe`."""
 
