@@ -5,8 +5,8 @@ to 50 % of the prunable weights, perplexity of 20 windows of 1,024 tokens of hel
 a shot's time is compared with is a bfloat16-autocast forward and backward pass of the dense model over the same
 tokens, one sequence at a time, without weight gradients, timed before the first shot and after each, in the same
 process. As the speed of a machine changes within minutes, a shot is compared with the mean of the passes around it.
-Before, a process of its own writes to as much memory as the run takes: a virtual machine is given each page by its host
-when it first writes there, 15 instead of 3 microseconds a page, which a first shot would be charged with.
+Before, a process of its own writes to more memory than the run takes: a virtual machine is given each page by its host
+when it first writes there, 9 to 15 instead of 3 microseconds a page, which a first shot would be charged with.
 
     python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt [--set option=value ...]
 
