@@ -453,7 +453,7 @@ class PruneConfig(BaseModel):
             raise ValueError("permute is for N:M")
         if solver and (self.scope or self.refine != "none"):
             raise ValueError(f"{self.method} has its own masks and updates: no scope, no refine")
-        if self.resolved_scope == "global" and self.layer_budget != "uniform" and pattern is None:
+        if self.global_scope and self.layer_budget != "uniform":
             raise ValueError("a global scope gives each layer its own sparsity: no layer_budget")
 
     @property
@@ -499,6 +499,11 @@ class PruneConfig(BaseModel):
     def resolved_scope(self) -> LayerwiseScope | None:
         """What a layer-wise method compares weights within: what is asked for, or its own; None if it has none."""
         return self.scope or LAYERWISE[self.method].scope
+
+    @property
+    def global_scope(self) -> bool:
+        """Whether a layer-wise method compares weights over all layers; N:M compares within its groups."""
+        return self.layerwise and self.resolved_scope == "global" and self.pattern is None
 
     @property
     def sequences_per_pass(self) -> int:

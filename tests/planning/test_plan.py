@@ -12,6 +12,7 @@ from llm_surgeon.pipeline.gates import gate_width, gates_of
 from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import (
+    ELEMENT_BYTES,
     GAPS,
     LARGE,
     LIBRARIES,
@@ -99,6 +100,16 @@ def test_reconstruction_is_planned(checkpoint, recipe):
     assert more.seconds > 3 * phase.seconds > 0
     copy = without.dense_size.prunable * 4
     assert all(each.host["dense weights to reconstruct"] == copy for each in one.phases if each.name != "load")
+
+
+def test_costs_of_single_weights_are_held_as_far_as_they_are_compared(checkpoint, recipe):
+    def held(**options):
+        return named(plan(str(checkpoint), recipe(shots=1, **options)))["selection"].host["costs of single weights"]
+
+    layers = [layer.rows * layer.columns for layer in skeleton_of(str(checkpoint), recipe()).anatomy.layers.values()]
+    assert held(structure="unstructured") == held(method="wanda", scope="global") == ELEMENT_BYTES * sum(layers)
+    assert held(method="wanda") == held(method="sparsegpt") == ELEMENT_BYTES * max(layers)
+    assert held(method="wanda", structure="2:4") == ELEMENT_BYTES * max(layers)
 
 
 @pytest.mark.parametrize("order", ["batch-major", "layer-major"])

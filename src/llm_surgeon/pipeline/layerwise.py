@@ -133,7 +133,7 @@ class _Run:
         for layer in anatomy.layers.values():
             self.blocks[layer.block].append(layer)
         self._method = LAYERWISE[config.method]
-        self._global = config.resolved_scope == "global" and config.pattern is None
+        self._global = config.global_scope
         # A score alone may need no data, and a global one has them in the survey; a refinement needs them in any case.
         self.reads = config.refine != "none" or (self._method.data and not self._global)
         self.surveys = config.layer_budget == "owl" or (self._method.data and (self._global or config.permute))

@@ -198,16 +198,23 @@ class Demand:
         """At their largest, which is in the first shot or, with small matrices beside the dense ones, the second."""
         passes, larger = self._passes(), self._held()
         masks: Parts = {} if self.config.parts else {"masks": self._prunable}
-        costs: Parts = {} if self.config.parts else {"costs of single weights": ELEMENT_BYTES * self._prunable}
         again = self.config.shots > 1 and _curvature_of_gradients(self.config)
         freed = self._freed() if again else {}
         return {
             "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), freed),
-            "selection": self._on_device({**self._squares, **larger}, costs | self._on_host()),
+            "selection": self._on_device({**self._squares, **larger}, self._costs() | self._on_host()),
             "update": self._on_device(
                 {**self._squares, **self._statistics(), **self._pruned()}, masks | self._on_host()
             ),
         }
+
+    def _costs(self) -> Parts:
+        """Costs of single weights: of all layers, or of one where a layer-wise method compares within layers."""
+        if self.config.parts:
+            return {}
+        layers = [layer.rows * layer.columns for layer in self.skeleton.anatomy.layers.values()]
+        apart = self.config.layerwise and not self.config.global_scope
+        return {"costs of single weights": ELEMENT_BYTES * (max(layers) if apart else sum(layers))}
 
     def _freed(self) -> Parts:
         """Freed space that passes with gradients leave once the model is pruned: in the second shot, and for gates."""
