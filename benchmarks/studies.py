@@ -108,7 +108,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     ),
     "shots": (
         "Shots, rows and columns to 50 %",
-        {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10)},
+        {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10, 20)},
     ),
     "steps": (
         "Steps of a shot, rows and columns to 50 %",
@@ -207,6 +207,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for how, damping in GATE_DAMPINGS.items()
             for seed in (0, 1, 2)
         }
+        | {
+            f"to {100 - removed} %, preset fast, seed 0": FAST | {"sparsity": removed / 100}
+            for removed in (10, 20, 30, 40, 70)
+        }
+        | {"to 30 %, seed 0": CROSS_FITTED | {"sparsity": 0.7}, "to 30 %, five shots": {"sparsity": 0.7}}
         | {
             f"to 50 %, wide gates, pairs, fixed damping, {name}": CROSS_FITTED
             | WIDE
