@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 # 32 windows of 512 tokens to calibrate on, 20 windows of 1,024 to evaluate on: SmolLM2-135M-Instruct, the demo model.
 PROTOCOL: dict[str, Any] = {
+    "preset": "none",
     "sparsity": 0.5,
     "shots": 5,
     "samples": 32,

@@ -39,7 +39,15 @@ from llm_surgeon.pipeline.run_directory import RunDirectory
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny import VOCABULARY, llama, tokenizer
 
-COMMON = {"samples": 16, "seq_len": 64, "eval_window": 64, "eval_tokens": 1024, "shots": 3, "sparsity": 0.4}
+COMMON = {
+    "preset": "none",
+    "samples": 16,
+    "seq_len": 64,
+    "eval_window": 64,
+    "eval_tokens": 1024,
+    "shots": 3,
+    "sparsity": 0.4,
+}
 CASES: dict[str, dict[str, Any]] = {
     "rows and columns": {},
     "neurons and heads, power iteration": {"structure": "neurons+heads", "curvature": "nearest-kronecker"},

@@ -54,6 +54,7 @@ ORDERS = ("batch-major", "layer-major")
 def recipe(arguments: argparse.Namespace) -> PruneConfig:
     """40 shots to 50 %, on the measured number of sequences."""
     return PruneConfig(
+        preset="none",
         sparsity=0.5,
         shots=SHOTS,
         samples=arguments.samples,

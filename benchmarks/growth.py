@@ -84,7 +84,7 @@ def measure(point: Point) -> dict[str, float]:
     keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, (point.tokens // LENGTH, LENGTH), generator=generator)
-    config = PruneConfig(sparsity=0.2, shots=1, batch_size=BATCH, device="cpu")
+    config = PruneConfig(preset="none", sparsity=0.2, shots=1, batch_size=BATCH, device="cpu")
     reset_peak()
     before, shots = peak_resident_bytes(), []
     for _ in range(REPEATS):

@@ -81,7 +81,13 @@ def main() -> None:
     measured, masks = [], []
     for code in LANGUAGES:
         model = load_model(source)
-        options = {"structure": "unstructured", "sparsity": 0.5, "evaluation": "none", "calibration": f"demo:{code}"}
+        options = {
+            "preset": "none",
+            "structure": "unstructured",
+            "sparsity": 0.5,
+            "evaluation": "none",
+            "calibration": f"demo:{code}",
+        }
         config = PruneConfig.from_mapping(options | vars(arguments))
         report = prune(model, tokenizer, config, progress=RichProgress(), source="demo")
         measured.append(perplexities(model, tokenizer))

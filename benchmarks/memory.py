@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "1 x 256": {"batch_size": 1, "seq_len": 256},
     "4 x 512, 24 samples, --preset fast": {"batch_size": 4, "seq_len": 512, "samples": 24, "preset": "fast"},
 }
-SHORT = {"shots": 2, "sparsity": 0.4, "samples": 4, "eval_tokens": 2048}
+SHORT = {"preset": "none", "shots": 2, "sparsity": 0.4, "samples": 4, "eval_tokens": 2048}
 COMMAND = "python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt"
 
 

@@ -211,6 +211,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             f"to {100 - removed} %, preset fast, seed 0": FAST | {"sparsity": removed / 100}
             for removed in (10, 20, 30, 40, 70)
         }
+        | {
+            f"neurons and heads, to {100 - removed} %": CROSS_FITTED
+            | {"structure": "neurons+heads", "sparsity": removed / 100}
+            for removed in (20, 30, 50)
+        }
         | {"to 30 %, seed 0": CROSS_FITTED | {"sparsity": 0.7}, "to 30 %, five shots": {"sparsity": 0.7}}
         | {
             f"to 50 %, wide gates, pairs, fixed damping, {name}": CROSS_FITTED
@@ -297,7 +302,9 @@ def measured(options: dict[str, Any], texts: dict[str, str]) -> tuple[dict[str, 
     for study in STUDIES:
         result = finished(study)
         for variant, item in result.get("variants", {}).items():
-            if PruneConfig.from_mapping(result["protocol"] | result["options"][variant]) == recipe:
+            # Some were written when there was no preset unless asked for.
+            options_then = {"preset": "none"} | result["protocol"] | result["options"][variant]
+            if PruneConfig.from_mapping(options_then) == recipe:
                 return item, result["dense_perplexity"]
     report = run(PROTOCOL | texts | options)
     assert report.dense_perplexity is not None

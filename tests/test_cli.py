@@ -25,7 +25,8 @@ def test_prune_then_eval(checkpoint, text_file, tmp_path):
     assert "dense" in done.output
     assert str(out / "report.json") in flat(done.output).replace(" ", "") + done.output
     report = json.loads((out / "report.json").read_text())
-    assert report["config"]["sparsity"] == 0.2
+    assert (report["config"]["sparsity"], report["config"]["preset"]) == (0.2, "best")
+    assert report["shots"][0]["gates"]["last_loss"] < report["shots"][0]["gates"]["first_loss"]
     done = runner.invoke(app, ["eval", str(out), "--data", str(text_file), "--window", "32", "--tokens", "128"])
     assert done.exit_code == 0, done.output
     assert "124 tokens scored, window 32, stride 32" in flat(done.output)

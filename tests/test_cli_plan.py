@@ -9,7 +9,20 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.records import Plan
 
 runner = CliRunner()
-SMALL = ["--samples", "8", "--seq-len", "32", "--eval-window", "64", "--eval-tokens", "256", "--shots", "1"]
+SMALL = [
+    "--preset",
+    "none",
+    "--samples",
+    "8",
+    "--seq-len",
+    "32",
+    "--eval-window",
+    "64",
+    "--eval-tokens",
+    "256",
+    "--shots",
+    "1",
+]
 
 
 @pytest.fixture

@@ -82,6 +82,22 @@ def test_a_preset_stands_for_its_options():
     assert (best.cross_fit, best.gate_steps) == (True, 4)
 
 
+def test_the_best_preset_is_the_default():
+    assert PruneConfig() == PruneConfig(preset="best")
+    assert PruneConfig(structure="2:4", seed=3) == PruneConfig(structure="2:4", seed=3, preset="best")
+
+
+def test_without_a_preset_there_are_five_shots_and_nothing_is_fitted():
+    config = PruneConfig(preset="none")
+    assert (config.shots, config.steps_per_shot, config.reconstruction, config.gate_steps) == (5, 1, False, 0)
+
+
+@pytest.mark.parametrize("method", ["k-obd", "magnitude", "wanda", "sparsegpt"])
+def test_other_methods_have_no_preset(method):
+    config = PruneConfig(method=method)
+    assert (config.preset, config.reconstruction, config.gate_steps) == ("none", False, 0)
+
+
 def test_what_is_given_beside_a_preset_holds():
     config = PruneConfig(preset="best", shots=3, reconstruction=False)
     assert (config.shots, config.reconstruction, config.cross_fit, config.gate_steps) == (3, False, False, 4)
@@ -98,8 +114,8 @@ def test_a_preset_leaves_out_what_zeros_have_no_use_for(structure):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"preset": "faster"}, "'fast' or 'best'"),
-        ({"preset": 1}, "'fast' or 'best'"),
+        ({"preset": "faster"}, "'fast' or 'none'"),
+        ({"preset": 1}, "'fast' or 'none'"),
         ({"preset": "fast", "method": "wanda"}, "not for wanda"),
         ({"preset": "fast", "method": "k-obd"}, "not for k-obd"),
     ],
@@ -107,6 +123,17 @@ def test_a_preset_leaves_out_what_zeros_have_no_use_for(structure):
 def test_a_preset_that_cannot_be_is_refused(options, named):
     with pytest.raises(ConfigError, match=named):
         PruneConfig.from_mapping(options)
+
+
+def test_a_preset_leaves_out_the_steps_that_a_curvature_cannot_be_divided_into():
+    config = PruneConfig(curvature="kronecker-sum")
+    assert (config.shots, config.steps_per_shot, config.reconstruction, config.cross_fit) == (1, 1, True, True)
+
+
+def test_streamed_weights_say_which_option_they_cannot_go_with():
+    with pytest.raises(ConfigError, match="--no-reconstruction"):
+        PruneConfig.from_mapping({"weights": "streamed"})
+    assert not PruneConfig.from_mapping({"weights": "streamed", "reconstruction": False}).cross_fit
 
 
 def test_recipes_take_hyphens_and_may_be_empty(tmp_path):

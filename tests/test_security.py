@@ -31,7 +31,15 @@ from llm_surgeon.report.page import report_page
 from llm_surgeon.report.progress import SilentProgress
 from tiny import build, tokenizer
 
-SMALL = {"samples": 4, "seq_len": 16, "eval_window": 32, "eval_tokens": 64, "shots": 1, "sparsity": 0.2}
+SMALL = {
+    "preset": "none",
+    "samples": 4,
+    "seq_len": 16,
+    "eval_window": 32,
+    "eval_tokens": 64,
+    "shots": 1,
+    "sparsity": 0.2,
+}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 

@@ -20,7 +20,7 @@ from llm_surgeon.methods import (
     resolve_curvature,
 )
 from llm_surgeon.pattern import Pattern
-from llm_surgeon.presets import Preset, options_of
+from llm_surgeon.presets import DEFAULT, METHOD, Preset, options_of
 from llm_surgeon.quantity import parse_quantity
 
 RankBy = Literal["cost-per-weight", "cost"]
@@ -86,13 +86,14 @@ class PruneConfig(BaseModel):
         "neurons+heads. Zeros in the old shapes: unstructured (single weights), or N:M, which keeps N of every M "
         "consecutive inputs, e.g. 2:4.",
     )
-    preset: Preset | None = Field(
-        None,
-        description="Options of one shot that go together, each of which may also be given: fast, or best in about "
-        "twice the time (nothing trained but gates). For the method surgeon.",
+    preset: Preset = Field(
+        DEFAULT,
+        description="Options that go together, each of which holds if it is given as well: best (one shot, its model "
+        "fitted to the calibration text, nothing trained but gates), fast (the same in half the time) or none (five "
+        "shots, nothing fitted). For the method surgeon; the others have none.",
     )
     method: str = Field(
-        "surgeon",
+        METHOD,
         description=f"Global: {', '.join(METHODS)}. Layer-wise: {', '.join(LAYERWISE)}; these are for unstructured "
         "(their default) and N:M.",
     )
@@ -308,8 +309,8 @@ class PruneConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
-        shrinks, reconstructs = bool(_parts_of(given.get("structure", _DEFAULT))), given.get("reconstruction", True)
-        given = options_of(given.get("preset"), shrinks=shrinks, reconstructs=reconstructs) | given
+        given = {"preset": DEFAULT if given.get("method", METHOD) == METHOD else "none"} | given
+        given = _of_preset(given) | given
         if goes_layerwise(given):
             given = {"structure": _UNSTRUCTURED, "shots": 1} | given
         targets = [name for name in TARGETS if name in given]
@@ -353,8 +354,8 @@ class PruneConfig(BaseModel):
             )
         if any(not 1 <= shot <= self.shots for shot in self.export_shots):
             raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")
-        if self.preset is not None and self.method != "surgeon":
-            raise ValueError(f"preset is for the method surgeon, not for {self.method}")
+        if self.preset != "none" and self.method != METHOD:
+            raise ValueError(f"preset is for the method {METHOD}, not for {self.method}")
         self._check_shapes()
         if self.target_latency is not None and (self.device_memory or self.host_memory):
             raise ValueError("with target_latency nothing is planned: no device_memory, no host_memory")
@@ -386,7 +387,9 @@ class PruneConfig(BaseModel):
         if self.cross_fit and not self.reconstruction:
             raise ValueError("cross_fit is for reconstruction: set it, or leave cross_fit out")
         if self.samples < self.parts_of_text:
-            raise ValueError("cross_fit halves the calibration sequences: samples has to be at least 2")
+            raise ValueError(
+                "cross_fit halves the calibration sequences: samples has to be at least 2, or cross_fit off"
+            )
         if self.steps_per_shot > 1 and (not parts or self.resolved_curvature not in _DIVISIBLE):
             raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {', '.join(_DIVISIBLE)}")
         if self.min_width is not None and not parts:
@@ -403,7 +406,10 @@ class PruneConfig(BaseModel):
         if self.lora:
             raise ValueError("lora trains all blocks together: weights cannot be streamed")
         if self.reconstruction:
-            raise ValueError("reconstruction holds the dense model beside the pruned one: weights cannot be streamed")
+            raise ValueError(
+                "reconstruction holds the dense model beside the pruned one: for weights to be streamed it has to be "
+                "off (--no-reconstruction)"
+            )
         if self.target_latency is not None:
             raise ValueError("a latency is that of resident weights: with target_latency weights cannot be streamed")
 
@@ -566,6 +572,16 @@ def _parts_of(structure: Any) -> tuple[str, ...]:
     """The structures that shrink matrices and are joined by + in the name of one; none in any other."""
     parts = tuple(structure.split("+")) if isinstance(structure, str) else ()
     return parts if parts and parts[0] in SHAPES else ()
+
+
+def _of_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the preset of a recipe stands for, with the rest of the recipe as it is."""
+    return options_of(
+        given["preset"],
+        shrinks=bool(_parts_of(given.get("structure", _DEFAULT))),
+        divides=given.get("curvature", _DIVISIBLE[0]) in _DIVISIBLE,
+        reconstructs=given.get("reconstruction", True),
+    )
 
 
 def _layerwise_options(values: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from llm_surgeon.selection import ALIVE, KeepMask, StructureCosts, close, count_
 from tiny import BUILDERS, build, tokenizer, tokens
 
 families = pytest.mark.parametrize("family", BUILDERS)
-CONFIG = PruneConfig(sparsity=0.5, shots=2, samples=8, seq_len=16, precision="float32", dampening_g=0.5)
+CONFIG = PruneConfig(preset="none", sparsity=0.5, shots=2, samples=8, seq_len=16, precision="float32", dampening_g=0.5)
 
 
 def anatomy_of(model):

@@ -194,7 +194,13 @@ def test_perplexity_is_the_same(precision, together, monkeypatch):
 def recipe(text_file):
     def make(**options):
         common = {"samples": 6, "seq_len": 32, "shots": 2, "sparsity": 0.4, "precision": "float32", "device": "cpu"}
-        common |= {"calibration": str(text_file), "eval_window": 64, "eval_stride": 48, "eval_tokens": 512}
+        common |= {
+            "preset": "none",
+            "calibration": str(text_file),
+            "eval_window": 64,
+            "eval_stride": 48,
+            "eval_tokens": 512,
+        }
         return PruneConfig.from_mapping(common | options)
 
     return make

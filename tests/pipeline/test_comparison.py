@@ -53,7 +53,9 @@ def cell(comparison, variant, setting=HALF):
 def test_numbers_are_those_of_a_run_of_its_own(run, checkpoint, text_file, structure, sparsity):
     setting = Setting(structure=structure, sparsity=sparsity)
     result = run(SURGEON, [setting])
-    config = PruneConfig.from_mapping({**SMALL, "calibration": str(text_file), **setting.model_dump()})
+    config = PruneConfig.from_mapping(
+        {**SMALL, "preset": "none", "calibration": str(text_file), **setting.model_dump()}
+    )
     model, tokenizer = load(checkpoint, device="cpu")
     text = prepare_texts(tokenizer, config).evaluation
     dense, states = reference_states(model, text)

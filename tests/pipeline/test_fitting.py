@@ -136,7 +136,7 @@ def test_a_run_records_the_means_of_both_halves(copies):
 
 def test_without_reconstruction_there_is_nothing_to_cross():
     with pytest.raises(ConfigError, match="cross_fit is for reconstruction"):
-        PruneConfig.from_mapping({"cross_fit": True, "gate_steps": 2})
+        PruneConfig.from_mapping({"reconstruction": False, "cross_fit": True, "gate_steps": 2})
 
 
 def test_one_sequence_has_no_halves():

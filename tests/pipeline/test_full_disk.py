@@ -22,7 +22,15 @@ from quick import without_what_has_other_tests
 
 resource = pytest.importorskip("resource", reason="this system has no limits of file size")
 
-SMALL = {"samples": 8, "seq_len": 16, "shots": 3, "precision": "float32", "evaluation": "none", "sparsity": 0.3}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 16,
+    "shots": 3,
+    "precision": "float32",
+    "evaluation": "none",
+    "sparsity": 0.3,
+}
 # Exports are expected to take 32 MiB beside their weights.
 MOUNT = 'mount -t tmpfs -o size=40m tmpfs "$0" && exec "$@"'
 

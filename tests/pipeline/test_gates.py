@@ -253,7 +253,7 @@ def test_a_model_without_gates_stays_as_it_is():
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-SMALL = {"samples": 8, "seq_len": 16, "sparsity": 0.4, "evaluation": "none", "precision": "float32"}
+SMALL = {"preset": "none", "samples": 8, "seq_len": 16, "sparsity": 0.4, "evaluation": "none", "precision": "float32"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ from llm_surgeon.refinement import expected_error
 from llm_surgeon.scores import SCORES
 from tiny import BUILDERS, build, tokenizer, tokens
 
-SMALL = {"samples": 8, "seq_len": 16, "batch_size": 3, "precision": "float32", "eval_window": 32, "eval_tokens": 64}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 16,
+    "batch_size": 3,
+    "precision": "float32",
+    "eval_window": 32,
+    "eval_tokens": 64,
+}
 
 
 def config(text_file, **changes):

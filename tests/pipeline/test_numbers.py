@@ -14,7 +14,15 @@ from llm_surgeon import PruneConfig, prune
 from llm_surgeon.errors import NonFiniteError, NotPositiveDefiniteError
 from tiny import build, llama, tokenizer
 
-SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 256, "shots": 1, "sparsity": 0.3}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 32,
+    "eval_window": 64,
+    "eval_tokens": 256,
+    "shots": 1,
+    "sparsity": 0.3,
+}
 STRUCTURES = {
     "rows-columns": {},
     "neurons+heads": {"structure": "neurons+heads", "round_to": 1},

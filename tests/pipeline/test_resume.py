@@ -20,7 +20,15 @@ from llm_surgeon.records import PruneReport
 from quick import without_what_has_other_tests
 from tiny import build, tokenizer
 
-SMALL = {"samples": 8, "seq_len": 16, "eval_window": 32, "eval_tokens": 64, "shots": 3, "precision": "float32"}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 16,
+    "eval_window": 32,
+    "eval_tokens": 64,
+    "shots": 3,
+    "precision": "float32",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,15 @@ from llm_surgeon.pipeline import run as run_module
 from llm_surgeon.pipeline.texts import prepare_texts
 from tiny import build, tokenizer
 
-SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 512, "shots": 2, "precision": "float32"}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 32,
+    "eval_window": 64,
+    "eval_tokens": 512,
+    "shots": 2,
+    "precision": "float32",
+}
 
 
 def config(text_file, **changes):

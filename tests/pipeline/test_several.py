@@ -18,7 +18,20 @@ from llm_surgeon import load
 from llm_surgeon.cli import app
 
 TESTS = Path(__file__).parent.parent
-SMALL = ["--samples", "8", "--seq-len", "32", "--eval-window", "64", "--eval-tokens", "512", "--precision", "float32"]
+SMALL = [
+    "--preset",
+    "none",
+    "--samples",
+    "8",
+    "--seq-len",
+    "32",
+    "--eval-window",
+    "64",
+    "--eval-tokens",
+    "512",
+    "--precision",
+    "float32",
+]
 # Nothing takes as long; a test that waits for it has found a process that hangs.
 PATIENCE = 180
 

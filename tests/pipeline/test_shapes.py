@@ -25,7 +25,15 @@ TEXT = CalibrationTokens(tokens(8, 16), None, {})
 
 
 def config(**options):
-    settings = {"samples": 8, "seq_len": 16, "precision": "float32", "dampening_g": 0.5, "shots": 2, "round_to": None}
+    settings = {
+        "preset": "none",
+        "samples": 8,
+        "seq_len": 16,
+        "precision": "float32",
+        "dampening_g": 0.5,
+        "shots": 2,
+        "round_to": None,
+    }
     return PruneConfig.from_mapping({**settings, **options})
 
 

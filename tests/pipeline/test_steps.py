@@ -26,7 +26,15 @@ def examined(family):
 
 
 def recipe(**options):
-    common = {"samples": 8, "seq_len": 16, "precision": "float32", "dampening_g": 0.5, "shots": 1, "sparsity": 0.3}
+    common = {
+        "preset": "none",
+        "samples": 8,
+        "seq_len": 16,
+        "precision": "float32",
+        "dampening_g": 0.5,
+        "shots": 1,
+        "sparsity": 0.3,
+    }
     return PruneConfig.from_mapping({**common, **options})
 
 

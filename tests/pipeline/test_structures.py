@@ -16,7 +16,15 @@ from llm_surgeon.pattern import Pattern
 from llm_surgeon.records import PruneReport
 from tiny import BUILDERS, build, tokenizer
 
-SMALL = {"samples": 8, "seq_len": 16, "batch_size": 4, "precision": "float32", "eval_window": 32, "eval_tokens": 64}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 16,
+    "batch_size": 4,
+    "precision": "float32",
+    "eval_window": 32,
+    "eval_tokens": 64,
+}
 
 
 def config(text_file, **changes):

@@ -10,7 +10,15 @@ from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.job import count_parameters
 from tiny import build, tokenizer
 
-SMALL = {"samples": 8, "seq_len": 16, "batch_size": 4, "precision": "float32", "eval_window": 32, "eval_tokens": 64}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 16,
+    "batch_size": 4,
+    "precision": "float32",
+    "eval_window": 32,
+    "eval_tokens": 64,
+}
 
 
 def config(**options):

@@ -14,7 +14,15 @@ from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.storage import Budgets, TensorStore
 from tiny import build, tokenizer
 
-SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 512, "shots": 2, "device": "cpu"}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 32,
+    "eval_window": 64,
+    "eval_tokens": 512,
+    "shots": 2,
+    "device": "cpu",
+}
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 

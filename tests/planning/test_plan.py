@@ -29,7 +29,15 @@ from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.planning.trace import factor_bytes
 from tiny import VOCABULARY, build, llama
 
-SMALL = {"samples": 8, "seq_len": 32, "eval_window": 64, "eval_tokens": 512, "shots": 2, "device": "cpu"}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 32,
+    "eval_window": 64,
+    "eval_tokens": 512,
+    "shots": 2,
+    "device": "cpu",
+}
 
 
 @pytest.fixture

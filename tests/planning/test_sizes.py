@@ -13,7 +13,15 @@ from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.report.progress import SilentProgress
 from tiny import build, tokenizer
 
-SMALL = {"samples": 8, "seq_len": 16, "evaluation": "none", "precision": "float32", "sparsity": 0.3, "shots": 1}
+SMALL = {
+    "preset": "none",
+    "samples": 8,
+    "seq_len": 16,
+    "evaluation": "none",
+    "precision": "float32",
+    "sparsity": 0.3,
+    "shots": 1,
+}
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def speed(factor: float = 1.0) -> Speed:
 
 def sample_report(**changes: object) -> PruneReport:
     """A run of two shots with everything measured; ``changes`` replace fields. The other tests of reports use it."""
-    config = PruneConfig(shots=2, ignore=("lm_head", r"layers\.0\..*")).model_dump()
+    config = PruneConfig(preset="none", shots=2, ignore=("lm_head", r"layers\.0\..*")).model_dump()
     values: dict[str, object] = {
         "model": "HuggingFaceTB/SmolLM2-135M",
         "family": "llama",

@@ -36,7 +36,7 @@ def compare(
     ] = None,
     sparsity: Annotated[list[float] | None, option("sparsity", _REPEAT)] = None,
     structure: Annotated[list[str] | None, option("structure", _REPEAT, _STRUCTURE)] = None,
-    shots: Annotated[int | None, option("shots")] = None,
+    shots: Annotated[int | None, option("shots", default=PruneConfig.model_fields["shots"].default)] = None,
     calibration: Annotated[str | None, option("calibration")] = None,
     samples: Annotated[int | None, option("samples")] = None,
     seq_len: Annotated[int | None, option("seq_len")] = None,

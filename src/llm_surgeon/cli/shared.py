@@ -17,6 +17,7 @@ from rich.console import Console
 
 from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import OutputError, SurgeonError
+from llm_surgeon.presets import OPTIONS as PRESET_OPTIONS
 from llm_surgeon.records import Record
 from llm_surgeon.torchrun import place
 
@@ -61,8 +62,9 @@ def option(name: str, more: str = "", default: Any = None) -> Any:
         default: Default of the command, if it is not that of the recipe.
     """
     field = PruneConfig.model_fields[name]
-    default = field.default if default is None else default
-    default = ", ".join(default) if isinstance(default, tuple) else default
+    if default is None:
+        own = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        default = f"the preset's; {own} without one" if name in PRESET_OPTIONS else own
     text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
     panel = next((panel for panel, names in _PANELS.items() if name in names), "Machine")
     return typer.Option(help=f"{text} {more}".rstrip(), rich_help_panel=panel)

@@ -104,7 +104,7 @@ def check_stream(model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTo
         raise UnsupportedModelError(
             f"A block of {anatomy.family.model_class} does not add what its parts put out to the residual stream as it "
             "is, so that errors of the stream are not linear in the weights that reconstruction corrects.",
-            "Prune without --reconstruction.",
+            "Leave it out: --no-reconstruction.",
         )
 
 

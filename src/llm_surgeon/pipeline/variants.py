@@ -119,7 +119,10 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
 
 
 def _planned(variant: str, setting: Setting, common: Options, own: Options) -> PlannedCell:
-    shared = {name: value for name, value in common.items() if name != "shots" or not goes_layerwise(own)}
+    # Methods are compared as such; what a preset adds to one is named by its suffixes, or in a variant of the recipe.
+    shared = {"preset": "none"} | {
+        name: value for name, value in common.items() if name != "shots" or not goes_layerwise(own)
+    }
     try:
         return PlannedCell(variant, setting, PruneConfig.from_mapping({**shared, **own, **setting.model_dump()}))
     except ConfigError as error:

@@ -106,7 +106,8 @@ def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: f
                 f"Even layer by layer the run needs about {shared * least / 2**30:.2f} GiB"
                 f"{f' in {shared} processes' if shared > 1 else ''}, and {option} is "
                 f"{shared * asked / 2**30:.2f} GiB.",
-                f"Raise {option}, or use a smaller --batch-size or --dtype bfloat16.",
+                f"Raise {option}, or use a smaller --batch-size or --dtype bfloat16"
+                f"{', or --no-reconstruction' if config.reconstruction else ''}.",
             )
     host, device = floor
     left = math.inf if room.device is None else max(0.0, room.device - device)

@@ -164,11 +164,13 @@ def warn_if_short(foreseen: Plan) -> None:
                 available / 2**30,
                 largest,
                 parts[largest] / 2**30,
-                _remedy(largest),
+                _remedy(largest, "dense weights to reconstruct" in parts),
             )
 
 
-def _remedy(part: str) -> str:
+def _remedy(part: str, reconstructs: bool) -> str:
+    if reconstructs and part in ("weights", "dense weights to reconstruct"):
+        return "give --no-reconstruction, without which the dense model is held beside the pruned one"
     if part.startswith("hidden states"):
         return "set --host-memory, so that less of it waits in memory and more on disk"
     if part in ("passes", "allocator", "freed logits"):
