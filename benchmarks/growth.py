@@ -166,7 +166,6 @@ def draw(result: dict[str, Any]) -> None:
             axes.loglog(sizes, values, "o-", color=colour, label=f"{line}: {exponent:.2f}")
             theory = [values[-1] * (size / sizes[-1]) ** EXPECTED[axis][line] for size in sizes]
             axes.loglog(sizes, theory, "--", color=colour, linewidth=0.8)
-        grid[1, column].set_ylim(bottom=32)
         for axes, what in zip(grid[:, column], ("seconds", "MiB above the libraries"), strict=True):
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axes.minorticks_off()
@@ -175,6 +174,8 @@ def draw(result: dict[str, Any]) -> None:
             if not column:
                 axes.set_ylabel(what)
         grid[1, column].set_xlabel(axis)
+    # At the end: limits once set stay, whatever is drawn after that.
+    grid[1, 0].set_ylim(bottom=32)
     picture.savefig(RESULTS / "growth.png", dpi=110)
 
 
