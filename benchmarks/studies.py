@@ -187,7 +187,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         },
     ),
     "crossfitting": (
-        "Cross-fitting, rows and columns, one shot to each size",
+        "Cross-fitting, one shot to each size (rows and columns, but two lines)",
         {
             f"to {100 - removed} %{name}{how}, seed {seed}": CROSS_FITTED
             | options
