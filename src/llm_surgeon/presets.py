@@ -27,8 +27,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 # Options whose value a preset may have set.
 OPTIONS = frozenset(name for options in PRESETS.values() for name in options)
 # What structures that leave zeros in matrices of the old shapes have no use for, and recipes without reconstruction.
-_OF_SHAPES = ("steps_per_shot", "reconstruction", "reconstruction_copies", "cross_fit")
-_OF_RECONSTRUCTION = ("reconstruction_copies", "cross_fit")
+_OF_SHAPES = frozenset({"steps_per_shot", "reconstruction", "reconstruction_copies", "cross_fit"})
+_OF_RECONSTRUCTION = frozenset({"reconstruction_copies", "cross_fit"})
 
 
 def options_of(preset: Any, *, shrinks: bool, divides: bool, reconstructs: bool) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def options_of(preset: Any, *, shrinks: bool, divides: bool, reconstructs: bool)
     options = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
     useless: set[str] = set()
     if not shrinks:
-        useless |= set(_OF_SHAPES)
+        useless |= _OF_SHAPES
     if not divides:
         useless.add("steps_per_shot")
     if not reconstructs:
-        useless |= set(_OF_RECONSTRUCTION)
+        useless |= _OF_RECONSTRUCTION
     return {name: value for name, value in options.items() if name not in useless}

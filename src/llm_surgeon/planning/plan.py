@@ -170,7 +170,7 @@ def warn_if_short(foreseen: Plan) -> None:
 
 def _remedy(part: str, reconstructs: bool) -> str:
     if reconstructs and part in ("weights", "dense weights to reconstruct"):
-        return "give --no-reconstruction, without which the dense model is held beside the pruned one"
+        return "give --no-reconstruction, so that the dense model is not held beside the pruned one"
     if part.startswith("hidden states"):
         return "set --host-memory, so that less of it waits in memory and more on disk"
     if part in ("passes", "allocator", "freed logits"):
