@@ -58,6 +58,8 @@ def test_a_store_gets_what_the_rest_leaves(recipe):
 def test_a_limit_that_cannot_be_kept_is_an_error_that_says_what_could(option, floor, recipe):
     with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')}"):
         budgets_of(recipe(**{option: 100}), Room(100, 100), floor, 0.0)
+    with pytest.raises(ConfigError, match="--no-reconstruction"):
+        budgets_of(recipe(reconstruction=True, **{option: 100}), Room(100, 100), floor, 0.0)
 
 
 def test_tensors_wait_on_the_device_then_on_the_host_then_on_disk():

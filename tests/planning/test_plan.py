@@ -278,6 +278,19 @@ def test_too_little_memory_is_a_warning_with_a_remedy(checkpoint, recipe, caplog
     assert "--batch-size" in message
 
 
+def test_dense_weights_that_do_not_fit_are_no_longer_held_without_reconstruction(checkpoint, recipe, caplog):
+    def warned(config):
+        foreseen = plan(str(checkpoint), config)
+        parts = named(foreseen)["curvature"].host | {"weights": 2**40}
+        phase = named(foreseen)["curvature"].model_copy(update={"host": parts})
+        warn_if_short(foreseen.model_copy(update={"phases": (phase,)}))
+        return caplog.messages[-1]
+
+    with caplog.at_level(logging.WARNING, "llm_surgeon"):
+        assert "--no-reconstruction" in warned(recipe(reconstruction=True))
+        assert "--no-reconstruction" not in warned(recipe())
+
+
 def test_mistakes_are_found_as_in_a_run(checkpoint, recipe, tmp_path):
     with pytest.raises(ModelError):
         plan(str(tmp_path / "nothing"), recipe())
