@@ -1,3 +1,6 @@
+import math
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -141,3 +144,28 @@ def test_what_is_in_memory_is_not_moved():
     stored = store.put(tensor)
     assert [item.get().data_ptr() for item in in_turn([stored, stored])] == [tensor.data_ptr()] * 2
     assert not store._transfers._pool._threads
+
+
+# Freed memory stays with a process that keeps it, between what it has kept: 200 MB of numbers, of which every other
+# million goes.
+FRAGMENTED = """
+import gc, psutil, sys, torch
+from llm_surgeon.runtime import keep_freed_memory
+from llm_surgeon.storage import Budgets, TensorStore
+
+assert keep_freed_memory()
+kept = [torch.ones(250_000) for _ in range(200)][::2]
+gc.collect()
+before = psutil.Process().memory_info().rss
+TensorStore(torch.device("cpu"), Budgets(process=float(sys.argv[1]) * before)).keep_within()
+print(before - psutil.Process().memory_info().rss)
+assert all(bool((tensor == 1).all()) for tensor in kept)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs an allocator that hands memory back")
+@pytest.mark.parametrize(("limit", "handed_back"), [(1.1, 90 * 10**6), (1.3, 0), (math.inf, 0)])
+def test_near_its_limit_a_process_hands_freed_memory_back(limit, handed_back):
+    command = [sys.executable, "-c", FRAGMENTED, str(limit)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) == pytest.approx(handed_back, abs=10**7)

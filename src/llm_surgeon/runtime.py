@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from typing import TYPE_CHECKING
@@ -55,6 +56,17 @@ def freed_bytes() -> int:
         return 0
     mallinfo.restype = _Mallinfo
     return int(mallinfo().fordblks)
+
+
+def hand_back_freed_memory() -> None:
+    """Hand what the C allocator keeps for the next tensors back to the kernel; only glibc can.
+
+    Their pages are faults again, so this is for when others need the memory more.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_pages(tensor: Tensor) -> None:

@@ -15,22 +15,35 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
 from llm_surgeon.errors import DiskSpaceError
+from llm_surgeon.runtime import hand_back_freed_memory
 from llm_surgeon.stopwatch import timed
 from llm_surgeon.transfers import Transfers
 
 T = TypeVar("T")
 
+# Share of what the process may hold from which on it keeps no freed memory; the rest is for what comes until it is
+# looked at again, which is the work of one block.
+_NEAR = 0.85
+
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes that stored tensors may take of the device (where it is a GPU) and of host memory; the rest is on disk."""
+    """Bytes that stored tensors may take of the device (where it is a GPU) and of host memory; the rest is on disk.
+
+    Attributes:
+        device: Of the device.
+        host: Of host memory.
+        process: What the whole process may come to hold of host memory, see ``TensorStore.keep_within``.
+    """
 
     device: float = math.inf
     host: float = math.inf
+    process: float = math.inf
 
 
 class Stored:
@@ -97,6 +110,7 @@ class TensorStore:
         limits = budgets or Budgets()
         # On a CPU the device is the host.
         self._free = {"device": limits.device if device.type != "cpu" else 0.0, "host": limits.host}
+        self._process = limits.process
         self._disk = _ScratchFile(scratch)
         self._transfers = Transfers(device)
         self._leaving: Callable[[], object] | None = None
@@ -105,6 +119,15 @@ class TensorStore:
     def bytes_on_disk(self) -> int:
         """Bytes that are on disk now."""
         return self._disk.used
+
+    def keep_within(self) -> None:
+        """Hand freed memory back if the process comes near what it may hold; to be called before each block's work.
+
+        What a pass frees lies in gaps between what it keeps, and the next tensors do not all fit there, least of all
+        those of pruned layers, of which no two have one size.
+        """
+        if psutil.Process().memory_info().rss > _NEAR * self._process:
+            hand_back_freed_memory()
 
     def put(self, tensor: Tensor) -> Stored:
         """Keep a tensor; the caller gives up its own, and does not change it any more.

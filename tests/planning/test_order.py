@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from llm_surgeon import PruneConfig, plan, prune, prune_checkpoint
+from llm_surgeon import PruneConfig, plan, prune, prune_checkpoint, storage
 from llm_surgeon.curvature.layer_major import LayerMajorPass
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.planning import plan as plan_module
@@ -84,6 +84,23 @@ def test_a_plan_chooses_layer_major_for_little_memory(checkpoint, recipe, monkey
     short = next(phase for phase in little.phases if phase.name == "curvature")
     assert short.host_bytes <= phase.host_bytes - 1000
     assert short.seconds > phase.seconds
+
+
+@pytest.mark.parametrize(("method", "blocks_run"), [("surgeon", 2 * 2 * 2), ("wanda", 2)])
+def test_a_run_near_its_limit_hands_freed_memory_back_block_by_block(
+    method, blocks_run, checkpoint, recipe, tmp_path, monkeypatch
+):
+    # What the plan takes for nothing is more than the limit.
+    monkeypatch.setattr(way, "process_bytes", lambda: 0)
+    handed_back = []
+    monkeypatch.setattr(storage, "hand_back_freed_memory", lambda: handed_back.append(True))
+    shots = {} if method == "surgeon" else {"shots": 1}
+    settings = recipe(method=method, order="layer-major", evaluation="none", **shots)
+    prune_checkpoint(str(checkpoint), tmp_path / "no limit", settings)
+    assert not handed_back
+    limit = plan(str(checkpoint), settings).host_peak
+    prune_checkpoint(str(checkpoint), tmp_path / "limit", settings.model_copy(update={"host_memory": limit}))
+    assert len(handed_back) >= blocks_run
 
 
 def test_each_of_several_processes_has_its_part_of_tokens_and_memory(checkpoint, recipe, monkeypatch):

@@ -149,6 +149,7 @@ class Sweep:
             block: Its number.
             then: Of the block that comes next, if there is one; its weights are on their way meanwhile.
         """
+        self.store.keep_within()
         module = self._blocks[block]
         weights, attention = weights_of(self._model), attention_by_blocks() if self._fast else nullcontext()
         with weights.present(module), frozen(module), reduced_weights(module, self._precision), attention:

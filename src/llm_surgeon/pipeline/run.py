@@ -51,6 +51,7 @@ from llm_surgeon.report.card import model_card
 from llm_surgeon.report.page import report_page
 from llm_surgeon.report.plots import kept_fraction_png
 from llm_surgeon.report.progress import Progress, SilentProgress
+from llm_surgeon.runtime import hand_back_freed_memory
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.torchrun import place
 from llm_surgeon.versions import versions
@@ -388,6 +389,8 @@ def _export(
     with writing(directory, sum(parameter.nbytes for parameter in job.model.parameters())):
         directory.mkdir(parents=True, exist_ok=True)
         form = save_model(job.model, job.tokenizer, job.anatomy, keep, directory)
+        # What the shots have freed is of no use any more, and the model is to be there once or twice more.
+        hand_back_freed_memory()
         check = verify_export(job.model, directory, form.plain)
     export = ExportRecord(
         path=str(place),
