@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm_surgeon.curvature import Estimation, estimate
-from llm_surgeon.curvature.task import Task
+from llm_surgeon.curvature.task import PUT_AWAY, Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.fisher import Damping
@@ -106,7 +106,8 @@ def test_hidden_states_and_gradients_are_given_back():
     assert store._free["host"] == 10**9
 
 
-def test_only_one_block_has_sums_that_are_not_put_away():
+@pytest.mark.parametrize("curvature", PUT_AWAY)
+def test_only_one_block_has_sums_that_are_not_put_away(curvature):
     """At the end of a block, what it summed is in the store, and later blocks have not begun."""
     model = build("llama")
     anatomy = examine(model, family_of("llama"))
@@ -121,10 +122,12 @@ def test_only_one_block_has_sums_that_are_not_put_away():
             return super().run(hooks, backward=backward, finished=look)
 
     store = TensorStore(torch.device("cpu"), Budgets(host=10**9))
-    how = Estimation(batch_size=2, precision="float32", order="layer-major")
-    estimate(model, anatomy, anatomy.dense_masks(), calibration(), how, make_task=Watching, store=store)
-    assert [block for block, _ in seen] == [1, 0]
+    how = Estimation(batch_size=2, precision="float32", order="layer-major", curvature=curvature)
+    found = estimate(model, anatomy, anatomy.dense_masks(), calibration(), how, make_task=Watching, store=store)
+    # Inputs are seen on the way forward, gradients on the way back.
+    assert [block for block, _ in seen] == ([0, 1] if curvature == "activations" else [1, 0])
     assert seen[0][1] != seen[1][1]
+    assert 10**9 - store._free["host"] == found.nbytes
 
 
 def test_a_loss_that_is_not_finite_is_an_error():

@@ -13,19 +13,48 @@ from llm_surgeon.curvature.task import Task
 from llm_surgeon.fisher import Damping, Diagonal
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
+from llm_surgeon.processes import Processes
 from llm_surgeon.selection import KeepMask
+from llm_surgeon.storage import Stored, TensorStore
 
 
 class _SquareSum:
-    """The sum over tokens of the squared gradient of each weight, ``[R, C]`` float32."""
+    """The sum over tokens of the squared gradient of each weight, ``[R, C]`` float32.
+
+    Nothing is held before the first addition, unless it has begun.
+    """
 
     def __init__(self, rows: int, columns: int, bias: bool, device: torch.device) -> None:
-        self.total = torch.zeros(rows, columns + bias, dtype=torch.float32, device=device)
-        self._bias = bias
+        self._shape = rows, columns + bias
+        self._bias, self._device = bias, device
+        self._total: Tensor | None = None
+        self._stored: Stored | None = None
+
+    def begin(self) -> Tensor:
+        """The sum so far."""
+        if self._total is None:
+            self._total = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+        return self._total
 
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Add ``inputs [tokens, C]`` and ``gradients [tokens, R]``."""
-        self.total.addmm_(gradients.float().square().T, with_bias(inputs, self._bias).float().square())
+        self.begin().addmm_(gradients.float().square().T, with_bias(inputs, self._bias).float().square())
+
+    def put_away(self, processes: Processes, store: TensorStore) -> None:
+        """Take in the sums of the other processes, and give the whole to a store."""
+        total, self._total = self.begin(), None
+        processes.add_up([total])
+        self._stored = store.put(total)
+
+    def mean(self, count: int) -> Tensor:
+        """The mean of so many, ``[R, C]``, once the sum is put away."""
+        assert self._stored is not None, "it has not been put away"
+        return self._stored.get() / count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sum, wherever it is."""
+        return 4 * self._shape[0] * self._shape[1]
 
 
 class DiagonalCurvature:
@@ -38,22 +67,31 @@ class DiagonalCurvature:
 
     def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Diagonal:
         """The Fisher of a layer's kept rows and columns; a diagonal is not inverted, so it needs no damping."""
-        return Diagonal(self._sums[layer.name].total / self._count)
+        return Diagonal(self._sums[layer.name].mean(self._count))
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the sums."""
-        return sum(item.total.nbytes for item in self._sums.values())
+        return sum(item.nbytes for item in self._sums.values())
 
 
 def estimate_diagonal(task: Task) -> DiagonalCurvature:
     """The exact diagonal for every layer from one pass."""
-    sums = {}
+    sums: dict[str, _SquareSum] = {}
+
+    def put_away(block: int) -> None:
+        for name, layer in task.anatomy.layers.items():
+            if layer.block == block:
+                sums[name].put_away(task.processes, task.store)
+
     with Hooks() as hooks:
         for name, layer in task.anatomy.layers.items():
             core = core_of(task.model, layer)
             sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, task.device)
             hooks.on_pair(core, sums[name].add)
-        result = task.run(hooks, backward=True)
-    task.processes.add_up(item.total for item in sums.values())
+        if task.how.order == "batch-major":
+            # They outlive what a pass allocates and frees around them.
+            for total in sums.values():
+                total.begin()
+        result = task.run(hooks, backward=True, finished=put_away)
     return DiagonalCurvature(sums, result)

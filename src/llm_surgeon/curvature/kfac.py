@@ -14,9 +14,6 @@ from llm_surgeon.curvature.task import Task
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
 
-# Curvatures whose sums a layer-major pass puts away block by block.
-PUT_AWAY = ("kfac", "activations")
-
 
 def estimate_kfac(task: Task) -> KroneckerFactors:
     """The factors of all layers from one pass; gradients only if the curvature is ``kfac``."""

@@ -17,6 +17,9 @@ from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.storage import TensorStore
 
+# Curvatures whose sums a layer-major pass puts away block by block.
+PUT_AWAY = ("kfac", "activations", "diagonal")
+
 
 @dataclass(frozen=True)
 class Task:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.curvature.kfac import PUT_AWAY
+from llm_surgeon.curvature.task import PUT_AWAY
 from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.head import CHUNK
 from llm_surgeon.pipeline.gates import gate_width, gates_of

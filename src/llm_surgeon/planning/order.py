@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.curvature.kfac import PUT_AWAY
 from llm_surgeon.curvature.passes import Order
+from llm_surgeon.curvature.task import PUT_AWAY
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.models.streaming import can_stream
 from llm_surgeon.planning.skeleton import Skeleton

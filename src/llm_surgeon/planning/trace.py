@@ -23,11 +23,10 @@ from transformers import PreTrainedModel, masking_utils
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.kfac import PUT_AWAY
 from llm_surgeon.curvature.nearest import TERMS, nearest_bytes
 from llm_surgeon.curvature.passes import Order, PassResult
 from llm_surgeon.curvature.sweep import Sweep
-from llm_surgeon.curvature.task import Task
+from llm_surgeon.curvature.task import PUT_AWAY, Task
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
 from llm_surgeon.methods import LAYERWISE
