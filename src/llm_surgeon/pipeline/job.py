@@ -129,10 +129,10 @@ def _store(job: Job) -> TensorStore | None:
     """Where what a run cannot hold waits, if the run goes layer by layer."""
     if not (job.plan.order == "layer-major" if job.plan else job.config.order == "layer-major"):
         return None
-    plan, known = job.plan, {}
-    if plan is not None:
+    limits: dict[str, int | None] = {}
+    if (plan := job.plan) is not None:
         limits = {"host": plan.store_host, "device": plan.store_device, "process": plan.host_available}
-        known = {place: limit for place, limit in limits.items() if limit is not None}
+    known = {place: limit for place, limit in limits.items() if limit is not None}
     return TensorStore(next(job.model.parameters()).device, Budgets(**known))
 
 
