@@ -389,7 +389,7 @@ def _export(
     with writing(directory, sum(parameter.nbytes for parameter in job.model.parameters())):
         directory.mkdir(parents=True, exist_ok=True)
         form = save_model(job.model, job.tokenizer, job.anatomy, keep, directory)
-        # What the shots have freed is of no use any more, and the model is to be there once or twice more.
+        # The model is about to be there once or twice more, in the reload check and for speed.
         hand_back_freed_memory()
         check = verify_export(job.model, directory, form.plain)
     export = ExportRecord(
