@@ -5,8 +5,8 @@
 Studies: structured (methods, rows and columns; paper, Table 1), unstructured and semistructured (methods, single
 weights and 2:4), shots (Table 9), correlations and groups (independent against correlated updates, rows and columns
 in five shots, single weights in one, with the time of the update by size of group), dampings (both, in both orders),
-curvatures, steps (of one shot), reconstruction, crossfitting, corrections, french (by the demo text; the files named
-are not read).
+curvatures, steps (of one shot), ablation (of the presets, at 70 %), reconstruction, crossfitting, corrections, french
+(by the demo text; the files named are not read).
 Variants that are in the result already are not run again; remove the JSON file to start afresh. A variant whose recipe
 another study has run is taken from there, times included. Writes benchmarks/results/STUDY.json, .md and .png.
 """
@@ -14,6 +14,8 @@ another study has run is taken from there, times included. Writes benchmarks/res
 from __future__ import annotations
 
 import argparse
+import re
+import statistics
 from typing import Any
 
 from common import (
@@ -66,7 +68,8 @@ RECONSTRUCTIONS = {
 } | {f"and {name}": options for name, options in TWO_STEPS_ON_GATES.items()}
 # The ranking by raw cost and the update of rows and of columns, each all together but without the other, that the
 # published code has; what is removed by implication is counted at once all the same.
-PUBLISHED = {"rank_by": "cost", "max_correlations": 1_000_000}
+APART = {"max_correlations": 1_000_000}
+PUBLISHED = APART | {"rank_by": "cost"}
 # The same tokens, with as much context as the windows of the evaluation have.
 PAIRS = {"samples": 16, "seq_len": 1024, "windows_per_sample": 2}
 # Corrections as they were by default at first.
@@ -78,6 +81,27 @@ FRENCH_VARIANTS = {
 } | {f"reconstruction, and {name}": options for name, options in TWO_STEPS_ON_GATES.items()}
 CROSS_FITTED = ONE_SHOT | {"steps_per_shot": 2, "reconstruction": True, "cross_fit": True, "gate_steps": 4}
 FAST = CROSS_FITTED | {"reconstruction_copies": 0, "gate_steps": 2}
+# One part of the recipe after the other, from the published code's to the presets; then other choices of one of them.
+TWO_STEPS = ONE_SHOT | {"steps_per_shot": 2}
+PARTS = {
+    "ranking and update of the published code": ONE_SHOT | PUBLISHED,
+    "and rows and columns updated together": ONE_SHOT | {"rank_by": "cost"},
+    "and ranked per weight freed": ONE_SHOT,
+    "and in two steps": TWO_STEPS,
+    "and reconstruction": TWO_STEPS | {"reconstruction": True, "reconstruction_copies": 0},
+    "and two steps on gates, crosswise (fast)": FAST,
+    "and copies, and four steps on gates (best)": CROSS_FITTED,
+    "per weight, rows and columns updated apart": ONE_SHOT | APART,
+    "per weight, each updated alone": ONE_SHOT | {"max_correlations": 1},
+    "per weight, dampening_g 0.03": ONE_SHOT | {"dampening_g": 0.03},
+    "per weight, dampening_g 0.3": ONE_SHOT | {"dampening_g": 0.3},
+    "per weight, dampening_a 0.003": ONE_SHOT | {"dampening_a": 0.003},
+    "per weight, dampening_a 0.03": ONE_SHOT | {"dampening_a": 0.03},
+    "in four steps": ONE_SHOT | {"steps_per_shot": 4},
+    "in two steps, gates by all of the text, no reconstruction": TWO_STEPS | {"gate_steps": 2},
+    "in two steps, reconstruction, gates by all of the text": FAST | {"cross_fit": False},
+    "in two steps, reconstruction with copies": TWO_STEPS | {"reconstruction": True},
+}
 # One gate for each side of a feed-forward part of the demo model.
 WIDE = {"gate_width": 1536}
 STUDIES: dict[str, tuple[str, Variants]] = {
@@ -173,6 +197,14 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             }.items()
         },
     ),
+    "ablation": (
+        "Parts of the recipe, rows and columns, one shot to 70 %",
+        {
+            f"{name}, seed {seed}": options | {"sparsity": 0.3, "seed": seed}
+            for seed in (0, 1, 2)
+            for name, options in PARTS.items()
+        },
+    ),
     "reconstruction": (
         "Reconstruction, rows and columns, five shots to 50 %",
         {
@@ -229,7 +261,10 @@ STUDIES: dict[str, tuple[str, Variants]] = {
                 "preset fast": FAST,
             }.items()
         }
-        | {"five shots": CROSS_FITTED | {"shots": 5, "steps_per_shot": 1}},
+        | {
+            f"five shots, preset fast, seed {seed}": FAST | {"shots": 5, "steps_per_shot": 1, "seed": seed}
+            for seed in (0, 1, 2)
+        },
     ),
     "french": (
         "Rows and columns, calibrated and measured on French text",
@@ -330,8 +365,36 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         f"{result['dense_perplexity']}), mean seconds of a shot by phase, and the update's share of them. Variants of "
         "one shot share one curvature estimate in a process, whose time is given for each. "
         f"{result['date']}, {result['machine']}. Command: `{result['command']}`.{note}\n\n"
-        f"{table(heading, rows)}\n"
+        f"{table(heading, rows)}\n{_spread(variants, sizes)}"
     )
+
+
+def _spread(variants: dict[str, Any], sizes: list[int]) -> str:
+    """A table of mean and standard deviation at each size, of variants that were run with several seeds."""
+    rows = []
+    for name, members in _seeds(variants).items():
+        found = [[at[size] for at in map(_tens, members) if size in at] for size in sizes]
+        if max(map(len, found)) > 1:
+            rows.append([name, max(map(len, found)), *map(_mean, found)])
+    if not rows:
+        return ""
+    heading = ["", "seeds", *(f"{size} %" for size in sizes)]
+    return f"\nMean over seeds (standard deviation):\n\n{table(heading, rows)}\n"
+
+
+def _mean(values: list[float]) -> str | None:
+    if not values:
+        return None
+    spread = f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _seeds(variants: dict[str, Any]) -> dict[str, list[Any]]:
+    """Variants by name, those that differ in nothing but their seed together."""
+    groups: dict[str, list[Any]] = {}
+    for name, item in variants.items():
+        groups.setdefault(re.sub(r", seed \d+$", "", name), []).append(item)
+    return groups
 
 
 def _tens(item: dict[str, Any]) -> dict[int, float]:
@@ -341,11 +404,12 @@ def _tens(item: dict[str, Any]) -> dict[int, float]:
 
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
-    """Perplexity against size where half have several sizes, else one point per variant beside the dense model."""
+    """Perplexity against size where half have several sizes, else a row per variant, with a point for each seed."""
     variants = result["variants"]
     lines = 2 * sum(len(item["size"]) > 1 for item in variants.values()) >= len(variants)
-    # Names of lines stand below the axes, where they cover none; else each variant has a row of its own.
-    picture = figure(height=4.6 + 0.2 * len(variants) if lines else max(4.6, 1.4 + 0.22 * len(variants)))
+    rows = _seeds(variants)
+    # Names of lines stand below the axes, where they cover none.
+    picture = figure(height=4.6 + 0.2 * len(variants) if lines else max(4.6, 1.4 + 0.22 * len(rows)))
     axes = picture.subplots()
     if lines:
         value_axis = axes.yaxis
@@ -358,11 +422,12 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
         picture.legend(frameon=False, loc="outside lower left")
     else:
         value_axis = axes.xaxis
-        values = [item["perplexity"][-1] for item in variants.values()]
         axes.axvline(result["dense_perplexity"], color=COLOURS[1], linestyle="--", label="dense")
-        axes.plot(values, list(variants), "o", color=COLOURS[0])
-        for variant, value in zip(variants, values, strict=True):
-            axes.annotate(f"{value:.4g}", (value, variant), (7, 0), textcoords="offset points", va="center")
+        for row, members in rows.items():
+            values = [item["perplexity"][-1] for item in members]
+            axes.plot(values, [row] * len(values), "o", color=COLOURS[0], alpha=0.7)
+            label = f"{statistics.mean(values):.4g}"
+            axes.annotate(label, (max(values), row), (7, 0), textcoords="offset points", va="center")
         axes.set_xscale("log")
         axes.margins(x=0.2)
         axes.invert_yaxis()
