@@ -54,6 +54,20 @@ def dampings(structure: str, sparsity: float) -> Variants:
     }
 
 
+def single_weights(structure: str) -> Variants:
+    """All methods in five shots, and this package's in one, with nothing but gates fitted."""
+    one = ONE_SHOT | {"structure": structure}
+    return (
+        {name: {"method": name, "structure": structure} for name in METHODS}
+        | {"surgeon, one shot": one}
+        | {
+            f"surgeon, one shot, 2 steps on gates{name}": one | {"gate_steps": 2} | options
+            for name, options in GATE_DAMPINGS.items()
+        }
+        | {"surgeon, one shot, 4 steps on gates": one | {"gate_steps": 4}}
+    )
+
+
 # Gates as they were damped at first; without a damping their evidence sets it.
 GATE_DAMPINGS = {"": {}, ", fixed damping": {"gate_damping": 0.5}}
 TWO_STEPS_ON_GATES = {
@@ -112,23 +126,11 @@ STUDIES: dict[str, tuple[str, Variants]] = {
     ),
     "unstructured": (
         "Methods, single weights, five shots to 50 %",
-        {name: {"method": name, "structure": "unstructured"} for name in METHODS}
-        | {"surgeon, one shot": ONE_SHOT | {"structure": "unstructured"}}
-        | {
-            f"surgeon, one shot, 2 steps on gates{name}": ONE_SHOT
-            | {"structure": "unstructured", "gate_steps": 2}
-            | options
-            for name, options in GATE_DAMPINGS.items()
-        },
+        single_weights("unstructured"),
     ),
     "semistructured": (
         "Methods, 2:4, five shots",
-        {name: {"method": name, "structure": "2:4"} for name in METHODS}
-        | {"surgeon, one shot": ONE_SHOT | {"structure": "2:4"}}
-        | {
-            f"surgeon, one shot, 2 steps on gates{name}": ONE_SHOT | {"structure": "2:4", "gate_steps": 2} | options
-            for name, options in GATE_DAMPINGS.items()
-        },
+        single_weights("2:4"),
     ),
     "shots": (
         "Shots, rows and columns to 50 %",
@@ -260,10 +262,6 @@ STUDIES: dict[str, tuple[str, Variants]] = {
                 "with corrections": {"lora": True, "lora_batch_size": 1} | HALF_RATE,
                 "preset fast": FAST,
             }.items()
-        }
-        | {
-            f"five shots, preset fast, seed {seed}": FAST | {"shots": 5, "steps_per_shot": 1, "seed": seed}
-            for seed in (0, 1, 2)
         },
     ),
     "french": (
