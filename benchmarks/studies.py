@@ -124,14 +124,8 @@ STUDIES: dict[str, tuple[str, Variants]] = {
         {name: {"method": name} for name in METHODS}
         | {f"{name}, raw cost": {"method": name, "rank_by": "cost"} for name in METHODS},
     ),
-    "unstructured": (
-        "Methods, single weights, five shots to 50 %",
-        single_weights("unstructured"),
-    ),
-    "semistructured": (
-        "Methods, 2:4, five shots",
-        single_weights("2:4"),
-    ),
+    "unstructured": ("Methods, single weights, five shots to 50 %", single_weights("unstructured")),
+    "semistructured": ("Methods, 2:4, five shots", single_weights("2:4")),
     "shots": (
         "Shots, rows and columns to 50 %",
         {f"{shots} shots" if shots > 1 else "1 shot": {"shots": shots} for shots in (1, 2, 5, 10, 20)},
