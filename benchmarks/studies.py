@@ -80,8 +80,8 @@ RECONSTRUCTIONS = {
     "fitted to the calibration tokens": {"reconstruction": True, "reconstruction_copies": 0},
     "and to two copies": {"reconstruction": True},
 } | {f"and {name}": options for name, options in TWO_STEPS_ON_GATES.items()}
-# Updates of rows and of columns, each all together but without the other; with the ranking by raw cost they are those of
-# the published code, but that what is removed by implication is counted at once all the same.
+# Updates of rows and of columns, each all together but without the other; with the ranking by raw cost they are those
+# of the published code, but that what is removed by implication is counted at once all the same.
 APART = {"max_correlations": 1_000_000}
 PUBLISHED = APART | {"rank_by": "cost"}
 # The same tokens, with as much context as the windows of the evaluation have.
