@@ -266,13 +266,14 @@ STUDIES: dict[str, tuple[str, Variants]] = {
             for name, options in FRENCH_VARIANTS.items()
         }
         | {
-            f"one shot to {100 - removed} %, fitted crosswise{name}{how}": FRENCH
+            f"one shot to {100 - removed} %, fitted crosswise{name}{how}, seed {seed}": FRENCH
             | CROSS_FITTED
             | options
             | damping
-            | {"sparsity": removed / 100}
+            | {"sparsity": removed / 100, "seed": seed}
             for how, damping in GATE_DAMPINGS.items()
             for name, options in {"": {}, ", wide gates": WIDE}.items()
+            for seed in (0, 1, 2)
             for removed in (10, 20, 30, 40, 50)
         },
     ),
