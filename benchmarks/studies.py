@@ -422,7 +422,7 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
             label = f"{statistics.mean(values):.4g}"
             axes.annotate(label, (max(values), row), (7, 0), textcoords="offset points", va="center")
         axes.set_xscale("log")
-        axes.margins(x=0.2)
+        axes.margins(x=0.25)
         axes.invert_yaxis()
         axes.legend(frameon=False)
     tick_perplexity(value_axis, [value for item in variants.values() for value in item["perplexity"]])
