@@ -99,7 +99,9 @@ def test_merged_groups_go_together_and_the_dead_do_not_hinder():
     keep = {"layer": KeepMask(torch.tensor([True, False]), torch.ones(4, dtype=torch.bool))}
     coupling = Coupling("attention", (Side("layer", "rows", torch.tensor([[0], [1]])),))
     partly = joint_group(keep, coupling, torch.tensor([[1.0, 2.0]], dtype=torch.float64))
-    whole = Group(coupling, torch.tensor([[3.0, 5.0]]), torch.tensor([4.0, 4.0]), torch.tensor([0.75, 1.25]))
+    whole = Group(
+        coupling, torch.tensor([[3.0, 5.0]]), torch.tensor([4.0, 4.0]), torch.tensor([0.75, 1.25]), torch.arange(2)
+    )
     first, second = merge([partly, whole])
     torch.testing.assert_close(second.score.double(), torch.tensor([4 / 8, 5 / 4], dtype=torch.float64))
     assert float(first.score[0]) == float(second.score[0])

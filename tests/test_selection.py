@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from choosing import choose
-from llm_surgeon.selection import Coupling, KeepMask, Side, StructureCosts, count_weights
+from llm_surgeon.bundles import Widths, bundle
+from llm_surgeon.selection import (
+    Coupling,
+    KeepMask,
+    Side,
+    StructureCosts,
+    count_weights,
+    joint_group,
+    select,
+)
 
 ROWS, COLUMNS, NEURONS = 4, 3, 5
 
@@ -172,15 +181,81 @@ def test_what_is_not_a_candidate_is_not_removed_as_a_whole():
     assert count_weights(choose(keep, costs, [coupling, group], 0).keep) == 0
 
 
-def test_ties_go_together_and_never_overshoot():
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    target=st.integers(0, NEURONS * (ROWS + COLUMNS)),
+    levels=st.integers(1, 3),
+    per_weight=st.booleans(),
+    couple=st.booleans(),
+)
+def test_equals_are_divided_and_the_target_is_missed_by_less_than_one_candidate(
+    seed, target, levels, per_weight, couple
+):
+    keep, costs, couplings = network(seed, couple)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in costs.values():
+        for axis in ("rows", "columns"):
+            layer.axis(axis).copy_(torch.randint(levels, layer.axis(axis).shape, generator=generator))
+    result = choose(keep, costs, couplings, target, per_weight)
+    left = count_weights(result.keep)
+    assert target <= left
+    assert left == target or left - target < result.next_weights
+    again = choose(keep, costs, couplings, target, per_weight)
+    assert all(torch.equal(again.keep[n].axis(a), result.keep[n].axis(a)) for n in keep for a in ("rows", "columns"))
+    # Whatever is left costs at least as much as what went for its own cost.
+    for name, axis in itertools.product(keep, ("rows", "columns")):
+        freed = int(keep[name].axis("columns" if axis == "rows" else "rows").sum()) if per_weight else 1
+        score = costs[name].axis(axis).double() / freed
+        if not couple or (name, axis) in (("up", "columns"), ("down", "rows")):
+            assert not (score[result.keep[name].axis(axis)] < result.threshold).any()
+
+
+def test_everything_of_equal_cost_is_divided_in_a_fixed_order():
+    keep, costs, couplings = network()
+    for layer in costs.values():
+        layer.rows.fill_(0.0)
+        layer.columns.fill_(0.0)
+    dense, neuron = count_weights(keep), ROWS + COLUMNS
+    assert count_weights(choose(keep, costs, couplings, dense).keep) == dense
+    for neurons in range(NEURONS + 1):
+        result = choose(keep, costs, couplings, dense - neurons * neuron)
+        assert count_weights(result.keep) == dense - neurons * neuron
+        assert (~result.keep["up"].rows).nonzero().flatten().tolist() == list(range(neurons))
+        assert result.loss == 0.0
+
+
+def test_groups_of_a_bundle_are_never_divided():
+    """Two bundles of two neurons each, all of equal cost: one goes whole, or none."""
     keep, costs, couplings = network()
     for layer in costs.values():
         layer.rows.fill_(1.0)
         layer.columns.fill_(1.0)
-    result = choose(keep, costs, couplings, count_weights(keep) - 1)
-    assert count_weights(result.keep) == count_weights(keep)
-    assert result.threshold == float("-inf")
-    assert result.structures_chosen == result.structures_implied == 0
+    group = joint_group(keep, couplings[0], torch.zeros(2, NEURONS))
+    bundled = bundle([group], Widths(multiple=2, least=1))
+    for target in range(count_weights(keep) + 1):
+        result = select(keep, None, bundled, target)
+        # One of the five has to stay, and the one beyond a multiple goes with the first bundle.
+        assert int(result.keep["up"].rows.sum()) in (5, 2, 4)
+        assert int(result.keep["up"].rows.sum()) != 3
+
+
+def test_without_room_for_the_cheapest_what_fits_goes_only_if_something_has_to():
+    keep, costs, _ = network(couple=False)
+    for layer in costs.values():
+        layer.rows.fill_(100.0)
+        layer.columns.fill_(100.0)
+    costs["down"].rows[0], costs["up"].rows[3] = 0.0, 1.0
+    # A row of down has five weights, one of up has three.
+    target = count_weights(keep) - 4
+    assert count_weights(select(keep, costs, [], target).keep) == count_weights(keep)
+    result = select(keep, costs, [], target, some=True)
+    assert result.keep["down"].rows.all()
+    assert (~result.keep["up"].rows).nonzero().flatten().tolist() == [3]
+    assert result.next_weights == NEURONS
+    nothing = select(keep, costs, [], count_weights(keep) - 2, some=True)
+    assert count_weights(nothing.keep) == count_weights(keep)
+    assert nothing.structures_chosen == nothing.structures_implied == 0
 
 
 def test_later_shots_only_remove():

@@ -1,7 +1,7 @@
 """Shapes for plain classes and fast kernels: groups that go together for the sake of the widths that are left.
 
 Pure functions of scored groups. A bundle is one candidate: its cost is the sum of its groups' costs, its gain all that
-they free, and every group of it carries its score, so that one threshold takes all or none. The costs of groups in
+they free, and every group of it carries its score and its number, so that it goes whole or not at all. The costs of groups in
 different layers add up, as the Fisher is block-diagonal; of groups within a layer this is an approximation, correct
 if they are not correlated.
 """
@@ -48,8 +48,9 @@ def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> 
     """
     levels = [_levels(group, widths) for group in groups]
     together = [list(range(len(groups)))] if widths.uniform else [[number] for number in range(len(groups))]
-    scores = [torch.full_like(group.score, INFINITY) for group in groups]
+    bundled = list(groups)
     for members in together:
+        numbering = object()
         count = 1 + max((int(levels[number].max()) for number in members if levels[number].numel()), default=-1)
         cost, freed = torch.zeros(2, count, dtype=torch.float64)
         for number in members:
@@ -59,9 +60,10 @@ def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> 
             freed.index_add_(0, level[inside], group.freed[inside])
         score = cost / freed.clamp(min=1) if per_weight else cost
         for number in members:
-            inside = levels[number] >= 0
-            scores[number][inside] = score[levels[number][inside]]
-    return [replace(group, score=score) for group, score in zip(groups, scores, strict=True)]
+            level = levels[number]
+            scores = torch.where(level >= 0, torch.cat([score, score.new_full((1,), INFINITY)])[level], INFINITY)
+            bundled[number] = replace(groups[number], score=scores, bundle=level.clamp(min=0), numbering=numbering)
+    return bundled
 
 
 def _levels(group: Group, widths: Widths) -> Tensor:
@@ -94,6 +96,8 @@ def merge(groups: Sequence[Group], per_weight: bool = True) -> list[Group]:
     cost = (torch.stack([group.side_costs.amin(0).double() for group in groups]) * alive).sum(0)
     freed = (torch.stack([group.freed for group in groups]) * alive).sum(0)
     score = cost / freed.clamp(min=1) if per_weight else cost
+    bundle, numbering = torch.arange(len(score)), object()
     return [
-        replace(group, score=torch.where(living, score, INFINITY)) for group, living in zip(groups, alive, strict=True)
+        replace(group, score=torch.where(living, score, INFINITY), bundle=bundle, numbering=numbering)
+        for group, living in zip(groups, alive, strict=True)
     ]

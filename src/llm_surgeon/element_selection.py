@@ -45,6 +45,7 @@ class ElementSelection:
         threshold: Every candidate scored at most this is gone; of those that score next, and equally, the first may be.
         structures_chosen: Weights removed in this shot.
         loss: Sum of their costs, the predicted loss increase if they were independent.
+        next_weights: Weights that the next candidate would have freed, too many for the target; 0 if there is none.
         structures_implied: None ever: a weight has no partner that would die with it.
     """
 
@@ -52,6 +53,7 @@ class ElementSelection:
     threshold: float
     structures_chosen: int
     loss: float
+    next_weights: int
     structures_implied: int = 0
 
 
@@ -107,11 +109,13 @@ def select_elements(
         room -= int(equal.sum())
         after[name] = _without(mask, costs[name], (scores <= threshold) | equal, pattern)
     gone = {name: keep[name].elements & ~mask.elements for name, mask in after.items()}
+    some = any(bool((mask.elements if pattern is None else _whole(mask, pattern)).any()) for mask in after.values())
     return ElementSelection(
         after,
         threshold,
         sum(int(mask.sum()) for mask in gone.values()),
         sum(float(costs[name][mask].double().sum()) for name, mask in gone.items()),
+        each if some else 0,
     )
 
 

@@ -37,6 +37,10 @@ class UnsupportedModelError(ModelError):
     """The architecture has no entry in ``llm_surgeon.models``, or breaks an assumption of its entry."""
 
 
+class TargetError(SurgeonError):
+    """What a run removes differs from what was asked for by more than one candidate's weights."""
+
+
 class OutputError(SurgeonError):
     """The output directory cannot be used."""
 

@@ -6,8 +6,8 @@ in the keep masks and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 Axis = Literal["rows", "columns"]
 AXES: tuple[Axis, Axis] = ("rows", "columns")
 
+# Candidates that do not fit are passed over so many times, at most, for others that do.
+_PASSED_OVER = 50
 # What killed a group: the number of one of its sides, or one of these.
 ALIVE, DEAD_BEFORE = -1, -2
 
@@ -102,11 +104,13 @@ class Selection:
         keep: What is left afterwards, per layer.
         chosen: Rows and columns removed for their own cost or for that of their group (True = removed): the update
             compensates for them.
-        threshold: Largest score removed; every structure or group scored at most this is gone.
+        threshold: Largest score removed; everything that scored less is gone. Of candidates that score just this, the
+            first in a fixed order may be gone and the others left.
         structures_chosen: How many rows and columns were removed for their cost.
         structures_implied: How many died because a partner did; they cost nothing and are not compensated for.
         loss: Sum of the costs of what was chosen, the predicted loss increase if the choices were independent.
         groups: What was chosen from besides single rows and columns.
+        next_weights: Weights that the next candidate would have freed, too many for the target; 0 if there is none.
     """
 
     keep: dict[str, KeepMask]
@@ -116,6 +120,7 @@ class Selection:
     structures_implied: int
     loss: float
     groups: Sequence[Group]
+    next_weights: int
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,18 @@ class Group:
         side_costs: ``[sides, groups]``, of killing each group by each side.
         freed: ``[groups]``, weights of everything that dies with a group.
         score: ``[groups]``, what candidates are ranked by; infinite where a group is none.
+        bundle: ``[groups]``, number of the candidate that a group is part of: all groups of a number go together, and
+            have the same score.
+        numbering: What the numbers of ``bundle`` count within: several couplings that have the same object here can
+            share candidates.
     """
 
     coupling: Coupling
     side_costs: Tensor
     freed: Tensor
     score: Tensor
+    bundle: Tensor
+    numbering: object = field(default_factory=object)
 
 
 def count_weights(keep: Mapping[str, KeepMask]) -> int:
@@ -178,14 +189,17 @@ def select(
     target_weights: int,
     per_weight: bool = True,
     fill: bool = False,
+    some: bool = False,
 ) -> Selection:
     """Find the largest threshold whose removal leaves at least ``target_weights``.
 
     Every kept row and column is a candidate, scored by its cost over the weights it frees, unless only whole groups
-    are; so is every group whose score is finite. What scores at most the threshold is removed together with
-    everything that this implies, and the weights left are counted exactly. As more is removed at a higher threshold,
-    bisection over the sorted scores finds the largest admissible one (paper, section 3.3, with implied structures
-    counted at once).
+    are; so is every group whose score is finite. Candidates stand in line by their scores, equals in a fixed order:
+    groups first, then layer by layer. The first so many are removed together with everything that this implies, and
+    the weights left are counted exactly. As more is removed farther down the line, bisection finds the last place
+    that is admissible (paper, section 3.3, with implied structures counted at once).
+
+    Beyond the first that does not fit, those of equal score still go as far as they fit.
 
     Args:
         keep: Current masks per layer.
@@ -193,34 +207,120 @@ def select(
         groups: What dies together, with its scores.
         target_weights: Weights that must be left.
         per_weight: Rank single rows and columns by cost per weight freed; False ranks by raw cost, as the paper does.
-        fill: Whether to go on beyond the threshold with what still fits, in the order of scores: for few, large
-            candidates, the first of which to exceed the target may leave much to remove.
+        fill: Whether whatever still fits goes, whatever its score: for few, large candidates, the first of which to
+            exceed the target may leave much to remove.
+        some: Whether the same goes for a line of which not even the first fits.
 
     Returns:
-        The selection; it removes nothing if even the cheapest candidate frees too much.
+        The selection; it removes nothing if every candidate frees too much.
     """
     singles = {} if costs is None else {name: single_scores(keep[name], costs[name], per_weight) for name in keep}
-    candidates = torch.cat(
-        [score.axis(axis)[keep[name].axis(axis)] for name, score in singles.items() for axis in AXES]
-        + [group.score for group in groups]
-    )
-    ladder = candidates[candidates.isfinite()].unique()
+    line = line_up(keep, singles, groups)
 
-    def fits(admitted: _Admitted) -> bool:
-        return count_weights(_removed(admitted, keep, singles, groups).keep) >= target_weights
+    def left(going: Tensor) -> int:
+        return count_weights(_removed(going, line, keep, groups).keep)
 
-    low, high = -1, len(ladder) - 1
+    def fits(going: Tensor) -> bool:
+        return left(going) >= target_weights
+
+    rest = torch.arange(len(line.scores))
+    going = torch.zeros(len(line.scores) + 1, dtype=torch.bool)
+    first = _how_many_fit(going, rest, fits)
+    going[:first] = True
+    rest = rest[first:]
+    if not (fill or (some and not first)):
+        rest = rest[line.scores[rest] == line.scores[rest[:1]]]
+    for _ in range(_PASSED_OVER):
+        # The first of the rest does not fit, nor does whatever frees more alone than there is room for.
+        rest = rest[1:][line.freed[rest[1:]] <= left(going) - target_weights]
+        more = _how_many_fit(going, rest, fits)
+        going[rest[:more]] = True
+        rest = rest[more:]
+    removed = _removed(going, line, keep, groups)
+    beyond = (~going[:-1]).nonzero().flatten()[:1]
+    next_weights = count_weights(removed.keep) - left(going.index_fill(0, beyond, True)) if len(beyond) else 0
+    threshold = float(line.scores[first - 1]) if first else float("-inf")
+    return _explain(keep, removed, costs, groups, threshold, next_weights)
+
+
+def _how_many_fit(going: Tensor, line: Tensor, fits: Callable[[Tensor], bool]) -> int:
+    """How many of the next places in line can go besides those that go already; bisection, as more only removes more.
+
+    Args:
+        going: ``[candidates + 1]``, what goes already.
+        line: The places in question, in order.
+        fits: Whether so much may go.
+    """
+    low, high = 0, len(line)
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(_Admitted(float(ladder[middle]))):
+        if fits(going.index_fill(0, line[:middle], True)):
             low = middle
         else:
             high = middle - 1
-    admitted = _Admitted(float(ladder[low]) if low >= 0 else float("-inf"))
-    for score in ladder[low + 1 :].tolist() if fill else ():
-        if fits(larger := replace(admitted, more=(*admitted.more, score))):
-            admitted = larger
-    return _explain(keep, _removed(admitted, keep, singles, groups), costs, groups, admitted.threshold)
+    return low
+
+
+@dataclass(frozen=True)
+class Line:
+    """Candidates in the order in which they go.
+
+    Attributes:
+        scores: ``[candidates]``, ascending.
+        freed: ``[candidates]``, weights that each frees alone, without what it implies.
+        singles: Place of each row and column in the line, per layer; beyond the end where it is no candidate.
+        groups: Place of each group, per coupling ``[groups]``; beyond the end where it is no candidate.
+    """
+
+    scores: Tensor
+    freed: Tensor
+    singles: Mapping[str, KeepMask]
+    groups: Sequence[Tensor]
+
+
+def line_up(keep: Mapping[str, KeepMask], singles: Mapping[str, StructureCosts], groups: Sequence[Group]) -> Line:
+    """Put all candidates in line by their scores, equals in the order in which they are listed here.
+
+    Args:
+        keep: Current masks per layer.
+        singles: Scores of single rows and columns, of layers that have such candidates.
+        groups: What dies together, with its scores.
+    """
+    numbers, first = _number_bundles(groups)
+    bundled, freed = torch.full((first,), float("inf"), dtype=torch.float64), torch.zeros(first, dtype=torch.float64)
+    for group, number in zip(groups, numbers, strict=True):
+        bundled[number[number >= 0]] = group.score[number >= 0].double()
+        freed.index_add_(0, number[number >= 0], group.freed[number >= 0])
+    lines, gains = [bundled], [freed]
+    for name, score in singles.items():
+        for axis in AXES:
+            lines.append(torch.where(keep[name].axis(axis), score.axis(axis), float("inf")))
+            gains.append(torch.full_like(lines[-1], float(keep[name].axis(_other(axis)).sum())))
+    scores = torch.cat(lines)
+    order = scores.argsort(stable=True)[: int(scores.isfinite().sum())]
+    # One entry more, for what is no candidate.
+    place = torch.full((len(scores) + 1,), len(order))
+    place[order] = torch.arange(len(order))
+    of_singles = iter(place[first : len(scores)].split([len(line) for line in lines[1:]]))
+    return Line(
+        scores[order],
+        torch.cat(gains)[order],
+        {name: KeepMask(next(of_singles), next(of_singles)) for name in singles},
+        [place[number] for number in numbers],
+    )
+
+
+def _number_bundles(groups: Sequence[Group]) -> tuple[list[Tensor], int]:
+    """Numbers of the candidates over all couplings, ``[groups]`` for each, -1 for none; and how many there are."""
+    starts: dict[object, int] = {}
+    end = 0
+    for numbering in dict.fromkeys(group.numbering for group in groups):
+        starts[numbering] = end
+        shared = [group.bundle for group in groups if group.numbering is numbering and len(group.bundle)]
+        end += max((1 + int(bundle.max()) for bundle in shared), default=0)
+    numbers = [group.bundle + starts[group.numbering] for group in groups]
+    pairs = zip(groups, numbers, strict=True)
+    return [torch.where(group.score.isfinite(), number, -1) for group, number in pairs], end
 
 
 def single_scores(keep: KeepMask, costs: StructureCosts, per_weight: bool) -> StructureCosts:
@@ -272,25 +372,15 @@ def joint_group(keep: Mapping[str, KeepMask], coupling: Coupling, side_costs: Te
     for part in coupling.sides + coupling.followers:
         freed += _alive(keep, part).sum(1) * int(keep[part.layer].axis(_other(part.axis)).sum())
     score = _score(side_costs.amin(dim=0), freed, per_weight)
-    return Group(coupling, side_costs, freed, score.masked_fill(_dead_sides(keep, coupling).any(0), float("inf")))
+    score = score.masked_fill(_dead_sides(keep, coupling).any(0), float("inf"))
+    return Group(coupling, side_costs, freed, score, torch.arange(len(score)))
 
 
 def bystanders(coupling: Coupling) -> Group:
     """The groups of a coupling that only die because others did."""
     none = torch.zeros(coupling.sides[0].index.shape[0], dtype=torch.float64)
-    return Group(coupling, none.expand(len(coupling.sides), -1), none, torch.full_like(none, float("inf")))
-
-
-@dataclass(frozen=True)
-class _Admitted:
-    """Which scores go: up to a threshold, and some more."""
-
-    threshold: float
-    more: tuple[float, ...] = ()
-
-    def __call__(self, score: Tensor) -> Tensor:
-        goes = score <= self.threshold
-        return goes | torch.isin(score, torch.tensor(self.more, dtype=score.dtype)) if self.more else goes
+    costs, never = none.expand(len(coupling.sides), -1), torch.full_like(none, float("inf"))
+    return Group(coupling, costs, none, never, torch.arange(len(none)))
 
 
 @dataclass(frozen=True)
@@ -306,28 +396,26 @@ class _Removed:
     causes: list[Tensor]
 
 
-def _removed(
-    goes: _Admitted, keep: Mapping[str, KeepMask], singles: Mapping[str, StructureCosts], groups: Sequence[Group]
-) -> _Removed:
-    """Remove everything whose score is admitted, and what this implies.
+def _removed(going: Tensor, line: Line, keep: Mapping[str, KeepMask], groups: Sequence[Group]) -> _Removed:
+    """Remove some candidates, and what this implies.
 
     Args:
-        goes: What is admitted.
+        going: ``[candidates + 1]``, which places of the line go; the last is that of what is no candidate.
+        line: All candidates.
         keep: Masks before.
-        singles: Scores of single rows and columns, of layers that have such candidates.
         groups: What dies together.
     """
     after, chosen = {}, {}
     for name, mask in keep.items():
-        if name in singles:
-            rows, columns = (mask.axis(axis) & goes(singles[name].axis(axis)) for axis in AXES)
+        if name in line.singles:
+            rows, columns = (going[line.singles[name].axis(axis)] for axis in AXES)
         else:
             rows, columns = torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
         after[name], chosen[name] = KeepMask(mask.rows & ~rows, mask.columns & ~columns), KeepMask(rows, columns)
     everything, causes = [], []
-    for group in groups:
+    for group, places in zip(groups, line.groups, strict=True):
         cause = torch.where(_dead_sides(keep, group.coupling).any(0), DEAD_BEFORE, ALIVE)
-        marked, killing = goes(group.score), group.side_costs.argmin(0)
+        marked, killing = going[places], group.side_costs.argmin(0)
         _kill(after, group.coupling, marked, cause, killing)
         for number, side in enumerate(group.coupling.sides):
             _set(chosen, side, marked & (killing == number), True)
@@ -352,6 +440,7 @@ def _explain(
     costs: Mapping[str, StructureCosts] | None,
     groups: Sequence[Group],
     threshold: float,
+    next_weights: int,
 ) -> Selection:
     """Tell what was removed for its cost from what merely followed.
 
@@ -379,7 +468,7 @@ def _explain(
             for name, mask in chosen.items()
             for axis in AXES
         )
-    return Selection(after, chosen, threshold, own, count - own, loss, groups)
+    return Selection(after, chosen, threshold, own, count - own, loss, groups, next_weights)
 
 
 def _count_structures(mask: KeepMask) -> int:

@@ -27,6 +27,7 @@ from llm_surgeon.selection import (
     bystanders,
     count_weights,
     joint_group,
+    line_up,
     score_groups,
     select,
     single_scores,
@@ -133,7 +134,14 @@ class Shapes:
         """The largest threshold that leaves the target; implied removals are counted."""
         singles = self._all_singles(costs)
         groups = self._groups(costs, singles)
-        return select(self.masks, singles, groups, target_weights, self._per_weight, fill=self._config.uniform)
+        # The last step is not to leave the model as it was because the cheapest candidate is large.
+        last = target_weights == round((1 - self._config.sparsity) * self._anatomy.prunable_weights)
+        nothing_yet = count_weights(self.masks) == self._anatomy.prunable_weights
+        return select(
+            *(self.masks, singles, groups, target_weights, self._per_weight),
+            fill=self._config.uniform,
+            some=last and nothing_yet,
+        )
 
     def _all_singles(self, costs: Mapping[str, LayerCosts]) -> dict[str, StructureCosts] | None:
         return {name: cost.singles for name, cost in costs.items() if cost.singles} if self._singles else None
@@ -228,6 +236,12 @@ class Shapes:
 
     def random_masks(self, sparsity: float, seed: int) -> Mapping[str, KeepMask]:
         """What is left when candidates go at random, large ones no sooner than small ones."""
+        singles, groups = self._random_candidates(seed)
+        target = round((1 - sparsity) * self._anatomy.prunable_weights)
+        return select(self.masks, singles, groups, target, fill=self._config.uniform).keep
+
+    def _random_candidates(self, seed: int) -> tuple[dict[str, StructureCosts] | None, list[Group]]:
+        """Costs of single rows and columns, and groups with their scores, by chance and in proportion to their size."""
         generator = torch.Generator().manual_seed(seed)
 
         def costs(freed: Tensor) -> Tensor:
@@ -245,12 +259,17 @@ class Shapes:
             layers = self._anatomy.layers.items()
             wide = {n: (torch.full((la.rows,), la.columns), torch.full((la.columns,), la.rows)) for n, la in layers}
             singles = {name: StructureCosts(*(costs(freed.double()) for freed in axes)) for name, axes in wide.items()}
-        target = round((1 - sparsity) * self._anatomy.prunable_weights)
-        return select(self.masks, singles, self._shaped(groups), target, fill=self._config.uniform).keep
+        return singles, self._shaped(groups)
 
     def least_weights(self) -> int:
         """Weights that are left when every candidate is gone."""
         return 0 if self._singles else count_weights(self.random_masks(1.0, seed=0))
+
+    def smallest_candidate(self) -> int:
+        """Weights of the smallest thing that can go."""
+        if self._singles:
+            return min(min(layer.rows, layer.columns) for layer in self._anatomy.layers.values())
+        return int(line_up(self.masks, {}, self._random_candidates(seed=0)[1]).freed.min())
 
 
 def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
@@ -261,13 +280,22 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
     """
     if config.uniform:
         _check_uniform(config, anatomy)
-    most = 1 - Shapes(config, anatomy).least_weights() / anatomy.prunable_weights
+    structures = Shapes(config, anatomy)
+    most = 1 - structures.least_weights() / anatomy.prunable_weights
     # What a latency comes to is not known before the model is timed.
     if config.sparsity > most and config.target != "target_latency":
         raise ConfigError(
             f"With {config.structure} {100 * most:.1f} % of the prunable weights can be removed, and "
             f"{100 * config.sparsity:g} % are to be.",
             "Ask for a lower --sparsity, a lower --min-width, or add structures, as in neurons+heads.",
+        )
+    smallest = structures.smallest_candidate()
+    if config.sparsity * anatomy.prunable_weights < smallest and config.target != "target_latency":
+        raise ConfigError(
+            f"The least that can go with {config.structure} is {100 * smallest / anatomy.prunable_weights:.3g} % of the "
+            f"prunable weights, and {100 * config.sparsity:g} % are to be removed.",
+            f"Ask for a --sparsity of {math.ceil(1e4 * smallest / anatomy.prunable_weights) / 1e4:g} at least, or "
+            "choose smaller structures or a lower --round-to.",
         )
 
 

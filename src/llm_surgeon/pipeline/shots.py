@@ -17,6 +17,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, WarmStart, estimate, passes_needed
 from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.errors import TargetError
 from llm_surgeon.fisher import Damping
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_matrix
@@ -36,9 +37,6 @@ from llm_surgeon.storage import TensorStore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# Candidates are never divided: a few large ones may leave such a share of the weights unremoved.
-_COARSE = 0.02
 
 
 def run_shots(
@@ -72,6 +70,7 @@ def run_shots(
         ConfigError: If the layers do not allow the structure.
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
+        TargetError: If the last shot misses the sparsity by more than one candidate's weights.
     """
     assert (dense is not None) == config.reconstruction, "the dense model is what reconstruction aims at"
     structure = structure_of(config, anatomy)
@@ -157,8 +156,12 @@ class _Run:
     def _targets(self, sparsity: float) -> Iterator[int]:
         """Weights that are to be left after each step of a shot."""
         before = sum(mask.weights for mask in self.structure.masks.values())
-        after, steps = round((1 - sparsity) * self.anatomy.prunable_weights), self.config.steps_per_shot
+        after, steps = self._left(sparsity), self.config.steps_per_shot
         return (before + round((after - before) * step / steps) for step in range(1, steps + 1))
+
+    def _left(self, sparsity: float) -> int:
+        """Weights that are to be left at a sparsity."""
+        return round((1 - sparsity) * self.anatomy.prunable_weights)
 
     def _step(self, curvature: Curvature, target: int, clock: Clock) -> _Step:
         """Remove what costs least until so many weights are left, and update the others."""
@@ -168,7 +171,9 @@ class _Run:
             selection = structure.select(costs, target)
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
-            _warn_if_short(structure.masks, selection.keep, target)
+            if target == self._left(self.config.sparsity):
+                dense, what = self.anatomy.prunable_weights, self.config.structure
+                _check_reached(selection.keep, target, selection.next_weights, dense, what)
         with clock.phase("update"):
             self._update(curvature, selection)
         return _Step(selection.threshold, selection.structures_chosen, selection.structures_implied, histogram)
@@ -249,21 +254,25 @@ class _Run:
         self.structure.commit(selection)
 
 
-def _warn_if_short(before: Masks, after: Masks, target: int) -> None:
-    """Say so if a shot removes less than half of what it should.
+def _check_reached(masks: Masks, target: int, next_weights: int, dense: int, structure: str) -> None:
+    """Make sure that a run removes what was asked for, but for less than one candidate's weights.
 
     Args:
-        before: What was left.
-        after: What is left.
+        masks: What is left after the last step of the last shot.
         target: Weights that should be.
+        next_weights: Weights that the next candidate would have freed; 0: there is none.
+        dense: Weights of the dense layers.
+        structure: What is removed, in the recipe's words.
+
+    Raises:
+        TargetError: If nothing is removed, or if that is missed by more.
     """
-    was, left = (sum(mask.weights for mask in masks.values()) for masks in (before, after))
-    if left - target > max((was - target) / 2, _COARSE * was):
-        logger.warning(
-            "%s weights are removed instead of %s: the next candidates, all of equal cost together, would be too many; "
-            "costs are equal where weights are zero or layers have no effect",
-            f"{was - left:,}",
-            f"{was - target:,}",
+    left = sum(mask.weights for mask in masks.values())
+    if left == dense or left - target > max(0, next_weights - 1):
+        raise TargetError(
+            f"{100 * (1 - left / dense):.3g} % of the prunable weights can be removed as {structure}, and "
+            f"{100 * (1 - target / dense):.3g} % were to be: the next candidate has {next_weights:,} weights.",
+            "Ask for another --sparsity, a lower --min-width or --round-to, or smaller structures.",
         )
 
 
