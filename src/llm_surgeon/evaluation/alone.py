@@ -65,7 +65,7 @@ def _measure(task: Task) -> OwnMeasures:
     from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
     from llm_surgeon.evaluation.speed import Workload, measure_speed, synchronise
     from llm_surgeon.export.save import weight_bytes
-    from llm_surgeon.models.loading import load_model, resolve_device
+    from llm_surgeon.models.loading import check_checkpoint, load_model, resolve_device
     from llm_surgeon.report.log import quiet_transformers
 
     quiet_transformers()

@@ -9,29 +9,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.data.demo import demo_model
-from llm_surgeon.errors import ConfigError, ModelError
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.models import settings
+from llm_surgeon.models.settings import DTYPES, dtype_of, not_loaded, read_settings
 from llm_surgeon.models.trust import check_format, check_name, is_own_export
+from llm_surgeon.models.weights import check_weights, read_model
 
-DTYPES: dict[str, Any] = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # Weights that a hub repository may hold besides its safetensors.
 _OTHER_FORMATS = ["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.pt", "*.pth", "*/*", "consolidated*"]
-_FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 def resolve_source(model: str) -> str:
@@ -80,7 +68,7 @@ def model_type_of(source: str) -> str:
     Raises:
         ModelError: If there is no configuration.
     """
-    return str(_settings(source).get("model_type"))
+    return str(read_settings(source).get("model_type"))
 
 
 def positions_of(source: str) -> int | None:
@@ -89,8 +77,8 @@ def positions_of(source: str) -> int | None:
     Raises:
         ModelError: If there is no configuration.
     """
-    settings = _settings(source)
-    positions = (settings.get("text_config") or settings).get("max_position_embeddings")
+    entries = read_settings(source)
+    positions = (entries.get("text_config") or entries).get("max_position_embeddings")
     return positions if isinstance(positions, int) else None
 
 
@@ -105,20 +93,8 @@ def local_directory(model: str) -> Path:
         return path
     try:
         return Path(snapshot_download(str(path), ignore_patterns=_OTHER_FORMATS))
-    except _FAILURES as error:
-        raise _not_loaded(model, "model", error) from None
-
-
-def _settings(source: str) -> dict[str, Any]:
-    """What config.json says."""
-    try:
-        settings: dict[str, Any]
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-    except _FAILURES as error:
-        raise _not_loaded(source, "configuration", error) from None
-    if not settings:
-        raise _not_loaded(source, "configuration", ModelError("there is no config.json.", ""))
-    return settings
+    except Exception as error:
+        raise not_loaded(model, "model", error) from None
 
 
 def source_files(source: str, config: Any) -> dict[str, str]:
@@ -151,10 +127,7 @@ def load_config(source: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: If there is none, or it needs code that may not run.
     """
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=_runs_code(source, trust_remote_code))
-    except _FAILURES as error:
-        raise _not_loaded(source, "configuration", error) from None
+    return settings.load_config(source, _runs_code(source, trust_remote_code))
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -167,13 +140,16 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     Raises:
         ModelError: If there is none, or it needs code that may not run.
     """
+    # Transformers would read it by itself, and stop at entries that are of no concern here.
+    trusted = _runs_code(source, trust_remote_code)
+    config = settings.load_config(source, trusted)
     try:
-        # Transformers reads an export's configuration class before its tokenizer.
-        trusted = _runs_code(source, trust_remote_code)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, config=config, trust_remote_code=trusted
+        )
         return tokenizer
-    except _FAILURES as error:
-        raise _not_loaded(source, "tokenizer", error) from None
+    except Exception as error:
+        raise not_loaded(source, "tokenizer", error) from None
 
 
 def load_model(
@@ -188,22 +164,33 @@ def load_model(
         trust_remote_code: Whether code of the checkpoint may run, if it is not an export of this package.
 
     Raises:
-        ModelError: If it cannot be loaded, needs code that may not run, or holds its weights in another format than
-            safetensors.
+        ModelError: If it cannot be loaded, needs code that may not run, holds its weights in another format than
+            safetensors, or has other weights than its configuration describes.
     """
-    check_format(Path(source))
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES[dtype],
-            trust_remote_code=_runs_code(source, trust_remote_code),
-            use_safetensors=True,
-        )
-    except _FAILURES as error:
-        raise _not_loaded(source, "model", error) from None
+    runs_code = check_checkpoint(source, trust_remote_code)
+    model = read_model(source, settings.load_config(source, runs_code), dtype_of(source, dtype), runs_code)
     model.to(torch.device(device))  # type: ignore[arg-type]  # the decorator hides nn.Module's signature
     model.eval()
     return model
+
+
+def check_checkpoint(source: str, trust_remote_code: bool = False) -> bool:
+    """Make sure that a model can be loaded, without reading its weights.
+
+    Args:
+        source: A local directory or a hub id.
+        trust_remote_code: Whether code of the checkpoint may run, if it is not an export of this package.
+
+    Returns:
+        Whether code of the checkpoint is run.
+
+    Raises:
+        ModelError: See ``load_model``.
+    """
+    check_format(Path(source))
+    runs_code = _runs_code(source, trust_remote_code)
+    check_weights(source, settings.load_config(source, runs_code), runs_code)
+    return runs_code
 
 
 def load(
@@ -229,17 +216,3 @@ def load(
 
 def _runs_code(source: str, trust_remote_code: bool) -> bool:
     return trust_remote_code or is_own_export(Path(source))
-
-
-def _not_loaded(source: str, what: str, error: BaseException) -> ModelError:
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f"The {what} of {source!r} needs code that the checkpoint brings, which is not run unasked.",
-            "Read that code, and run the command with --trust-remote-code if you trust it (in Python: "
-            "trust_remote_code=True).",
-        )
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ModelError(
-        f"The {what} of {source!r} cannot be loaded: {reason.rstrip('.')}.",
-        "Give a directory that holds a Hugging Face checkpoint, a hub id that can be reached, or the word demo.",
-    )

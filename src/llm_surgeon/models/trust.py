@@ -76,7 +76,7 @@ def is_own_export(directory: Path) -> bool:
 def _json(path: Path) -> Mapping[str, Any]:
     """What a file of JSON says; nothing if there is none, or none that can be read."""
     try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

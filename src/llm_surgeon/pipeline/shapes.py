@@ -289,13 +289,13 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
             f"{100 * config.sparsity:g} % are to be.",
             "Ask for a lower --sparsity, a lower --min-width, or add structures, as in neurons+heads.",
         )
-    smallest = structures.smallest_candidate()
-    if config.sparsity * anatomy.prunable_weights < smallest and config.target != "target_latency":
+    least = structures.smallest_candidate() / anatomy.prunable_weights
+    if config.sparsity < least and config.target != "target_latency":
         raise ConfigError(
-            f"The least that can go with {config.structure} is {100 * smallest / anatomy.prunable_weights:.3g} % of the "
-            f"prunable weights, and {100 * config.sparsity:g} % are to be removed.",
-            f"Ask for a --sparsity of {math.ceil(1e4 * smallest / anatomy.prunable_weights) / 1e4:g} at least, or "
-            "choose smaller structures or a lower --round-to.",
+            f"The least that can go with {config.structure} is {100 * least:.3g} % of the prunable weights, and "
+            f"{100 * config.sparsity:g} % are to be removed.",
+            f"Ask for a --sparsity of {math.ceil(1e4 * least) / 1e4:g} at least, or choose smaller structures or a "
+            "lower --round-to.",
         )
 
 

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llm_surgeon.config import PruneConfig
+from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.anatomy import straighten
-from llm_surgeon.models.loading import DTYPES, load_config, load_model, model_type_of
+from llm_surgeon.models.loading import check_checkpoint, load_config, load_model, model_type_of
+from llm_surgeon.models.settings import dtype_of, not_loaded, stored_dtype
 from llm_surgeon.models.streaming import stream
-from llm_surgeon.models.trust import check_format
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.targets import count_based
 
@@ -62,19 +63,35 @@ class Skeleton:
 def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
     """Find out from the configuration alone whether a model is supported, and what it is like.
 
+    Where the weight files lie here, their headers are compared with it.
+
     Raises:
-        ModelError: If there is no configuration, or the weights are not in safetensors.
-        UnsupportedModelError: If there is no entry for the architecture.
+        ModelError: If there is no configuration, the weights are not in safetensors, or not those of the model.
+        UnsupportedModelError: If there is no entry for the architecture, or the weights are quantised.
         ConfigError: If every layer is ignored.
     """
-    check_format(Path(source))
     family = family_of(model_type_of(source))
     settings = load_config(source, config.trust_remote_code)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"The weights of {source!r} are quantised.", "Give the original checkpoint; quantise what comes out of it."
+        )
+    if Path(source).is_dir():
+        check_checkpoint(source, config.trust_remote_code)
+    network = _empty(source, settings, config.trust_remote_code)
     anatomy = examine(network, family, config.ignore)
-    stored = getattr(settings, "dtype", None) or torch.float32
-    return Skeleton(source, network, anatomy, stored, stored if config.dtype == "auto" else DTYPES[config.dtype])
+    return Skeleton(source, network, anatomy, stored_dtype(source), dtype_of(source, config.dtype))
+
+
+def _empty(source: str, settings: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without memory."""
+    try:
+        with torch.device("meta"):
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+        return network
+    # What a configuration may say wrong is not foreseeable, and neither is what its class makes of it.
+    except Exception as error:
+        raise not_loaded(source, "model", error) from None
 
 
 def settled(skeleton: Skeleton, config: PruneConfig) -> PruneConfig:

@@ -1,0 +1,139 @@
+"""Whether the weights of a checkpoint are those that its configuration describes: known before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from llm_surgeon.errors import ModelError
+from llm_surgeon.models.settings import not_loaded
+
+# Buffers that older versions of transformers stored, and that every model makes itself now.
+_FORMER_BUFFERS = re.compile(r"(\.attn\.bias|masked_bias|rotary_emb\.inv_freq|position_ids)$")
+_NAMED = 3
+
+
+def check_weights(source: str, config: Any, runs_code: bool) -> None:
+    """Make sure that a checkpoint has all tensors of its model, in the right shapes, and no others.
+
+    A model without memory is built and compared with the headers of the files; what transformers renames is.
+
+    Args:
+        source: A local directory, or a hub id, whose weights are fetched if need be.
+        config: Its configuration.
+        runs_code: Whether code of the checkpoint may run.
+
+    Raises:
+        ModelError: If there are tensors missing, of another shape, or such that nothing takes; names them.
+    """
+    _check_depth(source, config)
+    # What a quantiser makes of the names is known to itself only.
+    if getattr(config, "quantization_config", None) is None:
+        read_model(source, config, torch.float32, runs_code, torch.device("meta"))
+
+
+def read_model(
+    source: str, config: Any, dtype: torch.dtype, runs_code: bool, device: torch.device | None = None
+) -> PreTrainedModel:
+    """A causal language model with its weights, all of them from the checkpoint.
+
+    Args:
+        source: A local directory or a hub id.
+        config: Its configuration.
+        dtype: Type of the weights.
+        runs_code: Whether code of the checkpoint may run.
+        device: ``meta`` for a model that has shapes and no memory; None reads the weights into main memory.
+
+    Raises:
+        ModelError: If it cannot be loaded, or would have weights that the checkpoint does not have.
+    """
+    where = {} if device is None else {"device_map": str(device)}
+    try:
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=runs_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **where,
+            )
+    # Files may be damaged in any way, and errors are of as many kinds.
+    except Exception as error:
+        raise not_loaded(source, "model", error) from None
+    model: PreTrainedModel
+    model, found = loaded
+    _check(source, found)
+    return model
+
+
+def _check_depth(source: str, config: Any) -> None:
+    """Make sure that there are not more blocks than tensors: building a model of thousands takes minutes."""
+    blocks = getattr(config, "num_hidden_layers", None)
+    paths = sorted(Path(source).glob("*.safetensors"))
+    if not paths or not isinstance(blocks, int):
+        return
+    try:
+        tensors = sum(_count(path) for path in paths)
+    except (OSError, SafetensorError) as error:
+        raise not_loaded(source, "model", error) from None
+    if blocks > tensors:
+        raise ModelError(
+            f"The configuration of {source!r} describes {blocks:,} blocks, and its weight files hold {tensors:,} "
+            "tensors.",
+            "Give the config.json that belongs to the weights.",
+        )
+
+
+def _count(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return len(file.keys())
+
+
+def _check(source: str, found: Mapping[str, Any]) -> None:
+    missing = sorted(found["missing_keys"])
+    untaken = sorted(key for key in found["unexpected_keys"] if not _FORMER_BUFFERS.search(key))
+    shapes = [f"{key} {[*stored]} instead of {[*wanted]}" for key, stored, wanted in sorted(found["mismatched_keys"])]
+    findings = [
+        f"{words} {_listed(names)}"
+        for words, names in (
+            ("it lacks", missing),
+            ("it has the wrong shape of", shapes),
+            ("nothing takes its", untaken),
+            ("it cannot be read:", found.get("error_msgs") or []),
+        )
+        if names
+    ]
+    if findings:
+        raise ModelError(
+            f"The weights of {source!r} are not those of the model that its configuration describes: "
+            f"{'; '.join(findings)}.",
+            "Give all files of a causal language model, as save_pretrained writes them, and the config.json that "
+            "belongs to them.",
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f"{', '.join(list(names)[:_NAMED])}{more}"
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep the table away that transformers prints of what is missing: the error says it."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
