@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,7 +22,8 @@ from llm_surgeon.methods import (
 )
 from llm_surgeon.pattern import Pattern
 from llm_surgeon.presets import DEFAULT, METHOD, Preset, options_of
-from llm_surgeon.quantity import parse_quantity
+from llm_surgeon.quantity import LONGEST, closest, parse_quantity, shown
+from llm_surgeon.recipe_file import read_mapping
 
 RankBy = Literal["cost-per-weight", "cost"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -29,6 +31,7 @@ Precision = Literal["bfloat16", "float32"]
 PassOrder = Literal["auto", "batch-major", "layer-major"]
 Residence = Literal["auto", "resident", "streamed"]
 LayerBudget = Literal["uniform", "owl"]
+Bos = Literal["auto", "always", "never"]
 Refine = Literal["none", "dsnot", "r2-dsnot"]
 Reweight = Literal["grow", "prune", "both"]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
@@ -47,6 +50,10 @@ _DIVISIBLE = ("kfac", "activations", "identity")
 PASS_TOKENS = 2048
 # Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
 ROUND_TO = 32
+# Of what takes time or memory of its own, and of what texts and matrices limit: nobody means more.
+_FEW, _MANY = 10_000, 10**9
+# PyTorch's generators take twice as much, which leaves room for the shots' own seeds.
+_MOST_SEED = 2**63 - 1
 # Into so many parts cross-fitting divides the calibration sequences.
 HALVES = 2
 
@@ -58,7 +65,8 @@ class PruneConfig(BaseModel):
     biases); embeddings and the output head are left alone, see ``ignore``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Strict: yes is no count, and 3.0 no whole number.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     sparsity: float = Field(
         0.5,
@@ -105,7 +113,7 @@ class PruneConfig(BaseModel):
     fisher: Literal["empirical", "true"] = Field(
         "empirical", description="Labels of the gradients: empirical (the text's own) or true (sampled from the model)."
     )
-    fisher_samples: int = Field(1, ge=1, description="Sampled labels per token with --fisher true.")
+    fisher_samples: int = Field(1, ge=1, le=_FEW, description="Sampled labels per token with --fisher true.")
     gradient_share: float = Field(
         1.0,
         gt=0.0,
@@ -114,14 +122,21 @@ class PruneConfig(BaseModel):
         "their gradients and weighted (for K-FAC).",
     )
     kronecker_iterations: int = Field(
-        2, ge=1, description="Power iterations of nearest-kronecker and kronecker-sum; two passes over the data each."
+        2,
+        ge=1,
+        le=_FEW,
+        description="Power iterations of nearest-kronecker and kronecker-sum; two passes over the data each.",
     )
     shots: int = Field(
-        5, ge=1, description="Shots on a linear schedule; curvature is estimated afresh in each. 1 if layer-wise."
+        5,
+        ge=1,
+        le=_FEW,
+        description="Shots on a linear schedule; curvature is estimated afresh in each. 1 if layer-wise.",
     )
     steps_per_shot: int = Field(
         1,
         ge=1,
+        le=_FEW,
         description="Steps in which a shot removes what it has to; in each, costs are computed anew from the shot's "
         "curvature, for what the steps before have left. For structures that shrink.",
     )
@@ -133,6 +148,7 @@ class PruneConfig(BaseModel):
     round_to: int | None = Field(
         None,
         ge=1,
+        le=_MANY,
         description="For neurons: what is left in each block is a multiple of this (unset: 32 with neurons, else 1).",
     )
     min_width: float | None = Field(
@@ -148,17 +164,25 @@ class PruneConfig(BaseModel):
     calibration: str = Field(
         "demo", min_length=1, description="A hub data set id, a local .txt/.jsonl/.parquet, or demo[:en|fr|es]."
     )
-    samples: int = Field(128, ge=1, description="Calibration sequences.")
-    seq_len: int = Field(512, ge=2, description="Tokens per calibration sequence.")
+    samples: int = Field(128, ge=1, le=_MANY, description="Calibration sequences.")
+    seq_len: int = Field(512, ge=2, le=_MANY, description="Tokens per calibration sequence.")
     windows_per_sample: int = Field(
         1,
         ge=1,
+        le=_MANY,
         description="Windows of the text, each from another place, that make up a calibration sequence one behind the "
         "other: as many places as with short sequences, and as much context as in long ones.",
+    )
+    bos: Bos = Field(
+        "auto",
+        description="Whether each window, of calibration and of evaluation, begins with the token that begins a text: "
+        "auto (where the tokenizer puts one before a text), always or never (windows as they are cut, which published "
+        "figures of Llama and OPT are of).",
     )
     batch_size: int | None = Field(
         None,
         ge=1,
+        le=_MANY,
         description=f"Calibration sequences per pass; fewer need less memory (unset: {PASS_TOKENS:,} tokens).",
     )
     order: PassOrder = Field(
@@ -190,11 +214,15 @@ class PruneConfig(BaseModel):
     max_correlations: int = Field(
         0,
         ge=0,
+        le=_MANY,
         description="Removed structures (or weights) whose update is computed together, at most; 0: all, 1: each as if "
         "the others stayed.",
     )
     update_steps: int = Field(
-        20, ge=1, description="Conjugate-gradient steps of the update of unstructured and N:M pruning, at most."
+        20,
+        ge=1,
+        le=_FEW,
+        description="Conjugate-gradient steps of the update of unstructured and N:M pruning, at most.",
     )
     scope: LayerwiseScope | None = Field(
         None,
@@ -212,11 +240,11 @@ class PruneConfig(BaseModel):
     score_norm: float = Field(2.0, gt=0.0, description="The p of lp-ri.")
     score_ratio: float = Field(0.1, gt=0.0, le=1.0, description="Share of rows and columns that stochria draws.")
     score_activation: bool = Field(True, description="Whether stochria has ria's factor of input norms.")
-    sparsegpt_block: int = Field(128, ge=1, description="Columns whose mask sparsegpt chooses together.")
+    sparsegpt_block: int = Field(128, ge=1, le=_MANY, description="Columns whose mask sparsegpt chooses together.")
     refine: Refine = Field(
         "none", description="Refinement of a score's mask without training: none, dsnot or r2-dsnot."
     )
-    refine_cycles: int = Field(50, ge=1, description="Swaps of a row, at most.")
+    refine_cycles: int = Field(50, ge=1, le=_MANY, description="Swaps of a row, at most.")
     refine_threshold: float = Field(0.1, ge=0.0, description="Expected error at which a row is left alone.")
     refine_reweight: Reweight = Field(
         "grow", description="Which step of r2-dsnot weighs relatively: grow, prune or both."
@@ -224,7 +252,7 @@ class PruneConfig(BaseModel):
     permute: bool = Field(
         False, description="For N:M: order input channels so that important weights spread over the groups."
     )
-    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    seed: int = Field(0, ge=0, le=_MOST_SEED, description="Seed of every random choice.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N.")
     dtype: Dtype = Field("auto", description="Type of the weights: auto (as stored), float32, bfloat16 or float16.")
     precision: Precision = Field(
@@ -243,6 +271,7 @@ class PruneConfig(BaseModel):
     reconstruction_copies: int = Field(
         2,
         ge=0,
+        le=_FEW,
         description="Copies of the calibration sequences that it is fitted to as well, in which the dense model has "
         "written some of the tokens.",
     )
@@ -250,6 +279,7 @@ class PruneConfig(BaseModel):
     gate_steps: int = Field(
         0,
         ge=0,
+        le=_FEW,
         description="After each shot, Newton steps on gates: one number for the output and the queries of each head, "
         "and for the output and the switch of each group of neurons, by the loss of the calibration text; 0: none. "
         "No other weight is trained.",
@@ -257,6 +287,7 @@ class PruneConfig(BaseModel):
     gate_width: int | None = Field(
         None,
         ge=1,
+        le=_MANY,
         description="Neurons of a feed-forward part that share gates; unset: all of it, and with cross_fit as few "
         "(16 or more) as leave each gate a token to be set by, with 8,192 gates at most.",
     )
@@ -272,26 +303,40 @@ class PruneConfig(BaseModel):
         "half, and take the mean of the two models' weights.",
     )
     lora: bool = Field(False, description="First-order corrections: train low-rank adapters after each shot (peft).")
-    lora_rank: int = Field(16, ge=1, description="Rank of the corrections of one shot.")
+    lora_rank: int = Field(16, ge=1, le=_FEW, description="Rank of the corrections of one shot.")
     lora_learning_rate: float = Field(1e-3, gt=0.0, description="Learning rate of the corrections.")
-    lora_steps: int = Field(32, ge=1, description="Optimizer steps of the corrections after a shot, a batch each.")
-    lora_final_steps: int = Field(32, ge=1, description="Steps after the last shot.")
-    lora_batch_size: int = Field(2, ge=1, description="Sequences of a step.")
+    lora_steps: int = Field(
+        32, ge=1, le=_MANY, description="Optimizer steps of the corrections after a shot, a batch each."
+    )
+    lora_final_steps: int = Field(32, ge=1, le=_MANY, description="Steps after the last shot.")
+    lora_batch_size: int = Field(2, ge=1, le=_FEW, description="Sequences of a step.")
     lora_share: float = Field(
         1.0, gt=0.0, le=1.0, description="Share of the calibration sequences that the corrections of a shot use."
     )
     export_shots: tuple[int, ...] = Field(
-        (), description="Shots to export as well, each into OUT/shot-N; repeat for more."
+        (), strict=False, description="Shots to export as well, each into OUT/shot-N; repeat for more."
     )
     evaluation: str | None = Field(
         None, description="Text to measure perplexity on; unset: held-out text of the calibration source, none: skip."
     )
-    eval_window: int = Field(1024, ge=2, description="Tokens per evaluation window.")
-    eval_stride: int | None = Field(None, ge=1, description="Tokens between windows; unset: the window.")
-    eval_tokens: int = Field(20_480, ge=2, description="Evaluation tokens, at most.")
+    eval_window: int = Field(1024, ge=2, le=_MANY, description="Tokens per evaluation window.")
+    eval_stride: int | None = Field(None, ge=1, le=_MANY, description="Tokens between windows; unset: the window.")
+    eval_tokens: int = Field(20_480, ge=2, le=_MANY, description="Evaluation tokens, at most.")
     ignore: tuple[str, ...] = Field(
-        ("lm_head",), description="Layers never pruned: a regular expression on the end of the name; repeat for more."
+        ("lm_head",),
+        strict=False,
+        description="Layers never pruned: a regular expression on the end of the name; repeat for more.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_numpy(cls, value: Any) -> Any:
+        """NumPy's numbers as Python's own, which is what strict validation takes."""
+        if isinstance(value, int | float):
+            return value
+        if isinstance(value, Integral):
+            return int(value)
+        return float(value) if isinstance(value, Real) else value
 
     @field_validator("ignore")
     @classmethod
@@ -299,8 +344,8 @@ class PruneConfig(BaseModel):
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"has {shown(pattern)}, which is no regular expression: {error}") from None
         return patterns
 
     @model_validator(mode="before")
@@ -325,7 +370,7 @@ class PruneConfig(BaseModel):
     @classmethod
     def _check_method(cls, method: str) -> str:
         if method not in method_names():
-            raise ValueError(f"valid are {', '.join(method_names())}")
+            raise ValueError(f"is not known: valid are {', '.join(method_names())}")
         return method
 
     @field_validator("structure")
@@ -335,8 +380,8 @@ class PruneConfig(BaseModel):
         shapes = set(parts) <= set(SHAPES) and len(set(parts)) == len(parts)
         if not shapes and structure != _UNSTRUCTURED and Pattern.parse(structure) is None:
             raise ValueError(
-                f"valid are {', '.join(SHAPES)}, several of these joined by +, unstructured, and N:M with 0 < N < M, "
-                "such as 2:4 or 4:8"
+                f"is not known: valid are {', '.join(SHAPES)}, several of these joined by +, unstructured, and N:M with "
+                "0 < N < M, such as 2:4 or 4:8"
             )
         return structure
 
@@ -353,7 +398,9 @@ class PruneConfig(BaseModel):
                 "(windows_per_sample) of equal length"
             )
         if any(not 1 <= shot <= self.shots for shot in self.export_shots):
-            raise ValueError(f"export_shots {self.export_shots} are not all between 1 and {self.shots}, the shots")
+            raise ValueError(
+                f"export_shots {shown(self.export_shots)} are not all between 1 and {self.shots}, the shots"
+            )
         if self.preset != "none" and self.method != METHOD:
             raise ValueError(f"preset is for the method {METHOD}, not for {self.method}")
         self._check_shapes()
@@ -560,12 +607,7 @@ class PruneConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(_problem(issue) for issue in error.errors())
-            unknown = any(issue["type"] == "extra_forbidden" for issue in error.errors())
-            known = f"Known options are {', '.join(cls.model_fields)}. " if unknown else ""
-            raise ConfigError(
-                f"The recipe is not valid: {problems}.", f"{known}`llm-surgeon prune --help` explains each option."
-            ) from None
+            raise _refusal(error.errors(include_url=False)) from None
 
 
 def _parts_of(structure: Any) -> tuple[str, ...]:
@@ -598,21 +640,10 @@ def goes_layerwise(values: Mapping[str, Any]) -> bool:
     return method not in METHODS or bool(_layerwise_options(values))
 
 
-def _problem(issue: Mapping[str, Any]) -> str:
-    """One finding of the validation, with the offending value if it concerns a single option."""
-    message = issue["msg"].removeprefix("Value error, ")
-    # The input of what is wrong with several options together would be the whole recipe.
-    return (
-        f"{'.'.join(str(part) for part in issue['loc'])}: {message} (got {issue['input']!r})"
-        if issue["loc"]
-        else message
-    )
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has changed between two mappings of options, each in words; other keys may be among them."""
     return [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}"
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
@@ -624,17 +655,104 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file cannot be read or is not a mapping.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read: {error}.", "Give a YAML file of option: value.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"The recipe {path} is not a mapping.", "Write one `option: value` per line.")
-    return with_underscores(values)
+    # 2:4, true and 90M are text for the options that take text, and for no others.
+    return read_mapping(
+        path, {name for name, field in PruneConfig.model_fields.items() if _takes_text(field.annotation)}
+    )
 
 
-def with_underscores(options: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options as the recipe spells them, whatever the command line does."""
-    return {str(key).replace("-", "_"): value for key, value in options.items()}
+def _takes_text(annotation: Any) -> bool:
+    """Whether an option takes words, or what has a form of its own (90M)."""
+    if annotation is str or get_origin(annotation) in (Literal, Annotated):
+        return True
+    return any(_takes_text(argument) for argument in get_args(annotation))
+
+
+_KINDS = {
+    "int_type": "has to be a whole number",
+    "float_type": "has to be a number",
+    "bool_type": "has to be true or false",
+    "string_type": "has to be text",
+    "string_too_short": "has to be text",
+    "string_unicode": "has to be text without broken characters",
+    "tuple_type": "has to be a list",
+    "finite_number": "has to be a finite number",
+}
+_LIMITS = {
+    "greater_than": "more than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+}
+# So many of its problems a message lists.
+_MOST_PROBLEMS = 5
+
+
+def _refusal(issues: Sequence[Mapping[str, Any]]) -> ConfigError:
+    """What the validation found, in words."""
+    problems = [_problem(issue) for issue in issues[:_MOST_PROBLEMS]]
+    if len(issues) > _MOST_PROBLEMS:
+        problems.append(f"and {len(issues) - _MOST_PROBLEMS:,} more")
+    # What is wrong with several options together names them as a recipe does.
+    words = [word for issue in issues if not issue["loc"] for word in re.findall(r"\w+_\w+", issue["msg"])]
+    spelt = ", ".join(_spelt(word) for word in dict.fromkeys(words) if word in PruneConfig.model_fields)
+    return ConfigError(
+        f"The recipe is not valid: {'; '.join(problems)}.",
+        f"{f'On the command line: {spelt}. ' if spelt else ''}`llm-surgeon prune --help` explains each option.",
+    )
+
+
+def _problem(issue: Mapping[str, Any]) -> str:
+    """One finding of the validation, with the offending value if it concerns a single option."""
+    message = issue["msg"].removeprefix("Value error, ")
+    # The input of what is wrong with several options together would be the whole recipe.
+    if not issue["loc"]:
+        return str(message)
+    name, value = str(issue["loc"][0]), issue["input"]
+    if name not in PruneConfig.model_fields:
+        meant = closest(name, PruneConfig.model_fields)
+        return f"{shown(name)} is no option{f' (did you mean {meant}?)' if meant else ''}"
+    if issue["type"] in _LIMITS:
+        (limit,) = issue["ctx"].values()
+        message = f"has to be {_LIMITS[issue['type']]} {f'{limit:,}' if isinstance(limit, int) else f'{limit:g}'}"
+    else:
+        message = _KINDS.get(issue["type"], message.replace("Input should be", "has to be", 1))
+    option = _spelt(name) if _spelt(name) == f"--{name}" else f"{_spelt(name)} ({name} in a recipe)"
+    kind = "the text " if isinstance(value, str) and issue["type"] in ("int_type", "float_type", "bool_type") else ""
+    meant = _meant(name, value)
+    return f"{option} {message} (got {kind}{shown(value)}{f'; did you mean {meant}?' if meant else ''})"
+
+
+def _spelt(name: str) -> str:
+    """An option as the command line spells it."""
+    word = name.replace("_", "-")
+    return f"--{word} or --no-{word}" if PruneConfig.model_fields[name].annotation is bool else f"--{word}"
+
+
+def _meant(name: str, value: Any) -> str | None:
+    """What may have been meant by a value that an option does not take."""
+    field = PruneConfig.model_fields[name]
+    bounds = [getattr(limit, "lt", getattr(limit, "le", None)) for limit in field.metadata]
+    if any(bound is not None and bound <= 1 for bound in bounds):
+        return _as_fraction(value)
+    if not isinstance(value, str):
+        return None
+    if name == "structure":
+        parts = [closest(part, (*SHAPES, _UNSTRUCTURED)) for part in value[:LONGEST].split("+")]
+        return "+".join(part for part in parts if part) if all(parts) else None
+    return closest(value, method_names() if name == "method" else _choices(field.annotation))
+
+
+def _as_fraction(value: Any) -> str | None:
+    """The fraction that a percentage stands for, if the value looks like one."""
+    percent = re.fullmatch(r"\s*([0-9]{1,2}(\.[0-9]{1,9})?)\s*%\s*", value) if isinstance(value, str) else None
+    if percent is not None:
+        return f"{float(percent[1]) / 100:g}"
+    return f"{value / 100:g}" if isinstance(value, int | float) and 2 <= value < 100 else None
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The words that an option takes, if it takes only some."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(word for argument in get_args(annotation) for word in _choices(argument))

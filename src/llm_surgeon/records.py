@@ -26,6 +26,7 @@ class Perplexity(Record):
     """Token perplexity, and how it was measured.
 
     ``tokens`` counts the scored targets; ``nll`` is their mean negative log-likelihood in nats, averaged over windows.
+    ``bos`` says whether each window begins with the token that begins a text.
     """
 
     perplexity: float
@@ -35,6 +36,7 @@ class Perplexity(Record):
     stride: int
     data: str
     precision: str
+    bos: bool = False
 
 
 class TaskMetric(Record):
@@ -48,7 +50,8 @@ class TaskScore(Record):
     """What one task gave.
 
     ``metrics`` are by lm-eval's names, followed by ``,filter`` where the task filters its answers. ``accuracy`` names
-    the one that enters the mean over the tasks; None: none of them is an accuracy.
+    the one that enters the mean over the tasks; None: none of them is an accuracy. The ``shots`` solved examples before
+    each question are drawn from ``examples`` documents, of which ``examples_measured`` are measured themselves.
     """
 
     task: str
@@ -56,6 +59,8 @@ class TaskScore(Record):
     metrics: dict[str, TaskMetric]
     accuracy: str | None
     shots: int
+    examples: int = 0
+    examples_measured: int = 0
     samples: int
     samples_total: int
 
@@ -72,7 +77,8 @@ class TaskScores(Record):
     """What the tasks of lm-eval gave, and how they were measured.
 
     ``mean`` is the plain mean of the accuracies of those tasks that have one and did not fail; each task counts the
-    same. None: there is none.
+    same. None: there is none. ``seed`` is that of the solved examples and of all else that a task draws;
+    ``chat_template``: questions and examples were put into the tokenizer's.
     """
 
     scores: tuple[TaskScore, ...]
@@ -81,6 +87,7 @@ class TaskScores(Record):
     limit: int | None
     batch_size: int
     seed: int
+    chat_template: bool = False
     precision: str
     lm_eval: str
 

@@ -12,17 +12,29 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from llm_surgeon.data.corpora import Corpus
-from llm_surgeon.data.tokens import CalibrationTokens, evaluation_tokens, sample_calibration
-from llm_surgeon.errors import DataError
+from llm_surgeon.data.tokens import (
+    CalibrationTokens,
+    evaluation_tokens,
+    first_token,
+    sample_calibration,
+    windows_with_bos,
+)
+from llm_surgeon.errors import ConfigError, DataError
+from llm_surgeon.evaluation.perplexity import EvaluationText
 
 WORDS = 200
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """Word ``wN`` is token N; the maximal length is short, so that long texts would cause a warning."""
     vocabulary = {f"w{number}": number for number in range(WORDS)} | {"?": WORDS}
     words = Tokenizer(WordLevel(vocabulary, unk_token="?"))
@@ -185,3 +197,64 @@ def test_batch_size_zero_is_an_error():
 def test_wrong_tensors_are_errors(ids, mask, message):
     with pytest.raises(DataError, match=message):
         CalibrationTokens(ids, mask, {})
+
+
+def with_bos(adds=True):
+    """A tokenizer that has a token to begin texts with, and puts it there or not."""
+    made = word_tokenizer()
+    made.add_special_tokens({"bos_token": "<bos>"})
+    if adds:
+        made.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", made.bos_token_id)]
+        )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("adds", "bos", "expected"),
+    [(True, "auto", True), (True, "never", False), (True, "always", True)]
+    + [(False, "auto", False), (False, "never", False), (False, "always", True)],
+)
+def test_the_first_token_is_put_where_the_tokenizer_does_or_as_asked(adds, bos, expected):
+    made = with_bos(adds)
+    assert first_token(made, bos) == (made.bos_token_id if expected else None)
+
+
+def test_a_tokenizer_without_a_first_token_is_no_reason_to_fail_unless_asked(tokenizer):
+    assert first_token(tokenizer, "auto") is None
+    with pytest.raises(ConfigError, match="no token that begins a text"):
+        first_token(tokenizer, "always")
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_calibration_windows_begin_with_bos_and_go_on_with_the_text(corpus, windows):
+    made = with_bos()
+    bos, text = made.bos_token_id, made(corpus.text, add_special_tokens=False).input_ids
+    drawn = sample_calibration(made, corpus, 5, 16, 3, windows, bos).input_ids
+    assert drawn.shape == (5, 16)
+    for window in drawn.view(5 * windows, -1).tolist():
+        assert window[0] == bos
+        assert window[1:] in [text[i : i + len(window) - 1] for i in range(len(text))]
+    assert sample_calibration(made, corpus, 5, 16, 3, windows, bos).provenance["bos"] == bos
+
+
+def test_windows_with_bos_score_every_token_of_the_text_once(corpus):
+    made = with_bos()
+    bos, text = made.bos_token_id, made(corpus.text, add_special_tokens=False).input_ids
+    for window, stride, most in ((16, 16, 100), (16, 15, 100), (16, 4, 100), (10, 1, 40)):
+        laid = windows_with_bos(made, corpus, window, stride, most, bos)
+        evaluation = EvaluationText(laid, "words", window, stride, bos=True)
+        scored = [int(t) for start, first in evaluation.windows for t in laid[start + first : start + window]]
+        assert scored == text[: len(scored)]
+        assert all(int(laid[start]) == bos for start, _ in evaluation.windows)
+        # As many windows as without.
+        plain = EvaluationText(evaluation_tokens(made, corpus, window, most), "words", window, stride)
+        assert len(evaluation.windows) == len(plain.windows)
+
+
+def test_with_bos_too_little_text_is_refused_all_the_same(corpus):
+    made = with_bos()
+    with pytest.raises(DataError, match="fewer than one window"):
+        windows_with_bos(made, corpus, 100_000, 1, 100_000, made.bos_token_id)
+    with pytest.raises(DataError, match="room for its beginning only"):
+        sample_calibration(made, corpus, 2, 4, 0, windows_per_sample=4, bos=made.bos_token_id)

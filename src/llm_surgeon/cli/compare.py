@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from llm_surgeon.cli.shared import command_line, console, errors_as_messages, option
-from llm_surgeon.config import PruneConfig, read_recipe, with_underscores
+from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.methods import method_names
 from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
+from llm_surgeon.quantity import shown
+from llm_surgeon.recipe_file import with_underscores
 from llm_surgeon.report.log import log_to_stderr
 from llm_surgeon.torchrun import require_one_process
 
@@ -41,6 +43,7 @@ def compare(
     samples: Annotated[int | None, option("samples")] = None,
     seq_len: Annotated[int | None, option("seq_len")] = None,
     windows_per_sample: Annotated[int | None, option("windows_per_sample")] = None,
+    bos: Annotated[str | None, option("bos")] = None,
     batch_size: Annotated[int | None, option("batch_size")] = None,
     seed: Annotated[int | None, option("seed")] = None,
     device: Annotated[str | None, option("device")] = None,
@@ -95,18 +98,19 @@ def _variants(methods: str | None, more: Any) -> dict[str, dict[str, Any]]:
     both = next((name for name in variants if name in named), None)
     if both is not None:
         raise ConfigError(
-            f"{both!r} is a variant of the recipe and one of --methods.", "Give the variant another name."
+            f"{shown(both)} is a variant of the recipe and one of --methods.", "Give the variant another name."
         )
     return named | variants
 
 
 def _listed(options: dict[str, Any], name: str, default: Any) -> list[Any]:
     """Take an option out that may have several values."""
-    value = options.pop(name, default)
+    value = options.pop(name, None)
+    if value is None:
+        value = default
     values = value if isinstance(value, list) else [value]
-    kind = (str,) if name == "structure" else (int, float)
-    wrong = next((value for value in values if not isinstance(value, kind)), None)
-    if wrong is not None:
-        # YAML reads 2:4 as a number to the base of 60.
-        raise ConfigError(f"{name}: {wrong!r} is not of the right kind.", "Quote N:M in a recipe: '2:4'.")
+    if None in values:
+        raise ConfigError(f"One of the values of {name} is nothing.", "Leave it out.")
+    for each in values:
+        PruneConfig.from_mapping({name: each})
     return values

@@ -1,24 +1,34 @@
-"""What the commands share: options made from the recipe, consoles, and errors as messages."""
+"""What the commands share: options made from the recipe, literal help, streams, consoles, and errors as messages."""
 
 from __future__ import annotations
 
+import errno
 import inspect
+import io
+import os
+import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import FrameType, NoneType
+from typing import Annotated, Any, Literal, TextIO, get_args, get_origin
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
 
 from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import OutputError, SurgeonError
 from llm_surgeon.presets import OPTIONS as PRESET_OPTIONS
 from llm_surgeon.records import Record
+from llm_surgeon.report.log import error_console
 from llm_surgeon.torchrun import place
 
 _PANELS = {
@@ -43,7 +53,7 @@ _PANELS = {
     "Gates": ("gate_steps", "gate_width", "gate_damping"),
     "First-order corrections": tuple(name for name in PruneConfig.model_fields if name.startswith("lora")),
     "Texts": (
-        *("calibration", "samples", "seq_len", "windows_per_sample"),
+        *("calibration", "samples", "seq_len", "windows_per_sample", "bos"),
         *("evaluation", "eval_window", "eval_stride", "eval_tokens"),
     ),
 }
@@ -51,6 +61,34 @@ _PANELS = {
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings, if it is no export of ours.")
 ]
+
+
+def literal(text: str) -> str:
+    """Text as rich's markup that shows it as it is written: no bracket is a style, and no ``:M:`` an emoji."""
+    # Markup has no escape for emoji, but looks for them between its tags only.
+    return "[none][/]".join(escape(part) for part in re.split("(?<=:)", text))
+
+
+class LiteralCommand(TyperCommand):
+    """A command whose help is shown as it is written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _make_literal(self)
+
+
+class LiteralGroup(TyperGroup):
+    """A group of commands whose help is shown as it is written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _make_literal(self)
+
+
+def _make_literal(command: Any) -> None:
+    for described in (command, *command.params):
+        if described.help:
+            described.help = literal(described.help)
 
 
 def option(name: str, more: str = "", default: Any = None) -> Any:
@@ -118,13 +156,14 @@ def config_of(given: Mapping[str, Any]) -> PruneConfig:
 
 def command_line() -> str:
     """The command as it was typed, for the record."""
-    return shlex.join(["llm-surgeon", *sys.argv[1:]])
+    # The bytes of an argument that the locale has no characters for are most likely UTF-8, as the record is.
+    return os.fsencode(shlex.join(["llm-surgeon", *sys.argv[1:]])).decode("utf8", "replace")
 
 
 def console() -> Console:
-    """Where results go: standard output."""
+    """Where results go: standard output. Text is shown as it is: names and paths may hold brackets and colons."""
     # A log file has no width of its own; the tables need 100 columns.
-    return Console() if sys.stdout.isatty() else Console(width=100)
+    return Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
 
 
 def write_result(out: Path, result: Record) -> None:
@@ -139,18 +178,134 @@ def write_result(out: Path, result: Record) -> None:
         raise OutputError(f"{out} cannot be written: {error.strerror}.", "Give another --out.") from None
 
 
+class _Unfailing(io.RawIOBase):
+    """The raw stream of standard output or error, which swallows what cannot be written any more.
+
+    Attributes:
+        failure: Why the first write failed; None if none did.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.failure: OSError | None = None
+        # Unbuffered (python -u), it has no other raw stream.
+        self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)
+        # Once it is forgotten, it closes its raw stream.
+        self._stream = stream
+
+    def write(self, data: Any, /) -> int | None:
+        try:
+            written: int | None = self._raw.write(data)
+        except OSError as error:
+            self.failure = error
+            # Processes that inherit the stream shall not fail either.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._raw.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
+        return written
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        number: int = self._raw.fileno()
+        return number
+
+    def isatty(self) -> bool:
+        return bool(self._raw.isatty())
+
+
 @contextmanager
-def errors_as_messages(interrupted: str = "interrupted; nothing was written") -> Iterator[None]:
-    """A user's mistake is two sentences and an exit status, not a stack trace."""
+def standard_streams() -> Iterator[None]:
+    """Keep a run from ending because standard output or error is closed, full, without a reader, or ASCII only.
+
+    What is printed comes last, when all files are complete. If it is lost, the exit status is 1; a message says why,
+    unless the reader has gone, who knows.
+    """
+    _open_closed_streams()
+    sys.stdout, output = _unfailing(sys.stdout, "replace")
+    sys.stderr, _ = _unfailing(sys.stderr, "backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        if output.failure is not None:
+            if output.failure.errno != errno.EPIPE:
+                print_error(
+                    f"Standard output cannot be written: {output.failure.strerror}.",
+                    "Files that the command has written are complete; only what it prints is lost.",
+                )
+            sys.exit(1)
+
+
+def _open_closed_streams() -> None:
+    """Open standard streams that are closed: else a file of the run would get the number of one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number, and so that of the stream.
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf8"))
+
+
+def _unfailing(stream: TextIO, errors: str) -> tuple[TextIO, _Unfailing]:
+    """A stream that takes all characters and never fails, and where it says so."""
+    raw = _Unfailing(stream)
+    text = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=errors, line_buffering=True)
+    return text, raw
+
+
+@contextmanager
+def faults_reported() -> Iterator[None]:
+    """Ask for a report of an error that is none of the user's, below its stack trace."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        versions = ", ".join(f"{package} {version(package)}" for package in ("llm-surgeon", "torch", "transformers"))
+        print_error(
+            "This was not foreseen, and is probably a fault of llm-surgeon.",
+            f"Please report it, with all of the above, the command and the versions: {versions}, "
+            f"Python {sys.version.split()[0]}.",
+        )
+        sys.exit(1)
+
+
+class Terminated(KeyboardInterrupt):
+    """A request to end (SIGTERM), which is answered as Ctrl-C is."""
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM clear up, and say how to go on, as Ctrl-C does; several processes have their own way."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    # Whoever ignores it (trap '' TERM) wants the process to go on.
+    if place().count == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+
+
+@contextmanager
+def errors_as_messages(
+    interrupted: str | Callable[[], str] = "interrupted; nothing was written",
+) -> Iterator[None]:
+    """A user's mistake is two sentences and an exit status, not a stack trace.
+
+    Args:
+        interrupted: What to say after an interrupt, or gives it.
+    """
     try:
         yield
     except SurgeonError as error:
         _say_once(error)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if place().rank == 0:
-            Console(stderr=True).print(interrupted)
-        raise typer.Exit(130) from None
+            error_console().print(interrupted if isinstance(interrupted, str) else interrupted(), soft_wrap=True)
+        number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
 
 
 def _say_once(error: SurgeonError) -> None:
@@ -168,8 +323,4 @@ def _say_once(error: SurgeonError) -> None:
 
 def print_error(cause: str, remedy: str) -> None:
     """Say on standard error what went wrong and what to do about it."""
-    Console(stderr=True).print(f"[bold red]error:[/] {_escape(cause)}\n{_escape(remedy)}", soft_wrap=True)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    error_console().print(Text.assemble(("error:", "bold red"), f" {cause}\n{remedy}"), soft_wrap=True)

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llm_surgeon.data.corpora import Corpus
-from llm_surgeon.errors import DataError
+from llm_surgeon.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from llm_surgeon.config import Bos
     from transformers import PreTrainedTokenizerBase
 
 SAMPLING_RULE = (
     "random.Random(seed).sample(range(0, tokens - window), samples * windows_per_sample), where window is seq_len / "
-    "windows_per_sample, gives the first token of each window; those of a sample follow one another"
+    "windows_per_sample, gives the first token of each window; those of a sample follow one another; with bos, it "
+    "stands before each window, which has one token of the text less"
 )
 
 
@@ -105,6 +107,7 @@ def sample_calibration(
     seq_len: int,
     seed: int,
     windows_per_sample: int = 1,
+    bos: int | None = None,
 ) -> CalibrationTokens:
     """Draw calibration windows at random places of the corpus, which is tokenised as one sequence.
 
@@ -118,6 +121,7 @@ def sample_calibration(
         seq_len: Tokens per sequence.
         seed: Seed of the draw; equal to ``random.seed(seed); random.sample(...)``, without touching the global state.
         windows_per_sample: Windows that make up a sequence.
+        bos: Token to begin each window with, see ``first_token``.
 
     Returns:
         The sequences, ``input_ids`` [samples, seq_len], without padding.
@@ -133,8 +137,10 @@ def sample_calibration(
             f"{seq_len} tokens cannot be {windows_per_sample} windows of equal length.",
             "Choose a number of windows that divides seq_len.",
         )
-    windows, window = samples * windows_per_sample, seq_len // windows_per_sample
-    ids = _tokenise(tokenizer, corpus)
+    windows, window = samples * windows_per_sample, seq_len // windows_per_sample - (bos is not None)
+    if not window:
+        raise DataError("A window of one token has room for its beginning only.", "Choose a larger seq_len.")
+    ids = _tokenise(tokenizer, corpus, bos)
     # A window needs a first token that no other has, so the smallest requests need a little more than their product.
     needed = max(windows * window, window + windows)
     if len(ids) < needed:
@@ -154,9 +160,10 @@ def sample_calibration(
         "seq_len": seq_len,
         "windows_per_sample": windows_per_sample,
         "seed": seed,
+        "bos": bos,
         "sampling": SAMPLING_RULE,
     }
-    drawn = torch.stack([ids[start : start + window] for start in starts]).view(samples, seq_len)
+    drawn = _begun([ids[start : start + window] for start in starts], bos).view(samples, seq_len)
     return CalibrationTokens(input_ids=drawn, attention_mask=None, provenance=provenance)
 
 
@@ -175,22 +182,77 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window
     Raises:
         DataError: If there are fewer tokens than one window, in the text or in ``max_tokens``.
     """
+    # A copy, so that the ids of a large corpus are not kept alive by a small view of them.
+    return _enough(_tokenise(tokenizer, corpus, None), corpus, window, max_tokens)[:max_tokens].clone()
+
+
+def windows_with_bos(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window: int, stride: int, max_tokens: int, bos: int
+) -> torch.Tensor:
+    """Cut the beginning of the corpus, which is tokenised as one sequence, into windows that each begin with BOS.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        corpus: Text to evaluate on.
+        window: Tokens per window, of which the first is not of the text.
+        stride: Tokens of the text from one window's start to the next one's; one less if it is the window.
+        max_tokens: Tokens in all, at most, as if the windows were cut without BOS.
+        bos: The token.
+
+    Returns:
+        Token ids of all windows one behind the other, int64, shape [windows * window].
+
+    Raises:
+        DataError: If there are fewer tokens than one window, in the text or in ``max_tokens``.
+    """
+    ids = _enough(_tokenise(tokenizer, corpus, bos), corpus, window - 1, max_tokens)
+    most, step = (max_tokens - window) // stride + 1, min(stride, window - 1)
+    starts = range(0, len(ids) - window + 2, step)[:most]
+    return _begun([ids[start : start + window - 1] for start in starts], bos)
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
+    """The token that each window has to begin with; None if windows are cut out of the text as they are.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        bos: ``auto`` (where the tokenizer puts one before a text: models that are trained so are far off without),
+            ``always`` or ``never``.
+
+    Raises:
+        ConfigError: If it has none and one is asked for.
+    """
+    token = tokenizer.bos_token_id
+    if bos == "always" and not isinstance(token, int):
+        raise ConfigError("The tokenizer has no token that begins a text.", "Leave --bos out.")
+    if bos == "never" or not isinstance(token, int):
+        return None
+    # Of an empty text, what is added is all there is.
+    return token if bos == "always" or tokenizer("").input_ids[:1] == [token] else None
+
+
+def _begun(windows: list[torch.Tensor], bos: int | None) -> torch.Tensor:
+    """All windows one behind the other, each begun with a token."""
+    first = [] if bos is None else [torch.tensor([bos])]
+    return torch.cat([part for window in windows for part in (*first, window)])
+
+
+def _enough(ids: torch.Tensor, corpus: Corpus, window: int, max_tokens: int) -> torch.Tensor:
     if max_tokens < window:
         raise DataError(
             f"At most {max_tokens:,} evaluation tokens are fewer than one window of {window:,}.",
             "Raise the number of evaluation tokens, or lower the window.",
         )
-    ids = _tokenise(tokenizer, corpus)
     if len(ids) < window:
         raise DataError(
             f"The evaluation text {corpus.source} has {len(ids):,} tokens, fewer than one window of {window:,}.",
             "Give a longer text, or lower the window.",
         )
-    # A copy, so that the ids of a large corpus are not kept alive by a small view of them.
-    return ids[:max_tokens].clone()
+    return ids
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> torch.Tensor:
-    """Tokenise the whole corpus as one sequence, int64 [tokens]."""
+def _tokenise(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, bos: int | None) -> torch.Tensor:
+    """Tokenise the whole corpus as one sequence, int64 [tokens]; without special tokens if windows get their own."""
     # verbose=False: a sequence longer than the model's maximum is on purpose here, windows are cut from it.
-    return torch.tensor(tokenizer(corpus.text, verbose=False).input_ids, dtype=torch.int64)
+    ids = tokenizer(corpus.text, verbose=False, add_special_tokens=bos is None).input_ids
+    return torch.tensor(ids, dtype=torch.int64)

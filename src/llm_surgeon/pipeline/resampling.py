@@ -63,6 +63,8 @@ def _resampled(
     """One copy of the sequences, ``[samples, length]``."""
     device = next(model.parameters()).device
     rows, sequence = [], tokens.first
+    bos = tokens.provenance.get("bos")
+    begins = -1 if bos is None else bos
     with fast_pass(model, how.precision):
         for input_ids, mask in tokens.batches(how.batch_size):
             ids = input_ids.to(device)
@@ -73,8 +75,10 @@ def _resampled(
                 draws = draws_of(input_ids.shape, sequence, 2, how.seed).to(device)[positions]
                 written = sample_labels(model, states.index_select(0, positions), draws[:, 1:])[0]
             flat = ids.flatten().clone()
+            # What begins a window within a sequence stays; to a model, nothing precedes it.
+            redrawn = (draws[:, 0] < share) & (labels != begins)
             # What is predicted at a position stands at the next one.
-            flat[positions + 1] = torch.where(draws[:, 0] < share, written, labels)
+            flat[positions + 1] = torch.where(redrawn, written, labels)
             rows.append(flat.view_as(ids).to(input_ids.device))
             sequence += len(input_ids)
             advance(input_ids.numel())

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config import Bos, PruneConfig
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
@@ -165,6 +165,7 @@ def evaluate(
     stride: int | None = None,
     max_tokens: int = 20_480,
     precision: str = "bfloat16",
+    bos: Bos = "auto",
     progress: Progress | None = None,
 ) -> Perplexity:
     """Token perplexity of a model on a text.
@@ -178,13 +179,17 @@ def evaluate(
         stride: Tokens between windows; the window if None.
         max_tokens: Tokens of the text that are used, at most.
         precision: ``bfloat16`` or ``float32``.
+        bos: Whether each window begins with the token that begins a text: ``auto`` (where the tokenizer puts one),
+            ``always`` or ``never``.
         progress: Where progress is shown; nowhere if None.
 
     Raises:
         DataError: If the text cannot be read or is shorter than a window.
         ConfigError: If the stride exceeds the window.
     """
-    text = evaluation_text(tokenizer, data, window=window, stride=stride, max_tokens=max_tokens, precision=precision)
+    text = evaluation_text(
+        tokenizer, data, window=window, stride=stride, max_tokens=max_tokens, precision=precision, bos=bos
+    )
     return measure(model, text, progress or SilentProgress(), "perplexity")
 
 

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config import Bos, PruneConfig
 from llm_surgeon.data.corpora import Corpus, load_corpus
-from llm_surgeon.data.tokens import CalibrationTokens, evaluation_tokens, sample_calibration
-from llm_surgeon.evaluation.perplexity import EvaluationText
+from llm_surgeon.data.tokens import (
+    CalibrationTokens,
+    evaluation_tokens,
+    first_token,
+    sample_calibration,
+    windows_with_bos,
+)
+from llm_surgeon.evaluation.perplexity import EvaluationText, check_windows
 
 CALIBRATION, EVALUATION = 0, 1
 
@@ -44,7 +50,13 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Te
     same = spec == config.calibration
     corpus = _part(config.calibration, CALIBRATION, split=same)
     calibration = sample_calibration(
-        tokenizer, corpus, config.samples, config.seq_len, config.seed, config.windows_per_sample
+        tokenizer,
+        corpus,
+        config.samples,
+        config.seq_len,
+        config.seed,
+        config.windows_per_sample,
+        first_token(tokenizer, config.bos),
     )
     if spec == "none":
         return Texts(calibration, None)
@@ -55,6 +67,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Te
         stride=config.eval_stride,
         max_tokens=config.eval_tokens,
         precision=config.precision,
+        bos=config.bos,
         split=same,
     )
     return Texts(calibration, evaluation)
@@ -68,13 +81,19 @@ def evaluation_text(
     stride: int | None,
     max_tokens: int,
     precision: str,
+    bos: Bos = "auto",
     split: bool = False,
 ) -> EvaluationText:
     """Read and tokenise a text to evaluate on; ``split`` takes its held-out part, as is always done of demo texts."""
     corpus = _part(spec, EVALUATION, split=split)
-    tokens = evaluation_tokens(tokenizer, corpus, window, max_tokens)
     name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
-    return EvaluationText(tokens, name, window, stride or window, precision)
+    first, stride = first_token(tokenizer, bos), stride or window
+    check_windows(window, stride, precision)
+    if first is None:
+        tokens = evaluation_tokens(tokenizer, corpus, window, max_tokens)
+    else:
+        tokens = windows_with_bos(tokenizer, corpus, window, stride, max_tokens, first)
+    return EvaluationText(tokens, name, window, stride, precision, bos=first is not None)
 
 
 def _part(spec: str, part: int, *, split: bool) -> Corpus:

@@ -11,6 +11,7 @@ from llm_surgeon.config import PruneConfig, goes_layerwise
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.methods import method_names
 from llm_surgeon.pattern import Pattern
+from llm_surgeon.quantity import closest, shown
 from llm_surgeon.records import Setting
 
 Options = Mapping[str, Any]
@@ -33,7 +34,7 @@ SUFFIXES: dict[str, dict[str, Any]] = {
 
 # What all variants have to have in common: the texts, and the dense model that they are compared with.
 SHARED = (
-    *("calibration", "samples", "seq_len", "windows_per_sample", "seed"),
+    *("calibration", "samples", "seq_len", "windows_per_sample", "bos", "seed"),
     *("evaluation", "eval_window", "eval_stride", "eval_tokens"),
     *("dtype", "device", "precision", "trust_remote_code"),
 )
@@ -70,17 +71,22 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
 
 def _parse_spec(spec: str) -> dict[str, Any]:
     method, *suffixes = spec.split("+")
-    unknown = [suffix for suffix in suffixes if suffix not in SUFFIXES]
-    if method not in method_names() or unknown:
-        wrong = f"suffix {unknown[0]!r}" if method in method_names() else f"method {method!r}"
-        raise ConfigError(
-            f"The {wrong} of {spec!r} is not known.",
-            f"Methods are {', '.join(method_names())}; suffixes, each after a +, are {', '.join(SUFFIXES)}.",
-        )
+    if method not in method_names():
+        raise _not_known("method", method, spec, method_names())
     options: dict[str, Any] = {"method": method}
     for suffix in suffixes:
+        if suffix not in SUFFIXES:
+            raise _not_known("suffix", suffix, spec, SUFFIXES)
         options |= SUFFIXES[suffix]
     return options
+
+
+def _not_known(kind: str, word: str, spec: str, known: Iterable[str]) -> ConfigError:
+    meant = closest(word, known)
+    return ConfigError(
+        f"The {kind} {shown(word)} of {shown(spec)} is not known{f' (did you mean {meant}?)' if meant else ''}.",
+        f"Methods are {', '.join(method_names())}; suffixes, each after a +, are {', '.join(SUFFIXES)}.",
+    )
 
 
 def settings_of(structures: Iterable[str], sparsities: Iterable[float]) -> list[Setting]:
@@ -112,9 +118,9 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
         _check_variant(name, options)
     cells = [_planned(name, setting, common, options) for setting in settings for name, options in variants.items()]
     for name in variants:
-        _check_possible(f"variant {name!r}", [cell for cell in cells if cell.variant == name])
+        _check_possible(f"variant {shown(name)}", [cell for cell in cells if cell.variant == name])
     for setting in settings:
-        _check_possible(f"setting {setting.label!r}", [cell for cell in cells if cell.setting == setting])
+        _check_possible(f"setting {shown(setting.label)}", [cell for cell in cells if cell.setting == setting])
     return cells
 
 
@@ -142,13 +148,13 @@ def _check_common(options: Options) -> None:
 def _check_variant(name: str, options: Options) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}", name):
         raise ConfigError(
-            f"A variant cannot be named {name!r}: a file is named after it.",
+            f"A variant cannot be named {shown(name)}: a file is named after it.",
             "Use at most 100 letters, digits, spaces and the characters . _ + - in the name.",
         )
     wrong = [option for option in (*SHARED, *_SETTING, *_OF_EXPORTS) if option in options]
     if wrong:
         raise ConfigError(
-            f"The variant {name!r} sets {', '.join(wrong)}, which would make it incomparable with the others.",
+            f"The variant {shown(name)} sets {', '.join(wrong)}, which would make it incomparable with the others.",
             "Set it for all of them, or make a comparison of its own.",
         )
 

@@ -159,8 +159,9 @@ def _pruned_layers(report: PruneReport) -> str:
 
 def perplexity_note(perplexity: Perplexity) -> str:
     """Say on what and how a perplexity was measured."""
+    begun = " each begun with the token that begins a text," if perplexity.bos else ""
     return (
-        f"Perplexity: {perplexity.data}; windows of {perplexity.window:,} tokens, stride {perplexity.stride:,}, "
+        f"Perplexity: {perplexity.data}; windows of {perplexity.window:,} tokens,{begun} stride {perplexity.stride:,}, "
         f"{perplexity.tokens:,} tokens scored, {perplexity.precision} arithmetic."
     )
 
