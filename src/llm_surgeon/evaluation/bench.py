@@ -17,6 +17,7 @@ from llm_surgeon.evaluation.bench_records import Bench, BenchModel, BenchRun, Ow
 from llm_surgeon.evaluation.pairs import time_pair
 from llm_surgeon.evaluation.speed import Workload, describe
 from llm_surgeon.models.loading import (
+    check_checkpoint,
     check_dtype,
     load_model,
     local_directory,
@@ -127,6 +128,8 @@ def _check(model: str, setting: _Setting) -> None:
             f"There is no config.json in {model}.",
             "Give a directory that holds a Hugging Face checkpoint, a hub id, or the word demo.",
         )
+    if Path(source).is_dir():
+        check_checkpoint(source, setting.trust_remote_code)
     positions = positions_of(source)
     try:
         setting.works[0].check_positions(positions)

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ExportMismatchError
 from llm_surgeon.export.place import PARTIAL, says_full
+from llm_surgeon.models.modes import frozen
+from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.models.streaming import weights_of
 
 PROBE_TOKENS = 64
@@ -48,15 +50,15 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
 
     Raises:
         ExportMismatchError: If the process fails or its logits differ.
+        NonFiniteError: If the model in memory overflows in its own type.
         OSError: If there is no room for the logits.
     """
     device = next(model.parameters()).device
     # What does not fit a GPU by blocks only does not fit it reloaded.
     elsewhere = device if weights_of(model).blocks is None else torch.device("cpu")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    with torch.inference_mode():
-        expected = model(ids.to(device)).logits.float().cpu()
+    ids, expected = probe_tokens(model), probe_logits(model)
+    if not bool(expected.isfinite().all()):
+        raise loss_not_finite(model, ids.to(device), "a pass in the type of the pruned model's weights")
     # Beside the export, so that nothing stays elsewhere if this process is killed.
     with tempfile.TemporaryDirectory(prefix="check-", suffix=PARTIAL, dir=directory.parent) as scratch:
         reloaded = _reload(directory, ids, elsewhere, plain, Path(scratch))
@@ -72,6 +74,22 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
             "Nothing was written. Please report this with the versions of torch and transformers.",
         )
     return ReloadCheck(difference, scale)
+
+
+def probe_tokens(model: PreTrainedModel) -> Tensor:
+    """Tokens drawn at random, always the same, ``[1, PROBE_TOKENS]`` or as many as there are positions."""
+    settings = model.config.get_text_config()
+    length = min(PROBE_TOKENS, getattr(settings, "max_position_embeddings", None) or PROBE_TOKENS)
+    return torch.randint(settings.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> Tensor:
+    """Logits ``[1, n, tokens]`` of the probe, float32 on the CPU, in the type of the weights."""
+    with frozen(model):
+        ids = probe_tokens(model).to(next(model.parameters()).device)
+        logits: Tensor = model(ids, return_dict=True).logits
+        return logits.float().cpu()
 
 
 def _difference(expected: Tensor, actual: Tensor) -> float:

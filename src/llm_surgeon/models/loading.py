@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from llm_surgeon.data.demo import demo_model
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.models import settings
+from llm_surgeon.models.norms import cast_layer_norms
 from llm_surgeon.models.settings import DTYPES, dtype_of, not_loaded, read_settings
 from llm_surgeon.models.trust import check_format, check_name, is_own_export
 from llm_surgeon.models.weights import check_weights, read_model
@@ -169,6 +170,7 @@ def load_model(
     """
     runs_code = check_checkpoint(source, trust_remote_code)
     model = read_model(source, settings.load_config(source, runs_code), dtype_of(source, dtype), runs_code)
+    cast_layer_norms(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # the decorator hides nn.Module's signature
     model.eval()
     return model

@@ -18,10 +18,11 @@ from llm_surgeon.evaluation.perplexity import EvaluationText
 from llm_surgeon.export.place import in_place
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.head import Head
-from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_source
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.job import Job, run_job
+from llm_surgeon.pipeline.preconditions import check_recipe_fits, check_texts
 from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.records import CellMeasures, DenseRecord
@@ -47,7 +48,7 @@ def measure_dense(
         SurgeonError: If the model cannot be loaded or the texts cannot be read.
     """
     source = resolve_source(model)
-    prepared = _prepared(load_tokenizer(source, config.trust_remote_code), config, texts)
+    prepared = _prepared(source, load_tokenizer(source, config.trust_remote_code), config, texts)
     network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
     text = _evaluation(prepared)
     with progress.phase("dense: perplexity", text.work) as phase:
@@ -89,7 +90,7 @@ def measure_cell(
         require_peft()
     source = resolve_source(model)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
-    prepared = _prepared(tokenizer, config, texts)
+    prepared = _prepared(source, tokenizer, config, texts)
     network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
     anatomy = examine(network, family_of(network.config.model_type), config.ignore)
     # Reordered channels reorder the head too, and the dense model's states are in their old order.
@@ -123,9 +124,12 @@ def _states(reference: Path) -> Tensor:
         ) from None
 
 
-def _prepared(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: str | None) -> Texts:
+def _prepared(source: str, tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: str | None) -> Texts:
     """The texts, if they are what they were when ``digest`` was taken; checked before the model is loaded."""
+    settings = load_config(source, config.trust_remote_code)
+    check_recipe_fits(config, settings)
     texts = prepare_texts(tokenizer, config)
+    check_texts(settings, texts)
     if digest is not None and texts.digest != digest:
         raise DataError(
             "The calibration or the evaluation text is not what it was when the comparison was begun.",

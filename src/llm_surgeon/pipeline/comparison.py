@@ -37,8 +37,8 @@ class _Work:
 
 
 def compare(
-    model: str,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     variants: Mapping[str, Options],
     settings: Sequence[Setting],
     common: Options | None = None,
@@ -68,6 +68,7 @@ def compare(
         OutputError: If ``out`` cannot be used.
         ComparisonError: If ``out`` holds results of other recipes, or the dense model cannot be measured.
     """
+    model, out = str(model), Path(out)
     cells = plan(variants, settings, common or {})
     recipe = next(cell.config.resolved() for cell in cells if cell.config is not None)
     shared = {name: recipe[name] for name in SHARED}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,16 @@ from llm_surgeon.models.streaming import require_streaming, weights_of
 from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
+from llm_surgeon.pipeline.given import as_recipe, check_class, check_model, check_surroundings, check_tokenizer, ready
 from llm_surgeon.pipeline.job import Job, Reached, count_parameters, measure, run_job
+from llm_surgeon.pipeline.preconditions import (
+    check_positions,
+    check_recipe_fits,
+    check_stored_type,
+    check_texts,
+    check_tokens,
+    warn_of_tokenizer,
+)
 from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.run_directory import RunDirectory, run_directory
 from llm_surgeon.pipeline.structures import Masks, check_structure
@@ -64,9 +74,9 @@ _PROMPT, _GENERATED = 512, 32
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig,
+    config: PruneConfig | Mapping[str, Any],
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
     source: str = "",
 ) -> PruneReport:
@@ -81,8 +91,8 @@ def prune(
     Args:
         model: A dense causal language model of a supported family.
         tokenizer: Its tokenizer.
-        config: The recipe; its ``device`` and ``dtype`` are of use when a checkpoint is loaded, not here: the model is
-            pruned where it is and as it is.
+        config: The recipe, or a mapping of its options; its ``device`` and ``dtype`` are of use when a checkpoint is
+            loaded, not here: the model is pruned where it is and as it is.
         out: Directory to export to, with the reload check of ``prune_checkpoint``; must not exist, or be empty.
         progress: Where progress is shown; nowhere if None.
         source: The model's name, for the report.
@@ -91,7 +101,9 @@ def prune(
         What was measured. Speed is not: the dense model is gone by then.
 
     Raises:
-        UnsupportedModelError: If there is no entry for the architecture.
+        UnsupportedModelError: If the model is none of transformers' causal language models, or there is no entry for
+            its architecture.
+        ConfigError: If the recipe is not valid or does not fit the model.
         DataError: If there is too little text.
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
@@ -99,6 +111,10 @@ def prune(
         ExportMismatchError: If the reloaded export computes something else.
         ProcessError: If another process of the run is gone.
     """
+    config, place = as_recipe(config), None if out is None else Path(out)
+    check_model(model)
+    check_tokenizer(tokenizer)
+    check_surroundings(model)
     if config.device_memory is not None or config.host_memory is not None:
         raise ConfigError(
             "How much memory is left beside a model that is loaded already is not known.",
@@ -106,12 +122,12 @@ def prune(
         )
     if config.weights == "streamed":
         raise ConfigError("The weights are where the model was loaded to.", "Use prune_checkpoint to stream them.")
-    if out is None and config.export_shots:
-        raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out=Path(...).")
-    with joined(next(model.parameters()).device) as processes:
-        if out is None:
+    if place is None and config.export_shots:
+        raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out='...'.")
+    with joined(next(model.parameters()).device) as processes, ready(model):
+        if place is None:
             return run_job(_job_in_memory(model, tokenizer, config, progress, source, processes)).report
-        with _directory(out, processes) as run:
+        with _directory(place, processes) as run:
             processes.from_first(lambda: _the(run).refuse_former())
             return _prune_into(_job_in_memory(model, tokenizer, config, progress, source, processes), run, config)
 
@@ -128,10 +144,15 @@ def _job_in_memory(
     if config.lora:
         require_peft()
     processes.check_samples(config.samples, config.parts_of_text)
-    anatomy = examine(model, family_of(model.config.model_type), config.ignore)
+    family = family_of(model.config.model_type)
+    check_class(model, family.model_class)
+    check_recipe_fits(config, model.config)
+    anatomy = examine(model, family, config.ignore)
     resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
     check_structure(resolved, anatomy)
     texts = prepare_texts(tokenizer, config)
+    check_texts(model.config, texts)
+    check_stored_type(model)
     resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
     name = source or model.config.name_or_path or type(model).__name__
     dense = goal_of(model, anatomy, texts.calibration, resolved)
@@ -184,19 +205,25 @@ def evaluate(
         progress: Where progress is shown; nowhere if None.
 
     Raises:
-        DataError: If the text cannot be read or is shorter than a window.
-        ConfigError: If the stride exceeds the window.
+        DataError: If the text cannot be read, is shorter than a window, or has tokens that the model does not know.
+        ConfigError: If the stride exceeds the window, or the window the positions that the model has learned.
+        UnsupportedModelError: If the model is none of transformers' causal language models.
     """
+    check_model(model)
+    check_tokenizer(tokenizer)
+    check_positions(model.config, {"window": window})
     text = evaluation_text(
         tokenizer, data, window=window, stride=stride, max_tokens=max_tokens, precision=precision, bos=bos
     )
-    return measure(model, text, progress or SilentProgress(), "perplexity")
+    check_tokens(model.config, [text.tokens])
+    with ready(model):
+        return measure(model, text, progress or SilentProgress(), "perplexity")
 
 
 def prune_checkpoint(
-    model: str,
-    out: Path,
-    config: PruneConfig,
+    model: str | Path,
+    out: str | Path,
+    config: PruneConfig | Mapping[str, Any],
     *,
     progress: Progress | None = None,
     command: str | None = None,
@@ -210,7 +237,7 @@ def prune_checkpoint(
     Args:
         model: A local directory, a hub id, or ``demo``.
         out: The directory to make; must not exist, or be empty.
-        config: The recipe.
+        config: The recipe, or a mapping of its options.
         progress: Where progress is shown; nowhere if None.
         command: The command line, for the report.
 
@@ -222,6 +249,7 @@ def prune_checkpoint(
         ProcessError: If another process of the run is gone.
         SurgeonError: Whatever ``prune`` raises.
     """
+    model, out, config = str(model), Path(out), as_recipe(config)
     if config.lora:
         require_peft()
     require_streaming(config.weights)
@@ -229,6 +257,7 @@ def prune_checkpoint(
     with joined(device) as processes, _directory(out, processes) as run:
         processes.check_samples(config.samples, config.parts_of_text)
         skeleton = skeleton_of(resolve_source(model), config)
+        check_recipe_fits(config, skeleton.network.config)
         resolved = settled(skeleton, config)
         files = source_files(skeleton.source, skeleton.network.config)
 
@@ -243,7 +272,9 @@ def prune_checkpoint(
         if done is not None:
             return done
         tokenizer = load_tokenizer(skeleton.source, config.trust_remote_code)
+        warn_of_tokenizer(skeleton.network.config, tokenizer)
         texts = prepare_texts(tokenizer, config)
+        check_texts(skeleton.network.config, texts)
         resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, texts))
         job = _loaded_job(model, skeleton, tokenizer, texts, resolved, device, progress, command, processes)
         record = RunRecord(
@@ -295,6 +326,7 @@ def _loaded_job(
             warn_if_short(foreseen)
     streamed = foreseen.streamed if foreseen else config.weights == "streamed"
     network, anatomy = loaded(skeleton, config, device, streamed=streamed)
+    check_stored_type(network)
     config = processes.from_first(partial(latency_based, config, network, anatomy))
     shown = _shown(progress, processes)
     # Before a checkpoint is restored into the model.

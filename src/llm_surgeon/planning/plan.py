@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +17,8 @@ from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_s
 from llm_surgeon.models.streaming import require_streaming
 from llm_surgeon.pipeline.corrections import require_peft
 from llm_surgeon.pipeline.gates import gate_width
+from llm_surgeon.pipeline.given import as_recipe
+from llm_surgeon.pipeline.preconditions import check_recipe_fits, check_texts, warn_of_tokenizer
 from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import Need, host_available, weights_streamed
@@ -33,12 +38,12 @@ _UNSHARED = Place()
 _UNREPORTED = ("load", "export and check", "speed")
 
 
-def plan(model: str, config: PruneConfig, probe: bool = False, processes: int = 1) -> Plan:
+def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool = False, processes: int = 1) -> Plan:
     """Say what pruning a checkpoint will take and give, without loading its weights.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
-        config: The recipe.
+        config: The recipe, or a mapping of its options.
         probe: Whether to load the model after all, and to time and measure one batch; for one process.
         processes: How many of this machine are to share the run.
 
@@ -49,6 +54,7 @@ def plan(model: str, config: PruneConfig, probe: bool = False, processes: int = 
     Raises:
         SurgeonError: Whatever ``prune_checkpoint`` raises before it loads the model; ``probe`` raises what a pass does.
     """
+    model, config = str(model), as_recipe(config)
     if config.lora:
         require_peft()
     require_streaming(config.weights)
@@ -57,13 +63,17 @@ def plan(model: str, config: PruneConfig, probe: bool = False, processes: int = 
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)
     device, source = resolve_device(config.device), resolve_source(model)
     skeleton = skeleton_of(source, config)
+    check_recipe_fits(config, skeleton.network.config)
     config = settled(skeleton, config)
     if config.target is not None:
         raise ConfigError(
             "What a latency comes to is only known once the model has been timed.",
             "Plan with --sparsity, or let prune find the sparsity.",
         )
-    texts = prepare_texts(load_tokenizer(source, config.trust_remote_code), config)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    warn_of_tokenizer(skeleton.network.config, tokenizer)
+    texts = prepare_texts(tokenizer, config)
+    check_texts(skeleton.network.config, texts)
     shared = Place(count=processes, local_count=processes)
     return foresee(model, skeleton, config, device, texts, probe=probe, place=shared)
 
