@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -331,12 +331,10 @@ class PruneConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_numpy(cls, value: Any) -> Any:
-        """NumPy's numbers as Python's own, which is what strict validation takes."""
-        if isinstance(value, int | float):
+        """NumPy's whole numbers as Python's own, which is what strict validation takes."""
+        if isinstance(value, bool):
             return value
-        if isinstance(value, Integral):
-            return int(value)
-        return float(value) if isinstance(value, Real) else value
+        return int(value) if isinstance(value, Integral) else value
 
     @field_validator("ignore")
     @classmethod
@@ -380,8 +378,8 @@ class PruneConfig(BaseModel):
         shapes = set(parts) <= set(SHAPES) and len(set(parts)) == len(parts)
         if not shapes and structure != _UNSTRUCTURED and Pattern.parse(structure) is None:
             raise ValueError(
-                f"is not known: valid are {', '.join(SHAPES)}, several of these joined by +, unstructured, and N:M with "
-                "0 < N < M, such as 2:4 or 4:8"
+                f"is not known: valid are {', '.join(SHAPES)}, several of these joined by +, unstructured, and N:M "
+                "with 0 < N < M, such as 2:4 or 4:8"
             )
         return structure
 
@@ -655,19 +653,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file cannot be read or is not a mapping.
     """
-    # 2:4, true and 90M are text for the options that take text, and for no others.
+    # 2:4 and true are text for the options that take text, and for no others.
     return read_mapping(
         path, {name for name, field in PruneConfig.model_fields.items() if _takes_text(field.annotation)}
     )
 
 
 def _takes_text(annotation: Any) -> bool:
-    """Whether an option takes words, or what has a form of its own (90M)."""
-    if annotation is str or get_origin(annotation) in (Literal, Annotated):
+    """Whether an option takes text: any, or some words."""
+    if annotation is str or get_origin(annotation) is Literal:
         return True
     return any(_takes_text(argument) for argument in get_args(annotation))
 
 
+# What the validation finds, by pydantic's names, in words that go behind the name of an option.
 _KINDS = {
     "int_type": "has to be a whole number",
     "float_type": "has to be a number",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from llm_surgeon.data import corpora
 from llm_surgeon.data.corpora import Corpus, load_corpus
 from llm_surgeon.errors import DataError
+from llm_surgeon.quantity import shown
 
 
 @pytest.fixture(autouse=True)
@@ -137,13 +139,55 @@ def test_an_unknown_demo_language_is_an_error(spec):
 
 
 def test_txt_is_one_document_byte_exact(tmp_path):
-    content = "\ufeff  first\r\n\r\nsecond\u2028ünd\r\n\n ".encode()
+    content = "  first\r\n\r\nsecond\u2028ünd\r\n\n ".encode()
     path = tmp_path / "text.TXT"
     path.write_bytes(content)
     corpus = load_corpus(str(path))
     assert len(corpus.documents) == 1
     assert corpus.text.encode() == content
     assert corpus.source == str(path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    # Only at the beginning: within a text U+FEFF is a character.
+    (tmp_path / "a.txt").write_text("one\ufefftwo\r\n", encoding="utf-8-sig", newline="")
+    assert load_corpus(str(tmp_path / "a.txt")).text == "one\ufefftwo\r\n"
+    (tmp_path / "a.jsonl").write_text('"one"\n"two"\n', encoding="utf-8-sig")
+    assert load_corpus(str(tmp_path / "a.jsonl")).documents == ("one", "two")
+
+
+def test_rows_without_text_are_passed_over_wherever_they_are(tmp_path, hub, caplog):
+    texts = ["first", None, "", "  second\r\n", None, None, "third"]
+    cleaned = write_jsonl(tmp_path / "cleaned.jsonl", *(json.dumps({"text": t}) for t in texts if t is not None))
+    lines = write_jsonl(tmp_path / "null.jsonl", *(json.dumps({"text": text}) for text in texts))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "null.parquet")
+    hub([{"text": text} for text in texts])
+    sources = {
+        lines: lines,
+        str(tmp_path / "null.parquet"): str(tmp_path / "null.parquet"),
+        "who/what": "who/what:train",
+    }
+    with caplog.at_level("INFO", "llm_surgeon"):
+        for spec, source in sources.items():
+            corpus = load_corpus(spec)
+            assert corpus.documents == ("first", "", "  second\r\n", "third")
+            assert corpus.sha256 == load_corpus(cleaned).sha256
+            assert corpus.source == f"{source} (3 rows without text passed over)"
+            assert f"Passed over 3 rows without text in {source}." in caplog.text
+    assert load_corpus(cleaned).source == cleaned
+
+
+def test_a_line_of_null_is_a_row_without_text(tmp_path):
+    corpus = load_corpus(write_jsonl(tmp_path / "a.jsonl", "null", '"one"'))
+    assert (corpus.documents, corpus.source) == (("one",), f"{tmp_path}/a.jsonl (1 row without text passed over)")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_nothing_but_rows_without_text_is_an_error(tmp_path, name):
+    write_jsonl(tmp_path / "a.jsonl", '{"text": null}', '{"text": null}')
+    pq.write_table(pa.table({"text": pa.array([None, None], pa.null())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"\(2 rows without text passed over\) holds no text"):
+        load_corpus(str(tmp_path / name))
 
 
 def test_a_home_directory_is_found(tmp_path, monkeypatch):
@@ -164,16 +208,44 @@ def test_jsonl_takes_objects_and_strings(tmp_path):
     ("line", "message"),
     [
         ('{"text": "cut', "line 3 is not JSON"),
-        ('{"body": "x"}', "line 3 holds no text but NoneType"),
+        ('{"body": "x", "id": 1}', "line 3 has no key `text`; its keys are body, id"),
+        ("{}", "line 3 has no key `text`; its keys are none"),
+        (r'{"\ud800": "x"}', r"its keys are \\ud800"),
+        ('{"text": "fine"}\r{"text": "fine"}', "line 3 is not JSON"),
+        ('{"text": "a\0b"}', "line 3 is not JSON"),
+        ('\ufeff{"text": "fine"}', "line 3 is not JSON"),
+        ('["x"]', "line 3 begins a JSON array"),
+        ("9" * 5000, "line 3 holds no text but int"),
+        ('{"text": "x", "more": ' + "[" * 100_000, "line 3 is nested too deeply"),
         ('{"text": ["x"]}', "line 3 holds no text but list"),
         ("17", "line 3 holds no text but int"),
         (r'{"text": "\ud800"}', "line 3 holds a broken character"),
     ],
+    ids=shown,
 )
 def test_a_bad_jsonl_line_is_named(tmp_path, line, message):
     path = write_jsonl(tmp_path / "a.jsonl", '{"text": "fine"}', "", line)
     with pytest.raises(DataError, match=message):
         load_corpus(path)
+
+
+@pytest.mark.parametrize("content", ['[{"text": "x"}, {"text": "y"}]', ' [\n{"text": "x"},\n{"text": "y"}\n]\n'])
+def test_a_json_array_is_no_jsonl_and_the_remedy_says_what_is(tmp_path, content):
+    path = write_jsonl(tmp_path / "a.jsonl", content)
+    with pytest.raises(DataError, match="line 1 begins a JSON array") as caught:
+        load_corpus(path)
+    assert "one JSON value per line" in caught.value.remedy
+
+
+def test_what_a_line_holds_beside_the_text_is_of_no_interest(tmp_path):
+    digits = "9" * 5000  # More than Python reads as a number.
+    line = f'{{"id": {digits}, "text": "fine", "score": NaN, "more": {{"n": [{digits}.5, 1e999]}}}}'
+    assert load_corpus(write_jsonl(tmp_path / "a.jsonl", line)).documents == ("fine",)
+
+
+def test_line_ends_of_windows_are_no_text(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", '{"text": "one"}\r', "\r", '{"text": "two\\r\\n"}\r', "")
+    assert load_corpus(path).documents == ("one", "two\r\n")
 
 
 def test_jsonl_that_is_not_utf8_is_an_error(tmp_path):
@@ -183,7 +255,14 @@ def test_jsonl_that_is_not_utf8_is_an_error(tmp_path):
         load_corpus(str(path))
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.string(), pa.large_string(), pa.string_view()),
+        *(pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string())),
+    ],
+    ids=str,
+)
 def test_parquet_takes_the_text_column(tmp_path, kind):
     path = tmp_path / "lang=en"  # Not a partition to be read into the table.
     path.mkdir()
@@ -196,8 +275,10 @@ def test_parquet_takes_the_text_column(tmp_path, kind):
     ("table", "message"),
     [
         ({"id": [1], "body": ["x"]}, "no column `text`; its columns are id, body"),
-        ({"text": ["x", None]}, "row 2 holds no text but NoneType"),
-        ({"text": [1]}, "row 1 holds no text but int"),
+        ({"text": [1]}, "holds no text but int64"),
+        ({"text": [None, ["x"]]}, "holds no text but list"),
+        ({"text": [{"body": "x"}]}, "holds no text but struct"),
+        ({"text": [b"x"]}, "holds no text but binary"),
     ],
 )
 def test_a_bad_parquet_column_is_named(tmp_path, table, message):
@@ -210,8 +291,12 @@ def test_a_bad_parquet_column_is_named(tmp_path, table, message):
     ("name", "content", "message"),
     [
         ("a.parquet", b"no parquet at all", "not a readable parquet file"),
+        ("a.parquet", b"", "not a readable parquet file"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.txt", "words".encode("utf-16"), "not UTF-8"),
+        ("a.txt", "words".encode("utf-16-le"), "holds zero bytes"),
         ("a.txt", b"", "holds no text"),
+        ("a.txt", b"\xef\xbb\xbf", "holds no text"),
         ("a.jsonl", b"\n\n", "holds no text"),
         ("a.csv", b"text\nx\n", "unknown type"),
     ],
@@ -235,6 +320,32 @@ def test_a_folder_is_an_error_and_never_a_data_set(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(DataError, match="is a folder"):
         load_corpus(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9, 0.99])
+def test_damaged_parquet_is_an_error(tmp_path, share):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["words"] * 10}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        load_corpus(str(path))
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe.jsonl", "pipe.parquet", "device.txt", "device.jsonl"])
+def test_what_may_never_end_is_not_read(tmp_path, name):
+    path = tmp_path / name
+    if name.startswith("pipe"):
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=rf"{name} is no regular file"):
+        load_corpus(str(path))
+
+
+def test_a_name_that_no_file_can_have_is_an_error():
+    with pytest.raises(DataError, match=r"cannot be read: .*too long"):
+        load_corpus("x" * 5000 + ".txt")
 
 
 def test_a_file_that_fails_while_reading_is_an_error(tmp_path, monkeypatch):
@@ -262,7 +373,7 @@ def test_a_file_that_fails_while_reading_is_an_error(tmp_path, monkeypatch):
     ],
 )
 def test_hub_specifications(hub, spec, call):
-    calls = hub([{"text": "one"}, {"text": None}, {"text": ""}, {"text": "two"}])
+    calls = hub([{"text": "one"}, {"text": ""}, {"text": "two"}])
     corpus = load_corpus(spec)
     assert calls == [call]
     assert corpus.documents == ("one", "", "two")
@@ -284,6 +395,16 @@ def test_hub_data_are_taken_up_to_a_limit(hub, monkeypatch, limit, value):
     assert len(corpus.documents) == 3
     assert corpus.source == "who/what:train, first 3 documents"
     assert len(drawn) <= 4
+
+
+def test_rows_without_text_do_not_count_for_the_limit(hub, monkeypatch):
+    monkeypatch.setattr(corpora, "HUB_DOCUMENTS", 2)
+    hub([{"text": text} for text in (None, "a", None, "b", None)])
+    corpus = load_corpus("who/what")
+    assert corpus.documents == ("a", "b")
+    assert corpus.source == "who/what:train (3 rows without text passed over)"
+    hub([{"text": text} for text in (None, "a", None, "b", "c")])
+    assert load_corpus("who/what").source == "who/what:train, first 2 documents (2 rows without text passed over)"
 
 
 @pytest.mark.parametrize("rows", [3, 2])
@@ -327,10 +448,11 @@ def test_unusable_hub_data_are_errors(hub, rows, message):
     assert "could not be loaded" not in caught.value.cause
 
 
-@pytest.mark.parametrize("spec", ["", " ", "a:b:c:d", "a::c", ":b"])
+@pytest.mark.parametrize("spec", ["", " ", "a:b:c:d", "a::c", ":b", "a:b:c:" + "d" * 1000])
 def test_a_malformed_specification_is_an_error(spec):
-    with pytest.raises(DataError, match="neither a file nor a data set"):
+    with pytest.raises(DataError, match="neither a file nor a data set") as caught:
         load_corpus(spec)
+    assert len(caught.value.cause) < 150
 
 
 def test_the_package_can_read_what_json_writes(tmp_path):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llm_surgeon.errors import DataError
+from llm_surgeon.quantity import shown
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +100,12 @@ def load_corpus(spec: str) -> Corpus:
     """Load the text that a specification names. Only a hub data set is looked for on the network.
 
     Args:
-        spec: ``demo`` or ``demo:en|fr|es``; the path of a .txt (one document, byte-exact), .jsonl (one object with
-            the key ``text``, or one string, per line) or .parquet file (column ``text``); else a hub data set as
-            ``name``, ``name:config`` or ``name:config:split`` (its first documents, see ``HUB_DOCUMENTS`` and
-            ``HUB_CHARACTERS``). A file or folder called ``demo`` is named ``./demo``.
+        spec: ``demo`` or ``demo:en|fr|es``; the path of a .txt (one document, byte-exact but for a byte-order mark),
+            .jsonl (one object with the key ``text``, or one string, per line) or .parquet file (column ``text``); else
+            a hub data set as ``name``, ``name:config`` or ``name:config:split`` (its first documents, see
+            ``HUB_DOCUMENTS`` and ``HUB_CHARACTERS``). A file or folder called ``demo`` is named ``./demo``. Rows whose
+            text is null are passed over; empty texts are documents as others are, as in the usual protocol for
+            WikiText, whose blank lines are rows.
 
     Returns:
         The corpus.
@@ -133,47 +136,82 @@ def _load_demo(spec: str) -> Corpus:
     for known in LANGUAGES:
         if language == known:
             return demo_corpus(known)
-    raise DataError(f"The demo text has no language {language!r}.", f"Use one of demo:{', demo:'.join(LANGUAGES)}.")
+    raise DataError(
+        f"The demo text has no language {shown(language)}.", f"Use one of demo:{', demo:'.join(LANGUAGES)}."
+    )
 
 
 def _load_file(path: Path) -> Corpus:
     """Read a local file by its suffix."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.is_dir():
-        raise DataError(f"The text {path} is a folder.", f"Name one {', '.join(FILE_TYPES)} file.")
-    if not path.exists():
-        raise DataError(f"The text file {path} does not exist.", "Check the path.")
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"The text {path} has an unknown type.", f"Give a {', '.join(FILE_TYPES)} file.")
     try:
-        documents = tuple(reader(path))
+        if path.is_dir():
+            raise DataError(f"The text {path} is a folder.", f"Name one {', '.join(FILE_TYPES)} file.")
+        if not path.exists():
+            raise DataError(f"The text file {path} does not exist.", "Check the path.")
+        # Reading from a pipe or a device may never end.
+        if not path.is_file():
+            raise DataError(f"The text {path} is no regular file.", f"Save it as one {', '.join(FILE_TYPES)} file.")
+        reader = readers.get(path.suffix.lower())
+        if reader is None:
+            raise DataError(f"The text {path} has an unknown type.", f"Give a {', '.join(FILE_TYPES)} file.")
+        texts = tuple(reader(path))
     except OSError as error:
         raise DataError(f"The text file {path} cannot be read: {_one_line(error)}.", "Check the file.") from None
-    return Corpus(documents, str(path))
+    documents = tuple(text for text in texts if text is not None)
+    return Corpus(documents, _with_count(str(path), len(texts) - len(documents)))
+
+
+def _with_count(source: str, missing: int) -> str:
+    """A source, with the count of its rows that were passed over; also in the log."""
+    if not missing:
+        return source
+    rows = f"{missing:,} row{'s' if missing > 1 else ''} without text"
+    log.info("Passed over %s in %s.", rows, source)
+    return f"{source} ({rows} passed over)"
 
 
 def _read_txt(path: Path) -> Iterator[str]:
     # Bytes, not text mode: that would translate line ends.
-    yield _decode(path.read_bytes(), str(path))
+    text = _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
+    if "\0" in text:
+        raise DataError(f"{path} holds zero bytes, as UTF-16 and binary files do.", "Save it as UTF-8 text.")
+    yield text
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    """Yield the text of each line; lines without content are passed over."""
+def _read_jsonl(path: Path) -> Iterator[str | None]:
+    """Yield the text of each line, None where it is null; lines without content are no rows."""
     with path.open("rb") as file:
         # A binary file splits at \n only; str.splitlines would also split at U+2028, which JSON strings may hold.
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                value = json.loads(_decode(line, place))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place} is not JSON: {error}.", "Write one JSON value per line.") from None
-            yield _checked_text(value.get("text") if isinstance(value, dict) else value, place)
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if content.strip():
+                yield _json_text(content, f"{path}, line {number}")
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _json_text(line: bytes, place: str) -> str | None:
+    """The text of a line of JSON; None if it is null."""
+    content = _decode(line, place)
+    if content.lstrip().startswith("["):
+        raise DataError(f"{place} begins a JSON array.", "Write one JSON value per line, e.g. with jq -c '.[]'.")
+    try:
+        # No number is of use, and Python refuses to read those of thousands of digits.
+        value = json.loads(content, parse_int=lambda _: 0)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not JSON: {error}.", "Write one JSON value per line.") from None
+    except RecursionError:
+        raise DataError(f"{place} is nested too deeply.", "Leave out what is not the text.") from None
+    if isinstance(value, dict):
+        if "text" not in value:
+            raise DataError(
+                f"{place} has no key `text`; its keys are {_names(value)}.",
+                "Rename the key that holds the text to `text`.",
+            )
+        value = value["text"]
+    return None if value is None else _checked_text(value, place)
+
+
+def _read_parquet(path: Path) -> Iterator[str | None]:
     """Yield the values of the column ``text``."""
     # Late, because it takes a while and most runs read no parquet.
     import pyarrow as pa
@@ -181,17 +219,23 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if "text" not in columns:
+            schema = file.schema_arrow
+            if "text" not in schema.names:
                 raise DataError(
-                    f"{path} has no column `text`; its columns are {', '.join(columns)}.",
+                    f"{path} has no column `text`; its columns are {_names(schema.names)}.",
                     "Rename the column that holds the text to `text`.",
+                )
+            kind = schema.types[schema.names.index("text")]
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+                raise DataError(
+                    f"The column `text` of {path} holds no text but {_shortened(str(kind))}.", "Write it as strings."
                 )
             row = 0
             for batch in file.iter_batches(columns=["text"]):
                 for value in batch.column(0).to_pylist():
                     row += 1
-                    yield _checked_text(value, f"{path}, row {row}")
+                    yield None if value is None else _checked_text(value, f"{path}, row {row}")
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}.", "Write it again.") from None
 
@@ -201,7 +245,7 @@ def _load_hub(spec: str) -> Corpus:
     parts = spec.split(":")
     if len(parts) > 3 or not all(part.strip() for part in parts):
         raise DataError(
-            f"The text {spec!r} is neither a file nor a data set.",
+            f"The text {shown(spec)} is neither a file nor a data set.",
             f"Write a hub data set as name, name:config or name:config:split. {_USE_LOCAL}",
         )
     name = parts[0]
@@ -209,7 +253,7 @@ def _load_hub(spec: str) -> Corpus:
     split = parts[2] if len(parts) > 2 else "train"
     source = ":".join(part for part in (name, config, split) if part)
     try:
-        documents, complete = _take(_stream(name, config, split))
+        documents, missing, complete = _take(_stream(name, config, split))
     except DataError:
         raise
     # Loading runs code for many file formats and network clients, which raise errors of every kind.
@@ -220,35 +264,40 @@ def _load_hub(spec: str) -> Corpus:
     if not complete:
         log.info("Took the first %d documents of %s.", len(documents), source)
         source = f"{source}, first {len(documents)} documents"
-    return Corpus(documents, source)
+    return Corpus(documents, _with_count(source, missing))
 
 
-def _stream(name: str, config: str | None, split: str) -> Iterator[str]:
-    """Yield the texts of a hub data set; rows whose text is null are passed over."""
+def _stream(name: str, config: str | None, split: str) -> Iterator[str | None]:
+    """Yield the texts of a hub data set, None where they are null."""
     # Late, because it takes a while and only hub data sets need it.
     from datasets import load_dataset
 
     for row in load_dataset(name, config, split=split, streaming=True):
         if "text" not in row:
             raise DataError(
-                f"The data set {name} has no column `text`; its columns are {', '.join(row)}.",
+                f"The data set {name} has no column `text`; its columns are {_names(row)}.",
                 "Use a data set with such a column, or save the text as a local .jsonl.",
             )
-        if row["text"] is not None:
-            yield _checked_text(row["text"], f"The data set {name}")
+        yield None if row["text"] is None else _checked_text(row["text"], f"The data set {name}")
 
 
-def _take(texts: Iterable[str]) -> tuple[tuple[str, ...], bool]:
-    """Take texts up to the limits of a hub data set; also say whether those were all."""
+def _take(texts: Iterable[str | None]) -> tuple[tuple[str, ...], int, bool]:
+    """Take texts up to the limits of a hub data set.
+
+    Returns:
+        The texts, the number of rows without one among them, and whether those were all.
+    """
     taken: list[str] = []
-    characters = 0
-    texts = iter(texts)
-    for text in islice(texts, HUB_DOCUMENTS):
-        taken.append(text)
-        characters += len(text)
-        if characters >= HUB_CHARACTERS:
-            break
-    return tuple(taken), next(texts, None) is None
+    missing = characters = 0
+    for text in texts:
+        if text is None:
+            missing += 1
+        elif len(taken) == HUB_DOCUMENTS or characters >= HUB_CHARACTERS:
+            return tuple(taken), missing, False
+        else:
+            taken.append(text)
+            characters += len(text)
+    return tuple(taken), missing, True
 
 
 def _cut_position(text: str, held_out: float) -> int:
@@ -288,4 +337,14 @@ def _checked_text(value: Any, place: str) -> str:
 
 def _one_line(error: BaseException) -> str:
     """The message of an error on one line, shortened."""
-    return " ".join(str(error).split())[:300].rstrip(".") or "no message"
+    return _shortened(str(error)).rstrip(".") or "no message"
+
+
+def _names(names: Iterable[str]) -> str:
+    """Names of columns or keys, shortened; half a surrogate pair, which no terminal takes, as JSON spells it."""
+    return _shortened(", ".join(names).encode("utf8", "backslashreplace").decode()) or "none"
+
+
+def _shortened(text: str) -> str:
+    """A text on one line, of 300 characters at most."""
+    return " ".join(text.split())[:300]
