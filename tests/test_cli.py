@@ -1,11 +1,14 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from llm_surgeon.cli import app
+from llm_surgeon.cli.prune import _duration
 from llm_surgeon.pipeline.process import work
 
 runner = CliRunner()
@@ -16,6 +19,20 @@ def flat(text):
     return " ".join(text.split())
 
 
+def assert_the_lines_load(output, out):
+    """Execute the three lines that load an export as they were printed."""
+    lines = output.splitlines()
+    first = lines.index("from transformers import AutoModelForCausalLM, AutoTokenizer")
+    names = {}
+    exec("\n".join(lines[first : first + 3]), names)
+    report = json.loads((out / "report.json").read_text())
+    # Zeros are stored, and not counted.
+    zeros = report["config"]["structure"] == "unstructured"
+    size = report["dense_size"] if zeros else report["shots"][-1]["size"]
+    assert names["model"].num_parameters() == size["total"]
+    assert names["tokenizer"]("w1 w2").input_ids == [1, 2]
+
+
 def test_prune_then_eval(checkpoint, text_file, tmp_path):
     out = tmp_path / "out"
     done = runner.invoke(
@@ -23,13 +40,34 @@ def test_prune_then_eval(checkpoint, text_file, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert "dense" in done.output
-    assert str(out / "report.json") in flat(done.output).replace(" ", "") + done.output
+    assert str(out / "report.json") in done.output
+    assert_the_lines_load(done.output, out)
     report = json.loads((out / "report.json").read_text())
     assert (report["config"]["sparsity"], report["config"]["preset"]) == (0.2, "best")
     assert report["shots"][0]["gates"]["last_loss"] < report["shots"][0]["gates"]["first_loss"]
     done = runner.invoke(app, ["eval", str(out), "--data", str(text_file), "--window", "32", "--tokens", "128"])
     assert done.exit_code == 0, done.output
     assert "124 tokens scored, window 32, stride 32" in flat(done.output)
+
+
+def test_the_last_lines_say_how_long_it_took_how_large_it_is_and_where(checkpoint, text_file, tmp_path, monkeypatch):
+    """In a directory of any name, and without code of the checkpoint where none is needed."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("it's [my] :M: \u00e9")
+    given = ["--out", out, "--calibration", text_file, "--structure", "unstructured", "--sparsity", "0.5", *SMALL]
+    done = runner.invoke(app, ["prune", str(checkpoint), *map(str, given)])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"\nThis took (\d+ min )?\d+ s\. Weights: [\d.]+ kB before, [\d.]+ kB after\.\n", done.output)
+    assert f" It is {out.absolute()}, and these lines load it:\n" in done.output
+    assert "trust_remote_code" not in done.output
+    assert_the_lines_load(done.output, out)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "0 s"), (59.7, "1 min"), (61, "1 min 1 s"), (3600, "1 h"), (7384, "2 h 3 min 4 s")]
+)
+def test_a_duration_in_words(seconds, words):
+    assert _duration(seconds) == words
 
 
 def test_the_command_line_overrides_the_recipe(checkpoint, text_file, tmp_path):
@@ -162,7 +200,7 @@ def test_mistakes_of_compare_are_messages(compare, tmp_path, arguments, message)
         ("variants: [surgeon]", "not a mapping of names"),
         ("variants: {surgeon: {}}", "'surgeon' is a variant of the recipe and one of --methods"),
         ("variants: {mine: {seed: 3}}", "'mine' sets seed"),
-        ("structure: 2:4", "Quote N:M"),
+        ("structure: 2:x", "--structure"),
     ],
 )
 def test_mistakes_in_the_recipe_of_compare_are_messages(compare, tmp_path, recipe, message):
@@ -205,20 +243,49 @@ def test_the_module_is_the_command():
     assert "compare" in done.stdout
 
 
-def test_an_interrupt_says_how_to_go_on(checkpoint, text_file, tmp_path, monkeypatch):
+@pytest.fixture
+def interrupted(checkpoint, text_file, tmp_path, monkeypatch):
+    """Runs prune, interrupted at the call of a method."""
+
+    def run(kind, name, *arguments, first=True):
+        method = getattr(kind, name)
+
+        def interrupting(*given):
+            if not first:
+                method(*given)
+            raise KeyboardInterrupt
+
+        command = ["prune", str(checkpoint), "--out", str(tmp_path / "out"), "--calibration", str(text_file), *SMALL]
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, name, interrupting)
+            done = runner.invoke(app, command)
+        assert done.exit_code == 130
+        return command, flat(done.output)
+
+    return run
+
+
+def test_an_interrupt_says_how_to_go_on(interrupted):
     from llm_surgeon.pipeline.checkpoint import Checkpoints
 
-    def interrupted(self, record, tensors):
-        write(self, record, tensors)
-        raise KeyboardInterrupt
-
-    write = Checkpoints.write
-    monkeypatch.setattr(Checkpoints, "write", interrupted)
-    command = ["prune", str(checkpoint), "--out", str(tmp_path / "out"), "--calibration", str(text_file), *SMALL]
-    done = runner.invoke(app, command)
-    assert done.exit_code == 130
-    assert "the same command continues after shot 1" in flat(done.output)
-    assert "interrupted; nothing is at --out yet" in flat(done.output)
+    command, output = interrupted(Checkpoints, "write", first=False)
+    assert "the same command continues after shot 1 (" in output
+    assert output.endswith("interrupted; nothing is at --out yet, and the same command continues after shot 1")
     done = runner.invoke(app, [*command, "--seed", "1"])
     assert done.exit_code == 1
     assert "seed was 0 and is 1. Restore that to continue it" in flat(done.output)
+
+
+def test_an_interrupt_without_a_checkpoint_says_that_the_command_begins_anew(interrupted, tmp_path):
+    from llm_surgeon.pipeline.checkpoint import Checkpoints
+
+    _, output = interrupted(Checkpoints, "write")
+    assert output.endswith("interrupted; nothing is at --out yet, and the same command begins anew")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_an_interrupt_after_the_export_says_that_it_is_there(interrupted, tmp_path):
+    from llm_surgeon.pipeline.run_directory import RunDirectory
+
+    _, output = interrupted(RunDirectory, "finish", first=False)
+    assert output.endswith(flat(f"interrupted; the export at {tmp_path / 'out'} is complete"))

@@ -1,9 +1,9 @@
 """Shapes for plain classes and fast kernels: groups that go together for the sake of the widths that are left.
 
 Pure functions of scored groups. A bundle is one candidate: its cost is the sum of its groups' costs, its gain all that
-they free, and every group of it carries its score and its number, so that it goes whole or not at all. The costs of groups in
-different layers add up, as the Fisher is block-diagonal; of groups within a layer this is an approximation, correct
-if they are not correlated.
+they free, and every group of it carries its score and its number, so that it goes whole or not at all. The costs of
+groups in different layers add up, as the Fisher is block-diagonal; of groups within a layer this is an approximation,
+correct if they are not correlated.
 """
 
 from __future__ import annotations

@@ -65,17 +65,18 @@ def _measure(task: Task) -> OwnMeasures:
     from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
     from llm_surgeon.evaluation.speed import Workload, measure_speed, synchronise
     from llm_surgeon.export.save import weight_bytes
-    from llm_surgeon.models.loading import check_checkpoint, load_model, resolve_device
+    from llm_surgeon.models.loading import check_checkpoint, load_checked, resolve_device
     from llm_surgeon.report.log import quiet_transformers
 
     quiet_transformers()
     torch.set_num_threads(task.threads)
     device = resolve_device(task.device)
+    runs_code = check_checkpoint(task.source, task.trust_remote_code)
     _read_into_page_cache(Path(task.source))
     reset_peak(device)
     before = peak_bytes(device)
     start = perf_counter()
-    model = load_model(task.source, task.dtype, device, task.trust_remote_code)
+    model = load_checked(task.source, runs_code, task.dtype, device)
     synchronise(device)
     seconds = perf_counter() - start
     peaks = {}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, present_heads
 from llm_surgeon.models.matrix import attention_output, layer_shape
 from llm_surgeon.selection import KeepMask
@@ -43,6 +45,20 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
     if widths is not None:
         return Form(True, settings | widths, blocks)
     return Form(False, settings | _pruned_entries(anatomy, keep, blocks), blocks)
+
+
+def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> int:
+    """Parameters that a model's export has, tied ones once: blocks that have nothing left go with their norms.
+
+    Args:
+        model: The pruned model.
+        anatomy: Its layers.
+        keep: What is left of them; None if the matrices have their old shapes.
+        config: Configuration of the dense model.
+    """
+    blocks = form_of(anatomy, keep, config).blocks
+    named = model.named_parameters()
+    return sum(parameter.numel() for name, parameter in named if renamed(anatomy, blocks, name) is not None)
 
 
 def renamed(anatomy: Anatomy, blocks: tuple[int, ...], name: str) -> str | None:

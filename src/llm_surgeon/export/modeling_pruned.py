@@ -101,6 +101,56 @@ def shrink_linears(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
         setattr(parent, child, pruned.requires_grad_(core.weight.requires_grad).train(before.training))
 
 
+class NoLinear(nn.Module):
+    """A linear layer of which no weight is left: its output is its bias, or zero.
+
+    It has no matrix, as tools that quantise or convert matrices stumble over those without rows or columns.
+
+    Args:
+        out_features: Width of the output.
+        bias: Whether there is a bias.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, out_features: int, bias: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., anything]`` to ``[..., out_features]``."""
+        y = x.new_zeros(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Width and bias, for ``print(model)``."""
+        return f"out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def drop_empty_linears(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
+    """Replace pruned layers without any weights by what is left of them, values still to be loaded.
+
+    Args:
+        model: A model on which ``shrink_linears`` and ``narrow_attention`` have been called.
+        shapes: What ``shrink_linears`` was given.
+    """
+    for name, shape in shapes.items():
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        module = getattr(parent, child)
+        core = module.core if isinstance(module, PrunedLinear) else module
+        if core.weight.numel() == 0:
+            # Of no rows, there is no bias either.
+            bias = core.bias is not None and shape["out_features"] > 0
+            left = NoLinear(shape["out_features"], bias, core.weight.device, core.weight.dtype)
+            setattr(parent, child, left.train(module.training))
+
+
 class EmptyAttention(nn.Module):
     """An attention without any heads: what is left of it is the bias of its output projection, or zero.
 

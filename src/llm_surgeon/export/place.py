@@ -127,6 +127,8 @@ def in_place(path: Path) -> Iterator[Path]:
     Not after a power failure either: it is on the disk before it has its name.
     """
     beside = path.with_name(f"{path.name}{PARTIAL}")
+    # A link that somebody has put there would be written through.
+    beside.unlink(missing_ok=True)
     try:
         yield beside
         sync(beside)
@@ -134,6 +136,16 @@ def in_place(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def readable_as_others(directory: Path) -> None:
+    """Give weight files the mode that files get here: safetensors makes them for their owner alone."""
+    probe = directory / f"mode{PARTIAL}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in directory.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def flush(directory: Path) -> None:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
 
 def main(directory: str, probe: str, device: str, code: str) -> None:
@@ -36,7 +36,9 @@ def main(directory: str, probe: str, device: str, code: str) -> None:
         logits = model(ids).logits
         prefill = model(ids[:, :-1], use_cache=True)
         step = model(ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True).logits
-        generated = model.generate(ids[:, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        # Settings of its own: those of the checkpoint may be such that they cannot be used.
+        greedy = GenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        generated = model.generate(ids[:, :4], generation_config=greedy)
     result = {"logits": logits, "step": step, "generated": generated}
     save_file({name: tensor.cpu().clone().contiguous() for name, tensor in result.items()}, probe + ".out")
 

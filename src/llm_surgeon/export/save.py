@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_surgeon.export.companions import GENERATION_FILE, copy_companions
 from llm_surgeon.export.form import Form, form_of, renamed
+from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.export.place import writing
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.family import Family
+from llm_surgeon.models.matrix import core_of
 from llm_surgeon.selection import KeepMask
 
 MODELING_FILE = "modeling_pruned.py"
@@ -39,6 +45,7 @@ class Pruned$model_class($model_class):
         super().__init__(config)
         shrink_linears(self, config.pruned_linears)
         narrow_attention(self, config.pruned_attention, config.pruned_attention_output)
+        drop_empty_linears(self, config.pruned_linears)
 ''')
 
 
@@ -48,8 +55,11 @@ def save_model(
     anatomy: Anatomy,
     keep: Mapping[str, KeepMask] | None,
     directory: Path,
+    source: Path | None = None,
 ) -> Form:
     """Write weights (safetensors), configuration, tokenizer, generation configuration and, if needed, modelling file.
+
+    What the source has of the tokenizer, of generation and of its licence is copied byte for byte.
 
     Args:
         model: The pruned model.
@@ -57,6 +67,7 @@ def save_model(
         anatomy: Its prunable layers.
         keep: Rows and columns that are left of them; None if all are, and the architecture is the dense one.
         directory: Where to write; exists.
+        source: Directory of the dense checkpoint; None for a model that comes from none.
 
     Returns:
         What the export needs to be loaded.
@@ -67,26 +78,62 @@ def save_model(
     """
     form = form_of(anatomy, keep, model.config)
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
-        # The names that a class gives to what it saves are known to its own type only, not to that of an export.
-        model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
-        tokenizer.save_pretrained(directory)
-        if keep is not None:
-            _write_config(model, anatomy, form, directory)
+        with _writable(model) as aside:
+            # The names that a class gives to what it saves are known to its own type only, not to that of an export.
+            model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            (directory / GENERATION_FILE).write_text(generation.to_json_string(), encoding="utf8")
+        if source is None or not copy_companions(source, directory):
+            tokenizer.save_pretrained(directory)
+        _write_config(model, anatomy, form, directory, aside)
         if not form.plain:
             (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
     return form
 
 
+@contextlib.contextmanager
+def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
+    """Set settings of generation aside that transformers would refuse to write, and give those of the configuration."""
+    config: Any = model.config
+    generation: Any = getattr(model, "generation_config", None)
+    declared = {entry.name for entry in dataclasses.fields(config)}
+    names = GenerationConfig().to_dict().keys() - declared - {"use_cache"}
+    aside = {name: vars(config).pop(name) for name in names if name in vars(config)}
+    model.generation_config = GenerationConfig()
+    try:
+        yield aside
+    finally:
+        vars(config).update(aside)
+        model.generation_config = generation
+
+
 def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
     """Parameters under the names and in the layout of the class that will load them; None if they have them."""
     transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
-    if len(form.blocks) == anatomy.blocks and not transposed:
+    empty = _without_weights(model, anatomy)
+    if len(form.blocks) == anatomy.blocks and not transposed and not empty:
         return None
     state = {}
     for name, value in model.state_dict().items():
-        if (new := renamed(anatomy, form.blocks, name)) is not None:
+        if (new := renamed(anatomy, form.blocks, name)) is not None and not name.startswith(tuple(empty)):
             state[new] = value.T.contiguous() if name in transposed else value
-    return state
+    biases = {f"{name}bias": bias for name, bias in empty.items() if bias is not None}
+    return state | {new: bias for name, bias in biases.items() if (new := renamed(anatomy, form.blocks, name))}
+
+
+def _without_weights(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor | None]:
+    """Beginnings of the names of layers that have no weights left, and what ``NoLinear`` has of each: its bias."""
+    found: dict[str, Tensor | None] = {}
+    for name, layer in anatomy.layers.items():
+        module, core = model.get_submodule(name), core_of(model, layer)
+        if core.weight.numel():
+            continue
+        bias = None if core.bias is None else core.bias.detach()
+        if bias is not None and isinstance(module, PrunedLinear) and module.output_index is not None:
+            bias = bias.new_zeros(module.out_features).scatter(0, module.output_index, bias)
+        found[f"{name}."] = None if bias is None or not len(bias) else bias
+    return found
 
 
 def modeling_text(family: Family) -> str:
@@ -112,11 +159,15 @@ def auto_map(family: Family) -> dict[str, str]:
     }
 
 
-def _write_config(model: PreTrainedModel, anatomy: Anatomy, form: Form, directory: Path) -> None:
+def _write_config(
+    model: PreTrainedModel, anatomy: Anatomy, form: Form, directory: Path, aside: Mapping[str, Any]
+) -> None:
     family, path = anatomy.family, directory / "config.json"
     names = type(model.config).attribute_map
     config = json.loads(path.read_text(encoding="utf8"))
-    config |= {names.get(name, name): value for name, value in form.settings.items()}
+    # Code that the dense checkpoint brings stays with it.
+    config.pop("auto_map", None)
+    config |= {**aside, **{names.get(name, name): value for name, value in form.settings.items()}}
     if not form.plain:
         config |= {
             "model_type": export_type(family),

@@ -16,6 +16,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.models import settings
 from llm_surgeon.models.norms import cast_layer_norms
 from llm_surgeon.models.settings import DTYPES, dtype_of, not_loaded, read_settings
+from llm_surgeon.models.splitting import warn_of_splitting
 from llm_surgeon.models.trust import check_format, check_name, is_own_export
 from llm_surgeon.models.weights import check_weights, read_model
 
@@ -148,9 +149,10 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, config=config, trust_remote_code=trusted
         )
-        return tokenizer
     except Exception as error:
         raise not_loaded(source, "tokenizer", error) from None
+    warn_of_splitting(tokenizer, Path(source) / "tokenizer.json")
+    return tokenizer
 
 
 def load_model(
@@ -168,7 +170,11 @@ def load_model(
         ModelError: If it cannot be loaded, needs code that may not run, holds its weights in another format than
             safetensors, or has other weights than its configuration describes.
     """
-    runs_code = check_checkpoint(source, trust_remote_code)
+    return load_checked(source, check_checkpoint(source, trust_remote_code), dtype, device)
+
+
+def load_checked(source: str, runs_code: bool, dtype: str, device: str | torch.device) -> PreTrainedModel:
+    """The same of a checkpoint that has been checked, see ``check_checkpoint``."""
     model = read_model(source, settings.load_config(source, runs_code), dtype_of(source, dtype), runs_code)
     cast_layer_norms(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # the decorator hides nn.Module's signature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,19 @@ from llm_surgeon.export.save import MODELING_FILE, auto_map, export_type, modeli
 from llm_surgeon.models import FAMILIES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# SHA-256 of the modelling files that former versions of this package wrote, one for each family.
+_FORMER = (
+    "2bc59aadce47111cd891d3d9d4e7531f92040943e30af07b5f1ca16ee1260d80",
+    "1f7ee72b61badace8730d0225392a81eac387cc69b2ab893b92dabe2fede0d2a",
+    "ed032979ec912fc6352f2e795e80b8f780684144e0e018ba1692235bf0cd37bb",
+    "ede0139c356599e75617a8c58909aad218fe92f62d13a945fbac7f08632ef9fc",
+    "83e5016f7e31a0c112183e309f948023999b63b00f14611b0b71531dedbb2665",
+    "fbfd5a1c85561413f5961a2f736eae27e969e39215682dc2aa385e3bd5e577bb",
+    "d4a753c6f0446a8a6e295d85500af6bb7e8de79c5f4c1c60db2f460fb568c2d8",
+    "91131b9f93373711c0fde75e288e3cf0b518fe912bf87a6a67278b8bade40ef8",
+    "0ced41ca0c7636eb3875bd1c92be431c6faf76135ed9a481cef71de83ea01e8a",
+    "5685854308d6d9b0dc81146451f3f60f19b4300336d1922e308f5e27e03623da",
+)
 _PART = r"[\w][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}(/{_PART})?")
 
@@ -58,19 +72,24 @@ def check_format(directory: Path) -> None:
 
 
 def is_own_export(directory: Path) -> bool:
-    """Whether all code in a checkpoint is, byte for byte, what an export of this version brings."""
+    """Whether all code in a checkpoint is, byte for byte, what an export of this version or of a former one brings."""
     settings = _json(directory / "config.json")
     family = next((f for f in FAMILIES.values() if export_type(f) == settings.get("model_type")), None)
     if family is None or settings.get("auto_map") != auto_map(family):
         return False
     if "auto_map" in _json(directory / "tokenizer_config.json"):
         return False
-    known = modeling_text(family).encode("utf8")
+    known = hashlib.sha256(modeling_text(family).encode("utf8")).hexdigest(), *_FORMER
     code = [path for path in directory.rglob("*.py") if path.parent.name != "__pycache__"]
     # Exports of single shots may lie below, and each has the file; transformers looks for code in other places too.
     places = {directory, *(path for path in directory.glob("shot-*") if path.is_dir())}
     in_place = all(path.name == MODELING_FILE and path.parent in places for path in code)
-    return in_place and directory / MODELING_FILE in code and all(path.read_bytes() == known for path in code)
+    return in_place and directory / MODELING_FILE in code and all(_digest(path) in known for path in code)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(path: Path) -> Mapping[str, Any]:

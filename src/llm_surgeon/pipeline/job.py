@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
 from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.export.form import parameters_of
 from llm_surgeon.models import Anatomy
 from llm_surgeon.pipeline.clock import Clock
 from llm_surgeon.pipeline.layerwise import run_layerwise
@@ -22,6 +24,7 @@ from llm_surgeon.pipeline.texts import Texts
 from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import LayerRecord, Memory, Perplexity, Plan, PruneReport, ShotRecord, Size
 from llm_surgeon.report.progress import Progress
+from llm_surgeon.selection import KeepMask
 from llm_surgeon.storage import Budgets, TensorStore
 from llm_surgeon.versions import versions
 
@@ -32,7 +35,8 @@ logger = logging.getLogger(__name__)
 class Job:
     """What a run works on, and who does it together; ``source``, ``command`` and ``plan`` are for the report.
 
-    ``dense`` is what reconstruction aims at: None without it, see ``goal_of``.
+    ``dense`` is what reconstruction aims at: None without it, see ``goal_of``. ``files`` is the directory of the dense
+    checkpoint, whose tokenizer and licence go along with the result; None if the model comes from none.
     """
 
     model: PreTrainedModel
@@ -46,6 +50,7 @@ class Job:
     plan: Plan | None = None
     processes: Processes = ALONE
     dense: PreTrainedModel | None = None
+    files: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +170,14 @@ def measure(
 def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, evaluation: Clock) -> ShotRecord:
     dense, weights = job.anatomy.prunable_weights, sum(mask.weights for mask in result.masks.values())
     stored = sum(rows * columns for rows, columns in (mask.shape for mask in result.masks.values()))
+    keep = {name: mask for name, mask in result.masks.items() if isinstance(mask, KeepMask)}
+    parameters = parameters_of(job.model, job.anatomy, keep or None, job.model.config)
     return ShotRecord(
         shot=result.shot,
         target_sparsity=result.target_sparsity,
         sparsity=1 - weights / dense,
         # Zeros that are stored are no parameters.
-        size=Size(prunable=weights, total=count_parameters(job.model) - (stored - weights)),
+        size=Size(prunable=weights, total=parameters - (stored - weights)),
         threshold=result.threshold,
         structures_removed=result.removed,
         structures_implied=result.implied,

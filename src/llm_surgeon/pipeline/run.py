@@ -16,13 +16,14 @@ from llm_surgeon.config import Bos, PruneConfig
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
-from llm_surgeon.export.place import PARTIAL, check_disk_space, flush, writing
+from llm_surgeon.export.place import PARTIAL, check_disk_space, flush, readable_as_others, writing
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import (
     load_model,
     load_tokenizer,
+    local_directory,
     resolve_device,
     resolve_source,
     source_files,
@@ -61,6 +62,7 @@ from llm_surgeon.report.card import model_card
 from llm_surgeon.report.page import report_page
 from llm_surgeon.report.plots import kept_fraction_png
 from llm_surgeon.report.progress import Progress, SilentProgress
+from llm_surgeon.report.publish import recipe_without_paths, without_paths
 from llm_surgeon.runtime import hand_back_freed_memory
 from llm_surgeon.selection import KeepMask
 from llm_surgeon.torchrun import place
@@ -331,7 +333,8 @@ def _loaded_job(
     shown = _shown(progress, processes)
     # Before a checkpoint is restored into the model.
     dense = goal_of(network, anatomy, texts.calibration, config)
-    return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes, dense)
+    files = local_directory(skeleton.source)
+    return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes, dense, files)
 
 
 def _circumstances(job: Job) -> dict[str, str]:
@@ -425,7 +428,8 @@ def _export(
     report, keep = reached.report, _smaller(reached.standing.masks)
     with writing(directory, sum(parameter.nbytes for parameter in job.model.parameters())):
         directory.mkdir(parents=True, exist_ok=True)
-        form = save_model(job.model, job.tokenizer, job.anatomy, keep, directory)
+        form = save_model(job.model, job.tokenizer, job.anatomy, keep, directory, job.files)
+        readable_as_others(directory)
         # The model is about to be there once or twice more, in the reload check and for speed.
         hand_back_freed_memory()
         check = verify_export(job.model, directory, form.plain)
@@ -469,8 +473,9 @@ def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -
 
 
 def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> None:
+    report = without_paths(report)
     (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
-    (directory / "recipe.yaml").write_text(config.to_yaml(), encoding="utf8")
+    (directory / "recipe.yaml").write_text(recipe_without_paths(config), encoding="utf8")
     (directory / "README.md").write_text(model_card(report), encoding="utf8")
     (directory / "report.html").write_text(report_page(report), encoding="utf8")
     kept_fraction_png(report, directory / "kept_fraction.png")

@@ -16,6 +16,7 @@ from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.models.loading import check_checkpoint, load_config, load_model, model_type_of
 from llm_surgeon.models.settings import dtype_of, not_loaded, stored_dtype
 from llm_surgeon.models.streaming import stream
+from llm_surgeon.pipeline.given import check_class
 from llm_surgeon.pipeline.structures import check_structure
 from llm_surgeon.pipeline.targets import count_based
 
@@ -79,6 +80,7 @@ def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
     if Path(source).is_dir():
         check_checkpoint(source, config.trust_remote_code)
     network = _empty(source, settings, config.trust_remote_code)
+    check_class(network, family.model_class)
     anatomy = examine(network, family, config.ignore)
     return Skeleton(source, network, anatomy, stored_dtype(source), dtype_of(source, config.dtype))
 

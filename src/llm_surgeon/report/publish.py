@@ -1,0 +1,48 @@
+"""A report as it may be published: without the paths of the machine that it was made on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.records import PruneReport
+
+# An absolute path, or one from the home directory, of two parts at least; addresses of the web have a colon before it.
+_PART = r"[^\s/\\'\",;:<>|]+"
+_PATH = re.compile(rf"(?<![\w./\\~:-])(?:~\w*|[A-Za-z]:)?[/\\]+(?:{_PART}[/\\]+)+({_PART})?")
+
+
+def without_paths(report: PruneReport) -> PruneReport:
+    """A report in which every absolute path is its last part.
+
+    Exports are uploaded as they are, and the directories of their authors are nobody's business.
+    """
+    given = [report.model, report.config.get("calibration"), report.config.get("evaluation")]
+    if report.export is not None:
+        given.append(report.export.path)
+    # Paths with spaces are known as a whole only; the longest first, as one may be within another.
+    known = sorted({text for text in given if isinstance(text, str) and _is_absolute(text)}, key=len, reverse=True)
+    return PruneReport.model_validate(_masked(report.model_dump(mode="json"), known))
+
+
+def recipe_without_paths(config: PruneConfig) -> str:
+    """The resolved recipe as YAML, with the last parts of absolute paths."""
+    given = [config.calibration, config.evaluation or ""]
+    masked: dict[str, Any] = _masked(config.model_dump(), [text for text in given if _is_absolute(text)])
+    return PruneConfig.model_validate(masked).to_yaml()
+
+
+def _is_absolute(text: str) -> bool:
+    return text.startswith("~") or Path(text).is_absolute()
+
+
+def _masked(value: Any, known: list[str]) -> Any:
+    if isinstance(value, str):
+        for path in known:
+            value = value.replace(path, Path(path).name)
+        return _PATH.sub(lambda found: found[1] or ".", value)
+    if isinstance(value, dict):
+        return {_masked(key, known): _masked(entry, known) for key, entry in value.items()}
+    return [_masked(entry, known) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,43 @@
+"""Published reports and the paths of the machine they were made on."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.report.publish import _masked, recipe_without_paths
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/jane/models/llama", "llama"),
+        ("llm-surgeon prune /home/jane/llama --out /data/x/out", "llm-surgeon prune llama --out out"),
+        ("--calibration=/home/jane/my.txt --seed 1", "--calibration=my.txt --seed 1"),
+        ("'/home/jane/a b.txt'", "'a b.txt'"),
+        ("~/models/llama", "llama"),
+        ("~jane/models/llama/", "."),
+        (r"C:\Users\jane\llama", "llama"),
+        ("/home/jane/my.txt, characters 1-9 of 10 (held out)", "my.txt, characters 1-9 of 10 (held out)"),
+        ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name"),
+        ("owner/name:config", "owner/name:config"),
+        ("12 tokens/s, 3/4 of it", "12 tokens/s, 3/4 of it"),
+        ("./here/and/there", "./here/and/there"),
+        ("(q|k)/v", "(q|k)/v"),
+    ],
+)
+def test_absolute_paths_become_their_last_part(text, expected):
+    assert _masked(text, ["/home/jane/a b.txt"]) == expected
+
+
+def test_everything_of_a_record_is_looked_through():
+    record = {"a": ["/x/y/z", {"/x/y/key": ("/x/y/w", 3, None, 0.5)}]}
+    assert _masked(record, []) == {"a": ["z", {"key": ["w", 3, None, 0.5]}]}
+
+
+def test_a_recipe_is_still_one(tmp_path):
+    recipe = PruneConfig(calibration=str(tmp_path / "two words.txt"), evaluation=str(tmp_path / "e.txt"), samples=3)
+    text = recipe_without_paths(recipe)
+    assert str(tmp_path) not in text
+    assert "calibration: two words.txt\n" in text
+    assert "evaluation: e.txt\n" in text
