@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llm_surgeon import PruneConfig, prune
-from llm_surgeon.errors import NonFiniteError, NotPositiveDefiniteError
+from llm_surgeon.errors import ConfigError, NonFiniteError, NotPositiveDefiniteError, TargetError
+from llm_surgeon.pipeline.shapes import Shapes
 from tiny import build, llama, tokenizer
 
 SMALL = {
@@ -266,12 +267,27 @@ def test_an_update_that_overflows_the_stored_type_is_refused_with_the_layer(text
     assert float(model.model.layers[0].mlp.down_proj.weight.detach().max()) > torch.finfo(torch.float16).max
 
 
-def test_structures_of_equal_cost_that_are_too_many_stay_and_the_log_says_so(text_file, caplog):
+def test_structures_of_equal_cost_are_divided(text_file):
     model = untied()
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.zero_()
-    with caplog.at_level(logging.WARNING, "llm_surgeon"):
-        report = pruned(model, text_file)
-    assert report.shots[-1].sparsity == 0.0
-    assert "0 weights are removed instead of 3,110" in caplog.text
+    report = pruned(model, text_file)
+    assert report.shots[-1].sparsity == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_run_that_can_remove_nothing_ends_before_the_work_with_the_least_that_goes(text_file):
+    with pytest.raises(ConfigError, match=r"least that can go with blocks is 1\d\.\d % .* --sparsity of 0\.1"):
+        pruned(untied(), text_file, structure="blocks", sparsity=0.05)
+
+
+def test_a_target_that_is_missed_is_an_error(text_file, monkeypatch):
+    """Whatever the reason: a selection that stops early is not reported as a success."""
+    whole = Shapes.select
+
+    def early(self, costs, target_weights):
+        return whole(self, costs, (target_weights + self._anatomy.prunable_weights) // 2)
+
+    monkeypatch.setattr(Shapes, "select", early)
+    with pytest.raises(TargetError, match=r"% of the prunable weights can be removed as rows-columns, and 30 %"):
+        pruned(untied(), text_file)

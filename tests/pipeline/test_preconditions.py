@@ -44,8 +44,10 @@ def learned(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("prune", "--seq-len"), ("prune", "--eval-window"), ("plan", "--seq-len"), ("plan", "--eval-window")]
-    + [("eval", "--window")],
+    [
+        *(("prune", "--seq-len"), ("prune", "--eval-window"), ("plan", "--seq-len"), ("plan", "--eval-window")),
+        ("eval", "--window"),
+    ],
 )
 def test_every_command_refuses_before_the_weights_are_loaded(
     learned, text_file, tmp_path, monkeypatch, command, option

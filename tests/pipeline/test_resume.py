@@ -6,17 +6,21 @@ import logging
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm_surgeon import PruneConfig, prune, prune_checkpoint
 from llm_surgeon.errors import NonFiniteError, OutputError
 from llm_surgeon.export.verify import ReloadCheck
+from llm_surgeon.pipeline import job as job_module
 from llm_surgeon.pipeline import run as run_module
 from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoints
 from llm_surgeon.records import PruneReport
+from llm_surgeon.report.publish import without_paths
 from quick import without_what_has_other_tests
 from tiny import build, tokenizer
 
@@ -382,7 +386,7 @@ class TestTheEnd:
     def test_after_the_move(self, killed):
         path, again = killed(run_module.RunDirectory, "remove")
         report = again()
-        assert PruneReport.model_validate_json((path / "out" / "report.json").read_text()) == report
+        assert PruneReport.model_validate_json((path / "out" / "report.json").read_text()) == without_paths(report)
         assert {entry.name for entry in path.iterdir()} == {"out", "text.txt"}
 
 
@@ -395,9 +399,9 @@ def test_exports_of_shots_survive(text_file, checkpoint, tmp_path, ended, monkey
     exported = []
     original = run_module.save_model
 
-    def noted(model, tokenizer, anatomy, keep, directory):
+    def noted(model, tokenizer, anatomy, keep, directory, source):
         exported.append(directory.name)
-        return original(model, tokenizer, anatomy, keep, directory)
+        return original(model, tokenizer, anatomy, keep, directory, source)
 
     monkeypatch.setattr(run_module, "save_model", noted)
     ended(checkpoint, tmp_path / "out", config, 0)
@@ -415,3 +419,151 @@ def test_a_latency_is_not_measured_again(text_file, checkpoint, tmp_path, ended,
     report = ended(checkpoint, tmp_path / "out", config, 0)
     assert report.target.reached == 1.0
     assert len({shot.target_sparsity / shot.shot for shot in report.shots}) == 1
+
+
+def test_the_work_is_kept_before_its_evaluation(text_file, checkpoint, tmp_path, monkeypatch):
+    """An evaluation may take long and fail; a run that goes on evaluates, and does not prune again."""
+    config = recipe(text_file, sparsity=0.4)
+    whole = prune_checkpoint(checkpoint, tmp_path / "whole", config)
+    measure, calls = job_module.measure, []
+
+    def failing(*arguments, **more):
+        calls.append(arguments[3])
+        if calls == ["dense: perplexity", "shot 1/3: perplexity"]:
+            raise NonFiniteError("The loss is not finite.", "Try again.")
+        return measure(*arguments, **more)
+
+    monkeypatch.setattr(job_module, "measure", failing)
+    with pytest.raises(NonFiniteError):
+        prune_checkpoint(checkpoint, tmp_path / "out", config)
+    kept = Checkpoints(tmp_path / "out.run").newest_whole()
+    assert kept.shot == 1
+    assert kept.report.shots[0].perplexity is None
+    calls.clear()
+    report = prune_checkpoint(checkpoint, tmp_path / "out", config)
+    assert calls == [f"shot {shot}/3: perplexity" for shot in (1, 2, 3)]
+    assert without_times(report) == without_times(whole)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["after the rename", "before the rename"])
+@pytest.mark.parametrize("file", ["shot-1.safetensors", "shot-1.json", "shot-1.sha256"])
+def test_an_interrupt_in_the_moment_a_checkpoint_gets_its_name_loses_nothing(
+    text_file, checkpoint, tmp_path, monkeypatch, file, moment
+):
+    config = recipe(text_file, sparsity=0.4, shots=2)
+    whole = prune_checkpoint(checkpoint, tmp_path / "whole", config)
+    replace = os.replace
+    seen = []
+
+    def interrupted(source, target):
+        hit = Path(target).name == file and not seen
+        if hit:
+            seen.append(target)
+        if hit and moment == "before the rename":
+            raise KeyboardInterrupt
+        replace(source, target)
+        if hit:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(checkpoint, tmp_path / "out", config)
+    complete = file == "shot-1.sha256" and moment == "after the rename"
+    shots = Checkpoints(tmp_path / "out.run").shots() if (tmp_path / "out.run").exists() else []
+    assert shots == ([1] if complete else [])
+    report = prune_checkpoint(checkpoint, tmp_path / "out", config)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert without_times(report) == without_times(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt", "whole"]
+
+
+@pytest.mark.parametrize("place", ["after the first checksums", "after the words"])
+def test_an_amended_checkpoint_is_complete_whenever_it_ends(text_file, checkpoint, tmp_path, monkeypatch, place):
+    config = recipe(text_file, sparsity=0.4, shots=2)
+    whole = prune_checkpoint(checkpoint, tmp_path / "whole", config)
+    write, sums = Checkpoints._write_words, Checkpoints._write_sums
+    count = {"words": 0, "sums": 0}
+
+    def counted(kind, original, last):
+        def call(self, *arguments):
+            original(self, *arguments)
+            count[kind] += 1
+            if count[kind] == last:
+                raise KeyboardInterrupt
+
+        return call
+
+    # The first of each are those of the checkpoint itself.
+    first = place == "after the first checksums"
+    monkeypatch.setattr(Checkpoints, "_write_words", counted("words", write, 0 if first else 2))
+    monkeypatch.setattr(Checkpoints, "_write_sums", counted("sums", sums, 2 if first else 0))
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(checkpoint, tmp_path / "out", config)
+    kept = Checkpoints(tmp_path / "out.run").newest_whole()
+    assert kept.shot == 1
+    assert (kept.report.shots[0].perplexity is None) == first
+    report = prune_checkpoint(checkpoint, tmp_path / "out", config)
+    assert without_times(report) == without_times(whole)
+
+
+@pytest.mark.parametrize(
+    "where", ["export", "export/inside", "shot-9.safetensors", "run.json", "shot-2.safetensors.partial"]
+)
+def test_what_a_link_leads_to_is_left_alone(text_file, checkpoint, tmp_path, ended, where):
+    """Others may write to the directory: a link that they put into the run is not written or emptied through."""
+    config = recipe(text_file, sparsity=0.4)
+    ended(checkpoint, tmp_path / "whole", config, 0)
+    ended(checkpoint, tmp_path / "out", config, 1)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    link = tmp_path / "out.run" / where
+    link.parent.mkdir(exist_ok=True)
+    if link.exists():
+        link.unlink()
+    link.symlink_to(precious if "export" in where else precious / "file")
+    ended(checkpoint, tmp_path / "out", config, 0)
+    assert [path.name for path in precious.iterdir()] == ["file"]
+    assert (precious / "file").read_text() == "precious"
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_run_directory_that_is_a_link_is_refused(text_file, checkpoint, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "out.run").symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="is a link"):
+        prune_checkpoint(checkpoint, tmp_path / "out", recipe(text_file))
+    assert not list((tmp_path / "precious").iterdir())
+
+
+def changed(path, change):
+    """Change a checkpoint's tensors, with the checksum that fits."""
+    tensors = change(load_file(path / "shot-1.safetensors"))
+    save_file(tensors, path / "shot-1.safetensors")
+    digest = hashlib.sha256((path / "shot-1.safetensors").read_bytes()).hexdigest()
+    lines = (path / "shot-1.sha256").read_text().splitlines()
+    kept = [line for line in lines if not line.endswith("safetensors")]
+    (path / "shot-1.sha256").write_text("\n".join([f"{digest}  shot-1.safetensors", *kept, ""]))
+
+
+WRONG = {
+    "none": lambda tensors: {"x": torch.ones(1)},
+    "a matrix less": lambda tensors: {n: t for n, t in tensors.items() if "down_proj" not in n},
+    "another shape": lambda tensors: {n: t[:1] if n.startswith("weight/") else t for n, t in tensors.items()},
+    "another type": lambda tensors: {n: t.float() if n.startswith("rows/") else t for n, t in tensors.items()},
+    "all removed": lambda tensors: {n: t & False if n.startswith("rows/") else t for n, t in tensors.items()},
+    "not a number": lambda tensors: {n: t * torch.nan if n.startswith("weight/") else t for n, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_checkpoint_with_a_right_checksum_and_wrong_contents_is_an_error(
+    kind, text_file, checkpoint, tmp_path, ended
+):
+    config = recipe(text_file, sparsity=0.4)
+    ended(checkpoint, tmp_path / "out", config, 1)
+    changed(tmp_path / "out.run", WRONG[kind])
+    with pytest.raises(OutputError, match=r"shot-1\.safetensors does not hold what .* Remove"):
+        prune_checkpoint(checkpoint, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()

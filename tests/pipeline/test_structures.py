@@ -54,7 +54,7 @@ def test_elements_become_zero_and_stay_zero(family, structure, text_file):
     assert sum(layer.weights for layer in report.layers) == total - zeros
     for shot in report.shots:
         assert sum(shot.costs.removed) > 0
-        assert set(shot.peaks) == {"curvature", "selection", "update", "evaluation"}
+        assert set(shot.peaks) == {"curvature", "selection", "update"}, "nothing was evaluated"
         assert report.memory.peak >= max(shot.peaks.values()) > 0
     candidates = total if pattern is None else total // pattern.group
     assert sum(report.shots[0].costs.kept + report.shots[0].costs.removed) + report.shots[0].costs.outside == candidates
@@ -211,7 +211,7 @@ def test_shots_on_the_way_are_exports_of_their_own(structure, checkpoint, text_f
         assert int(parameters) == report.shots[number - 1].size.total
         own = PruneReport.model_validate_json((directory / "report.json").read_text())
         assert own.shots == report.shots[:number]
-        assert own.export.path == str(directory)
+        assert own.export.path == directory.name
 
 
 def test_shots_to_export_are_checked(text_file):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ from llm_surgeon.curvature import WarmStart
 from llm_surgeon.element_selection import ElementMask
 from llm_surgeon.errors import OutputError
 from llm_surgeon.export.place import in_place, writing
+from llm_surgeon.linalg import is_finite
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, write_matrix
 from llm_surgeon.models.streaming import weights_of
@@ -33,7 +34,7 @@ from llm_surgeon.pipeline.last_norm import last_norm_parameters
 from llm_surgeon.pipeline.result import Standing
 from llm_surgeon.pipeline.structures import Masks
 from llm_surgeon.records import PruneReport, Record, RunRecord
-from llm_surgeon.selection import KeepMask
+from llm_surgeon.selection import AXES, KeepMask
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +67,48 @@ class Checkpoints:
             DiskSpaceError: If it does not fit; nothing of it is left then.
         """
         shot, directory = checkpoint.shot, self._directory
+        self._sums(shot).unlink(missing_ok=True)
         try:
             with writing(directory / f"shot-{shot}.safetensors", sum(tensor.nbytes for tensor in tensors.values())):
                 with in_place(self._tensors(shot)) as path:
                     save_file(dict(tensors), path)
-                with in_place(self._words(shot)) as path:
-                    path.write_text(checkpoint.model_dump_json(indent=2) + "\n", encoding="utf8")
-                sums = [f"{_digest(path)}  {path.name}\n" for path in (self._tensors(shot), self._words(shot))]
-                with in_place(self._sums(shot)) as path:
-                    path.write_text("".join(sums), encoding="utf8")
+                self._write_words(checkpoint)
+                self._write_sums(shot, [self._line(self._tensors(shot)), self._line(self._words(shot))])
         except BaseException:
-            self._remove(shot)
+            # An interruption may come when it has its name already, and is complete.
+            if not self._sums(shot).exists():
+                self._remove(shot)
             raise
         for old in self.shots()[KEPT:]:
             self._remove(old)
+
+    def amend(self, checkpoint: Checkpoint) -> None:
+        """Write the words of a complete one anew; its tensors stay. Whenever the process ends, it is complete.
+
+        Raises:
+            DiskSpaceError: If the words do not fit; it is as it was then.
+        """
+        shot = checkpoint.shot
+        new = _text(checkpoint)
+        with writing(self._words(shot), len(new)):
+            lines = self._sums(shot).read_text(encoding="utf8").splitlines(keepends=True)
+            of_words = f"  {self._words(shot).name}\n"
+            expected = f"{hashlib.sha256(new).hexdigest()}{of_words}"
+            # With the old words and with the new ones, it has a checksum that fits.
+            self._write_sums(shot, [*lines, expected])
+            self._write_words(checkpoint)
+            self._write_sums(shot, [*(line for line in lines if not line.endswith(of_words)), expected])
+
+    def _write_words(self, checkpoint: Checkpoint) -> None:
+        with in_place(self._words(checkpoint.shot)) as path:
+            path.write_bytes(_text(checkpoint))
+
+    def _write_sums(self, shot: int, lines: Sequence[str]) -> None:
+        with in_place(self._sums(shot)) as path:
+            path.write_text("".join(lines), encoding="utf8")
+
+    def _line(self, path: Path) -> str:
+        return f"{_digest(path)}  {path.name}\n"
 
     def shots(self) -> list[int]:
         """After which shots there are complete ones, newest first; they may be damaged."""
@@ -119,12 +148,23 @@ class Checkpoints:
             shot: One of which ``newest_whole`` has found the checkpoint intact.
             model: As it was loaded and examined.
             anatomy: Its layers.
+
+        Raises:
+            OutputError: If it does not hold what this version writes of such a model.
         """
-        with safe_open(self._tensors(shot), framework="pt") as file:
-            tensors = _Tensors(file)
-            masks = _read_masks(tensors, anatomy)
-            _read_weights(tensors, model, anatomy, masks)
-            return Standing(shot, masks, _read_start(tensors, model, anatomy))
+        try:
+            with safe_open(self._tensors(shot), framework="pt") as file:
+                tensors = _Tensors(file)
+                masks = _read_masks(tensors, anatomy)
+                _read_weights(tensors, model, anatomy, masks)
+                return Standing(shot, masks, _read_start(tensors, model, anatomy))
+        # Tensors that are missing, or of another shape or type; values that are none.
+        except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{self._tensors(shot)} does not hold what a checkpoint of this model does: "
+                f"{' '.join(str(error).split())[:200]}.",
+                f"Remove {self._directory}, or give another --out.",
+            ) from None
 
     def tidy(self) -> None:
         """Remove what a killed process left half-written."""
@@ -160,6 +200,10 @@ class Checkpoints:
             pass
         logger.warning("the checkpoint of shot %d is damaged (%s), and is not used", shot, path.name)
         return False
+
+
+def _text(checkpoint: Checkpoint) -> bytes:
+    return (checkpoint.model_dump_json(indent=2) + "\n").encode("utf8")
 
 
 def _digest(path: Path) -> str:
@@ -242,12 +286,19 @@ class _Tensors:
 
 def _read_masks(tensors: _Tensors, anatomy: Anatomy) -> Masks:
     if f"rows/{next(iter(anatomy.layers))}" in tensors:
-        # Cloned: masks are written to, and the file is not to be mapped any longer than it is open.
-        return {
-            name: KeepMask(tensors[f"rows/{name}"].clone(), tensors[f"columns/{name}"].clone())
-            for name in anatomy.layers
-        }
+        return {name: _read_mask(tensors, layer) for name, layer in anatomy.layers.items()}
     return {name: ElementMask(_elements(tensors, layer)) for name, layer in anatomy.layers.items()}
+
+
+def _read_mask(tensors: _Tensors, layer: LinearLayer) -> KeepMask:
+    # Cloned: masks are written to, and the file is not to be mapped any longer than it is open.
+    rows, columns = (tensors[f"{axis}/{layer.name}"].clone() for axis in AXES)
+    if (rows.dtype, columns.dtype, rows.shape, columns.shape) != (
+        *(torch.bool, torch.bool),
+        *((layer.rows,), (layer.columns,)),
+    ):
+        raise ValueError(f"the masks of {layer.name} are none")
+    return KeepMask(rows, columns)
 
 
 def _elements(tensors: _Tensors, layer: LinearLayer) -> Tensor:
@@ -268,6 +319,8 @@ def _read_weights(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy, m
     extents = anatomy.extents(shapes)
     for name, layer in anatomy.layers.items():
         matrix = tensors[f"weight/{name}"]
+        if tuple(matrix.shape) != shapes[name].shape or not is_finite(matrix):
+            raise ValueError(f"{[*matrix.shape]} values of {name} are not {[*shapes[name].shape]} numbers")
         if layer.bias:
             matrix = torch.cat([matrix, tensors[f"bias/{name}"][:, None]], dim=1)
         write_matrix(model, layer, shapes[name], extents[name], matrix)

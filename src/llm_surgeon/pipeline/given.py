@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
@@ -70,6 +71,9 @@ def check_class(model: PreTrainedModel, model_class: str) -> None:
     Raises:
         UnsupportedModelError: If it is not.
     """
+    if model.config.model_type not in CONFIG_MAPPING:
+        # A type of one's own, whose entry knows what class stands for it.
+        return
     kinds = type(model).__mro__
     named = next((kind for kind in kinds if kind.__name__ == model_class), None)
     if named is None:

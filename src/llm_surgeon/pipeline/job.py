@@ -68,16 +68,17 @@ def run_job(
 
     Args:
         job: What to work on; its model is dense, or as ``since`` says.
-        after_shot: Called after each shot with how far the run has come, while the model is as that says.
+        after_shot: Called with how far the run has come, while the model is as that says: after each shot, and once
+            more when the shot's perplexity is known. What can be lost is then kept before the evaluation.
         since: How far an earlier run of the same job had come.
 
     Returns:
         How far it has come with the last shot; the export is the caller's.
     """
-    reached = since
-    report = _dense_report(job) if since is None else _continued(since)
+    reached = None if since is None else _measured(job, _continued(since), after_shot)
+    report = _dense_report(job) if reached is None else reached.report
     for result in _results(job, since):
-        record = _evaluated(job, result)
+        record = _shot_record(result, job)
         memory = Memory(
             peak=max(report.memory.peak, *record.peaks.values()),
             model=report.memory.model,
@@ -85,10 +86,41 @@ def run_job(
         )
         layers = tuple(_layer_records(job.anatomy, result.masks))
         report = report.model_copy(update={"shots": (*report.shots, record), "layers": layers, "memory": memory})
-        reached = Reached(report, result.standing)
-        after_shot(reached)
+        after_shot(Reached(report, result.standing))
+        reached = _measured(job, Reached(report, result.standing), after_shot)
+        report = reached.report
     assert reached is not None  # there is at least one shot
-    return Reached(report, reached.standing)
+    return reached
+
+
+def _measured(job: Job, reached: Reached, after_shot: Callable[[Reached], None]) -> Reached:
+    """Measure the model as it is after the last shot of a report, if that is still to be done, and put it on record."""
+    text, last = job.texts.evaluation, reached.report.shots[-1]
+    if text is not None and last.perplexity is None:
+        clock = Clock(next(job.model.parameters()).device)
+        description = f"shot {last.shot}/{job.config.shots}: perplexity"
+        with clock.phase("evaluation"):
+            measured = measure(job.model, text, job.progress, description, job.processes)
+        last = last.model_copy(
+            update={
+                "perplexity": measured,
+                "evaluation_seconds": clock.seconds["evaluation"],
+                "peaks": last.peaks | clock.peaks,
+            }
+        )
+        memory = reached.report.memory
+        memory = memory.model_copy(update={"peak": max(memory.peak, *last.peaks.values())})
+        report = reached.report.model_copy(update={"shots": (*reached.report.shots[:-1], last), "memory": memory})
+        reached = Reached(report, reached.standing)
+        after_shot(reached)
+    logger.info(
+        "shot %d/%d: %.1f %% of the prunable weights left%s",
+        last.shot,
+        job.config.shots,
+        100 * (1 - last.sparsity),
+        f", perplexity {last.perplexity.perplexity:.2f}" if last.perplexity else "",
+    )
+    return reached
 
 
 def _dense_report(job: Job) -> PruneReport:
@@ -115,10 +147,10 @@ def _dense_report(job: Job) -> PruneReport:
     )
 
 
-def _continued(since: Reached) -> PruneReport:
-    """The report of an earlier run, which now goes on."""
-    report = since.report
-    return report.model_copy(update={"continued": (*report.continued, since.standing.shot), "versions": versions()})
+def _continued(since: Reached) -> Reached:
+    """How far an earlier run had come, which now goes on."""
+    continued = *since.report.continued, since.standing.shot
+    return Reached(since.report.model_copy(update={"continued": continued, "versions": versions()}), since.standing)
 
 
 def _results(job: Job, since: Reached | None) -> Iterator[ShotResult]:
@@ -141,24 +173,6 @@ def _store(job: Job) -> TensorStore | None:
     return TensorStore(next(job.model.parameters()).device, Budgets(**known))
 
 
-def _evaluated(job: Job, result: ShotResult) -> ShotRecord:
-    """Measure the model as it is after a shot, and write the shot's record."""
-    config, text = job.config, job.texts.evaluation
-    clock = Clock(next(job.model.parameters()).device)
-    with clock.phase("evaluation"):
-        description = f"shot {result.shot}/{config.shots}: perplexity"
-        measured = measure(job.model, text, job.progress, description, job.processes) if text else None
-    record = _shot_record(result, job, measured, clock)
-    logger.info(
-        "shot %d/%d: %.1f %% of the prunable weights left%s",
-        result.shot,
-        config.shots,
-        100 * (1 - record.sparsity),
-        f", perplexity {measured.perplexity:.2f}" if measured else "",
-    )
-    return record
-
-
 def measure(
     model: PreTrainedModel, text: EvaluationText, progress: Progress, description: str, processes: Processes = ALONE
 ) -> Perplexity:
@@ -167,7 +181,8 @@ def measure(
         return perplexity(model, text, phase.advance, processes=processes)
 
 
-def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, evaluation: Clock) -> ShotRecord:
+def _shot_record(result: ShotResult, job: Job) -> ShotRecord:
+    """The record of a shot before its evaluation."""
     dense, weights = job.anatomy.prunable_weights, sum(mask.weights for mask in result.masks.values())
     stored = sum(rows * columns for rows, columns in (mask.shape for mask in result.masks.values()))
     keep = {name: mask for name, mask in result.masks.items() if isinstance(mask, KeepMask)}
@@ -185,8 +200,8 @@ def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, eval
         curvature_seconds=result.seconds["curvature"],
         selection_seconds=result.seconds["selection"],
         update_seconds=result.seconds["update"],
-        evaluation_seconds=evaluation.seconds["evaluation"],
-        perplexity=measured,
+        evaluation_seconds=0.0,
+        perplexity=None,
         costs=result.costs,
         correction_seconds=result.seconds.get("correction", 0.0),
         correction=result.correction,
@@ -194,7 +209,7 @@ def _shot_record(result: ShotResult, job: Job, measured: Perplexity | None, eval
         reconstruction=result.reconstruction,
         gates_seconds=result.seconds.get("gates", 0.0),
         gates=result.gates,
-        peaks=result.peaks | evaluation.peaks,
+        peaks=result.peaks,
         profile=result.profile,
     )
 

@@ -368,20 +368,24 @@ def _prune_into(
     processes = job.processes
 
     def keep(reached: Reached) -> None:
-        if record is not None:
+        checkpoint = None if record is None else Checkpoint(run=record, report=reached.report)
+        if checkpoint is not None and checkpoint.shot in _the(run).checkpoints.shots():
+            _the(run).checkpoints.amend(checkpoint)
+        elif checkpoint is not None:
             tensors = tensors_of(job.model, job.anatomy, reached.standing, job.config)
-            _the(run).checkpoints.write(Checkpoint(run=record, report=reached.report), tensors)
+            _the(run).checkpoints.write(checkpoint, tensors)
             weights_of(job.model).forget()
-        _export_shot(job, _the(run), reached)
+        if job.texts.evaluation is None or reached.report.shots[-1].perplexity is not None:
+            _export_shot(job, _the(run), reached)
 
     since = None
     if former is not None:
         logger.info("continuing after shot %d of %d", former.shot, job.config.shots)
         checkpoints = processes.from_first(lambda: _the(run).checkpoints)
-        restored = Reached(former.report, checkpoints.restore(former.shot, job.model, job.anatomy))
-        # It may have been ended between checkpoint and export.
-        processes.from_first(lambda: _export_shot(job, _the(run), restored))
-        since = restored
+        since = Reached(former.report, checkpoints.restore(former.shot, job.model, job.anatomy))
+        if job.texts.evaluation is None or former.report.shots[-1].perplexity is not None:
+            # It may have been ended between checkpoint and export.
+            processes.from_first(lambda: _export_shot(job, _the(run), since))
     reached = run_job(job, lambda reached: processes.from_first(lambda: keep(reached)), since)
     # Zeros in matrices of the old shape take as long to multiply by as any number, and weights that come from a disk
     # as long as the disk takes.

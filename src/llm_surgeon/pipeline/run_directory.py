@@ -45,6 +45,7 @@ class RunDirectory:
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, _path_of(out)
+        _remove_links(self.path)
         self.export, self.checkpoints = self.path / "export", Checkpoints(self.path)
         self.former = self._tidied()
 
@@ -218,6 +219,8 @@ def run_directory(out: Path) -> Iterator[RunDirectory]:
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     path = _path_of(out)
+    if path.is_symlink() or (path / _LOCK).is_symlink():
+        raise OutputError(f"{path}, where the run is to keep its checkpoints, is a link.", "Remove the link.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in path.iterdir()}
@@ -272,8 +275,19 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
         return None
 
 
+def _remove_links(directory: Path) -> None:
+    """Remove links in a directory and below: a run makes none, and would write or empty what they lead to."""
+    for path in directory.iterdir():
+        if path.is_symlink():
+            logger.warning("%s is a link that no run has made, and is removed", path)
+            path.unlink()
+        elif path.is_dir():
+            _remove_links(path)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    # A link goes itself; what it leads to is not the run's.
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
