@@ -128,12 +128,12 @@ def test_float16_models_are_pruned_and_measured_on_a_cpu(family, recipe, tmp_pat
     assert not any("Casting" in type(module).__name__ for module in half.modules())
 
 
-def test_a_float16_model_that_overflows_in_its_own_type_is_refused_before_the_work(recipe):
+def test_a_float16_model_that_overflows_in_its_own_type_is_refused_before_the_work(recipe, tmp_path):
     model = tiny.llama()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(3e4)
         model.model.layers[0].mlp.up_proj.weight.mul_(3e4)
     before = copy.deepcopy(model.half()).state_dict()
     with pytest.raises(NonFiniteError, match=r"up_proj overflows.*--dtype bfloat16"):
-        prune(model, tiny.tokenizer(), recipe)
+        prune(model, tiny.tokenizer(), recipe, out=tmp_path / "out")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -277,8 +277,8 @@ def test_structures_of_equal_cost_are_divided(text_file):
 
 
 def test_a_run_that_can_remove_nothing_ends_before_the_work_with_the_least_that_goes(text_file):
-    with pytest.raises(ConfigError, match=r"least that can go with blocks is 1\d\.\d % .* --sparsity of 0\.1"):
-        pruned(untied(), text_file, structure="blocks", sparsity=0.05)
+    with pytest.raises(ConfigError, match=r"least that can go with blocks is 22\.2 % .* --sparsity of 0\.2223"):
+        pruned(untied(), text_file, structure="blocks", sparsity=0.2)
 
 
 def test_a_target_that_is_missed_is_an_error(text_file, monkeypatch):

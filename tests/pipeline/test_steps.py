@@ -64,7 +64,7 @@ def test_a_shot_in_steps_reaches_its_target_with_one_curvature(family, structure
     original, update = shots.estimate, shots._Run._update
     monkeypatch.setattr(shots, "estimate", lambda *a, **k: passes.append(1) or original(*a, **k))
     monkeypatch.setattr(
-        shots._Run, "_update", lambda run, c, s: sizes.append(count_weights(s.keep)) or update(run, c, s)
+        shots._Run, "_update", lambda run, c, s, *more: sizes.append(count_weights(s.keep)) or update(run, c, s, *more)
     )
     options = {
         "structure": structure,

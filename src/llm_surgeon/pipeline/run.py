@@ -131,6 +131,7 @@ def prune(
             return run_job(_job_in_memory(model, tokenizer, config, progress, source, processes)).report
         with _directory(place, processes) as run:
             processes.from_first(lambda: _the(run).refuse_former())
+            check_stored_type(model)
             return _prune_into(_job_in_memory(model, tokenizer, config, progress, source, processes), run, config)
 
 
@@ -154,7 +155,6 @@ def _job_in_memory(
     check_structure(resolved, anatomy)
     texts = prepare_texts(tokenizer, config)
     check_texts(model.config, texts)
-    check_stored_type(model)
     resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
     name = source or model.config.name_or_path or type(model).__name__
     dense = goal_of(model, anatomy, texts.calibration, resolved)
