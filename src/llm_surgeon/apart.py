@@ -19,6 +19,7 @@ from rich.console import Console
 from llm_surgeon.errors import SurgeonError
 from llm_surgeon.export.place import in_place
 from llm_surgeon.records import Failure, Record
+from llm_surgeon.streams import standard_streams
 
 _STANDARD_ERROR = 2
 
@@ -59,7 +60,8 @@ def answer_apart(work: Callable[[str], Record], order: str, answer: str) -> None
     """The whole of the process: ``work`` is given the task as JSON, and raises nothing."""
     # The parent gets the interrupt too, and ends this process; two stack traces would help nobody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    result = work(Path(order).read_text(encoding="utf8"))
+    with standard_streams():
+        result = work(Path(order).read_text(encoding="utf8"))
     with in_place(Path(answer)) as path:
         path.write_text(result.model_dump_json(), encoding="utf8")
 

@@ -212,8 +212,10 @@ def with_bos(adds=True):
 
 @pytest.mark.parametrize(
     ("adds", "bos", "expected"),
-    [(True, "auto", True), (True, "never", False), (True, "always", True)]
-    + [(False, "auto", False), (False, "never", False), (False, "always", True)],
+    [
+        *((True, "auto", True), (True, "never", False), (True, "always", True)),
+        *((False, "auto", False), (False, "never", False), (False, "always", True)),
+    ],
 )
 def test_the_first_token_is_put_where_the_tokenizer_does_or_as_asked(adds, bos, expected):
     made = with_bos(adds)

@@ -71,7 +71,7 @@ def test_a_class_that_splits_otherwise_than_its_file_is_warned_of(tmp_path, capl
     bpe("in 2023 the cat and 650 dogs sat\n" * 100).save_pretrained(tmp_path)
     with caplog.at_level("WARNING", "llm_surgeon"):
         load_tokenizer(str(tmp_path))
-    assert "splits text otherwise than tokenizer.json: 'in 2023, 650 dogs'" in caplog.text
+    assert "splits text otherwise than tokenizer.json: 'in 2023, 650 dogs' into" in caplog.text
 
 
 def test_a_class_that_splits_as_its_file_does_is_not(checkpoint, caplog):

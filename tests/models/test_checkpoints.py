@@ -141,12 +141,8 @@ def test_more_blocks_than_tensors_are_refused_before_they_are_built(copy):
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_a_damaged_file_is_an_error_with_its_name(copy, file, text):
     (copy / file).write_text(text)
-    try:
+    with pytest.raises(ModelError, match=str(copy)):
         load(copy, device="cpu")
-    except ModelError as error:
-        assert str(copy) in str(error)
-    else:
-        assert file == "tokenizer_config.json"  # an empty one says no less than a missing one
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"rest", b"\x10\0\0\0\0\0\0\0{}"])

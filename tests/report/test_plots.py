@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import llm_surgeon
 from llm_surgeon.records import LayerRecord
 from llm_surgeon.report import plots
 from llm_surgeon.report.plots import kept_by_kind, kept_fraction_png
@@ -66,3 +69,69 @@ def test_numbers_stand_at_all_points_or_at_the_ends_of_a_long_run(number_of_shot
     assert [text.get_text() for text in axes.texts] == numbers
     assert axes.get_yscale() == "log"
     assert axes.xaxis_inverted()
+
+
+DRAW = """
+import os, sys
+from llm_surgeon.report.plots import Figure, FigureCanvasAgg, own_style, mpl
+with own_style():
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    figure.subplots().set_title("words")
+    figure.savefig(sys.argv[1])
+print(os.environ.get("MPLBACKEND"), mpl.rcParams["text.usetex"], mpl.rcParams.get("backend"))
+"""
+
+
+def drawn(tmp_path: Path, **environment: str) -> list[str]:
+    """Draw in a fresh process, without a word on standard error; what matplotlib is set to afterwards."""
+    path = tmp_path / "drawn.png"
+    command = [sys.executable, "-W", "error", "-c", DRAW, str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert path.exists()
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", ""])
+def test_a_backend_that_is_not_there_does_not_matter(tmp_path: Path, backend: str) -> None:
+    assert drawn(tmp_path, MPLBACKEND=backend)[:-2] == backend.split()
+
+
+def test_a_backend_stays_what_others_in_the_process_draw_with(tmp_path: Path) -> None:
+    assert drawn(tmp_path, MPLBACKEND="svg") == ["svg", "False", "svg"]
+
+
+@pytest.mark.parametrize("name", ["MPLCONFIGDIR", "HOME"])
+def test_a_place_for_settings_that_cannot_be_made_does_not_matter(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    drawn(
+        tmp_path, **{"XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": "", "MPLCONFIGDIR": ""} | {name: str(tmp_path / "file")}
+    )
+
+
+@pytest.mark.parametrize("settings", [b"\xff\xfe", b"no colon\nbackend: nonsense\naxes.titlesize: nonsense\n"])
+@pytest.mark.parametrize("place", ["working directory", "MATPLOTLIBRC", "MPLCONFIGDIR"])
+def test_broken_settings_do_not_matter(tmp_path: Path, settings: bytes, place: str) -> None:
+    directory = tmp_path if place == "working directory" else tmp_path / "settings"
+    directory.mkdir(exist_ok=True)
+    (directory / "matplotlibrc").write_bytes(settings)
+    drawn(tmp_path, **({} if place == "working directory" else {place: str(directory)}))
+
+
+def test_settings_of_the_user_hold_for_the_user_only(tmp_path: Path) -> None:
+    """There is no LaTeX where nothing but text is drawn."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: There is none\n")
+    assert drawn(tmp_path, PATH="")[1] == "True"
+
+
+def test_nothing_else_imports_matplotlib() -> None:
+    source = Path(llm_surgeon.__file__).parent
+    for path in source.rglob("*.py"):
+        if path != source / "report" / "plots.py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not any(name.split(".")[0] == "matplotlib" for name in names), path

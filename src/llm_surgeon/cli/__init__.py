@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from llm_surgeon import __version__
 from llm_surgeon.cli.bench import bench
 from llm_surgeon.cli.compare import compare
 from llm_surgeon.cli.evaluate import evaluate
 from llm_surgeon.cli.plan import plan
 from llm_surgeon.cli.prune import prune
+from llm_surgeon.cli.shared import (
+    LiteralCommand,
+    LiteralGroup,
+    faults_reported,
+    interrupt_on_sigterm,
+)
 from llm_surgeon.runtime import keep_freed_memory
+from llm_surgeon.streams import standard_streams
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command()(plan)
-app.command()(prune)
-app.command(name="eval")(evaluate)
-app.command()(compare)
-app.command()(bench)
+app = typer.Typer(
+    cls=LiteralGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(cls=LiteralCommand)(plan)
+app.command(cls=LiteralCommand)(prune)
+app.command(name="eval", cls=LiteralCommand)(evaluate)
+app.command(cls=LiteralCommand)(compare)
+app.command(cls=LiteralCommand)(bench)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llm-surgeon {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Make a pretrained language model really smaller: on disk, in memory, in time per token."""
 
 
 def main() -> None:
     """Entry point of the ``llm-surgeon`` command."""
     keep_freed_memory()
-    app()
+    interrupt_on_sigterm()
+    with standard_streams(), faults_reported():
+        app()

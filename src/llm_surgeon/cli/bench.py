@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llm_surgeon.cli.shared import TrustRemoteCode, command_line, console, errors_as_messages, write_result
-from llm_surgeon.report.log import log_to_stderr
+from llm_surgeon.report.log import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.torchrun import require_one_process
+
+logger = logging.getLogger(__name__)
 
 
 def bench(
@@ -44,13 +47,13 @@ def bench(
     """
     with errors_as_messages():
         require_one_process("bench")
+        log_to_stderr()
+        logger.info(STARTING)
         from llm_surgeon.evaluation.bench import bench as measure
         from llm_surgeon.export.place import check_result_file
         from llm_surgeon.report.bench_table import bench_tables, failures
-        from llm_surgeon.report.log import quiet_transformers
 
         quiet_transformers()
-        log_to_stderr()
         if out is not None:
             check_result_file(out)
         result = measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,10 @@ from llm_surgeon.methods import method_names
 from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
 from llm_surgeon.quantity import shown
 from llm_surgeon.recipe_file import with_underscores
-from llm_surgeon.report.log import log_to_stderr
+from llm_surgeon.report.log import STARTING, log_to_stderr
 from llm_surgeon.torchrun import require_one_process
+
+logger = logging.getLogger(__name__)
 
 _REPEAT = "Repeat for more."
 # What all methods can do.
@@ -70,10 +73,11 @@ def compare(
             _listed(common, "structure", _STRUCTURE),
             _listed(common, "sparsity", PruneConfig.model_fields["sparsity"].default),
         )
+        log_to_stderr()
+        logger.info(STARTING)
         from llm_surgeon.pipeline.comparison import compare as run
         from llm_surgeon.report.comparison import comparison_tables
 
-        log_to_stderr()
         result = run(model, out, variants, settings, common, show_progress=True, command=command_line())
         output = console()
         output.print(comparison_tables(result))

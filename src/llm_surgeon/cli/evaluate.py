@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages, print_error, write_result
+from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages, write_result
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+from llm_surgeon.report.log import STARTING, log_to_stderr, print_error, quiet_transformers
 from llm_surgeon.torchrun import require_one_process
 
 if TYPE_CHECKING:
     from llm_surgeon.records import Evaluation
 
+logger = logging.getLogger(__name__)
+
 _DEMO = "demo"
 
 
-def _task_option(text: str, least: int | None = None) -> Any:
+def _task_option(text: str, *names: str, least: int | None = None, most: int | None = None) -> Any:
     """An option of ``eval`` that is about tasks."""
-    return typer.Option(help=text, min=least, rich_help_panel="Tasks (need the extra: tasks)")
+    return typer.Option(*names, help=text, min=least, max=most, rich_help_panel="Tasks (need the extra: tasks)")
 
 
 def evaluate(
@@ -35,13 +38,29 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 20_480,
-    tasks: Annotated[str | None, _task_option("Tasks of lm-eval to measure, separated by commas.")] = None,
+    bos: Annotated[
+        str,
+        typer.Option(
+            help="Whether each window begins with the token that begins a text: auto (where the tokenizer puts one), "
+            "always or never (as published figures of Llama and OPT have it)."
+        ),
+    ] = "auto",
+    tasks: Annotated[
+        str | None, _task_option("Tasks of lm-eval to measure, or groups of them, separated by commas.")
+    ] = None,
     tasks_path: Annotated[
         Path | None, _task_option("Directory with task files (YAML) of your own; their Python code is run.")
     ] = None,
-    few_shot: Annotated[int | None, _task_option("Solved examples before each question (default: 0).", 0)] = None,
-    limit: Annotated[int | None, _task_option("The first N samples of each task only (default: all).", 1)] = None,
-    batch_size: Annotated[int | None, _task_option("Requests of tasks per pass (default: 1).", 1)] = None,
+    few_shot: Annotated[int | None, _task_option("Solved examples before each question (default: 0).", least=0)] = None,
+    apply_chat_template: Annotated[
+        bool, _task_option("Put questions and examples into the tokenizer's chat template.", "--apply-chat-template")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        _task_option("Seed of the solved examples and of all else tasks draw (default: 0).", least=0, most=2**32 - 1),
+    ] = None,
+    limit: Annotated[int | None, _task_option("The first N samples of each task only (default: all).", least=1)] = None,
+    batch_size: Annotated[int | None, _task_option("Requests of tasks per pass (default: 1).", least=1)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
@@ -51,9 +70,12 @@ def evaluate(
     """Measure MODEL: perplexity of a text, accuracy on tasks, or both."""
     with errors_as_messages():
         require_one_process("eval")
-        if tasks is None and any(option is not None for option in (tasks_path, few_shot, limit, batch_size)):
+        of_tasks = (tasks_path, few_shot, apply_chat_template or None, seed, limit, batch_size)
+        if tasks is None and any(option is not None for option in of_tasks):
             raise ConfigError("Options of tasks are given, but no tasks.", "Name tasks, or leave those options out.")
-        from llm_surgeon.evaluation.tasks import evaluate_tasks, find_tasks
+        progress_console = log_to_stderr()
+        logger.info(STARTING)
+        from llm_surgeon.evaluation.tasks import check_chat_template, evaluate_tasks, find_tasks
         from llm_surgeon.export.place import check_result_file
         from llm_surgeon.models.loading import load
         from llm_surgeon.pipeline.run import evaluate as measure
@@ -61,11 +83,13 @@ def evaluate(
         from llm_surgeon.report.progress import RichProgress
 
         quiet_transformers()
-        progress = RichProgress(log_to_stderr())
+        progress = RichProgress(progress_console)
         if out is not None:
             check_result_file(out)
         selection = None if tasks is None else find_tasks(tasks.split(","), tasks_path)
         network, tokenizer = load(model, dtype, device, trust_remote_code)
+        if apply_chat_template:
+            check_chat_template(tokenizer)
         perplexity = scores = None
         if selection is None or data is not None:
             perplexity = measure(
@@ -76,6 +100,7 @@ def evaluate(
                 stride=stride,
                 max_tokens=tokens,
                 precision=precision,
+                bos=bos,  # type: ignore[arg-type]  # what is none of them is refused with a message
                 progress=progress,
             )
         if selection is not None:
@@ -86,6 +111,8 @@ def evaluate(
                 limit=limit,
                 shots=few_shot or 0,
                 batch_size=batch_size or 1,
+                seed=seed or 0,
+                apply_chat_template=apply_chat_template,
                 precision=precision,
                 progress=progress,
             )

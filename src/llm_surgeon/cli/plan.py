@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import config_of, console, errors_as_messages, with_recipe
-from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+from llm_surgeon.cli.shared import config_of, console, errors_as_messages, with_recipe, write_result
+from llm_surgeon.report.log import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.torchrun import require_one_process
+
+logger = logging.getLogger(__name__)
 
 
 @with_recipe
@@ -26,6 +29,8 @@ def plan(
     with errors_as_messages():
         require_one_process("plan")
         config = config_of(given)
+        log_to_stderr()
+        logger.info(STARTING)
         # Imported late, see prune.
         from llm_surgeon.export.place import check_result_file
         from llm_surgeon.planning.plan import plan as foresee
@@ -33,11 +38,10 @@ def plan(
         from llm_surgeon.report.plan import plan_tables
 
         quiet_transformers()
-        log_to_stderr()
         if out is not None:
             check_result_file(out)
         foreseen = foresee(model, config, probe, processes)
         console().print(plan_tables(foreseen))
         warn_if_short(foreseen)
         if out is not None:
-            out.write_text(foreseen.model_dump_json(indent=2) + "\n", encoding="utf8")
+            write_result(out, foreseen)

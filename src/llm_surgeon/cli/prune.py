@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import time
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llm_surgeon.cli.shared import command_line, config_of, console, errors_as_messages, with_recipe
-from llm_surgeon.report.log import log_to_stderr, quiet_transformers
+from llm_surgeon.report.log import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.torchrun import place
+
+if TYPE_CHECKING:
+    from llm_surgeon.records import ExportRecord, PruneReport
+
+logger = logging.getLogger(__name__)
 
 
 @with_recipe
@@ -25,23 +35,72 @@ def prune(
     **given: Any,
 ) -> None:
     """Prune MODEL's linear layers, correct what is left, export it and check the export."""
-    with errors_as_messages("interrupted; nothing is at --out yet"):
+    with errors_as_messages(partial(_how_to_go_on, out)):
+        start = time.perf_counter()
         config = config_of(given)
+        process = place().rank
+        errors = log_to_stderr(process)
+        logger.info(STARTING)
         # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.
         from llm_surgeon.pipeline.run import prune_checkpoint
         from llm_surgeon.report.progress import RichProgress
         from llm_surgeon.report.table import summary_table
 
         quiet_transformers()
-        process = place().rank
-        errors = log_to_stderr(process)
         report = prune_checkpoint(model, out, config, progress=RichProgress(errors), command=command_line())
         if process:
             return
         output = console()
         output.print(summary_table(report))
-        output.print(
-            f"The reloaded export agrees with the model in memory. Report: {out / 'report.html'} (numbers: "
-            f"{out / 'report.json'}), model card: {out / 'README.md'}",
-            soft_wrap=True,
-        )
+        assert report.export is not None, "a checkpoint is pruned into an export"
+        # Not wrapped nor coloured: some lines are to be pasted.
+        for line in _closing(report, report.export, time.perf_counter() - start, output.encoding):
+            output.print(line, soft_wrap=True, highlight=False)
+
+
+def _how_to_go_on(out: Path) -> str:
+    """What to say after an interrupt: what the same command will do."""
+    if (out / "report.json").is_file():
+        return f"interrupted; the export at {out} is complete"
+    out = Path(os.path.abspath(out))
+    # Asked of the names: the interrupt may have come before the modules that know more were imported.
+    names = (re.fullmatch(r"shot-(\d+)\.sha256", path.name) for path in out.with_name(f"{out.name}.run").glob("*"))
+    shots = [int(found[1]) for found in names if found]
+    more = f"continues after shot {max(shots)}" if shots else "begins anew"
+    return f"interrupted; nothing is at --out yet, and the same command {more}"
+
+
+def _closing(report: PruneReport, export: ExportRecord, seconds: float, encoding: str) -> list[str]:
+    """What to say below the table: time, size and place, how to load the export, and where the report is."""
+    from llm_surgeon.report.table import scaled_bytes
+
+    out, trust = Path(export.path), "" if export.plain or not report.smaller else ", trust_remote_code=True"
+    # Absolute, so that the lines work in any directory; an escape if the terminal does not have a character.
+    place = repr(export.path) if _can_show(export.path, encoding) else ascii(export.path)
+    return [
+        f"This took {_duration(seconds)}. Weights: {scaled_bytes(export.dense_weight_bytes)} before, "
+        f"{scaled_bytes(export.weight_bytes)} after.",
+        f"The reloaded export agrees with the model in memory. It is {out}, and these lines load it:",
+        "",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({place}{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
+        "",
+        f"Report: {out / 'report.html'} (numbers: {out / 'report.json'}), model card: {out / 'README.md'}",
+    ]
+
+
+def _can_show(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _duration(seconds: float) -> str:
+    """Write seconds as ``1 h 2 min 3 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = (hours, "h"), (minutes, "min"), (rest, "s")
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"

@@ -1,10 +1,8 @@
-"""What the commands share: options made from the recipe, literal help, streams, consoles, and errors as messages."""
+"""What the commands share: options made from the recipe, literal help, consoles, and errors as messages."""
 
 from __future__ import annotations
 
-import errno
 import inspect
-import io
 import os
 import re
 import shlex
@@ -16,19 +14,18 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, NoneType
-from typing import Annotated, Any, Literal, TextIO, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import OutputError, SurgeonError
 from llm_surgeon.presets import OPTIONS as PRESET_OPTIONS
 from llm_surgeon.records import Record
-from llm_surgeon.report.log import error_console
+from llm_surgeon.report.log import error_console, print_error
 from llm_surgeon.torchrun import place
 
 _PANELS = {
@@ -178,84 +175,6 @@ def write_result(out: Path, result: Record) -> None:
         raise OutputError(f"{out} cannot be written: {error.strerror}.", "Give another --out.") from None
 
 
-class _Unfailing(io.RawIOBase):
-    """The raw stream of standard output or error, which swallows what cannot be written any more.
-
-    Attributes:
-        failure: Why the first write failed; None if none did.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        self.failure: OSError | None = None
-        # Unbuffered (python -u), it has no other raw stream.
-        self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)
-        # Once it is forgotten, it closes its raw stream.
-        self._stream = stream
-
-    def write(self, data: Any, /) -> int | None:
-        try:
-            written: int | None = self._raw.write(data)
-        except OSError as error:
-            self.failure = error
-            # Processes that inherit the stream shall not fail either.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._raw.fileno())
-            os.close(nowhere)
-            return memoryview(data).nbytes
-        return written
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        number: int = self._raw.fileno()
-        return number
-
-    def isatty(self) -> bool:
-        return bool(self._raw.isatty())
-
-
-@contextmanager
-def standard_streams() -> Iterator[None]:
-    """Keep a run from ending because standard output or error is closed, full, without a reader, or ASCII only.
-
-    What is printed comes last, when all files are complete. If it is lost, the exit status is 1; a message says why,
-    unless the reader has gone, who knows.
-    """
-    _open_closed_streams()
-    sys.stdout, output = _unfailing(sys.stdout, "replace")
-    sys.stderr, _ = _unfailing(sys.stderr, "backslashreplace")
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        if output.failure is not None:
-            if output.failure.errno != errno.EPIPE:
-                print_error(
-                    f"Standard output cannot be written: {output.failure.strerror}.",
-                    "Files that the command has written are complete; only what it prints is lost.",
-                )
-            sys.exit(1)
-
-
-def _open_closed_streams() -> None:
-    """Open standard streams that are closed: else a file of the run would get the number of one."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            # The lowest free number, and so that of the stream.
-            number = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(number, True)
-            setattr(sys, name, os.fdopen(number, mode, encoding="utf8"))
-
-
-def _unfailing(stream: TextIO, errors: str) -> tuple[TextIO, _Unfailing]:
-    """A stream that takes all characters and never fails, and where it says so."""
-    raw = _Unfailing(stream)
-    text = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=errors, line_buffering=True)
-    return text, raw
-
-
 @contextmanager
 def faults_reported() -> Iterator[None]:
     """Ask for a report of an error that is none of the user's, below its stack trace."""
@@ -319,8 +238,3 @@ def _say_once(error: SurgeonError) -> None:
     from llm_surgeon.processes import say_once
 
     say_once(str(error), lambda: print_error(error.cause, error.remedy))
-
-
-def print_error(cause: str, remedy: str) -> None:
-    """Say on standard error what went wrong and what to do about it."""
-    error_console().print(Text.assemble(("error:", "bold red"), f" {cause}\n{remedy}"), soft_wrap=True)

@@ -221,8 +221,10 @@ def first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
             ``always`` or ``never``.
 
     Raises:
-        ConfigError: If it has none and one is asked for.
+        ConfigError: If it has none and one is asked for, or that is none of the three.
     """
+    if bos not in ("auto", "always", "never"):
+        raise ConfigError(f"--bos is {bos!r}.", "Use auto, always or never.")
     token = tokenizer.bos_token_id
     if bos == "always" and not isinstance(token, int):
         raise ConfigError("The tokenizer has no token that begins a text.", "Leave --bos out.")

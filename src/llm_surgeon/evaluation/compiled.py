@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from llm_surgeon.evaluation.speed import Rates, Run, pass_options, time_run
+from llm_surgeon.evaluation.speed import Rates, Run, cache_argument, pass_options, time_run
 
 
 def compiled_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> tuple[Run, float]:
@@ -30,7 +30,7 @@ def compiled_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> tu
         Exception: What the compiler raises, of many kinds; also if the model would be compiled anew in each run.
     """
     cache = StaticCache(config=model.config, max_cache_len=token_ids.shape[1] + generate)
-    options = pass_options(model) | {"past_key_values": cache}
+    options = pass_options(model) | {cache_argument(model): cache}
     # The first pass with a cache lays it out; compiled, it would be a program of its own.
     model(input_ids=token_ids, **options)
     # Two models may share their code. Without this, torch would compile the second one for prompts of any length,

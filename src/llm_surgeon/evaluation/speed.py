@@ -175,7 +175,7 @@ def time_run(forward: Callable[..., Any], token_ids: Tensor, generate: int, opti
         forward: The model, or what is called in its place.
         token_ids: The prompts ``[batch, prompt]``.
         generate: Tokens per sequence decoded.
-        options: Of ``pass_options``; ``past_key_values`` too if the prefill is to fill a cache that is there.
+        options: Of ``pass_options``; the cache too, see ``cache_argument``, if the prefill is to fill one.
     """
     synchronise(token_ids.device)
     start = perf_counter()
@@ -184,11 +184,17 @@ def time_run(forward: Callable[..., Any], token_ids: Tensor, generate: int, opti
     prefilled = perf_counter()
     for _ in range(generate):
         next_ids = output.logits[:, -1:].argmax(dim=-1)
-        output = forward(input_ids=next_ids, **{**options, "past_key_values": output.past_key_values})
+        name = "cache" if hasattr(output, "cache") else "past_key_values"
+        output = forward(input_ids=next_ids, **{**options, name: getattr(output, name)})
     synchronise(token_ids.device)
     end = perf_counter()
     batch = token_ids.shape[0]
     return Rates(prefill=token_ids.numel() / (prefilled - start), decode=batch * generate / (end - prefilled))
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Name of the key/value cache among a model's arguments; transformers has renamed it with version 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def speed_of(model: PreTrainedModel, rates: Sequence[Rates], work: Workload) -> Speed:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, present_heads
-from llm_surgeon.models.matrix import attention_output, layer_shape
+from llm_surgeon.models.matrix import attention_output, core_of, layer_shape
 from llm_surgeon.selection import KeepMask
 
 
@@ -57,8 +58,29 @@ def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMas
         config: Configuration of the dense model.
     """
     blocks = form_of(anatomy, keep, config).blocks
-    named = model.named_parameters()
-    return sum(parameter.numel() for name, parameter in named if renamed(anatomy, blocks, name) is not None)
+    empty = emptied(model, anatomy)
+    sizes = {
+        name: parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(tuple(empty))
+    }
+    sizes |= {name: len(bias) for name, bias in empty.items() if bias is not None}
+    return sum(size for name, size in sizes.items() if renamed(anatomy, blocks, name) is not None)
+
+
+def emptied(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor | None]:
+    """Layers that have no weights left, by the beginning of their parameters' names, and what is left of each.
+
+    That is the bias at its full width, as ``NoLinear`` has it; None if there is none.
+    """
+    found: dict[str, Tensor | None] = {}
+    for name, layer in anatomy.layers.items():
+        module, core = model.get_submodule(name), core_of(model, layer)
+        if core.weight.numel():
+            continue
+        bias = None if core.bias is None else core.bias.detach()
+        if bias is not None and isinstance(module, PrunedLinear) and module.output_index is not None:
+            bias = bias.new_zeros(module.out_features).scatter(0, module.output_index, bias)
+        found[f"{name}."] = None if bias is None or not len(bias) else bias
+    return found
 
 
 def renamed(anatomy: Anatomy, blocks: tuple[int, ...], name: str) -> str | None:

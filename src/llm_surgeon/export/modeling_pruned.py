@@ -168,10 +168,17 @@ class EmptyAttention(nn.Module):
         self.train(before.training)
 
     def forward(
-        self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, layer_past: Any = None, **__: Any
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        cache: Any = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **__: Any,
     ) -> tuple[Tensor, None]:
         """Map hidden states ``[batch, length, width]`` to the same shape, and no attention weights."""
-        cache = layer_past if past_key_values is None else past_key_values
+        # By the names that versions of transformers and families have for it.
+        cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         if cache is not None:
             # The length of the cached text is read from any layer, so that this one has to keep count.
             none = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)

@@ -55,6 +55,8 @@ def _check_possible(out: Path) -> None:
         OutputError: If it is too long, or holds a NUL.
     """
     try:
+        # What the locale could not decode becomes half a character, which files of JSON cannot hold.
+        str(out).encode("utf8")
         out.lstat()
     except FileNotFoundError:
         pass

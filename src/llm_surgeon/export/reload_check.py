@@ -35,7 +35,9 @@ def main(directory: str, probe: str, device: str, code: str) -> None:
     with torch.inference_mode():
         logits = model(ids).logits
         prefill = model(ids[:, :-1], use_cache=True)
-        step = model(ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True).logits
+        # By the name that this version of transformers has for it.
+        name = "cache" if hasattr(prefill, "cache") else "past_key_values"
+        step = model(ids[:, -1:], use_cache=True, **{name: getattr(prefill, name)}).logits
         # Settings of its own: those of the checkpoint may be such that they cannot be used.
         greedy = GenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False)
         generated = model.generate(ids[:, :4], generation_config=greedy)

@@ -14,12 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.export.companions import GENERATION_FILE, copy_companions
-from llm_surgeon.export.form import Form, form_of, renamed
-from llm_surgeon.export.modeling_pruned import PrunedLinear
+from llm_surgeon.export.form import Form, emptied, form_of, renamed
 from llm_surgeon.export.place import writing
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.family import Family
-from llm_surgeon.models.matrix import core_of
 from llm_surgeon.selection import KeepMask
 
 MODELING_FILE = "modeling_pruned.py"
@@ -111,7 +109,7 @@ def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
 def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
     """Parameters under the names and in the layout of the class that will load them; None if they have them."""
     transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
-    empty = _without_weights(model, anatomy)
+    empty = emptied(model, anatomy)
     if len(form.blocks) == anatomy.blocks and not transposed and not empty:
         return None
     state = {}
@@ -120,20 +118,6 @@ def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Te
             state[new] = value.T.contiguous() if name in transposed else value
     biases = {f"{name}bias": bias for name, bias in empty.items() if bias is not None}
     return state | {new: bias for name, bias in biases.items() if (new := renamed(anatomy, form.blocks, name))}
-
-
-def _without_weights(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor | None]:
-    """Beginnings of the names of layers that have no weights left, and what ``NoLinear`` has of each: its bias."""
-    found: dict[str, Tensor | None] = {}
-    for name, layer in anatomy.layers.items():
-        module, core = model.get_submodule(name), core_of(model, layer)
-        if core.weight.numel():
-            continue
-        bias = None if core.bias is None else core.bias.detach()
-        if bias is not None and isinstance(module, PrunedLinear) and module.output_index is not None:
-            bias = bias.new_zeros(module.out_features).scatter(0, module.output_index, bias)
-        found[f"{name}."] = None if bias is None or not len(bias) else bias
-    return found
 
 
 def modeling_text(family: Family) -> str:

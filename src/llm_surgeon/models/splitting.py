@@ -46,9 +46,9 @@ def warn_of_splitting(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
         if of_file != of_class:
             kind = type(tokenizer).__name__
             logger.warning(
-                "%s splits text otherwise than %s: %r into %d tokens, the file into %d. The run uses %s, and copies "
-                "the file as it is. If the model was trained with the file's tokens, set tokenizer_class to "
-                "PreTrainedTokenizerFast in tokenizer_config.json",
+                "%s, which transformers takes for this type of model, splits text otherwise than %s: %r into %d "
+                "tokens, the file into %d. The run uses %s, and copies the file as it is. If the model was trained "
+                "with the file's tokens, what is measured here is not what it can do",
                 *(kind, file.name, probe, len(of_class), len(of_file), kind),
             )
             return

@@ -60,8 +60,9 @@ from llm_surgeon.records import (
 )
 from llm_surgeon.report.card import model_card
 from llm_surgeon.report.page import report_page
+from llm_surgeon.report.plan import seconds_of_phases
 from llm_surgeon.report.plots import kept_fraction_png
-from llm_surgeon.report.progress import Progress, SilentProgress
+from llm_surgeon.report.progress import Progress, SilentProgress, expect
 from llm_surgeon.report.publish import recipe_without_paths, without_paths
 from llm_surgeon.runtime import hand_back_freed_memory
 from llm_surgeon.selection import KeepMask
@@ -258,6 +259,7 @@ def prune_checkpoint(
     device = resolve_device(own_device(config.device))
     with joined(device) as processes, _directory(out, processes) as run:
         processes.check_samples(config.samples, config.parts_of_text)
+        _announce(processes, f"reading the configuration of {model}")
         skeleton = skeleton_of(resolve_source(model), config)
         check_recipe_fits(config, skeleton.network.config)
         resolved = settled(skeleton, config)
@@ -273,6 +275,7 @@ def prune_checkpoint(
         done = processes.from_first(finished)
         if done is not None:
             return done
+        _announce(processes, "reading and tokenising the texts")
         tokenizer = load_tokenizer(skeleton.source, config.trust_remote_code)
         warn_of_tokenizer(skeleton.network.config, tokenizer)
         texts = prepare_texts(tokenizer, config)
@@ -323,18 +326,28 @@ def _loaded_job(
     foreseen = None
     # What a latency comes to is only known once the model has been timed.
     if config.target is None:
+        _announce(processes, "planning the run")
         foreseen = processes.from_first(lambda: foresee(model, skeleton, config, device, texts, place=place()))
         if processes.first:
             warn_if_short(foreseen)
     streamed = foreseen.streamed if foreseen else config.weights == "streamed"
+    _announce(processes, "loading the weights")
     network, anatomy = loaded(skeleton, config, device, streamed=streamed)
     check_stored_type(network)
     config = processes.from_first(partial(latency_based, config, network, anatomy))
     shown = _shown(progress, processes)
+    if foreseen is not None:
+        expect(shown, seconds_of_phases(foreseen, config))
     # Before a checkpoint is restored into the model.
     dense = goal_of(network, anatomy, texts.calibration, config)
     files = local_directory(skeleton.source)
     return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes, dense, files)
+
+
+def _announce(processes: Processes, what: str) -> None:
+    """Say what is being done while nothing can be counted."""
+    if processes.first:
+        logger.info(what)
 
 
 def _circumstances(job: Job) -> dict[str, str]:

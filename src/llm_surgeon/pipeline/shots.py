@@ -32,7 +32,8 @@ from llm_surgeon.pipeline.solving import check_written
 from llm_surgeon.pipeline.structures import Masks, Structure, structure_of
 from llm_surgeon.processes import ALONE, Processes
 from llm_surgeon.records import CostHistogram
-from llm_surgeon.report.progress import Progress
+from llm_surgeon.report.plan import step_of
+from llm_surgeon.report.progress import Phase, Progress
 from llm_surgeon.storage import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -113,9 +114,12 @@ class _Run:
 
     def shot(self, number: int, sparsity: float, previous: WarmStart | None) -> ShotResult:
         """One shot, to a sparsity; ``previous`` is what a power iteration sets out from."""
-        structure, clock = self.structure, Clock(next(self.model.parameters()).device)
+        structure, config, clock = self.structure, self.config, Clock(next(self.model.parameters()).device)
         curvature = self._estimate(number, previous, clock)
-        steps = [self._step(curvature, target, clock) for target in self._targets(sparsity)]
+        steps = [
+            self._step(curvature, target, clock, f"shot {number}/{config.shots}{step_of(step, config.steps_per_shot)}")
+            for step, target in enumerate(self._targets(sparsity), start=1)
+        ]
         # Only a power iteration has use for what a shot found.
         start = None
         if isinstance(curvature, NearestCurvature):
@@ -163,19 +167,19 @@ class _Run:
         """Weights that are to be left at a sparsity."""
         return round((1 - sparsity) * self.anatomy.prunable_weights)
 
-    def _step(self, curvature: Curvature, target: int, clock: Clock) -> _Step:
-        """Remove what costs least until so many weights are left, and update the others."""
-        structure = self.structure
-        with clock.phase("selection"):
-            costs = self._costs(curvature)
+    def _step(self, curvature: Curvature, target: int, clock: Clock, where: str) -> _Step:
+        """Remove what costs least until so many weights are left, and update the others; ``where`` names the step."""
+        structure, layers = self.structure, len(self.anatomy.layers)
+        with clock.phase("selection"), self.progress.phase(f"{where}: selection", layers, "layers") as phase:
+            costs = self._costs(curvature, phase)
             selection = structure.select(costs, target)
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
             if target == self._left(self.config.sparsity):
                 dense, what = self.anatomy.prunable_weights, self.config.structure
                 _check_reached(selection.keep, target, selection.next_weights, dense, what)
-        with clock.phase("update"):
-            self._update(curvature, selection)
+        with clock.phase("update"), self.progress.phase(f"{where}: update", layers, "layers") as phase:
+            self._update(curvature, selection, phase)
         return _Step(selection.threshold, selection.structures_chosen, selection.structures_implied, histogram)
 
     def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
@@ -224,7 +228,7 @@ class _Run:
         return weights_of(self.model).present(self.model.get_submodule(layer.name))
 
     @torch.no_grad()
-    def _costs(self, curvature: Curvature) -> dict[str, Any]:
+    def _costs(self, curvature: Curvature, phase: Phase) -> dict[str, Any]:
         structure = self.structure
 
         def costs_of(layer: LinearLayer) -> Any:
@@ -232,11 +236,14 @@ class _Run:
             with self._present(layer):
                 return structure.costs(layer, read_matrix(self.model, layer), fisher)
 
-        found = {layer.name: costs for layer, costs in self._share_out(costs_of)}
+        found = {}
+        for layer, costs in self._share_out(costs_of):
+            found[layer.name] = costs
+            phase.advance(1)
         return {name: found[name] for name in self.anatomy.layers}
 
     @torch.no_grad()
-    def _update(self, curvature: Curvature, selection: Any) -> None:
+    def _update(self, curvature: Curvature, selection: Any, phase: Phase) -> None:
         before, after = self.structure.shapes, self.structure.shapes_after(selection)
         extents = self.anatomy.extents(after)
 
@@ -250,6 +257,7 @@ class _Run:
             write_matrix(self.model, layer, after[layer.name], extents[layer.name], matrix)
             check_written(layer, core_of(self.model, layer))
             weights_of(self.model).settle(self.model.get_submodule(layer.name))
+            phase.advance(1)
         narrow_heads(self.model, self.anatomy, after)
         self.structure.commit(selection)
 

@@ -62,6 +62,7 @@ def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)
     device, source = resolve_device(config.device), resolve_source(model)
+    logger.info("reading the configuration of %s", model)
     skeleton = skeleton_of(source, config)
     check_recipe_fits(config, skeleton.network.config)
     config = settled(skeleton, config)
@@ -70,11 +71,13 @@ def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool
             "What a latency comes to is only known once the model has been timed.",
             "Plan with --sparsity, or let prune find the sparsity.",
         )
+    logger.info("reading and tokenising the texts")
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     warn_of_tokenizer(skeleton.network.config, tokenizer)
     texts = prepare_texts(tokenizer, config)
     check_texts(skeleton.network.config, texts)
     shared = Place(count=processes, local_count=processes)
+    logger.info("planning the run")
     return foresee(model, skeleton, config, device, texts, probe=probe, place=shared)
 
 
@@ -106,6 +109,7 @@ def foresee(
     course = Course(skeleton, config, device, texts, room, place)
     way = course.way()
     if probe:
+        logger.info("loading the model and timing a batch")
         way, probed = course.probed(way)
         rates = _calibrated(rates, pass_operations(skeleton, config, way.order) * probed.tokens / probed.seconds)
     way = course.with_store(way)

@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from llm_surgeon.records import Cell, Comparison
 from llm_surgeon.report.card import model_name
 from llm_surgeon.report.comparison import cells_by_setting
-from llm_surgeon.report.plots import BLUE, VERMILION, tick_perplexity
+from llm_surgeon.report.plots import BLUE, VERMILION, Axes, Figure, FigureCanvasAgg, own_style, tick_perplexity
 from llm_surgeon.report.table import perplexity_cell
 
 _COLUMNS = 3
@@ -21,6 +17,7 @@ _COLUMNS = 3
 _FAR = 30
 
 
+@own_style()
 def comparison_png(comparison: Comparison, path: Path) -> None:
     """Draw the perplexities of each setting as dots, the best method on top, with the dense model as a line.
 

@@ -9,22 +9,26 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, Literal, TypeVar
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llm_surgeon.records import CostHistogram, LayerRecord, PruneReport, ShotRecord
 from llm_surgeon.report.plots import (
     BLUE,
     VERMILION,
+    Axes,
+    Axis,
+    EngFormatter,
+    Figure,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
     draw_kept,
     draw_perplexity,
     finish_size_axes,
     kept_by_kind,
     kept_percent,
+    own_style,
     write_values,
 )
 from llm_surgeon.report.table import scaled_bytes
@@ -52,7 +56,6 @@ NUMBERED = 24
 # Inches; at 72 points each and a third more pixels than points this fills the column of the page.
 WIDTH = 11.0
 # Text stays text: it is small, it can be searched, and the page's own font draws it.
-# Keys are of type Any because matplotlib's type for them differs between its versions.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.sans-serif": ["DejaVu Sans"],
@@ -286,7 +289,7 @@ def inline_svg(name: str, label: str, size: tuple[float, float], draw: Callable[
     """
     stream = io.StringIO()
     # The settings also hold while drawing, since text decides then whether its dollar signs are mathematics.
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+    with own_style({**STYLE, "svg.hashsalt": name}):
         # The object interface, as in plots.py.
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

@@ -6,6 +6,20 @@ import logging
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
+
+# What a command says first.
+STARTING = "loading torch and transformers"
+
+
+def error_console() -> Console:
+    """Standard error, for messages and progress. Text is shown as it is: names may hold brackets and colons."""
+    return Console(stderr=True, markup=False, emoji=False)
+
+
+def print_error(cause: str, remedy: str) -> None:
+    """Say on standard error what went wrong and what to do about it."""
+    error_console().print(Text.assemble(("error:", "bold red"), f" {cause}\n{remedy}"), soft_wrap=True)
 
 
 def log_to_stderr(process: int = 0) -> Console:
@@ -17,7 +31,7 @@ def log_to_stderr(process: int = 0) -> Console:
     Returns:
         The console that it goes to, for what else is shown there.
     """
-    console = Console(stderr=True)
+    console = error_console()
     logger = logging.getLogger("llm_surgeon")
     logger.setLevel(logging.WARNING if process else logging.INFO)
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from llm_surgeon.config import HALVES, PruneConfig
 from llm_surgeon.records import Plan, PlannedPhase, PruneReport
 from llm_surgeon.report.table import UNKNOWN, scaled, scaled_bytes
 
@@ -35,6 +38,51 @@ def compared(report: PruneReport) -> list[tuple[str, str, str, str]]:
 
 def _compared(name: str, predicted: str, measured: str, a: float, b: float) -> tuple[str, str, str, str]:
     return name, predicted, measured, f"{a / b:.2f}" if b else UNKNOWN
+
+
+def seconds_of_phases(plan: Plan, config: PruneConfig) -> dict[str, float]:
+    """What a plan says of each phase that the run's progress shows, by its description, in their order.
+
+    Shots are taken to be alike. What comes after the last one is no phase, and counts too.
+
+    Args:
+        plan: Of the run.
+        config: Its recipe.
+    """
+    seconds = {phase.name: phase.seconds for phase in plan.phases}
+    shots = {
+        description: share / config.shots * sum(seconds.get(name, 0.0) for name in names)
+        for shot in range(1, config.shots + 1)
+        for description, names, share in _phases_of_shot(config, f"shot {shot}/{config.shots}")
+    }
+    after = {name: seconds.get(name, 0.0) for name in ("export and check", "speed")}
+    return {"dense: perplexity": seconds.get("dense evaluation", 0.0)} | shots | after
+
+
+def _phases_of_shot(config: PruneConfig, shot: str) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Phases of a shot as they follow one another: description, what the plan calls it, and the share of that."""
+    if config.layerwise:
+        yield f"{config.method}: block after block", ("curvature", "selection", "update"), 1.0
+    else:
+        yield f"{shot}: curvature", ("curvature",), 1.0
+        steps = config.steps_per_shot
+        for step in range(1, steps + 1):
+            for name in ("selection", "update"):
+                yield f"{shot}{step_of(step, steps)}: {name}", (name,), 1 / steps
+        for half in range(1, HALVES + 1) if config.cross_fit else ():
+            yield f"{shot}: reconstruction by half {half} of {HALVES}", ("reconstruction",), 1 / HALVES
+            # The other half sets the gates.
+            yield f"{shot}: gates by half {HALVES + 1 - half} of {HALVES}", ("gates",), 1 / HALVES
+        if not config.cross_fit:
+            yield f"{shot}: reconstruction", ("reconstruction",), 1.0
+            yield f"{shot}: gates", ("gates",), 1.0
+    yield f"{shot}: correction", ("correction",), 1.0
+    yield f"{shot}: perplexity", ("evaluation",), 1.0
+
+
+def step_of(step: int, steps: int) -> str:
+    """Which step of a shot it is, in words that follow the shot; none if there is one."""
+    return f", step {step}/{steps}" if steps > 1 else ""
 
 
 def time(seconds: float) -> str:

@@ -1,26 +1,106 @@
-"""Pictures of a run."""
+"""Pictures of a run; and matplotlib, which other modules take from here, see ``undisturbed``."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import logging
 import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llm_surgeon.records import LayerRecord, PruneReport
 from llm_surgeon.report.card import model_name
 from llm_surgeon.report.table import scaled
+
+_BACKEND, _SETTINGS = "MPLBACKEND", "MATPLOTLIBRC"
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Import matplotlib so that what only windows need neither ends a run nor says anything.
+
+    That is a backend that is not installed, a file of settings that cannot be read, or a place for settings that cannot
+    be written: here, only ``Figure`` and the Agg canvas are used. What others in this process draw has the backend and
+    the settings that the user wants, if they are possible.
+    """
+    logger = logging.getLogger("matplotlib")
+    level, backend = logger.level, os.environ.pop(_BACKEND, None)
+    first = "matplotlib" not in sys.modules
+    logger.setLevel(logging.ERROR)
+    try:
+        try:
+            matplotlib = importlib.import_module("matplotlib")
+        except (OSError, ValueError):  # a file of settings that cannot be read, or is no text
+            with _without_settings():
+                matplotlib = importlib.import_module("matplotlib")
+        # Setting it means nothing until something asks for a window.
+        if first and backend:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+        yield
+    finally:
+        logger.setLevel(level)
+        if backend is not None:
+            os.environ[_BACKEND] = backend
+
+
+@contextlib.contextmanager
+def _without_settings() -> Iterator[None]:
+    """Let matplotlib find no file of settings: it looks in the working directory first, then where it is told."""
+    # What the first attempt has imported knows of the module that failed.
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        del sys.modules[name]
+    former = os.environ.get(_SETTINGS)
+    os.environ[_SETTINGS] = os.devnull
+    try:
+        with contextlib.chdir(Path(__file__).parent):
+            yield
+    finally:
+        os.environ.pop(_SETTINGS)
+        if former is not None:
+            os.environ[_SETTINGS] = former
+
+
+# "as" makes them names of this module, for the others.
+with undisturbed():
+    import matplotlib as mpl
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.axis import Axis as Axis
+    from matplotlib.backends.backend_agg import FigureCanvasAgg as FigureCanvasAgg
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.ticker import EngFormatter as EngFormatter
+    from matplotlib.ticker import FuncFormatter as FuncFormatter
+    from matplotlib.ticker import LogLocator as LogLocator
+    from matplotlib.ticker import MaxNLocator as MaxNLocator
+    from matplotlib.ticker import NullLocator as NullLocator
 
 # Colours of the palette by Okabe and Ito, which colour-blind readers can tell apart; viridis is safe as it is.
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
 
 
+@contextlib.contextmanager
+def own_style(changes: Mapping[Any, Any] = MappingProxyType({})) -> Iterator[None]:
+    """Draw in matplotlib's default style, whatever the user's is: it may need LaTeX, or fonts that are not there.
+
+    Args:
+        changes: Settings that differ from it. Keys are of type Any as matplotlib's type for them differs between its
+            versions.
+    """
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(changes)
+        yield
+
+
+@own_style()
 def kept_fraction_png(report: PruneReport, path: Path) -> None:
     """Draw what each layer kept, by depth and kind (paper, Fig. 4), beside perplexity against size.
 

@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_surgeon.records import TaskMetric, TaskScore, TaskScores
-from llm_surgeon.report.table import UNKNOWN
 
 _HEADINGS = ("task", "acc", "acc_norm", "other metrics", "samples")
 _OWN_COLUMNS = ("acc", "acc_norm")
@@ -28,36 +27,63 @@ def task_table(model: str, scores: TaskScores) -> Table:
     for score in scores.scores:
         table.add_row(*_row(score))
     for failure in scores.failures:
-        table.add_row(failure.task, "failed", *(UNKNOWN for _ in _HEADINGS[2:]))
-    table.add_section()
-    # In the column of acc only if it is of nothing else.
-    mean = UNKNOWN if scores.mean is None else f"{100 * scores.mean:.2f} %"
-    of_acc = all(score.accuracy in (None, "acc") for score in scores.scores)
-    table.add_row("mean", *((mean, "", "", "") if of_acc else ("", "", mean, "")))
+        # The reason goes to standard error, and is in the JSON.
+        table.add_row(failure.task, "failed", "", "", "")
+    if scores.mean is not None:
+        table.add_section()
+        mean = f"{100 * scores.mean:.2f} %"
+        # In the column of acc only if it is of nothing else.
+        of_acc = all(score.accuracy in (None, "acc") for score in scores.scores)
+        table.add_row("mean", *((mean, "", "", "") if of_acc else ("", "", mean, "")))
     return table
 
 
 def task_notes(scores: TaskScores) -> list[str]:
-    """What the mean is of, what is missing in it, and how it was measured."""
+    """What the mean is of and what is missing in it, what makes it less than it seems, and how it was measured."""
+    return [*_notes_on_the_mean(scores), *_reservations(scores), *_notes_on_measuring(scores)]
+
+
+def _notes_on_the_mean(scores: TaskScores) -> list[str]:
     averaged = [score for score in scores.scores if score.accuracy is not None]
     others = [score for score in averaged if score.accuracy != "acc"]
     without = [score.task for score in scores.scores if score.accuracy is None]
+    if not averaged:
+        return ["No mean: no task gave an accuracy."]
     asked = len(scores.scores) + len(scores.failures)
     notes = [f"Mean: plain mean of acc over {len(averaged)} of the {asked} tasks asked for, each counting the same."]
     if others:
         notes.append(f"Instead of acc: {', '.join(f'{score.task} {score.accuracy}' for score in others)}.")
     if without:
         notes.append(f"Not in the mean, for want of an accuracy: {', '.join(without)}.")
-    if scores.failures:
-        notes.append(f"Not in the mean, because they failed: {', '.join(failure.task for failure in scores.failures)}.")
-    if scores.limit is not None:
-        notes.append(f"Only the first {scores.limit:,} samples of each task: an estimate.")
-    shots = ", ".join(str(number) for number in sorted({score.shots for score in scores.scores})) or UNKNOWN
-    notes.append(
-        f"lm-eval {scores.lm_eval}, {shots} solved examples, {scores.precision} arithmetic, batch {scores.batch_size}; "
-        "\N{PLUS-MINUS SIGN} is one standard error."
-    )
     return notes
+
+
+def _reservations(scores: TaskScores) -> list[str]:
+    notes = []
+    if scores.limit is not None and any(score.samples < score.samples_total for score in scores.scores):
+        notes.append(f"Only the first {scores.limit:,} samples of each task: an estimate.")
+    drawn = [_drawn(score) for score in scores.scores if score.examples_measured]
+    if drawn:
+        notes.append(f"Solved examples come from the measured samples, without the question's own: {', '.join(drawn)}.")
+    return notes
+
+
+def _drawn(score: TaskScore) -> str:
+    """A task whose solved examples are measured samples, and how many of them if not all are."""
+    if score.examples_measured == score.examples:
+        return score.task
+    return f"{score.task} ({score.examples_measured:,} of {score.examples:,})"
+
+
+def _notes_on_measuring(scores: TaskScores) -> list[str]:
+    if not scores.scores:
+        return []
+    shots = ", ".join(str(number) for number in sorted({score.shots for score in scores.scores}))
+    template = ", chat template" if scores.chat_template else ""
+    return [
+        f"lm-eval {scores.lm_eval}, {shots} solved examples{template}, seed {scores.seed}, {scores.precision} "
+        f"arithmetic, batch {scores.batch_size}; \N{PLUS-MINUS SIGN} is one standard error."
+    ]
 
 
 def _row(score: TaskScore) -> tuple[str, ...]:
@@ -71,7 +97,7 @@ def _row(score: TaskScore) -> tuple[str, ...]:
 
 def _percent(metric: TaskMetric | None) -> str:
     if metric is None:
-        return UNKNOWN
+        return ""
     error = "" if metric.stderr is None else f" \N{PLUS-MINUS SIGN} {100 * metric.stderr:.2f}"
     return f"{100 * metric.value:.2f}{error} %"
 
