@@ -29,7 +29,7 @@ from typing import Any, cast
 from common import circumstances, finished, table, write
 
 import llm_surgeon.pipeline.run as run_module
-from llm_surgeon import PruneConfig, prune_checkpoint
+from llm_surgeon import Comparison, PruneConfig, Setting, compare, prune_checkpoint
 from llm_surgeon.errors import OutputError
 from llm_surgeon.export.verify import ReloadCheck
 from llm_surgeon.pipeline.checkpoint import Checkpoints
@@ -39,6 +39,8 @@ from llm_surgeon.pipeline.run_directory import RunDirectory
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny import VOCABULARY, llama, tokenizer
 
+# Marks the case whose runs are comparisons; what is compared then is the table's numbers.
+COMPARED = "compared"
 COMMON = {
     "preset": "none",
     "samples": 16,
@@ -66,7 +68,24 @@ CASES: dict[str, dict[str, Any]] = {
         "lora_steps": 2,
         "lora_final_steps": 2,
     },
+    "the default": {"preset": "best", "shots": 1},
+    "fast, in two shots, both exported": {"preset": "fast", "shots": 2, "export_shots": (1,)},
+    "SparseGPT on permuted channels, 2:4": {
+        "method": "sparsegpt",
+        "structure": "2:4",
+        "permute": True,
+        "shots": 1,
+        "sparsity": 0.5,
+    },
+    "corrections of single weights": {
+        "structure": "unstructured",
+        "lora": True,
+        "lora_steps": 2,
+        "lora_final_steps": 2,
+    },
+    "two cells of a comparison": {COMPARED: True, "shots": 1},
 }
+NOT_COMMON = ("preset", "shots", "sparsity")
 # Phases of each shot; the others come once.
 IN_SHOTS = ("curvature", "selection", "update", "reconstruction", "gates", "correction", "evaluation", "checkpoint")
 # Share of the attempts that nobody kills, so that runs end.
@@ -80,6 +99,7 @@ class Place:
     directory: Path
     config: PruneConfig
     quick: bool
+    compared: bool = False
     weights: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -132,13 +152,25 @@ def _prune(place: Place, pipe: int) -> int:
             run_module._compare_speed = lambda *_: None
         tempfile.tempdir = str(place.directory / "temporary")
         there = place.out.exists()
-        prune_checkpoint(str(place.directory / "model"), place.out, place.config)
+        if place.compared:
+            _compare(place)
+        else:
+            prune_checkpoint(place.directory / "model", place.out, place.config)
     except OutputError as error:
         # What was killed in its last microseconds had done all it had to.
         return 0 if there and "is not empty" in error.cause else _said(error)
     except BaseException as error:
         return _said(error)
     return 0
+
+
+def _compare(place: Place) -> None:
+    """Compare two methods, each in a process of its own."""
+    common = {name: getattr(place.config, name) for name in ("calibration", *COMMON) if name not in NOT_COMMON}
+    variants = {name: {"method": name} for name in ("magnitude", "wanda")}
+    result = compare(place.directory / "model", place.out, variants, [Setting(structure="2:4", sparsity=0.5)], common)
+    if any(cell.status != "finished" for cell in result.cells):
+        raise RuntimeError(f"a cell has failed: {result.cells}")
 
 
 def _said(error: BaseException) -> int:
@@ -174,7 +206,11 @@ def _announce(pipe: int) -> None:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """SHA-256 of all weight files of a result."""
+    """SHA-256 of all weight files of a result, or the measures of a comparison."""
+    if (out / "comparison.json").is_file():
+        cells = Comparison.model_validate_json((out / "comparison.json").read_bytes()).cells
+        measured = {cell.variant: cell.measures for cell in cells}
+        return {name: f"{m.perplexity} {m.divergence} {m.sparsity}" for name, m in measured.items() if m is not None}
     files = sorted(out.rglob("*.safetensors"))
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -191,7 +227,9 @@ def prepared(directory: Path, options: dict[str, Any], quick: bool) -> Place:
         tokenizer().save_pretrained(directory / "model")
         os._exit(0)
     os.waitpid(pid, 0)
-    place = Place(directory, PruneConfig.from_mapping({**COMMON, "calibration": str(text), **options}), quick)
+    options = {**COMMON, "calibration": str(text), **options}
+    compared = options.pop(COMPARED, False)
+    place = Place(directory, PruneConfig.from_mapping(options), quick, compared)
     attempt = Attempt(place)
     if attempt.end():
         raise SystemExit("The run that nobody kills has failed.")
