@@ -133,7 +133,7 @@ def test_help_that_cannot_be_written_is_a_message():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["plan", "prune", "eval", "compare", "bench"])
+@pytest.mark.parametrize("command", ["plan", "prune", "eval", "compare"])
 def test_every_command_works_where_standard_output_takes_ascii_only(command, checkpoint, text_file, tmp_path):
     texts = ["--calibration", text_file, "--samples", 8, "--seq-len", 32, "--eval-window", 64, "--eval-tokens", 256]
     arguments = {

@@ -252,12 +252,13 @@ def test_directories_are_checked_before_any_work(here, checkpoint, tmp_path):
     assert here == []
 
 
-def test_a_model_that_cannot_be_loaded_is_an_error(here, checkpoint, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_an_error_before_any_is_measured(here, checkpoint, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copy(checkpoint / "config.json", broken)
-    with pytest.raises(ModelError, match=r"broken cannot be measured: .* cannot be loaded"):
-        bench([broken], **SMALL)
+    monkeypatch.setattr("llm_surgeon.evaluation.bench.measure_apart", lambda _: pytest.fail("measured"))
+    with pytest.raises(ModelError, match=r"The model of '.*broken' cannot be loaded: .*model\.safetensors"):
+        bench([checkpoint, broken], **SMALL)
 
 
 def test_a_process_that_dies_is_an_error(checkpoint, monkeypatch):

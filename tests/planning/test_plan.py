@@ -268,6 +268,7 @@ def test_rows_that_no_text_reads_stay_in_the_file(tmp_path, recipe):
 
 def test_too_little_memory_is_a_warning_with_a_remedy(checkpoint, recipe, caplog):
     foreseen = plan(str(checkpoint), recipe())
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "llm_surgeon"):
         warn_if_short(foreseen)
         assert not caplog.messages
