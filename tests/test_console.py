@@ -141,7 +141,6 @@ def test_every_command_works_where_standard_output_takes_ascii_only(command, che
         "prune": [*texts, "--out", tmp_path / "out", "--sparsity", 0.2, "--preset", "none", "--shots", 1],
         "eval": ["--data", text_file, "--window", 32, "--tokens", 128],
         "compare": [*texts, "--out", tmp_path / "out", "--methods", "magnitude"],
-        "bench": ["--batch", 1, "--prompt", 6, "--generate", 2, "--repeats", 1],
     }[command]
     line = [sys.executable, "-m", "llm_surgeon", command, checkpoint, *arguments]
     done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=os.environ | ASCII, check=False)

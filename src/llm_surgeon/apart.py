@@ -6,10 +6,13 @@ when an interrupt at the terminal is no longer the process's business.
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +43,14 @@ def ask_apart(command: Callable[[Path, Path], list[str]], task: Record, saving: 
     with tempfile.TemporaryDirectory() as scratch:
         order, answer = Path(scratch) / "task.json", Path(scratch) / "answer.json"
         order.write_text(task.model_dump_json(), encoding="utf8")
+        # The reading end is the process's standard input, which ends with this process, however that ends.
+        reading, writing = os.pipe()
         try:
             # An interrupt here kills the process after a moment; it ignores the one that the terminal sends it.
-            done = subprocess.run(command(order, answer), stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR, check=False)
+            done = subprocess.run(command(order, answer), stdin=reading, stdout=_STANDARD_ERROR, check=False)
         finally:
+            os.close(reading)
+            os.close(writing)
             # Who is killed in the middle of a progress bar leaves the terminal without a cursor.
             Console(stderr=True).show_cursor()
         if answer.exists():
@@ -60,10 +67,18 @@ def answer_apart(work: Callable[[str], Record], order: str, answer: str) -> None
     """The whole of the process: ``work`` is given the task as JSON, and raises nothing."""
     # The parent gets the interrupt too, and ends this process; two stack traces would help nobody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(Path(order).parent,), daemon=True).start()
     with standard_streams():
         result = work(Path(order).read_text(encoding="utf8"))
     with in_place(Path(answer)) as path:
         path.write_text(result.model_dump_json(), encoding="utf8")
+
+
+def _end_with_parent(scratch: Path) -> None:
+    """End this process when the one that asked has ended, be it by a kill, and remove what that would have removed."""
+    os.read(0, 1)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
 
 
 def failure_of(error: Exception) -> Failure:

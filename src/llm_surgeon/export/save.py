@@ -18,6 +18,7 @@ from llm_surgeon.export.form import Form, emptied, form_of, renamed
 from llm_surgeon.export.place import writing
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.family import Family
+from llm_surgeon.models.weights import quietly
 from llm_surgeon.selection import KeepMask
 
 MODELING_FILE = "modeling_pruned.py"
@@ -76,7 +77,7 @@ def save_model(
     """
     form = form_of(anatomy, keep, model.config)
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
-        with _writable(model) as aside:
+        with _writable(model) as aside, quietly():
             # The names that a class gives to what it saves are known to its own type only, not to that of an export.
             model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
         generation = getattr(model, "generation_config", None)

@@ -57,7 +57,7 @@ def read_model(
     """
     where = {} if device is None else {"device_map": str(device)}
     try:
-        with _without_report():
+        with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -129,11 +129,14 @@ def _listed(names: Collection[str]) -> str:
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Keep the table away that transformers prints of what is missing: the error says it."""
-    before = transformers_logging.get_verbosity()
+def quietly() -> Iterator[None]:
+    """Keep bars of transformers away, and its table of tensors that are missing, which the error names."""
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -157,6 +157,7 @@ def _job_in_memory(
     texts = prepare_texts(tokenizer, config)
     check_texts(model.config, texts)
     resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
+    check_structure(resolved, anatomy)
     name = source or model.config.name_or_path or type(model).__name__
     dense = goal_of(model, anatomy, texts.calibration, resolved)
     shown = _shown(progress, processes)
@@ -335,6 +336,7 @@ def _loaded_job(
     network, anatomy = loaded(skeleton, config, device, streamed=streamed)
     check_stored_type(network)
     config = processes.from_first(partial(latency_based, config, network, anatomy))
+    check_structure(config, anatomy)
     shown = _shown(progress, processes)
     if foreseen is not None:
         expect(shown, seconds_of_phases(foreseen, config))
