@@ -336,6 +336,11 @@ class PruneConfig(BaseModel):
             return value
         return int(value) if isinstance(value, Integral) else value
 
+    @field_validator("calibration", "evaluation", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("ignore")
     @classmethod
     def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:

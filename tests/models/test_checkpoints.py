@@ -119,6 +119,7 @@ CONFIGURATIONS = {
     "pad_token_id": (tiny.VOCABULARY, "Padding_idx"),
     "rope_parameters": ({"rope_type": "none of these"}, "cannot be loaded"),
     "model_type": (["llama"], "cannot be loaded"),
+    "max_position_embeddings": (-1, "max_position_embeddings is -1"),
     "dtype": ("float8_e4m3fn", "--dtype float32"),
 }
 
@@ -150,6 +151,37 @@ def test_damaged_weights_are_an_error(copy, content):
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(copy, device="cpu")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64")])
+def test_weights_that_are_no_real_numbers_are_refused_by_name(copy, dtype, name):
+    change_weights(copy, lambda state: {k: v.to(dtype) if "up_proj" in k else v for k, v in state.items()})
+    with pytest.raises(ModelError, match=rf"layers\.0\.mlp\.up_proj\.weight is {name}"):
+        load(copy, device="cpu")
+
+
+INDEXES = {
+    "cut off": ("{", "is damaged: it has no weight_map"),
+    "without a map": ('{"metadata": {}}', "is damaged: it has no weight_map"),
+    "a list": ('{"weight_map": [1, 2]}', "is damaged: it has no weight_map"),
+    "outside": ('{"weight_map": {"x": "../other.safetensors"}}', "which is not in its directory"),
+    "a pickle": ('{"weight_map": {"x": "pytorch_model.bin"}}', "Only safetensors are read"),
+}
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_a_damaged_index_is_named(copy, kind):
+    text, message = INDEXES[kind]
+    (copy / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        load(copy, device="cpu")
+
+
+def test_what_is_there_and_no_directory_is_not_sent_to_the_hub(copy, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, message in ((copy / "config.json", "is a file"), (tmp_path / "loop", "a link that leads nowhere")):
+        with pytest.raises(ModelError, match=message):
+            load(path, device="cpu")
 
 
 HOW_TO_RUN = {

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 import tiny
 from llm_surgeon.cli import app
+from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError, DataError
 from llm_surgeon.pipeline import run as run_module
-from llm_surgeon.pipeline.preconditions import check_positions, check_tokens, warn_of_tokenizer
+from llm_surgeon.pipeline.preconditions import check_positions, check_tokens, warn_of_tokenizer, warn_of_unknown
+from llm_surgeon.pipeline.texts import prepare_texts
 
 LEARNED, ROTARY = ("gpt2", "opt"), ("llama", "gpt-neox", "phi3", "gemma3")
 
@@ -100,3 +102,18 @@ def test_every_command_refuses_text_with_such_tokens(checkpoint, text_file, tmp_
     result = CliRunner().invoke(app, [command, str(path), *options, *(["--eval-window", "32"] * (command == "prune"))])
     assert result.exit_code == 1
     assert "embeddings for 64" in " ".join(result.output.split())
+
+
+def test_text_that_the_tokenizer_does_not_know_is_warned_of(text_file, caplog):
+    texts = prepare_texts(
+        tiny.tokenizer(), PruneConfig(calibration=str(text_file), samples=4, seq_len=16, eval_window=32)
+    )
+    with caplog.at_level(logging.WARNING, "llm_surgeon"):
+        warn_of_unknown(tiny.tokenizer(), texts)
+        assert not caplog.records
+        text_file.write_text("hello world " * 5_000)
+        texts = prepare_texts(
+            tiny.tokenizer(), PruneConfig(calibration=str(text_file), samples=4, seq_len=16, eval_window=32)
+        )
+        warn_of_unknown(tiny.tokenizer(), texts)
+    assert "100 % of the calibration tokens are 'w0'" in caplog.text

@@ -19,6 +19,9 @@ from llm_surgeon.models.family import Count, Family
 from llm_surgeon.models.parts import AttentionPart, FeedForwardPart, attention_part, feed_forward_part
 from llm_surgeon.selection import Coupling, KeepMask, Side
 
+# A pattern of the recipe's default; not every model has a head by this name.
+_HEAD = "lm_head"
+
 
 @dataclass(frozen=True)
 class LinearLayer:
@@ -160,6 +163,7 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
     couplings: list[Coupling] = []
     attentions, feed_forwards = [], []
     _check_activation(model.config, family)
+    _check_patterns(model, ignore)
     for number, block in enumerate(blocks):
         prefix = f"{family.blocks}.{number}."
         for group in family.shared_inputs:
@@ -185,6 +189,23 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
         tuple(part for part in attentions if layers.keys() >= set(part.layers)),
         tuple(part for part in feed_forwards if layers.keys() >= set(part.layers)),
     )
+
+
+def _check_patterns(model: nn.Module, ignore: Sequence[str]) -> None:
+    """Make sure that each pattern to ignore is of some module: with a typing error, what it means would be pruned."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in ignore:
+        if pattern != _HEAD and not any(re.search(f"(?:{pattern})$", name) for name in names):
+            raise ConfigError(
+                f"The pattern {pattern!r} to ignore matches no layer of the model.",
+                f"Correct it: the layers of a block are {', '.join(_last_names(names))}.",
+            )
+
+
+def _last_names(names: Sequence[str]) -> list[str]:
+    """Last parts of the names within the first block, each once."""
+    within = (name for name in names if re.search(r"\.0\.", name))
+    return sorted({name.rpartition(".")[2] for name in within})
 
 
 def straighten(model: nn.Module, anatomy: Anatomy) -> None:

@@ -90,6 +90,9 @@ def load_config(source: str, runs_code: bool = False) -> Any:
     except Exception as error:
         raise not_loaded(source, "configuration", error) from None
     config.dtype = dtype if dtype in DTYPES.values() else None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < 1:
+        raise not_loaded(source, "configuration", ValueError(f"max_position_embeddings is {positions}"))
     return config
 
 

@@ -39,6 +39,9 @@ def check_name(model: str) -> None:
         ModelError: If it is neither.
     """
     # Not pathlib, to which the empty path is the working directory and a name too long an error.
+    if os.path.lexists(model) and not os.path.isdir(model):
+        kind = "a file" if os.path.exists(model) else "a link that leads nowhere"
+        raise ModelError(f"{model!r} is {kind}, not a directory.", "Give the directory that holds the checkpoint.")
     if not (os.path.isdir(model) if os.path.exists(model) else _HUB_ID.fullmatch(model)):
         raise ModelError(
             f"There is no directory {model!r}, and a hub id it is not.",
@@ -59,8 +62,15 @@ def check_format(directory: Path) -> None:
         )
     index = directory / "model.safetensors.index.json"
     parts = _json(index).get("weight_map") if index.exists() else {}
-    listed = {str(part) for part in parts.values()} if isinstance(parts, Mapping) else {str(parts)}
-    wrong = sorted(part for part in listed if Path(part).name != part or not part.endswith(".safetensors"))
+    if not isinstance(parts, Mapping):
+        raise ModelError(f"{index} is damaged: it has no weight_map.", "Fetch it again.")
+    listed = {str(part) for part in parts.values()}
+    outside = next((part for part in sorted(listed) if Path(part).name != part), None)
+    if outside is not None:
+        raise ModelError(
+            f"{index} names {outside!r}, which is not in its directory, and is not read.", "Fetch the checkpoint again."
+        )
+    wrong = sorted(part for part in listed if not part.endswith(".safetensors"))
     if not wrong and not any(directory.glob("*.safetensors")):
         wrong = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if wrong:

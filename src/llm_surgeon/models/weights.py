@@ -18,6 +18,7 @@ from llm_surgeon.models.settings import not_loaded
 
 # Buffers that older versions of transformers stored, and that every model makes itself now.
 _FORMER_BUFFERS = re.compile(r"(\.attn\.bias|masked_bias|rotary_emb\.inv_freq|position_ids)$")
+_PARAMETERS = (".weight", ".bias")
 _NAMED = 3
 
 
@@ -34,9 +35,9 @@ def check_weights(source: str, config: Any, runs_code: bool) -> None:
     Raises:
         ModelError: If there are tensors missing, of another shape, or such that nothing takes; names them.
     """
-    _check_depth(source, config)
-    # What a quantiser makes of the names is known to itself only.
+    # What a quantiser makes of names and types is known to itself only.
     if getattr(config, "quantization_config", None) is None:
+        _check_headers(source, config)
         read_model(source, config, torch.float32, runs_code, torch.device("meta"))
 
 
@@ -77,27 +78,35 @@ def read_model(
     return model
 
 
-def _check_depth(source: str, config: Any) -> None:
-    """Make sure that there are not more blocks than tensors: building a model of thousands takes minutes."""
-    blocks = getattr(config, "num_hidden_layers", None)
+def _check_headers(source: str, config: Any) -> None:
+    """Make sure that the files hold numbers for weights, and not fewer tensors than there are blocks."""
     paths = sorted(Path(source).glob("*.safetensors"))
-    if not paths or not isinstance(blocks, int):
-        return
     try:
-        tensors = sum(_count(path) for path in paths)
+        types = {name: dtype for path in paths for name, dtype in _types(path)}
     except (OSError, SafetensorError) as error:
         raise not_loaded(source, "model", error) from None
-    if blocks > tensors:
+    blocks = getattr(config, "num_hidden_layers", None)
+    # Building a model of thousands takes minutes.
+    if types and isinstance(blocks, int) and blocks > len(types):
         raise ModelError(
-            f"The configuration of {source!r} describes {blocks:,} blocks, and its weight files hold {tensors:,} "
+            f"The configuration of {source!r} describes {blocks:,} blocks, and its weight files hold {len(types):,} "
             "tensors.",
             "Give the config.json that belongs to the weights.",
         )
+    whole = sorted(name for name, dtype in types.items() if name.endswith(_PARAMETERS) and dtype[:1] not in ("F", "B"))
+    whole += sorted(name for name, dtype in types.items() if name.endswith(_PARAMETERS) and dtype == "BOOL")
+    if whole:
+        raise ModelError(
+            f"The weights of {source!r} are not all real numbers: {_listed([f'{n} is {types[n]}' for n in whole])}.",
+            "Give the original checkpoint; these look quantised, and the configuration does not say how.",
+        )
 
 
-def _count(path: Path) -> int:
+def _types(path: Path) -> Iterator[tuple[str, str]]:
+    """Names of the tensors in a file, and their types as its header has them: F32, BF16, I8."""
     with safe_open(path, framework="pt") as file:
-        return len(file.keys())
+        for name in file.keys():  # noqa: SIM118  # not a dictionary
+            yield name, str(file.get_slice(name).get_dtype())
 
 
 def _check(source: str, found: Mapping[str, Any]) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
+from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.norms import cast_layer_norms
 
 
@@ -29,6 +32,17 @@ def as_recipe(config: Any) -> PruneConfig:
     raise ConfigError(
         f"The recipe is a {type(config).__name__}, not a PruneConfig.", "Give PruneConfig(sparsity=...), for example."
     )
+
+
+def as_path(out: Any) -> Path:
+    """An output directory as it is given: a path or a string.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if not isinstance(out, str | Path):
+        raise ConfigError(f"The output is a {type(out).__name__}, not a path.", "Give out='...', a new directory.")
+    return Path(out)
 
 
 def check_model(model: Any) -> None:
@@ -59,6 +73,49 @@ def check_model(model: Any) -> None:
         )
     if next(model.parameters()).device.type == "meta":
         raise UnsupportedModelError("The model has no weights (device meta).", "Load it with its weights.")
+
+
+def check_modules(model: PreTrainedModel, precision: str) -> None:
+    """Make sure that what a model computes is what its modules and weights say, as only those are exported.
+
+    Raises:
+        UnsupportedModelError: If something changes it besides; says how to undo that.
+    """
+    for name, module in model.named_modules():
+        if prune.is_pruned(module) and not any(module.children()):
+            raise UnsupportedModelError(
+                f"{name} is masked by torch.nn.utils.prune.", "Make that permanent first: torch.nn.utils.prune.remove."
+            )
+        if parametrize.is_parametrized(module):
+            raise UnsupportedModelError(
+                f"{name} is parametrised.", "Undo that first: torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} has hooks, which no export can have.", "Remove them first."
+            )
+    if model.dtype == torch.float64 and precision == "bfloat16":
+        raise UnsupportedModelError(
+            "The weights are float64, which passes in bfloat16 do not take.",
+            "Call model.float() first, or use precision='float32'.",
+        )
+
+
+def check_layers_apart(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Make sure that no two prunable layers are the same module, or have the same weights.
+
+    Raises:
+        UnsupportedModelError: If two have: each is pruned in its own way.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for name in anatomy.layers:
+        module = model.get_submodule(name)
+        weight = cast(nn.Linear, module).weight
+        other = seen.setdefault((weight.data_ptr(), weight.numel()), name)
+        if other != name:
+            raise UnsupportedModelError(
+                f"{other} and {name} share their weights.", "Give each its own: copy.deepcopy of the shared module."
+            )
 
 
 def check_class(model: PreTrainedModel, model_class: str) -> None:

@@ -18,6 +18,9 @@ from llm_surgeon.pipeline.texts import Texts
 
 logger = logging.getLogger(__name__)
 
+# Share of unknown tokens beyond which a text is probably not one for this tokenizer.
+_MOST_UNKNOWN = 0.1
+
 
 def check_recipe_fits(config: PruneConfig, settings: Any) -> None:
     """Make sure that a model has positions for the sequences and windows of a recipe.
@@ -79,6 +82,17 @@ def check_texts(settings: Any, texts: Texts) -> None:
     if texts.evaluation is not None:
         parts.append(texts.evaluation.tokens)
     check_tokens(settings, parts)
+
+
+def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
+    """Log a warning if the tokenizer does not know much of the calibration text."""
+    share = float((texts.calibration.input_ids == tokenizer.unk_token_id).float().mean())
+    if tokenizer.unk_token_id is not None and share > _MOST_UNKNOWN:
+        logger.warning(
+            "%.0f %% of the calibration tokens are %r, the token for what the tokenizer does not know: is the text "
+            "what the model was made for?",
+            *(100 * share, tokenizer.unk_token),
+        )
 
 
 def check_tokens(settings: Any, parts: Iterable[Tensor]) -> None:

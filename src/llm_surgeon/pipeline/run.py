@@ -32,7 +32,17 @@ from llm_surgeon.models.streaming import require_streaming, weights_of
 from llm_surgeon.pipeline import targets
 from llm_surgeon.pipeline.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pipeline.corrections import require_peft
-from llm_surgeon.pipeline.given import as_recipe, check_class, check_model, check_surroundings, check_tokenizer, ready
+from llm_surgeon.pipeline.given import (
+    as_path,
+    as_recipe,
+    check_class,
+    check_layers_apart,
+    check_model,
+    check_modules,
+    check_surroundings,
+    check_tokenizer,
+    ready,
+)
 from llm_surgeon.pipeline.job import Job, Reached, count_parameters, measure, run_job
 from llm_surgeon.pipeline.preconditions import (
     check_positions,
@@ -41,6 +51,7 @@ from llm_surgeon.pipeline.preconditions import (
     check_texts,
     check_tokens,
     warn_of_tokenizer,
+    warn_of_unknown,
 )
 from llm_surgeon.pipeline.reconstruction import goal_of
 from llm_surgeon.pipeline.run_directory import RunDirectory, run_directory
@@ -114,10 +125,11 @@ def prune(
         ExportMismatchError: If the reloaded export computes something else.
         ProcessError: If another process of the run is gone.
     """
-    config, place = as_recipe(config), None if out is None else Path(out)
+    config, place = as_recipe(config), None if out is None else as_path(out)
     check_model(model)
     check_tokenizer(tokenizer)
     check_surroundings(model)
+    check_modules(model, config.precision)
     if config.device_memory is not None or config.host_memory is not None:
         raise ConfigError(
             "How much memory is left beside a model that is loaded already is not known.",
@@ -152,6 +164,7 @@ def _job_in_memory(
     check_class(model, family.model_class)
     check_recipe_fits(config, model.config)
     anatomy = examine(model, family, config.ignore)
+    check_layers_apart(model, anatomy)
     resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
     check_structure(resolved, anatomy)
     texts = prepare_texts(tokenizer, config)
@@ -253,7 +266,7 @@ def prune_checkpoint(
         ProcessError: If another process of the run is gone.
         SurgeonError: Whatever ``prune`` raises.
     """
-    model, out, config = str(model), Path(out), as_recipe(config)
+    model, out, config = str(model), as_path(out), as_recipe(config)
     if config.lora:
         require_peft()
     require_streaming(config.weights)
@@ -281,6 +294,7 @@ def prune_checkpoint(
         warn_of_tokenizer(skeleton.network.config, tokenizer)
         texts = prepare_texts(tokenizer, config)
         check_texts(skeleton.network.config, texts)
+        warn_of_unknown(tokenizer, texts)
         resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, texts))
         job = _loaded_job(model, skeleton, tokenizer, texts, resolved, device, progress, command, processes)
         record = RunRecord(

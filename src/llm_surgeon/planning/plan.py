@@ -58,6 +58,8 @@ def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool
     if config.lora:
         require_peft()
     require_streaming(config.weights)
+    if processes < 1:
+        raise ConfigError(f"A run in {processes} processes cannot be planned.", "Give 1 or more.")
     if probe and processes > 1:
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)

@@ -15,6 +15,9 @@ from rich.text import Text
 from llm_surgeon.report.log import error_console
 from llm_surgeon.report.plan import time as in_words
 
+# Seconds of a plan that a comparison with it needs: how long moments take says nothing of minutes.
+_ENOUGH = 1.0
+
 
 class Phase(Protocol):
     """One phase under way."""
@@ -181,9 +184,9 @@ def _kind(description: str) -> str:
 
 
 def _ratio(pairs: Collection[tuple[float, float]], otherwise: float) -> float:
-    """Seconds that were taken to those that were planned, if there are any."""
+    """Seconds that were taken to those that were planned, if these are enough to tell."""
     taken, planned = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-    return taken / planned if planned > 0 else otherwise
+    return taken / planned if planned >= _ENOUGH else otherwise
 
 
 class _Counter:
