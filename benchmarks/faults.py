@@ -3,7 +3,7 @@
 A phase is drawn, then a moment within it. One process imports everything and forks a child for each attempt; it does
 no arithmetic of its own, so that the children have no threads of its to wait for.
 
-    python benchmarks/faults.py [--kills 50] [--seed 0] [--more]
+    python benchmarks/faults.py [--kills 50] [--seed 0] [--more] [--only CASE]
 
 ``--more`` adds to the kills of an earlier result. Writes benchmarks/results/faults.json and faults.md. Ends with status
 1 if weights differ, a run cannot be continued, or anything is left beside an output.
@@ -324,10 +324,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=CASES, help="one case")
     parser.add_argument("--more", action="store_true", help="add to an earlier result")
     parser.add_argument("--quick", action="store_true", help="one case, no reload check, nothing written: for tests")
     arguments = parser.parse_args()
-    cases = list(CASES)[:1] if arguments.quick else list(CASES)
+    cases = [arguments.only] if arguments.only else list(CASES)[:1] if arguments.quick else list(CASES)
     earlier = finished("faults") if arguments.more else {"runs": [], "command": ""}
     runs, command = earlier["runs"], " ".join(["python benchmarks/faults.py", *sys.argv[1:]])
     commands = "; ".join(filter(None, [earlier["command"], command]))

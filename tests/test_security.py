@@ -110,7 +110,7 @@ class TestPickles:
         (copied / "model.safetensors").rename(copied.parent / "model.safetensors")
         index = {"metadata": {}, "weight_map": {"model.norm.weight": shard}}
         (copied / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ModelError, match="Only safetensors are read|not in its directory, and is not read"):
+        with pytest.raises(ModelError, match=r"Only safetensors are read|not in its directory, and is not read"):
             load_model(str(copied))
 
     def test_adapters_are_refused(self, copied, bomb):

@@ -64,7 +64,7 @@ def module_command(module: str, order: Path, answer: Path) -> list[str]:
 
 
 def answer_apart(work: Callable[[str], Record], order: str, answer: str) -> None:
-    """The whole of the process: ``work`` is given the task as JSON, and raises nothing."""
+    """The whole of the process, which ends here: ``work`` is given the task as JSON, and raises nothing."""
     # The parent gets the interrupt too, and ends this process; two stack traces would help nobody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(Path(order).parent,), daemon=True).start()
@@ -72,6 +72,10 @@ def answer_apart(work: Callable[[str], Record], order: str, answer: str) -> None
         result = work(Path(order).read_text(encoding="utf8"))
     with in_place(Path(answer)) as path:
         path.write_text(result.model_dump_json(), encoding="utf8")
+    # Not the ordinary way: taking torch apart takes a while, in which nobody would notice that the parent has ended.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _end_with_parent(scratch: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForCausalLM
 
 import tiny
-from llm_surgeon import PruneConfig, evaluate, prune, prune_checkpoint
+from llm_surgeon import PruneConfig, evaluate, plan, prune, prune_checkpoint
 from llm_surgeon.errors import ConfigError, NonFiniteError, OutputError, UnsupportedModelError
 from llm_surgeon.pipeline.given import ready
 
@@ -61,6 +61,66 @@ def test_modes_that_keep_gradients_or_sums_away_are_refused(recipe):
         prune(loaded, tiny.tokenizer(), recipe)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="autocast"):
         prune(tiny.llama(), tiny.tokenizer(), recipe)
+
+
+def masked(model):
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+
+
+def parametrised(model):
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+
+
+def hooked(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda _module, _inputs, output: 5 * output)
+
+
+def hooked_before(model):
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
+
+
+def shared(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def with_shared_weight(model):
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+CHANGES = {
+    masked: r"layers\.0\.mlp\.up_proj is masked .*prune\.remove",
+    parametrised: r"layers\.0\.mlp\.up_proj is parametrised",
+    hooked: r"layers\.0\.mlp has hooks",
+    hooked_before: r"layers\.1\.mlp\.down_proj has hooks",
+    shared: r"layers\.0\.mlp\.\w+ and model\.layers\.1\.mlp\.\w+ share their weights",
+    with_shared_weight: r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj share",
+    lambda model: model.double(): r"float64.*model\.float\(\)",
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.items())
+def test_what_no_export_would_have_is_refused_before_the_work(change, message, recipe):
+    model = tiny.llama()
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        prune(model, tiny.tokenizer(), recipe)
+
+
+def test_an_output_or_a_number_of_processes_that_is_none_is_refused(recipe, checkpoint):
+    with pytest.raises(ConfigError, match="The output is a int, not a path"):
+        prune(tiny.llama(), tiny.tokenizer(), recipe, out=3)
+    with pytest.raises(ConfigError, match="in 0 processes"):
+        plan(checkpoint, recipe, processes=0)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(recipe):
+    with pytest.raises(ConfigError, match=r"'down_porj' to ignore matches no layer.*down_proj, "):
+        prune(tiny.llama(), tiny.tokenizer(), recipe.model_copy(update={"ignore": ("lm_head", "down_porj")}))
+
+
+def test_a_recipe_takes_paths(text_file):
+    taken = PruneConfig(calibration=text_file, evaluation=text_file)
+    assert (taken.calibration, taken.evaluation) == (str(text_file), str(text_file))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError("The model has no weights (device meta).", "Load it with its weights.")
 
 
-def check_modules(model: PreTrainedModel, precision: str) -> None:
+def check_modules(model: PreTrainedModel) -> None:
     """Make sure that what a model computes is what its modules and weights say, as only those are exported.
 
     Raises:
@@ -94,11 +94,8 @@ def check_modules(model: PreTrainedModel, precision: str) -> None:
             raise UnsupportedModelError(
                 f"{name or type(model).__name__} has hooks, which no export can have.", "Remove them first."
             )
-    if model.dtype == torch.float64 and precision == "bfloat16":
-        raise UnsupportedModelError(
-            "The weights are float64, which passes in bfloat16 do not take.",
-            "Call model.float() first, or use precision='float32'.",
-        )
+    if model.dtype == torch.float64:
+        raise UnsupportedModelError("The weights are float64, and sums are float32.", "Call model.float() first.")
 
 
 def check_layers_apart(model: PreTrainedModel, anatomy: Anatomy) -> None:
