@@ -16,6 +16,7 @@ import quick
 import tiny
 from llm_surgeon import load, prune_checkpoint
 from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.export.companions import copy_companions
 from llm_surgeon.export.place import readable_as_others
 from llm_surgeon.export.save import save_model
 from llm_surgeon.models import examine, family_of
@@ -30,7 +31,8 @@ SMALL = {
 def source(checkpoint, tmp_path):
     """A copy of the tiny checkpoint with what checkpoints of the hub have besides."""
     path = shutil.copytree(checkpoint, tmp_path / "source")
-    for name in ("LICENSE", "NOTICE.txt", "preprocessor_config.json", "chat_template.jinja", "merges.txt"):
+    licences = "LICENSE", "NOTICE.txt", "License.md", "USE_POLICY.md"
+    for name in (*licences, "preprocessor_config.json", "chat_template.jinja", "merges.txt", "tokenizer.model.v3"):
         (path / name).write_text(f'{{"made by hand": "{name}"}} \n\n')
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
@@ -51,6 +53,19 @@ def test_what_pruning_does_not_change_is_copied_byte_for_byte(source, text_file,
             assert (tmp_path / "out" / path.relative_to(source)).read_bytes() == path.read_bytes(), path.name
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=structure == "rows-columns")
     assert reloaded("w3 w4").input_ids == [3, 4]
+
+
+def test_code_of_a_tokenizer_goes_along_and_nothing_from_elsewhere(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (tmp_path / "outside.py").write_text("outside")
+    for name in ("words.py", "modeling.py"):
+        (source / name).write_text(name)
+    names = ["words.Words", "owner/repository--others.Words", "../outside.Words", None, 3]
+    (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": names}}))
+    assert copy_companions(source, out)
+    assert {path.name for path in out.iterdir()} == {"tokenizer_config.json", "words.py"}
 
 
 def bpe(text):

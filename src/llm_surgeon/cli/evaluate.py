@@ -129,9 +129,10 @@ def _show(evaluation: Evaluation, out: Path | None) -> None:
 
     output = console()
     if (result := evaluation.perplexity) is not None:
+        begun = ", each begun with the token that begins a text" if result.bos else ""
         output.print(
             f"perplexity {result.perplexity:.3f} on {result.data}: {result.tokens:,} tokens scored, window "
-            f"{result.window}, stride {result.stride}, {result.precision}",
+            f"{result.window}{begun}, stride {result.stride}, {result.precision}",
             soft_wrap=True,
         )
     failures = () if evaluation.tasks is None else evaluation.tasks.failures

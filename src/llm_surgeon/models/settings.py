@@ -87,6 +87,8 @@ def load_config(source: str, runs_code: bool = False) -> Any:
         else:
             config = CONFIG_MAPPING[kind].from_dict(_without_how_to_run(settings))
             config._name_or_path = source
+            # Of the hub: what shows later that the model is still the same.
+            config._commit_hash = settings.get("_commit_hash")
     except Exception as error:
         raise not_loaded(source, "configuration", error) from None
     config.dtype = dtype if dtype in DTYPES.values() else None
