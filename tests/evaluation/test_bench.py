@@ -245,7 +245,7 @@ def test_directories_are_checked_before_any_work(here, checkpoint, tmp_path):
         (tmp_path, "no config.json"),
         (tmp_path / "missing", "There is no directory"),
         ("./missing", "There is no directory"),
-        (file, "There is no directory"),
+        (file, "is a file, not a directory"),
     ):
         with pytest.raises(ModelError, match=message):
             bench([checkpoint, wrong], **SMALL)

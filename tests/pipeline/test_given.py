@@ -99,11 +99,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.items())
-def test_what_no_export_would_have_is_refused_before_the_work(change, message, recipe):
+def test_what_no_export_would_have_is_refused_before_the_work(change, message, recipe, tmp_path):
     model = tiny.llama()
     change(model)
     with pytest.raises(UnsupportedModelError, match=message):
-        prune(model, tiny.tokenizer(), recipe)
+        prune(model, tiny.tokenizer(), recipe, out=tmp_path / "out")
+
+
+def test_hooks_are_the_callers_own_where_nothing_is_exported(recipe):
+    model, seen = tiny.llama(), []
+    model.model.norm.register_forward_hook(lambda *_: seen.append(1))
+    prune(model, tiny.tokenizer(), recipe)
+    assert seen
 
 
 def test_an_output_or_a_number_of_processes_that_is_none_is_refused(recipe, checkpoint):

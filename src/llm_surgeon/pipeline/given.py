@@ -75,8 +75,12 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError("The model has no weights (device meta).", "Load it with its weights.")
 
 
-def check_modules(model: PreTrainedModel) -> None:
-    """Make sure that what a model computes is what its modules and weights say, as only those are exported.
+def check_modules(model: PreTrainedModel, exported: bool) -> None:
+    """Make sure that what a model computes is what its modules and weights say.
+
+    Args:
+        model: The model.
+        exported: Whether it is to be exported: modules and weights are, and hooks are not.
 
     Raises:
         UnsupportedModelError: If something changes it besides; says how to undo that.
@@ -90,7 +94,7 @@ def check_modules(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(
                 f"{name} is parametrised.", "Undo that first: torch.nn.utils.parametrize.remove_parametrizations."
             )
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if exported and (module._forward_hooks or module._forward_pre_hooks):
             raise UnsupportedModelError(
                 f"{name or type(model).__name__} has hooks, which no export can have.", "Remove them first."
             )

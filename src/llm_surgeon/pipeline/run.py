@@ -129,7 +129,7 @@ def prune(
     check_model(model)
     check_tokenizer(tokenizer)
     check_surroundings(model)
-    check_modules(model)
+    check_modules(model, exported=place is not None)
     if config.device_memory is not None or config.host_memory is not None:
         raise ConfigError(
             "How much memory is left beside a model that is loaded already is not known.",
