@@ -231,6 +231,8 @@ def select(
     if not (fill or (some and not first)):
         rest = rest[line.scores[rest] == line.scores[rest[:1]]]
     for _ in range(_PASSED_OVER):
+        if len(rest) < 2:
+            break
         # The first of the rest does not fit, nor does whatever frees more alone than there is room for.
         rest = rest[1:][line.freed[rest[1:]] <= left(going) - target_weights]
         more = _how_many_fit(going, rest, fits)
