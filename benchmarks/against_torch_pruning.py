@@ -30,13 +30,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon import PruneConfig, PruneReport
+from llm_surgeon.data.texts import prepare_texts
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.data.windows import EvaluationText
+from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
-from llm_surgeon.pipeline.job import versions
-from llm_surgeon.pipeline.texts import prepare_texts
-from llm_surgeon.runtime import keep_freed_memory
+from llm_surgeon.run.job import versions
+from llm_surgeon.system.allocator import keep_freed_memory
 
 try:
     import torch_pruning as tp

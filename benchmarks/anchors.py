@@ -39,9 +39,9 @@ from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.data.tokens import CalibrationTokens, sample_calibration
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
 from llm_surgeon.models.modes import arithmetic, frozen
-from llm_surgeon.pipeline.run import prune_checkpoint
-from llm_surgeon.report.progress import Phase, RichProgress
-from llm_surgeon.runtime import keep_freed_memory
+from llm_surgeon.run.run import prune_checkpoint
+from llm_surgeon.system.allocator import keep_freed_memory
+from llm_surgeon.system.progress import Phase, RichProgress
 
 PUBLISHED = [26.08, 37.93, 48.83, 70.97, 94.38]
 GOAL = [24.5, 29.0, 35.0, 45.0, 57.0]

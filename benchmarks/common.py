@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from llm_surgeon import PruneConfig, PruneReport, prune
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
-from llm_surgeon.pipeline import job, shots
-from llm_surgeon.report.progress import RichProgress
+from llm_surgeon.pruning import shots
+from llm_surgeon.run import job
+from llm_surgeon.system.progress import RichProgress
 
 RESULTS = Path(__file__).parent / "results"
 

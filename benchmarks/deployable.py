@@ -18,7 +18,7 @@ from common import COLOURS, PROTOCOL, RESULTS, circumstances, figure, finished, 
 
 from llm_surgeon import PruneConfig, bench, prune_checkpoint
 from llm_surgeon.records import PruneReport, ShotRecord
-from llm_surgeon.report.progress import RichProgress
+from llm_surgeon.system.progress import RichProgress
 
 STRUCTURES: dict[str, dict[str, Any]] = {
     "rows-columns": {},

@@ -28,13 +28,13 @@ from typing import Any, cast
 
 from common import circumstances, finished, table, write
 
-import llm_surgeon.pipeline.run as run_module
+import llm_surgeon.run.run as run_module
 from llm_surgeon import Comparison, PruneConfig, Setting, compare, prune_checkpoint
 from llm_surgeon.errors import OutputError
 from llm_surgeon.export.verify import ReloadCheck
-from llm_surgeon.pipeline.checkpoint import Checkpoints
-from llm_surgeon.pipeline.clock import Clock
-from llm_surgeon.pipeline.run_directory import RunDirectory
+from llm_surgeon.pruning.checkpoint import Checkpoints
+from llm_surgeon.run.run_directory import RunDirectory
+from llm_surgeon.system.clock import Clock
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny import VOCABULARY, llama, tokenizer

@@ -33,11 +33,11 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.loading import resolve_device
 from llm_surgeon.models.matrix import cut_out
-from llm_surgeon.pipeline.result import ShotResult, Standing
-from llm_surgeon.pipeline.shapes import Shapes
-from llm_surgeon.pipeline.shots import run_shots
-from llm_surgeon.report.progress import SilentProgress
-from llm_surgeon.storage import TensorStore
+from llm_surgeon.pruning.result import ShotResult, Standing
+from llm_surgeon.pruning.shapes import Shapes
+from llm_surgeon.pruning.shots import run_shots
+from llm_surgeon.system.progress import SilentProgress
+from llm_surgeon.system.storage import TensorStore
 from llm_surgeon.versions import versions
 
 SHAPES = {

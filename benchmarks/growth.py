@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_surgeon import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.evaluation.memory import peak_resident_bytes, reset_peak
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.pipeline.shots import run_shots
-from llm_surgeon.report.progress import SilentProgress
-from llm_surgeon.runtime import keep_freed_memory
+from llm_surgeon.pruning.shots import run_shots
+from llm_surgeon.system.allocator import keep_freed_memory
+from llm_surgeon.system.memory import peak_resident_bytes, reset_peak
+from llm_surgeon.system.progress import SilentProgress
 
 COMMAND = "python benchmarks/growth.py"
 VOCABULARY, LENGTH, BATCH, HEAD = 2048, 256, 2, 64

@@ -18,12 +18,12 @@ from common import COLOURS, RESULTS, circumstances, figure, table, write
 from torch import Tensor
 
 from llm_surgeon.curvature import Estimation
-from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.passes import run_pass
 from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.data.tokens import sample_calibration
+from llm_surgeon.mathematics.nearest_kronecker import fisher_rmse, nearest_kronecker_sum
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
-from llm_surgeon.nearest_kronecker import fisher_rmse, nearest_kronecker_sum
+from llm_surgeon.passes.batch_major import run_pass
+from llm_surgeon.passes.hooks import Hooks
 
 LAYERS = ("self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj")
 BLOCKS = (0, 14, 29)

@@ -22,8 +22,8 @@ from llm_surgeon.evaluation.masks import mask_equivalence
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
 from llm_surgeon.models.matrix import core_of
-from llm_surgeon.report.progress import RichProgress
-from llm_surgeon.runtime import keep_freed_memory
+from llm_surgeon.system.allocator import keep_freed_memory
+from llm_surgeon.system.progress import RichProgress
 
 LANGUAGES = {"en": "English", "fr": "French", "es": "Spanish"}
 EVALUATION_TOKENS = 10_240

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import PROTOCOL, RESULTS, circumstances
 
 from llm_surgeon import compare
-from llm_surgeon.pipeline.variants import parse_methods, settings_of
+from llm_surgeon.comparison.variants import parse_methods, settings_of
 from llm_surgeon.report.comparison import comparison_markdown
 from llm_surgeon.report.comparison_plot import comparison_png
 

@@ -33,9 +33,9 @@ from common import (
 )
 
 from llm_surgeon import PruneConfig, PruneReport
-from llm_surgeon.methods import METHODS
+from llm_surgeon.recipe.methods import METHODS
 from llm_surgeon.report.plots import tick_perplexity
-from llm_surgeon.runtime import keep_freed_memory
+from llm_surgeon.system.allocator import keep_freed_memory
 
 Variants = dict[str, dict[str, Any]]
 

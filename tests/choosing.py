@@ -2,10 +2,10 @@
 
 import torch
 
+from llm_surgeon.mathematics.structured_selection import StructureCosts, bystanders, score_groups, select
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.matrix import cut_out
-from llm_surgeon.pipeline.shapes import LayerCosts
-from llm_surgeon.selection import StructureCosts, bystanders, score_groups, select
+from llm_surgeon.pruning.shapes import LayerCosts
 
 # Groups too large to be scored by the sum of their members.
 LARGE = ("query head", "key/value group", "attention", "feed-forward")

@@ -1,7 +1,7 @@
 """Runs without what takes seconds and has tests of its own."""
 
 from llm_surgeon.export.verify import ReloadCheck
-from llm_surgeon.pipeline import run as run_module
+from llm_surgeon.run import run as run_module
 
 
 def without_what_has_other_tests(patch):

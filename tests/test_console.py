@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from llm_surgeon import __version__
 from llm_surgeon.cli import app
 from llm_surgeon.cli.shared import LiteralCommand, LiteralGroup, errors_as_messages, print_error
-from llm_surgeon.report.log import STARTING
+from llm_surgeon.system.logs import STARTING
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 # Made commands: one that works as all do, with a file, a child process, and results at the end; one that fails; one
@@ -25,7 +25,7 @@ import subprocess, sys, time
 from pathlib import Path
 from llm_surgeon.cli import app, main
 from llm_surgeon.cli.shared import console, errors_as_messages
-from llm_surgeon.report.log import log_to_stderr
+from llm_surgeon.system.logs import log_to_stderr
 
 @app.command()
 def work(out: Path) -> None:

@@ -9,10 +9,10 @@ from transformers import OlmoConfig, OlmoForCausalLM
 
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.errors import UnsupportedModelError
-from llm_surgeon.methods import LAYERWISE
+from llm_surgeon.mathematics.scores import SCORES
 from llm_surgeon.models import FAMILIES, examine, family_of
 from llm_surgeon.models.matrix import read_matrix
-from llm_surgeon.scores import SCORES
+from llm_surgeon.recipe.methods import LAYERWISE
 from tiny import build, llama_like, tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -14,21 +14,21 @@ from typer.testing import CliRunner
 
 import llm_surgeon.models as families
 from llm_surgeon import PruneConfig, load, prune, prune_checkpoint
+from llm_surgeon.benchmark.measuring import bench
 from llm_surgeon.cli import app
-from llm_surgeon.config import read_recipe
+from llm_surgeon.comparison.cell import measure_cell
+from llm_surgeon.comparison.directory import Folder
 from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.errors import ConfigError, DataError, ModelError, OutputError, SurgeonError
-from llm_surgeon.evaluation.bench import bench
-from llm_surgeon.export.place import check_output
 from llm_surgeon.models.loading import load_model, load_tokenizer
 from llm_surgeon.models.trust import is_own_export
-from llm_surgeon.pipeline.cell import measure_cell
-from llm_surgeon.pipeline.folder import Folder
 from llm_surgeon.planning.plan import plan
+from llm_surgeon.recipe.config import read_recipe
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.card import model_card
 from llm_surgeon.report.page import report_page
-from llm_surgeon.report.progress import SilentProgress
+from llm_surgeon.system.files import check_output
+from llm_surgeon.system.progress import SilentProgress
 from tiny import build, tokenizer
 
 SMALL = {

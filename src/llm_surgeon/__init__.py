@@ -13,18 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_surgeon.config import PruneConfig
+    from llm_surgeon.benchmark.measuring import bench
+    from llm_surgeon.comparison.comparison import compare
     from llm_surgeon.errors import SurgeonError
-    from llm_surgeon.evaluation.bench import bench
-    from llm_surgeon.evaluation.bench_records import Bench
     from llm_surgeon.evaluation.tasks import evaluate_tasks
     from llm_surgeon.models import register_family
     from llm_surgeon.models.family import Attention, Family, FeedForward, Residual
     from llm_surgeon.models.loading import load
-    from llm_surgeon.pipeline.comparison import compare
-    from llm_surgeon.pipeline.run import evaluate, prune, prune_checkpoint
     from llm_surgeon.planning.plan import plan
+    from llm_surgeon.recipe.config import PruneConfig
     from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
+    from llm_surgeon.records.bench import Bench
+    from llm_surgeon.run.run import evaluate, prune, prune_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -55,26 +55,26 @@ __all__ = [
 # Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
 _HOMES = {
     "Attention": "models.family",
-    "Bench": "evaluation.bench_records",
+    "Bench": "records.bench",
     "Comparison": "records",
     "Family": "models.family",
     "FeedForward": "models.family",
     "Perplexity": "records",
     "Plan": "records",
-    "PruneConfig": "config",
+    "PruneConfig": "recipe.config",
     "PruneReport": "records",
     "Residual": "models.family",
     "Setting": "records",
     "SurgeonError": "errors",
     "TaskScores": "records",
-    "bench": "evaluation.bench",
-    "compare": "pipeline.comparison",
-    "evaluate": "pipeline.run",
+    "bench": "benchmark.measuring",
+    "compare": "comparison.comparison",
+    "evaluate": "run.run",
     "evaluate_tasks": "evaluation.tasks",
     "load": "models.loading",
     "plan": "planning.plan",
-    "prune": "pipeline.run",
-    "prune_checkpoint": "pipeline.run",
+    "prune": "run.run",
+    "prune_checkpoint": "run.run",
     "register_family": "models",
 }
 

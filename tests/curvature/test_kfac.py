@@ -6,8 +6,8 @@ from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.head import Head, head_loss, label_positions
 from llm_surgeon.models.modes import frozen
+from llm_surgeon.passes.head import Head, head_loss, label_positions
 from tiny import BUILDERS, build, tokens
 
 
@@ -131,7 +131,7 @@ def test_label_positions_leave_out_the_last_token_and_padding():
 
 @pytest.mark.parametrize("family", BUILDERS)
 def test_chunked_head_gives_the_loss_and_gradient_of_the_whole_model(family, monkeypatch):
-    monkeypatch.setattr("llm_surgeon.models.head.CHUNK", 5)
+    monkeypatch.setattr("llm_surgeon.passes.head.CHUNK", 5)
     model = build(family)
     input_ids = tokens(2, 7)
     positions, labels = label_positions(input_ids, None)

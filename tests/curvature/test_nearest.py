@@ -5,13 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from llm_surgeon.curvature import Estimation, estimate, passes_needed
-from llm_surgeon.curvature.hooks import with_bias
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.fisher import Damping, Diagonal, KroneckerProduct, SumOfTwo
+from llm_surgeon.mathematics.fisher import Damping, Diagonal, KroneckerProduct, SumOfTwo
+from llm_surgeon.mathematics.nearest_kronecker import nearest_kronecker_sum
+from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.nearest_kronecker import nearest_kronecker_sum
-from llm_surgeon.selection import KeepMask
+from llm_surgeon.passes.hooks import with_bias
 from tiny import BUILDERS, build, tokens
 
 FAMILIES = pytest.mark.parametrize("family", BUILDERS)

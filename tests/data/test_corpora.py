@@ -16,7 +16,7 @@ import pytest
 from llm_surgeon.data import corpora
 from llm_surgeon.data.corpora import Corpus, load_corpus
 from llm_surgeon.errors import DataError
-from llm_surgeon.quantity import shown
+from llm_surgeon.recipe.quantity import shown
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ from llm_surgeon.data.tokens import (
     sample_calibration,
     windows_with_bos,
 )
+from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import ConfigError, DataError
-from llm_surgeon.evaluation.perplexity import EvaluationText
 
 WORDS = 200
 

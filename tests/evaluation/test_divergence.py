@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.evaluation.divergence import kl_divergence, perplexity_and_divergence, reference_states
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.evaluation.perplexity import perplexity
 from tiny import BUILDERS, build, tokens
 
 
@@ -29,7 +30,7 @@ def by_definition(dense, pruned, ids):
 @pytest.mark.parametrize("family", BUILDERS)
 @torch.no_grad()
 def test_equals_the_definition_in_float64(family, monkeypatch):
-    monkeypatch.setattr("llm_surgeon.models.head.CHUNK", 5)
+    monkeypatch.setattr("llm_surgeon.passes.head.CHUNK", 5)
     dense, pruned, sample = build(family), damaged(family), text()
     _, states = reference_states(dense, sample)
     measured, divergence = perplexity_and_divergence(pruned, sample, states)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import ConfigError, DataError, NonFiniteError
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.evaluation.perplexity import perplexity
 from tiny import BUILDERS, build, tokens
 
 
@@ -15,7 +16,7 @@ def text(length=70, window=16, stride=16, seed=3):
 
 @pytest.mark.parametrize("family", BUILDERS)
 def test_equals_the_mean_of_plain_window_losses(family, monkeypatch):
-    monkeypatch.setattr("llm_surgeon.models.head.CHUNK", 5)
+    monkeypatch.setattr("llm_surgeon.passes.head.CHUNK", 5)
     model, sample = build(family), text()
     losses = []
     for start in range(0, 64, 16):

@@ -17,10 +17,10 @@ import tiny
 from llm_surgeon import load, prune_checkpoint
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.export.companions import copy_companions
-from llm_surgeon.export.place import readable_as_others
 from llm_surgeon.export.save import save_model
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.loading import load_tokenizer
+from llm_surgeon.system.files import readable_as_others
 
 SMALL = {
     **{"sparsity": 0.3, "samples": 4, "seq_len": 16, "evaluation": "none", "preset": "none", "shots": 1},

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from choosing import made_up_costs, masked, shrink
-from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.form import form_of
-from llm_surgeon.export.modeling_pruned import EmptyAttention, PrunedLinear
 from llm_surgeon.export.save import save_model
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import present_heads
-from llm_surgeon.pipeline.shapes import Shapes, check_shapes
+from llm_surgeon.models.modeling_pruned import EmptyAttention, PrunedLinear
+from llm_surgeon.pruning.shapes import Shapes, check_shapes
+from llm_surgeon.recipe.config import PruneConfig
 from tiny import BUILDERS, build, llama, tokenizer, tokens
 
 families = pytest.mark.parametrize("family", BUILDERS)

@@ -4,9 +4,10 @@ import pytest
 
 from llm_surgeon.errors import DiskSpaceError, OutputError
 from llm_surgeon.export import save
-from llm_surgeon.export.place import check_disk_space, check_output
-from llm_surgeon.export.save import modeling_text, save_model
+from llm_surgeon.export.save import save_model
 from llm_surgeon.models import FAMILIES, examine, family_of
+from llm_surgeon.models.modeling_text import modeling_text
+from llm_surgeon.system.files import check_disk_space, check_output
 from tiny import build, tokenizer
 
 

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import tiny
 from llm_surgeon import load
 from llm_surgeon.cli import app
-from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import ModelError, UnsupportedModelError
 from llm_surgeon.models.loading import load_model
-from llm_surgeon.planning.skeleton import skeleton_of
+from llm_surgeon.models.skeleton import skeleton_of
+from llm_surgeon.recipe.config import PruneConfig
 
 
 @pytest.fixture

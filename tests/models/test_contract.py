@@ -4,19 +4,26 @@ import pytest
 import torch
 
 from choosing import choose, masked, shrink
-from llm_surgeon.config import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
-from llm_surgeon.export.modeling_pruned import PrunedLinear
 from llm_surgeon.export.save import save_model
 from llm_surgeon.export.verify import verify_export
+from llm_surgeon.mathematics.structured_selection import (
+    ALIVE,
+    KeepMask,
+    StructureCosts,
+    close,
+    count_weights,
+    score_groups,
+)
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.head import Head
 from llm_surgeon.models.matrix import core_of
-from llm_surgeon.pipeline.run import count_parameters
-from llm_surgeon.pipeline.shots import run_shots
-from llm_surgeon.report.progress import SilentProgress
-from llm_surgeon.selection import ALIVE, KeepMask, StructureCosts, close, count_weights, score_groups
+from llm_surgeon.models.modeling_pruned import PrunedLinear
+from llm_surgeon.passes.head import Head
+from llm_surgeon.pruning.shots import run_shots
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.run.run import count_parameters
+from llm_surgeon.system.progress import SilentProgress
 from tiny import BUILDERS, build, tokenizer, tokens
 
 families = pytest.mark.parametrize("family", BUILDERS)

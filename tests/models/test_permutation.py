@@ -10,13 +10,13 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from llm_surgeon.channel_permutation import find_permutation, retained
 from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.mathematics.channel_permutation import find_permutation, retained
+from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.models import FAMILIES, family_of
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.parts import attention_part
 from llm_surgeon.models.permutation import fold_neurons, fold_residual, fold_values
-from llm_surgeon.pattern import Pattern
 from tiny import BUILDERS, llama, opt, tokens
 
 VARIANTS = {

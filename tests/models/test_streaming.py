@@ -9,16 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from llm_surgeon import PruneConfig
-from llm_surgeon.curvature.sweep import Sweep
 from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import ConfigError, DiskSpaceError
 from llm_surgeon.evaluation import perplexity as perplexity_module
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import examine, family_of, streaming
 from llm_surgeon.models.streaming import StreamedWeights, require_streaming, stream, weights_of
-from llm_surgeon.pipeline.run import prune, prune_checkpoint
-from llm_surgeon.planning import way
+from llm_surgeon.passes.sweep import Sweep
+from llm_surgeon.planning import schedule as way
 from llm_surgeon.planning.plan import plan
+from llm_surgeon.run.run import prune, prune_checkpoint
 from quick import without_what_has_other_tests
 from tiny import BUILDERS, build, tokenizer, tokens
 
@@ -264,7 +265,7 @@ def test_a_run_goes_on_with_streamed_weights(recipe, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_surgeon.pipeline.run.verify_export", killed)
+        patch.setattr("llm_surgeon.run.run.verify_export", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "out", config)
     report = prune_checkpoint(source, tmp_path / "out", config)

@@ -3,15 +3,16 @@ import math
 import pytest
 import torch
 
-from llm_surgeon import PruneConfig, plan, prune, prune_checkpoint, storage
-from llm_surgeon.curvature.layer_major import LayerMajorPass
+from llm_surgeon import PruneConfig, plan, prune, prune_checkpoint
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.models.skeleton import skeleton_of
+from llm_surgeon.passes.layer_major import LayerMajorPass
 from llm_surgeon.planning import plan as plan_module
-from llm_surgeon.planning import way
+from llm_surgeon.planning import schedule as way
 from llm_surgeon.planning.order import Room, Waiting, budgets_of, goes_layer_major, placed
 from llm_surgeon.planning.seconds import pass_operations
-from llm_surgeon.planning.skeleton import skeleton_of
-from llm_surgeon.storage import Budgets, TensorStore
+from llm_surgeon.system import storage
+from llm_surgeon.system.storage import Budgets, TensorStore
 from tiny import build, tokenizer
 
 SMALL = {
@@ -144,7 +145,7 @@ def test_a_run_is_the_same_in_either_order_and_on_disk(checkpoint, recipe, tmp_p
     def all_on_disk(*arguments, **named):
         return foresee(*arguments, **named).model_copy(update={"store_host": 0})
 
-    monkeypatch.setattr("llm_surgeon.pipeline.run.foresee", all_on_disk)
+    monkeypatch.setattr("llm_surgeon.run.run.foresee", all_on_disk)
     for order in ("batch-major", "layer-major"):
         config = recipe(order=order, precision="float32", sparsity=0.3)
         reports[order] = prune_checkpoint(str(checkpoint), tmp_path / order, config)

@@ -5,11 +5,11 @@ import torch
 from safetensors import safe_open
 
 from llm_surgeon import PruneConfig, plan, prune_checkpoint
+from llm_surgeon.data.texts import Texts
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, DataError, ModelError
-from llm_surgeon.models.head import CHUNK
-from llm_surgeon.pipeline.gates import gate_width, gates_of
-from llm_surgeon.pipeline.texts import Texts
+from llm_surgeon.models.skeleton import skeleton_of
+from llm_surgeon.passes.head import CHUNK
 from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import (
     ELEMENT_BYTES,
@@ -25,8 +25,8 @@ from llm_surgeon.planning.memory import (
 from llm_surgeon.planning.plan import warn_if_short
 from llm_surgeon.planning.probe import Probe
 from llm_surgeon.planning.seconds import default_rates, phase_seconds
-from llm_surgeon.planning.skeleton import skeleton_of
 from llm_surgeon.planning.trace import factor_bytes
+from llm_surgeon.refit.gates import gate_width, gates_of
 from tiny import VOCABULARY, build, llama
 
 SMALL = {
@@ -208,7 +208,7 @@ def test_weights_of_another_type_are_converted_while_the_files_are_read(checkpoi
 
 def test_a_probe_says_what_was_measured(checkpoint, recipe, monkeypatch):
     measured = Probe(tokens=64, seconds=2.0, peak=20 * 2**30)
-    monkeypatch.setattr("llm_surgeon.planning.way.probe_batch", lambda *_, **__: measured)
+    monkeypatch.setattr("llm_surgeon.planning.schedule.probe_batch", lambda *_, **__: measured)
     foreseen = plan(str(checkpoint), recipe(shots=1), probe=True)
     assert foreseen.probed
     phase = named(foreseen)["curvature"]

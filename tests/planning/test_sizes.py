@@ -3,14 +3,14 @@
 import pytest
 
 from llm_surgeon import PruneConfig
+from llm_surgeon.data.texts import prepare_texts
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.pipeline.checkpoint import tensors_of
-from llm_surgeon.pipeline.job import Job, run_job
-from llm_surgeon.pipeline.reconstruction import goal_of
-from llm_surgeon.pipeline.texts import prepare_texts
+from llm_surgeon.models.skeleton import skeleton_of
 from llm_surgeon.planning.sizes import SMALL_FILES, checkpoint_bytes, disk_bytes, weight_bytes
-from llm_surgeon.planning.skeleton import skeleton_of
-from llm_surgeon.report.progress import SilentProgress
+from llm_surgeon.pruning.checkpoint import tensors_of
+from llm_surgeon.refit.reconstruction import goal_of
+from llm_surgeon.run.job import Job, run_job
+from llm_surgeon.system.progress import SilentProgress
 from tiny import build, tokenizer
 
 SMALL = {

@@ -7,13 +7,14 @@ import torch
 
 from llm_surgeon import PruneConfig
 from llm_surgeon.curvature import Estimation, estimate
-from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
+from llm_surgeon.data.windows import EvaluationText
+from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import straighten
-from llm_surgeon.pipeline.gates import gates_of, moments
+from llm_surgeon.passes.task import Task
 from llm_surgeon.planning.trace import LiveBytes, _Nowhere, estimation_of, factor_bytes, trace
+from llm_surgeon.refit.gates import gates_of, moments
 from tiny import BUILDERS, build, tokens
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from llm_surgeon.evaluation.bench_records import Bench, BenchModel, BenchRun, BenchTiming, OwnMeasures
 from llm_surgeon.records import Failure, Speed
+from llm_surgeon.records.bench import Bench, BenchModel, BenchRun, BenchTiming, OwnMeasures
 from llm_surgeon.report.bench_table import bench_tables, failures, footnotes, model_row, speed_rows, types, zeros
 from llm_surgeon.report.table import UNKNOWN
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.report.card import is_hub_id, model_card
 from llm_surgeon.report.table import markdown_table
 from report.test_table import sample_report

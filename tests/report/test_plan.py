@@ -2,9 +2,10 @@ import io
 
 from rich.console import Console
 
+from llm_surgeon.recipe.quantity import duration
 from llm_surgeon.records import LayerKind, Plan, PlannedPhase, Size
 from llm_surgeon.report.page import report_page
-from llm_surgeon.report.plan import compared, plan_tables, time
+from llm_surgeon.report.plan import compared, plan_tables
 from report.test_table import sample_report
 
 GIB = 2**30
@@ -65,4 +66,4 @@ def test_predicted_stands_beside_measured():
 
 
 def test_time_is_said_in_a_fitting_unit():
-    assert [time(value) for value in (0.4, 99, 100, 5999, 7200)] == ["0 s", "99 s", "2 min", "100 min", "2.0 h"]
+    assert [duration(value) for value in (0.4, 99, 100, 5999, 7200)] == ["0 s", "99 s", "2 min", "100 min", "2.0 h"]

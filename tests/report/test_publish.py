@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.report.publish import _masked, recipe_without_paths
 
 

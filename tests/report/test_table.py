@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import (
     ExportRecord,
     LayerRecord,

@@ -18,8 +18,8 @@ from llm_surgeon.cli.shared import (
     faults_reported,
     interrupt_on_sigterm,
 )
-from llm_surgeon.runtime import keep_freed_memory
-from llm_surgeon.streams import standard_streams
+from llm_surgeon.system.allocator import keep_freed_memory
+from llm_surgeon.system.streams import standard_streams
 
 app = typer.Typer(
     cls=LiteralGroup,

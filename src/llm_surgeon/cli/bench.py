@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from llm_surgeon.cli.shared import TrustRemoteCode, command_line, console, errors_as_messages, write_result
-from llm_surgeon.report.log import STARTING, log_to_stderr, quiet_transformers
-from llm_surgeon.torchrun import require_one_process
+from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
+from llm_surgeon.system.torchrun import require_one_process
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ def bench(
         require_one_process("bench")
         log_to_stderr()
         logger.info(STARTING)
-        from llm_surgeon.evaluation.bench import bench as measure
-        from llm_surgeon.export.place import check_result_file
+        from llm_surgeon.benchmark.measuring import bench as measure
         from llm_surgeon.report.bench_table import bench_tables, failures
+        from llm_surgeon.system.files import check_result_file
 
         quiet_transformers()
         if out is not None:

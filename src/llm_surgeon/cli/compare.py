@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from llm_surgeon.cli.shared import command_line, console, errors_as_messages, option
-from llm_surgeon.config import PruneConfig, read_recipe
+from llm_surgeon.comparison.variants import SUFFIXES, parse_methods, settings_of
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.methods import method_names
-from llm_surgeon.pipeline.variants import SUFFIXES, parse_methods, settings_of
-from llm_surgeon.quantity import shown
-from llm_surgeon.recipe_file import with_underscores
-from llm_surgeon.report.log import STARTING, log_to_stderr
-from llm_surgeon.torchrun import require_one_process
+from llm_surgeon.recipe.config import PruneConfig, read_recipe
+from llm_surgeon.recipe.file import with_underscores
+from llm_surgeon.recipe.methods import method_names
+from llm_surgeon.recipe.quantity import shown
+from llm_surgeon.system.logs import STARTING, log_to_stderr
+from llm_surgeon.system.torchrun import require_one_process
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def compare(
         )
         log_to_stderr()
         logger.info(STARTING)
-        from llm_surgeon.pipeline.comparison import compare as run
+        from llm_surgeon.comparison.comparison import compare as run
         from llm_surgeon.report.comparison import comparison_tables
 
         result = run(model, out, variants, settings, common, show_progress=True, command=command_line())

@@ -10,8 +10,8 @@ import typer
 
 from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages, write_result
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.report.log import STARTING, log_to_stderr, print_error, quiet_transformers
-from llm_surgeon.torchrun import require_one_process
+from llm_surgeon.system.logs import STARTING, log_to_stderr, print_error, quiet_transformers
+from llm_surgeon.system.torchrun import require_one_process
 
 if TYPE_CHECKING:
     from llm_surgeon.records import Evaluation
@@ -76,11 +76,11 @@ def evaluate(
         progress_console = log_to_stderr()
         logger.info(STARTING)
         from llm_surgeon.evaluation.tasks import check_chat_template, evaluate_tasks, find_tasks
-        from llm_surgeon.export.place import check_result_file
         from llm_surgeon.models.loading import load
-        from llm_surgeon.pipeline.run import evaluate as measure
         from llm_surgeon.records import Evaluation
-        from llm_surgeon.report.progress import RichProgress
+        from llm_surgeon.run.run import evaluate as measure
+        from llm_surgeon.system.files import check_result_file
+        from llm_surgeon.system.progress import RichProgress
 
         quiet_transformers()
         progress = RichProgress(progress_console)

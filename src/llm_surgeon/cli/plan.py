@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from llm_surgeon.cli.shared import config_of, console, errors_as_messages, with_recipe, write_result
-from llm_surgeon.report.log import STARTING, log_to_stderr, quiet_transformers
-from llm_surgeon.torchrun import require_one_process
+from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
+from llm_surgeon.system.torchrun import require_one_process
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ def plan(
         log_to_stderr()
         logger.info(STARTING)
         # Imported late, see prune.
-        from llm_surgeon.export.place import check_result_file
         from llm_surgeon.planning.plan import plan as foresee
         from llm_surgeon.planning.plan import warn_if_short
         from llm_surgeon.report.plan import plan_tables
+        from llm_surgeon.system.files import check_result_file
 
         quiet_transformers()
         if out is not None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_surgeon.cli.shared import command_line, config_of, console, errors_as_messages, with_recipe
-from llm_surgeon.report.log import STARTING, log_to_stderr, quiet_transformers
-from llm_surgeon.torchrun import place
+from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
+from llm_surgeon.system.torchrun import place
 
 if TYPE_CHECKING:
     from llm_surgeon.records import ExportRecord, PruneReport
@@ -42,9 +42,9 @@ def prune(
         errors = log_to_stderr(process)
         logger.info(STARTING)
         # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.
-        from llm_surgeon.pipeline.run import prune_checkpoint
-        from llm_surgeon.report.progress import RichProgress
         from llm_surgeon.report.table import summary_table
+        from llm_surgeon.run.run import prune_checkpoint
+        from llm_surgeon.system.progress import RichProgress
 
         quiet_transformers()
         report = prune_checkpoint(model, out, config, progress=RichProgress(errors), command=command_line())

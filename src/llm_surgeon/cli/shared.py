@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from llm_surgeon.config import PruneConfig, read_recipe
 from llm_surgeon.errors import OutputError, SurgeonError
-from llm_surgeon.presets import OPTIONS as PRESET_OPTIONS
+from llm_surgeon.recipe.config import PruneConfig, read_recipe
+from llm_surgeon.recipe.presets import OPTIONS as PRESET_OPTIONS
 from llm_surgeon.records import Record
-from llm_surgeon.report.log import error_console, print_error
-from llm_surgeon.torchrun import place
+from llm_surgeon.system.logs import error_console, print_error
+from llm_surgeon.system.torchrun import place
 
 _PANELS = {
     "What to remove": (
@@ -235,6 +235,6 @@ def _say_once(error: SurgeonError) -> None:
     # torchrun ends all processes when one has ended; this one ends by itself, once it has said why.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Imported late, see prune.
-    from llm_surgeon.processes import say_once
+    from llm_surgeon.system.processes import say_once
 
     say_once(str(error), lambda: print_error(error.cause, error.remedy))

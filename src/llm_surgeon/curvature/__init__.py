@@ -10,13 +10,13 @@ from llm_surgeon.curvature.diagonal import estimate_diagonal
 from llm_surgeon.curvature.factors import Curvature, KroneckerFactors
 from llm_surgeon.curvature.kfac import estimate_kfac
 from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, WarmStart, estimate_nearest, passes_needed
-from llm_surgeon.curvature.passes import Advance, Estimation
-from llm_surgeon.curvature.task import Task
 from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
-from llm_surgeon.processes import ALONE, Processes
-from llm_surgeon.selection import KeepMask
-from llm_surgeon.storage import TensorStore
+from llm_surgeon.passes.batch_major import Advance, Estimation
+from llm_surgeon.passes.task import Task
+from llm_surgeon.system.processes import ALONE, Processes
+from llm_surgeon.system.storage import TensorStore
 
 __all__ = [
     "Curvature",

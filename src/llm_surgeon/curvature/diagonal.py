@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llm_surgeon.curvature.hooks import Hooks, with_bias
-from llm_surgeon.curvature.passes import PassResult
-from llm_surgeon.curvature.task import Task
-from llm_surgeon.fisher import Damping, Diagonal
+from llm_surgeon.mathematics.fisher import Damping, Diagonal
+from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
-from llm_surgeon.processes import Processes
-from llm_surgeon.selection import KeepMask
-from llm_surgeon.storage import Stored, TensorStore
+from llm_surgeon.passes.batch_major import PassResult
+from llm_surgeon.passes.hooks import Hooks, with_bias
+from llm_surgeon.passes.task import Task
+from llm_surgeon.system.processes import Processes
+from llm_surgeon.system.storage import Stored, TensorStore
 
 
 class _SquareSum:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.curvature.gram import GramSum
-from llm_surgeon.curvature.passes import PassResult
-from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct
+from llm_surgeon.mathematics.fisher import Damping, Fisher, KroneckerProduct
+from llm_surgeon.mathematics.structured_selection import Axis, KeepMask
 from llm_surgeon.models.anatomy import LinearLayer, to_index
-from llm_surgeon.processes import Processes
-from llm_surgeon.selection import Axis, KeepMask
-from llm_surgeon.storage import TensorStore
+from llm_surgeon.passes.batch_major import PassResult
+from llm_surgeon.system.processes import Processes
+from llm_surgeon.system.storage import TensorStore
 
 
 class InputSum:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.curvature import fixed_point
+from llm_surgeon.mathematics import fixed_point
 from llm_surgeon.models.modes import products
-from llm_surgeon.processes import Processes
 from llm_surgeon.stopwatch import timed
-from llm_surgeon.storage import Stored, TensorStore, in_turn
+from llm_surgeon.system.processes import Processes
+from llm_surgeon.system.storage import Stored, TensorStore, in_turn
 
 # Height of the strips that the upper triangle is stored in: low enough to save nearly half of the work, high enough
 # for full speed of the products. On a CPU with AVX-512, size 1536: 8.1 ms for 192, 9.0 for 384, 13.8 for one product.

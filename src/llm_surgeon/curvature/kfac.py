@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from llm_surgeon.curvature.factors import InputSum, KroneckerFactors
 from llm_surgeon.curvature.gram import GramSum, reserve
-from llm_surgeon.curvature.hooks import Hooks
-from llm_surgeon.curvature.task import Task
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
+from llm_surgeon.passes.hooks import Hooks
+from llm_surgeon.passes.task import Task
 
 
 def estimate_kfac(task: Task) -> KroneckerFactors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_surgeon.processes import Processes
+from llm_surgeon.system.processes import Processes
 
 
 class Moments:

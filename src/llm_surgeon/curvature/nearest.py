@@ -11,23 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_surgeon.curvature.hooks import Hooks, with_bias
-from llm_surgeon.curvature.passes import Estimation, PassResult
-from llm_surgeon.curvature.task import Task
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.evaluation.memory import available_bytes
-from llm_surgeon.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo
-from llm_surgeon.kronecker_sum import kronecker_sum_bytes
-from llm_surgeon.models.anatomy import LinearLayer, to_index
-from llm_surgeon.models.matrix import core_of
-from llm_surgeon.nearest_kronecker import (
+from llm_surgeon.mathematics.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo
+from llm_surgeon.mathematics.kronecker_sum import kronecker_sum_bytes
+from llm_surgeon.mathematics.nearest_kronecker import (
     Pair,
     balanced_pair,
     finished_half_step,
     gradient_half_step,
     input_half_step,
 )
-from llm_surgeon.selection import KeepMask
+from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.models.anatomy import LinearLayer, to_index
+from llm_surgeon.models.matrix import core_of
+from llm_surgeon.passes.batch_major import Estimation, PassResult
+from llm_surgeon.passes.hooks import Hooks, with_bias
+from llm_surgeon.passes.task import Task
+from llm_surgeon.system.memory import available_bytes
 
 HalfStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_surgeon.errors import DataError
-from llm_surgeon.quantity import shown
+from llm_surgeon.recipe.quantity import shown
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from llm_surgeon.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llm_surgeon.config import Bos
+    from llm_surgeon.recipe.config import Bos
 
 SAMPLING_RULE = (
     "random.Random(seed).sample(range(0, tokens - window), samples * windows_per_sample), where window is seq_len / "

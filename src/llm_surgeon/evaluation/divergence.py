@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
-from llm_surgeon.models import head as heads
+from llm_surgeon.data.windows import EvaluationText
+from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.passes import head as heads
 from llm_surgeon.records import Perplexity
 
 ToLogits = Callable[[Tensor], Tensor]

@@ -26,7 +26,7 @@ from llm_surgeon.evaluation.task_files import SingleTask
 from llm_surgeon.evaluation.task_loading import load_task
 from llm_surgeon.evaluation.task_metrics import accuracy_of, read_metrics
 from llm_surgeon.records import TaskScore
-from llm_surgeon.report.progress import Phase, Progress
+from llm_surgeon.system.progress import Phase, Progress
 
 logger = logging.getLogger(__name__)
 

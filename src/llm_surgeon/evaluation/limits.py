@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llm_surgeon.mathematics.structured_selection import KeepMask, count_weights
 from llm_surgeon.models.anatomy import Anatomy, present_heads
-from llm_surgeon.selection import KeepMask, count_weights
 
 
 def speed_limits(anatomy: Anatomy, keep: Mapping[str, KeepMask], head_weights: int, prompt: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_surgeon.errors import ConfigError, NonFiniteError, SurgeonError
 from llm_surgeon.models.modes import frozen, products
 from llm_surgeon.records import TaskFailure, TaskScore, TaskScores
-from llm_surgeon.report.progress import Progress, SilentProgress
+from llm_surgeon.system.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from llm_surgeon.evaluation.task_files import SingleTask

@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from torch import Tensor
@@ -15,37 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llm_surgeon.export.companions import GENERATION_FILE, copy_companions
 from llm_surgeon.export.form import Form, emptied, form_of, renamed
-from llm_surgeon.export.place import writing
+from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
-from llm_surgeon.models.family import Family
+from llm_surgeon.models.modeling_text import MODELING_FILE, auto_map, export_type, modeling_text
 from llm_surgeon.models.weights import quietly
-from llm_surgeon.selection import KeepMask
-
-MODELING_FILE = "modeling_pruned.py"
-
-# What the export adds to the common modelling text: the classes of one family, subclasses of transformers' own.
-_FAMILY_CLASSES = Template('''
-
-from transformers import $config_class, $model_class  # noqa: E402
-
-
-class Pruned$config_class($config_class):
-    """The dense model's configuration, with the shapes of the pruned layers and the heads that are left."""
-
-    model_type = "$model_type"
-
-
-class Pruned$model_class($model_class):
-    """transformers' own model with smaller layers."""
-
-    config_class = Pruned$config_class
-
-    def __init__(self, config: Pruned$config_class) -> None:
-        super().__init__(config)
-        shrink_linears(self, config.pruned_linears)
-        narrow_attention(self, config.pruned_attention, config.pruned_attention_output)
-        drop_empty_linears(self, config.pruned_linears)
-''')
+from llm_surgeon.system.files import writing
 
 
 def save_model(
@@ -119,29 +92,6 @@ def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Te
             state[new] = value.T.contiguous() if name in transposed else value
     biases = {f"{name}bias": bias for name, bias in empty.items() if bias is not None}
     return state | {new: bias for name, bias in biases.items() if (new := renamed(anatomy, form.blocks, name))}
-
-
-def modeling_text(family: Family) -> str:
-    """The self-contained modelling file of an export."""
-    common = (Path(__file__).parent / MODELING_FILE).read_text(encoding="utf8")
-    classes = _FAMILY_CLASSES.substitute(
-        config_class=family.config_class, model_class=family.model_class, model_type=export_type(family)
-    )
-    return common + classes
-
-
-def export_type(family: Family) -> str:
-    """``model_type`` of an export: its own, so that a loader never takes it for a dense model."""
-    return f"llm_surgeon_{family.model_type}"
-
-
-def auto_map(family: Family) -> dict[str, str]:
-    """Which classes of the modelling file transformers is to take."""
-    module = Path(MODELING_FILE).stem
-    return {
-        "AutoConfig": f"{module}.Pruned{family.config_class}",
-        "AutoModelForCausalLM": f"{module}.Pruned{family.model_class}",
-    }
 
 
 def _write_config(

@@ -16,12 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ExportMismatchError
-from llm_surgeon.export.place import PARTIAL, says_full
-from llm_surgeon.models.modes import frozen
 from llm_surgeon.models.overflow import loss_not_finite
+from llm_surgeon.models.probe import probe_logits, probe_tokens
 from llm_surgeon.models.streaming import weights_of
-
-PROBE_TOKENS = 64
+from llm_surgeon.system.files import PARTIAL, says_full
 
 # Largest difference allowed, as a fraction of the largest logit: the same arithmetic on the same device, but kernels
 # may be chosen anew, and a cached step takes another path than a full pass.
@@ -74,22 +72,6 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
             "Nothing was written. Please report this with the versions of torch and transformers.",
         )
     return ReloadCheck(difference, scale)
-
-
-def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Tokens drawn at random, always the same, ``[1, PROBE_TOKENS]`` or as many as there are positions."""
-    settings = model.config.get_text_config()
-    length = min(PROBE_TOKENS, getattr(settings, "max_position_embeddings", None) or PROBE_TOKENS)
-    return torch.randint(settings.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def probe_logits(model: PreTrainedModel) -> Tensor:
-    """Logits ``[1, n, tokens]`` of the probe, float32 on the CPU, in the type of the weights."""
-    with frozen(model):
-        ids = probe_tokens(model).to(next(model.parameters()).device)
-        logits: Tensor = model(ids, return_dict=True).logits
-        return logits.float().cpu()
 
 
 def _difference(expected: Tensor, actual: Tensor) -> float:

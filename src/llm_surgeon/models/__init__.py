@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, examine
+from llm_surgeon.models.families.gemma import GEMMA2, GEMMA3
+from llm_surgeon.models.families.gpt2 import GPT2
+from llm_surgeon.models.families.gpt_neox import GPT_NEOX
+from llm_surgeon.models.families.llama import LLAMA
+from llm_surgeon.models.families.mistral import MISTRAL
+from llm_surgeon.models.families.opt import OPT
+from llm_surgeon.models.families.phi3 import PHI3
+from llm_surgeon.models.families.qwen import QWEN2, QWEN3
 from llm_surgeon.models.family import Family
-from llm_surgeon.models.gemma import GEMMA2, GEMMA3
-from llm_surgeon.models.gpt2 import GPT2
-from llm_surgeon.models.gpt_neox import GPT_NEOX
-from llm_surgeon.models.llama import LLAMA
-from llm_surgeon.models.mistral import MISTRAL
-from llm_surgeon.models.opt import OPT
-from llm_surgeon.models.phi3 import PHI3
-from llm_surgeon.models.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from llm_surgeon.mathematics.structured_selection import Axis, Coupling, Side
 from llm_surgeon.models.parts import AttentionPart, FeedForwardPart, Rows
-from llm_surgeon.selection import Axis, Coupling, Side
 
 
 def attention_couplings(part: AttentionPart, norms: bool) -> Iterator[Coupling]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import NonFiniteError
-from llm_surgeon.linalg import is_finite
+from llm_surgeon.mathematics.linalg import is_finite
 
 
 @torch.no_grad()

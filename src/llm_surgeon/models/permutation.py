@@ -1,8 +1,8 @@
 """Fold an order of channels into the weights: neighbours change, the function of the network does not.
 
 An N:M pattern keeps N of every M *neighbouring* inputs, so it matters in which order the inputs of a layer come
-(``llm_surgeon.channel_permutation`` finds a good one). The order of some channels is free: whoever writes them and
-whoever reads them must agree on it, and nothing else is concerned. Three kinds are folded here:
+(``llm_surgeon.mathematics.channel_permutation`` finds a good one). The order of some channels is free: whoever writes
+them and whoever reads them must agree on it, and nothing else is concerned. Three kinds are folded here:
 
 - the neurons of a feed-forward part: rows of its input layers, columns of its output layer;
 - the dimensions within a value head: rows of the value layer, columns of the output projection in every query head

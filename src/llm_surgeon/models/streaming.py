@@ -3,7 +3,7 @@
 A model that fits neither a GPU nor main memory may still fit block by block. Each weight of a block is a tensor in a
 file without a name that is mapped into memory: whoever reads or writes it does so as ever, and the kernel brings and
 takes its pages. On a CPU that is all. For a GPU the block that is run is copied there and forgotten again; what is run
-block by block (``curvature/sweep.py``) keeps it there for all batches, and the next one arrives meanwhile.
+block by block (``passes/sweep.py``) keeps it there for all batches, and the next one arrives meanwhile.
 
 What is not in a block (embeddings, last norm, head) stays where the model runs.
 """
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.runtime import forget_pages
 from llm_surgeon.stopwatch import timed
-from llm_surgeon.storage import not_kept
-from llm_surgeon.transfers import Transfers
+from llm_surgeon.system.allocator import forget_pages
+from llm_surgeon.system.storage import not_kept
+from llm_surgeon.system.transfers import Transfers
 
 
 class Weights:

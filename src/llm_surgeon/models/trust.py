@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_surgeon.errors import ModelError
-from llm_surgeon.export.save import MODELING_FILE, auto_map, export_type, modeling_text
 from llm_surgeon.models import FAMILIES
+from llm_surgeon.models.modeling_text import MODELING_FILE, auto_map, export_type, modeling_text
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # SHA-256 of the modelling files that former versions of this package wrote, one for each family.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.recipe.config import PruneConfig
 
 
 def loaders(config: PruneConfig, model_type: str) -> tuple[str, ...]:

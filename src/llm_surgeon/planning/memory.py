@@ -15,17 +15,17 @@ import psutil
 import torch
 from torch import Tensor
 
-from llm_surgeon.config import PruneConfig
-from llm_surgeon.curvature.task import PUT_AWAY
-from llm_surgeon.evaluation.memory import available_bytes
-from llm_surgeon.models.head import CHUNK
-from llm_surgeon.pipeline.gates import gate_width, gates_of
-from llm_surgeon.pipeline.texts import Texts
+from llm_surgeon.data.texts import Texts
+from llm_surgeon.models.skeleton import Skeleton
+from llm_surgeon.passes.head import CHUNK
+from llm_surgeon.passes.task import PUT_AWAY
 from llm_surgeon.planning.order import Waiting
 from llm_surgeon.planning.sizes import weight_bytes
-from llm_surgeon.planning.skeleton import Skeleton
 from llm_surgeon.planning.trace import Traces, factor_bytes
-from llm_surgeon.runtime import freed_bytes
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.refit.gates import gate_width, gates_of
+from llm_surgeon.system.allocator import freed_bytes
+from llm_surgeon.system.memory import available_bytes
 
 Parts = dict[str, int]
 

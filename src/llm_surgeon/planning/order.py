@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_surgeon.config import PruneConfig
-from llm_surgeon.curvature.passes import Order
-from llm_surgeon.curvature.task import PUT_AWAY
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.models.streaming import can_stream
-from llm_surgeon.planning.skeleton import Skeleton
+from llm_surgeon.passes.batch_major import Order
+from llm_surgeon.passes.task import PUT_AWAY
 from llm_surgeon.planning.trace import estimation_of, factor_bytes
-from llm_surgeon.storage import Budgets
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.system.storage import Budgets
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,27 @@ from typing import Any
 
 import torch
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.data.texts import Texts, prepare_texts
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.evaluation.memory import available_bytes
 from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.models.skeleton import Skeleton, skeleton_of
 from llm_surgeon.models.streaming import require_streaming
-from llm_surgeon.pipeline.corrections import require_peft
-from llm_surgeon.pipeline.gates import gate_width
-from llm_surgeon.pipeline.given import as_recipe
-from llm_surgeon.pipeline.preconditions import check_recipe_fits, check_texts, warn_of_tokenizer
-from llm_surgeon.pipeline.texts import Texts, prepare_texts
 from llm_surgeon.planning.loaders import loaders
 from llm_surgeon.planning.memory import Need, host_available, weights_streamed
 from llm_surgeon.planning.order import Room, order_name
+from llm_surgeon.planning.schedule import Course
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
-from llm_surgeon.planning.skeleton import Skeleton, settled, skeleton_of
-from llm_surgeon.planning.way import Course
-from llm_surgeon.processes import Processes
+from llm_surgeon.pruning.targets import settled
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Plan, PlannedPhase
-from llm_surgeon.torchrun import Place
+from llm_surgeon.refit.gates import gate_width
+from llm_surgeon.refit.lora import require_peft
+from llm_surgeon.session.given import as_recipe
+from llm_surgeon.session.preconditions import check_recipe_fits, check_texts, warn_of_tokenizer
+from llm_surgeon.system.memory import available_bytes
+from llm_surgeon.system.processes import Processes
+from llm_surgeon.system.torchrun import Place
 
 logger = logging.getLogger(__name__)
 

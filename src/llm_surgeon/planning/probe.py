@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import estimate
-from llm_surgeon.curvature.passes import Order
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.evaluation.memory import peak_bytes, reset_peak
-from llm_surgeon.planning.skeleton import Skeleton, loaded
+from llm_surgeon.models.skeleton import Skeleton, loaded
+from llm_surgeon.passes.batch_major import Order
 from llm_surgeon.planning.trace import estimation_of
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.system.memory import peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import passes_needed
-from llm_surgeon.curvature.passes import Estimation, Order
-from llm_surgeon.pipeline.gates import BACKWARD_PASSES, FORWARD_PASSES
-from llm_surgeon.pipeline.reconstruction import DENSE_RUNS, PRUNED_RUNS
-from llm_surgeon.planning.skeleton import Skeleton
+from llm_surgeon.models.skeleton import Skeleton
+from llm_surgeon.passes.batch_major import Estimation, Order
 from llm_surgeon.planning.trace import estimation_of
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.refit.gates import BACKWARD_PASSES, FORWARD_PASSES
+from llm_surgeon.refit.reconstruction import DENSE_RUNS, PRUNED_RUNS
 
 # Operations per second of common machines: of one CPU core with matrix units, and of a GPU of a data centre.
 CPU_CORE = {"bfloat16": 1.0e11, "float32": 0.5e11}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature.nearest import TERMS
-from llm_surgeon.pipeline.checkpoint import KEPT, parameters_beside
-from llm_surgeon.planning.skeleton import Skeleton
+from llm_surgeon.models.skeleton import Skeleton
+from llm_surgeon.pruning.checkpoint import KEPT, parameters_beside
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import LayerKind, Size
 
 # Files of an export beside its weights: tokenizer, report, picture, modelling file.

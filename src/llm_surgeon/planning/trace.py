@@ -20,20 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
-from llm_surgeon.config import PruneConfig
 from llm_surgeon.curvature import Estimation, estimate
-from llm_surgeon.curvature.hooks import Hooks
+from llm_surgeon.curvature.layer_statistics import watch
 from llm_surgeon.curvature.nearest import TERMS, nearest_bytes
-from llm_surgeon.curvature.passes import Order, PassResult
-from llm_surgeon.curvature.sweep import Sweep
-from llm_surgeon.curvature.task import PUT_AWAY, Task
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.evaluation.perplexity import EvaluationText, perplexity
-from llm_surgeon.methods import LAYERWISE
+from llm_surgeon.data.windows import EvaluationText
+from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import Anatomy
-from llm_surgeon.pipeline.gates import gate_width, gates_of, moments
-from llm_surgeon.pipeline.watched import watch
-from llm_surgeon.storage import Stored, TensorStore
+from llm_surgeon.passes.batch_major import Order, PassResult
+from llm_surgeon.passes.hooks import Hooks
+from llm_surgeon.passes.sweep import Sweep
+from llm_surgeon.passes.task import PUT_AWAY, Task
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.methods import LAYERWISE
+from llm_surgeon.refit.gates import gate_width, gates_of, moments
+from llm_surgeon.system.storage import Stored, TensorStore
 
 # A model this deep is traced whole; of a deeper one, two shallow ones say what each further pair of blocks adds. A
 # pair, because some families have blocks of two kinds in turn.

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llm_surgeon.evaluation.bench_records import Bench, BenchModel, BenchRun, BenchTiming
+from llm_surgeon.records.bench import Bench, BenchModel, BenchRun, BenchTiming
 from llm_surgeon.report.table import TIMES, UNKNOWN, Row, scaled, scaled_bytes
 
 MODEL_HEADINGS = ("model", "parameters", "zeros", "weight files", "type", "load")

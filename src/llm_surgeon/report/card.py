@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from llm_surgeon.config import PruneConfig
-from llm_surgeon.methods import LAYERWISE, METHODS
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.methods import LAYERWISE, METHODS
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.table import escape, markdown_table, scaled_bytes
 

@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_surgeon.config import HALVES, PruneConfig
+from llm_surgeon.recipe.config import HALVES, PruneConfig
+from llm_surgeon.recipe.quantity import duration
 from llm_surgeon.records import Plan, PlannedPhase, PruneReport
 from llm_surgeon.report.table import UNKNOWN, scaled, scaled_bytes
 
@@ -32,7 +33,7 @@ def compared(report: PruneReport) -> list[tuple[str, str, str, str]]:
         pairs.append(("weight files", plan.weight_bytes, export.weight_bytes))
     rows = [_compared(name, scaled_bytes(round(a)), scaled_bytes(round(b)), a, b) for name, a, b in pairs]
     taken = sum(shot.seconds - shot.correction_seconds for shot in report.shots)
-    rows.append(_compared("time of the shots", time(seconds), time(taken), seconds, taken))
+    rows.append(_compared("time of the shots", duration(seconds), duration(taken), seconds, taken))
     return rows
 
 
@@ -85,13 +86,6 @@ def step_of(step: int, steps: int) -> str:
     return f", step {step}/{steps}" if steps > 1 else ""
 
 
-def time(seconds: float) -> str:
-    """Write seconds as a reader would say them: ``42 s``, ``12 min``, ``3.4 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _kinds(plan: Plan) -> Table:
     table = _table(f"{plan.model} ({plan.family}): what is pruned", ("layers", "count", "rows", "columns", "weights"))
     for kind in plan.kinds:
@@ -116,10 +110,12 @@ def _phases(plan: Plan) -> Table:
     table.columns[-2].justify = "left"
     for phase in plan.phases:
         device = (scaled_bytes(phase.device_bytes),) if gpu else ()
-        table.add_row(phase.name, scaled_bytes(phase.host_bytes), *device, Text(_largest(phase)), time(phase.seconds))
+        table.add_row(
+            phase.name, scaled_bytes(phase.host_bytes), *device, Text(_largest(phase)), duration(phase.seconds)
+        )
     device = (scaled_bytes(plan.device_peak),) if gpu else ()
     table.add_section()
-    table.add_row("whole run", scaled_bytes(plan.host_peak), *device, "", time(plan.seconds))
+    table.add_row("whole run", scaled_bytes(plan.host_peak), *device, "", duration(plan.seconds))
     free = (scaled_bytes(plan.device_available),) if plan.device_available is not None else ()
     table.add_row("available", scaled_bytes(plan.host_available), *free, "", "")
     how = (

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import PruneReport
 
 # An absolute path, or one from the home directory, of two parts at least; addresses of the web have a colon before it.

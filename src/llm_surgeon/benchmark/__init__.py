@@ -1,0 +1,1 @@
+"""Benchmark of dense and pruned models in isolated processes."""

@@ -1,0 +1,148 @@
+"""The work of a comparison: the dense model measured once, and one variant pruned in memory and measured against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_surgeon.data.texts import Texts, prepare_texts
+from llm_surgeon.data.windows import EvaluationText
+from llm_surgeon.errors import DataError, OutputError
+from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
+from llm_surgeon.models import Anatomy, examine, family_of
+from llm_surgeon.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.models.matrix import core_of
+from llm_surgeon.passes.head import Head
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import CellMeasures, DenseRecord
+from llm_surgeon.refit.lora import require_peft
+from llm_surgeon.refit.reconstruction import goal_of
+from llm_surgeon.run.job import Job, run_job
+from llm_surgeon.session.preconditions import check_recipe_fits, check_texts
+from llm_surgeon.system.files import in_place
+from llm_surgeon.system.progress import Progress
+from llm_surgeon.versions import versions
+
+
+def measure_dense(
+    model: str, config: PruneConfig, reference: Path, texts: str | None, progress: Progress
+) -> DenseRecord:
+    """Measure the dense model, and keep what its predictions can be computed from.
+
+    Args:
+        model: A local directory, a hub id, or ``demo``.
+        config: The recipe of any cell; what counts is what all cells share.
+        reference: Where the hidden states go, as safetensors.
+        texts: Digest that the tokens must have, if there are results with others already.
+        progress: Where progress is shown.
+
+    Raises:
+        DataError: If the texts are not those of the digest.
+        OutputError: If the states cannot be written.
+        SurgeonError: If the model cannot be loaded or the texts cannot be read.
+    """
+    source = resolve_source(model)
+    prepared = _prepared(source, load_tokenizer(source, config.trust_remote_code), config, texts)
+    network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
+    text = _evaluation(prepared)
+    with progress.phase("dense: perplexity", text.work) as phase:
+        measured, states = reference_states(network, text, phase.advance)
+    try:
+        with in_place(reference) as path:
+            save_file({"states": states}, path)
+    # safetensors has an error of its own for a full disk.
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"The dense model's hidden states, {states.nbytes / 2**20:.0f} MiB, cannot be written: {error}.",
+            "Free some space, or give an --out on another disk.",
+        ) from None
+    return DenseRecord(
+        perplexity=measured,
+        calibration=prepared.calibration.provenance,
+        texts=prepared.digest,
+        versions=versions(),
+    )
+
+
+def measure_cell(
+    model: str, config: PruneConfig, reference: Path, texts: str | None, progress: Progress
+) -> CellMeasures:
+    """Prune a model in memory and measure it against the dense one.
+
+    Args:
+        model: A local directory, a hub id, or ``demo``.
+        config: The recipe.
+        reference: What ``measure_dense`` wrote.
+        texts: The digest of the tokens in its record.
+        progress: Where progress is shown.
+
+    Raises:
+        DataError: If the texts have changed since the dense model was measured.
+        SurgeonError: Whatever ``prune`` raises.
+    """
+    if config.lora:
+        require_peft()
+    source = resolve_source(model)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    prepared = _prepared(source, tokenizer, config, texts)
+    network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
+    anatomy = examine(network, family_of(network.config.model_type), config.ignore)
+    # Reordered channels reorder the head too, and the dense model's states are in their old order.
+    dense_head = Head(network, own_copy=True) if config.permute else None
+    # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
+    silent = Texts(prepared.calibration, None)
+    dense = goal_of(network, anatomy, prepared.calibration, config)
+    report = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model, dense=dense)).report
+    text = _evaluation(prepared)
+    states = _states(reference)
+    with progress.phase("pruned: perplexity and divergence", text.work) as phase:
+        measured, divergence = perplexity_and_divergence(network, text, states, phase.advance, dense_head)
+    return CellMeasures(
+        perplexity=measured,
+        divergence=divergence,
+        sparsity=_sparsity(network, anatomy),
+        seconds=sum(shot.seconds for shot in report.shots),
+        peak=report.memory.peak,
+        calibration=report.calibration,
+        versions=report.versions,
+    )
+
+
+def _states(reference: Path) -> Tensor:
+    try:
+        return load_file(reference)["states"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(
+            f"The dense model's hidden states in {reference} cannot be read: {error}.",
+            "Remove the file and run the command again.",
+        ) from None
+
+
+def _prepared(source: str, tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: str | None) -> Texts:
+    """The texts, if they are what they were when ``digest`` was taken; checked before the model is loaded."""
+    settings = load_config(source, config.trust_remote_code)
+    check_recipe_fits(config, settings)
+    texts = prepare_texts(tokenizer, config)
+    check_texts(settings, texts)
+    if digest is not None and texts.digest != digest:
+        raise DataError(
+            "The calibration or the evaluation text is not what it was when the comparison was begun.",
+            "Restore the text, or make a new comparison with another --out.",
+        )
+    return texts
+
+
+def _evaluation(texts: Texts) -> EvaluationText:
+    return cast(EvaluationText, texts.evaluation)  # planning refuses recipes without one
+
+
+def _sparsity(model: PreTrainedModel, anatomy: Anatomy) -> float:
+    """Counted in the model itself, not taken from what the run says of itself."""
+    left = sum(int(torch.count_nonzero(core_of(model, layer).weight)) for layer in anatomy.layers.values())
+    return 1 - left / anatomy.prunable_weights

@@ -1,0 +1,80 @@
+"""A process of its own for each piece of a comparison's work, see ``llm_surgeon.system.worker``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import CellMeasures, DenseRecord, Failure, Record
+from llm_surgeon.system.allocator import keep_freed_memory
+from llm_surgeon.system.worker import answer_apart, ask_apart, failure_of, module_command
+
+
+class Task(Record):
+    """What the process is to do.
+
+    Attributes:
+        model: A local directory, a hub id, or ``demo``.
+        recipe: Of the cell; for the dense model, of any cell.
+        reference: File of the dense model's hidden states, written for the dense model and read for the others.
+        texts: Digest that the tokens must have; None if there is none yet.
+        dense: Whether to measure the dense model instead of pruning.
+        show: Whether to show progress on standard error.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    reference: str
+    texts: str | None = None
+    dense: bool = False
+    show: bool = False
+
+
+class Answer(Record):
+    """What came of it: one of the three."""
+
+    dense: DenseRecord | None = None
+    measures: CellMeasures | None = None
+    failure: Failure | None = None
+
+
+def work_apart(task: Task) -> Answer:
+    """Do the work in a fresh process and wait for it; whatever becomes of the process is an answer."""
+    answer = ask_apart(command, task, "Lower batch_size or samples")
+    return Answer(failure=answer) if isinstance(answer, Failure) else Answer.model_validate_json(answer)
+
+
+def command(order: Path, answer: Path) -> list[str]:
+    """The command of the process."""
+    return module_command("llm_surgeon.comparison.cell_process", order, answer)
+
+
+def work(task: Task) -> Answer:
+    """Do the work in this process; every error becomes an answer."""
+    try:
+        return _work(task)
+    except Exception as error:
+        return Answer(failure=failure_of(error))
+
+
+def _work(task: Task) -> Answer:
+    from llm_surgeon.comparison.cell import measure_cell, measure_dense
+    from llm_surgeon.system.logs import log_to_stderr, quiet_transformers
+    from llm_surgeon.system.progress import RichProgress, SilentProgress
+
+    quiet_transformers()
+    progress = RichProgress(log_to_stderr()) if task.show else SilentProgress()
+    given = task.model, PruneConfig.from_mapping(task.recipe), Path(task.reference), task.texts, progress
+    return Answer(dense=measure_dense(*given)) if task.dense else Answer(measures=measure_cell(*given))
+
+
+def main(order: str, answer: str) -> None:
+    """Entry point of the process."""
+    keep_freed_memory()
+    answer_apart(lambda task: work(Task.model_validate_json(task)), order, answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

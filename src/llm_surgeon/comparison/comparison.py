@@ -1,0 +1,168 @@
+"""Methods compared: each cell in a process of its own, on the same tokens, measured alike, kept as soon as it is done.
+
+Nothing here needs torch: the work is done in the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_surgeon.comparison.cell_process import Task, work_apart
+from llm_surgeon.comparison.directory import Folder
+from llm_surgeon.comparison.variants import SHARED, Options, PlannedCell, plan
+from llm_surgeon.errors import ComparisonError
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import Cell, Comparison, DenseRecord, Failure, Setting
+from llm_surgeon.report.comparison import comparison_markdown
+from llm_surgeon.report.comparison_plot import comparison_png
+from llm_surgeon.system.files import in_place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the processes have in common."""
+
+    model: str
+    folder: Folder
+    show: bool
+    command: str | None
+
+
+def compare(
+    model: str | Path,
+    out: str | Path,
+    variants: Mapping[str, Options],
+    settings: Sequence[Setting],
+    common: Options | None = None,
+    *,
+    show_progress: bool = False,
+    command: str | None = None,
+) -> Comparison:
+    """Run every variant under every setting on identical tokens, and write one table of them to a directory.
+
+    Cells that the directory holds are not run again, those that failed are. Finished cells of earlier calls stay in
+    the table. A cell that fails is on record as such, and the others go on.
+
+    Args:
+        model: A local directory, a hub id, or ``demo``; a dense model.
+        out: The directory; new, empty, or of an earlier call with the same model, texts and arithmetic.
+        variants: Recipe options by name of the variant, ``{"wide": {"method": "surgeon", "max_correlations": 64}}``.
+        settings: What is removed, and how much of it.
+        common: Recipe options of all cells: calibration, evaluation, shots and so on.
+        show_progress: Whether the processes show their progress on standard error.
+        command: The command line, for the record.
+
+    Returns:
+        The comparison, as in ``comparison.json``.
+
+    Raises:
+        ConfigError: If a variant or a setting is possible in no cell, or an option is none that a comparison can take.
+        OutputError: If ``out`` cannot be used.
+        ComparisonError: If ``out`` holds results of other recipes, or the dense model cannot be measured.
+    """
+    model, out = str(model), Path(out)
+    cells = plan(variants, settings, common or {})
+    recipe = next(cell.config.resolved() for cell in cells if cell.config is not None)
+    shared = {name: recipe[name] for name in SHARED}
+    work = _Work(model, Folder(out), show_progress, command)
+    former = work.folder.former(model, shared)
+    results = work.folder.finished(model, cells)
+    due = [(cell, cell.config) for cell in cells if cell.config is not None and cell.name not in results]
+    dense = former.dense if former else None
+    if dense is None or (due and not work.folder.reference.exists()):
+        dense = _measure_dense(work, recipe, dense)
+    comparison = Comparison(model=model, shared=shared, dense=dense, cells=(), date="", command=command)
+    for cell in cells:
+        if cell.refusal is not None:
+            failure = Failure(cause=cell.refusal.cause, remedy=cell.refusal.remedy)
+            results[cell.name] = _kept(work, cell, status="impossible", failure=failure)
+    comparison = _publish(work, comparison, cells, results)
+    for number, (cell, config) in enumerate(due, start=1):
+        logger.info("cell %d of %d: %s, %s", number, len(due), cell.variant, cell.setting.label)
+        results[cell.name] = _run(work, cell, config, dense)
+        comparison = _publish(work, comparison, cells, results)
+    if all(results[cell.name].status == "finished" for cell in cells if cell.config is not None):
+        work.folder.drop_reference()
+    return comparison
+
+
+def _measure_dense(work: _Work, recipe: Options, former: DenseRecord | None) -> DenseRecord:
+    """Measure the dense model; if that fails, the directory is as it was.
+
+    A comparison that goes on needs the hidden states again, and keeps the record that its cells were compared with.
+    """
+    made = not work.folder.path.exists()
+    work.folder.path.mkdir(parents=True, exist_ok=True)
+    measured = None
+    try:
+        answer = work_apart(_task(work, recipe, former, dense=True))
+        measured = answer.dense
+    finally:
+        if measured is None:
+            work.folder.drop_reference()
+            if made:
+                with contextlib.suppress(OSError):
+                    work.folder.path.rmdir()
+    if measured is None:
+        raise _dense_error(answer.failure)
+    return former or measured
+
+
+def _dense_error(failure: Failure | None) -> ComparisonError:
+    if failure is None or failure.trace:
+        what = failure.cause if failure else "the process gave no answer"
+        return ComparisonError(
+            f"The dense model cannot be measured: {what}.", "`llm-surgeon eval` shows where it fails."
+        )
+    return ComparisonError(failure.cause, failure.remedy)
+
+
+def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, dense: bool = False) -> Task:
+    return Task(
+        model=work.model,
+        recipe=dict(recipe),
+        reference=str(work.folder.reference.absolute()),
+        texts=dense_record.texts if dense_record else None,
+        dense=dense,
+        show=work.show,
+    )
+
+
+def _run(work: _Work, planned: PlannedCell, config: PruneConfig, dense: DenseRecord) -> Cell:
+    """Run one cell and keep what became of it."""
+    recipe = config.resolved()
+    answer = work_apart(_task(work, recipe, dense))
+    if answer.failure is not None:
+        logger.error("%s, %s failed: %s", planned.variant, planned.setting.label, answer.failure.cause)
+        return _kept(work, planned, recipe=recipe, status="failed", failure=answer.failure)
+    return _kept(work, planned, recipe=recipe, status="finished", measures=answer.measures)
+
+
+def _kept(work: _Work, planned: PlannedCell, **outcome: Any) -> Cell:
+    """The record of a cell, after it has been written."""
+    cell = Cell(name=planned.name, variant=planned.variant, setting=planned.setting, model=work.model, **outcome)
+    work.folder.write_cell(cell)
+    return cell
+
+
+def _publish(
+    work: _Work, comparison: Comparison, cells: Sequence[PlannedCell], results: Mapping[str, Cell]
+) -> Comparison:
+    """Write record, table and picture of what there is, so that a long comparison can be read while it runs."""
+    names = [cell.name for cell in cells]
+    shown = [results[name] for name in names if name in results] + work.folder.finished_before(names)
+    comparison = comparison.model_copy(update={"cells": tuple(shown), "date": f"{datetime.date.today()}"})
+    work.folder.write_record(comparison)
+    with in_place(work.folder.table) as path:
+        path.write_text(comparison_markdown(comparison), encoding="utf8")
+    with in_place(work.folder.picture) as path:
+        comparison_png(comparison, path)
+    return comparison

@@ -1,0 +1,105 @@
+"""The two texts of a run: one to calibrate on, one to evaluate on, never the same tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from llm_surgeon.data.corpora import Corpus, load_corpus
+from llm_surgeon.data.tokens import (
+    CalibrationTokens,
+    evaluation_tokens,
+    first_token,
+    sample_calibration,
+    windows_with_bos,
+)
+from llm_surgeon.data.windows import EvaluationText, check_windows
+from llm_surgeon.recipe.config import Bos, PruneConfig
+
+CALIBRATION, EVALUATION = 0, 1
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens of a run; ``evaluation`` is None if the recipe wants none."""
+
+    calibration: CalibrationTokens
+    evaluation: EvaluationText | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all tokens."""
+        digest = hashlib.sha256(self.calibration.input_ids.numpy().tobytes())
+        if self.evaluation is not None:
+            digest.update(self.evaluation.tokens.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Texts:
+    """Read and tokenise both texts.
+
+    Unless the recipe names another text to evaluate on, the last tenth of the calibration text is held out for it.
+
+    Raises:
+        DataError: If a text cannot be read or is too short.
+        ConfigError: If the windows make no sense.
+    """
+    spec = config.evaluation or config.calibration
+    same = spec == config.calibration
+    corpus = _part(config.calibration, CALIBRATION, split=same)
+    calibration = sample_calibration(
+        tokenizer,
+        corpus,
+        config.samples,
+        config.seq_len,
+        config.seed,
+        config.windows_per_sample,
+        first_token(tokenizer, config.bos),
+    )
+    if spec == "none":
+        return Texts(calibration, None)
+    evaluation = evaluation_text(
+        tokenizer,
+        spec,
+        window=config.eval_window,
+        stride=config.eval_stride,
+        max_tokens=config.eval_tokens,
+        precision=config.precision,
+        bos=config.bos,
+        split=same,
+    )
+    return Texts(calibration, evaluation)
+
+
+def evaluation_text(
+    tokenizer: PreTrainedTokenizerBase,
+    spec: str,
+    *,
+    window: int,
+    stride: int | None,
+    max_tokens: int,
+    precision: str,
+    bos: Bos = "auto",
+    split: bool = False,
+) -> EvaluationText:
+    """Read and tokenise a text to evaluate on; ``split`` takes its held-out part, as is always done of demo texts."""
+    corpus = _part(spec, EVALUATION, split=split)
+    name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
+    first, stride = first_token(tokenizer, bos), stride or window
+    check_windows(window, stride, precision)
+    if first is None:
+        tokens = evaluation_tokens(tokenizer, corpus, window, max_tokens)
+    else:
+        tokens = windows_with_bos(tokenizer, corpus, window, stride, max_tokens, first)
+    return EvaluationText(tokens, name, window, stride, precision, bos=first is not None)
+
+
+def _part(spec: str, part: int, *, split: bool) -> Corpus:
+    corpus = load_corpus(spec)
+    return corpus.split()[part] if split or _is_demo(spec) else corpus
+
+
+def _is_demo(spec: str) -> bool:
+    return spec.split(":")[0] == "demo"

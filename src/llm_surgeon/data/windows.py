@@ -1,0 +1,73 @@
+"""Windows of a text to evaluate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llm_surgeon.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to measure perplexity on, and how.
+
+    Attributes:
+        tokens: ``[n]`` token ids of the text as one sequence; what does not fill a window is left out. With ``bos``,
+            those of all windows one behind the other.
+        name: Name of the text, for the record.
+        window: Tokens per window; the first token of a window is context only.
+        stride: Tokens from one window's start to the next one's.
+        precision: ``bfloat16`` (autocast) or ``float32``.
+        bos: Whether each window begins with the token that begins a text; the window's other tokens are of the text.
+    """
+
+    tokens: Tensor
+    name: str
+    window: int
+    stride: int
+    precision: str = "bfloat16"
+    bos: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < self.window:
+            raise DataError(
+                f"The evaluation text has {len(self.tokens)} tokens, fewer than one window of {self.window}.",
+                "Give a longer text or a smaller window.",
+            )
+        check_windows(self.window, self.stride, self.precision)
+
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """Start of each whole window, and its first target that no earlier window scored.
+
+        With a stride below the window, windows overlap, and a later window scores the tokens new to it only.
+        """
+        between = self.window if self.bos else self.stride
+        starts = range(0, len(self.tokens) - self.window + 1, between)
+        return [(start, 1 if start == 0 else max(1, self.window - self.stride)) for start in starts]
+
+    @property
+    def work(self) -> int:
+        """Tokens that ``perplexity`` reports as its progress, all together."""
+        return len(self.windows) * self.stride
+
+
+def check_windows(window: int, stride: int, precision: str) -> None:
+    """Make sure that a text can be cut into such windows and run so.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if precision not in ("bfloat16", "float32"):
+        raise ConfigError(f"The precision {precision!r} is not known.", "Use bfloat16 or float32.")
+    if window < 2 or stride < 1:
+        raise ConfigError(
+            f"Windows of {window} tokens, {stride} apart, score nothing.",
+            "Give a window of at least 2 tokens and a stride of at least 1.",
+        )
+    if stride > window:
+        raise ConfigError(
+            f"A stride of {stride} skips tokens between windows of {window}.", "Give a stride of at most the window."
+        )

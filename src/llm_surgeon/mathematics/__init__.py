@@ -1,0 +1,1 @@
+"""Pure functions of tensors: factors, costs, updates, selections and scores."""

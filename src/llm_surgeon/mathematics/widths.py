@@ -1,0 +1,103 @@
+"""Shapes for plain classes and fast kernels: groups that go together for the sake of the widths that are left.
+
+Pure functions of scored groups. A bundle is one candidate: its cost is the sum of its groups' costs, its gain all that
+they free, and every group of it carries its score and its number, so that it goes whole or not at all. The costs of
+groups in different layers add up, as the Fisher is block-diagonal; of groups within a layer this is an approximation,
+correct if they are not correlated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.mathematics.structured_selection import Group
+
+INFINITY = float("inf")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What the groups of a coupling may leave.
+
+    Attributes:
+        multiple: Living groups in a pool are a multiple of this after any removal.
+        least: Groups that stay in each pool, at least.
+        uniform: Whether all couplings keep equally many.
+    """
+
+    multiple: int = 1
+    least: int = 0
+    uniform: bool = False
+
+
+def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> list[Group]:
+    """Score groups of one kind so that whatever threshold is taken leaves the widths wanted.
+
+    Within each pool the candidates are ordered by score. The first bundle holds as many of the cheapest as exceed the
+    multiple, each further one as many as the multiple; the last, those that have to stay, are no candidates. The
+    bundles of the same number of all pools go together, with ``uniform`` those of all couplings too.
+
+    Args:
+        groups: One per block, of the same kind.
+        widths: What may be left.
+        per_weight: Whether to rank by cost per weight freed.
+    """
+    levels = [_levels(group, widths) for group in groups]
+    together = [list(range(len(groups)))] if widths.uniform else [[number] for number in range(len(groups))]
+    bundled = list(groups)
+    for members in together:
+        numbering = object()
+        count = 1 + max((int(levels[number].max()) for number in members if levels[number].numel()), default=-1)
+        cost, freed = torch.zeros(2, count, dtype=torch.float64)
+        for number in members:
+            level, group = levels[number], groups[number]
+            inside = level >= 0
+            cost.index_add_(0, level[inside], group.side_costs.amin(0).double()[inside])
+            freed.index_add_(0, level[inside], group.freed[inside])
+        score = cost / freed.clamp(min=1) if per_weight else cost
+        for number in members:
+            level = levels[number]
+            scores = torch.where(level >= 0, torch.cat([score, score.new_full((1,), INFINITY)])[level], INFINITY)
+            bundled[number] = replace(groups[number], score=scores, bundle=level.clamp(min=0), numbering=numbering)
+    return bundled
+
+
+def _levels(group: Group, widths: Widths) -> Tensor:
+    """``[groups]``: the number of each group's bundle; -1 where it has to stay, or is dead."""
+    pools = group.coupling.pools
+    pools = torch.zeros(len(group.score), dtype=torch.long) if pools is None else pools
+    levels = torch.full_like(pools, -1)
+    for pool in pools.unique():
+        alive = ((pools == pool) & group.score.isfinite()).nonzero().flatten()
+        order = alive[group.score[alive].argsort(stable=True)]
+        first = len(order) % widths.multiple
+        level = (torch.arange(len(order)) - first) // widths.multiple + 1
+        # What has to stay takes the rest of its bundle with it.
+        if widths.least and len(order):
+            level[level >= level[max(0, len(order) - widths.least)]] = -1
+        levels[order] = level
+    return levels
+
+
+def merge(groups: Sequence[Group], per_weight: bool = True) -> list[Group]:
+    """One candidate of several: group number g of all of them goes together.
+
+    A group that is dead in one of them needs only the others to go.
+
+    Args:
+        groups: With equally many groups each.
+        per_weight: Whether to rank by cost per weight freed.
+    """
+    alive = torch.stack([group.score.isfinite() for group in groups])
+    cost = (torch.stack([group.side_costs.amin(0).double() for group in groups]) * alive).sum(0)
+    freed = (torch.stack([group.freed for group in groups]) * alive).sum(0)
+    score = cost / freed.clamp(min=1) if per_weight else cost
+    bundle, numbering = torch.arange(len(score)), object()
+    return [
+        replace(group, score=torch.where(living, score, INFINITY), bundle=bundle, numbering=numbering)
+        for group, living in zip(groups, alive, strict=True)
+    ]

@@ -1,0 +1,36 @@
+"""The classes that models of a supported type may have."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llm_surgeon.errors import UnsupportedModelError
+
+
+def check_class(model: PreTrainedModel, model_class: str) -> None:
+    """Make sure that a model is of the class that its export will be of.
+
+    Args:
+        model: A model of a supported type.
+        model_class: The class in its family's entry.
+
+    Raises:
+        UnsupportedModelError: If it is not.
+    """
+    if model.config.model_type not in CONFIG_MAPPING:
+        # A type of one's own, whose entry knows what class stands for it.
+        return
+    kinds = type(model).__mro__
+    named = next((kind for kind in kinds if kind.__name__ == model_class), None)
+    if named is None:
+        raise UnsupportedModelError(
+            f"The model is a {type(model).__name__}, and pruned models are written as {model_class}.",
+            "Load it with AutoModelForCausalLM instead.",
+        )
+    if any(kind.__module__.startswith("transformers_modules") for kind in kinds):
+        raise UnsupportedModelError(
+            f"The model is run by code that its checkpoint brings ({type(model).__name__}), and its export would be "
+            f"run by transformers' own {model_class}.",
+            "Leave --trust-remote-code out, so that transformers' own class is pruned.",
+        )

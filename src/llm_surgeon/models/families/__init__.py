@@ -1,0 +1,1 @@
+"""Entries of the supported architectures, one file each."""

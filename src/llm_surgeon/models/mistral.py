@@ -1,7 +1,0 @@
-"""Mistral: Llama's layout, with windows in its attention."""
-
-from dataclasses import replace
-
-from llm_surgeon.models.llama import LLAMA
-
-MISTRAL = replace(LLAMA, model_type="mistral", model_class="MistralForCausalLM", config_class="MistralConfig")

@@ -1,0 +1,127 @@
+"""A model without its weights: what the configuration alone says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.models import Anatomy, examine, family_of
+from llm_surgeon.models.anatomy import straighten
+from llm_surgeon.models.classes import check_class
+from llm_surgeon.models.loading import check_checkpoint, load_config, load_model, model_type_of
+from llm_surgeon.models.settings import dtype_of, not_loaded, stored_dtype
+from llm_surgeon.models.streaming import stream
+from llm_surgeon.recipe.config import PruneConfig
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model as its configuration describes it.
+
+    Attributes:
+        source: A local directory or a hub id.
+        network: The model on the meta device.
+        anatomy: Its prunable layers.
+        stored: Type of the weights in the files, as the configuration says.
+        dtype: Type in which the recipe loads them.
+    """
+
+    source: str
+    network: PreTrainedModel
+    anatomy: Anatomy
+    stored: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the loaded weights."""
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def converts(self) -> bool:
+        """Whether loading makes another type of the stored weights, and so a copy."""
+        return self.stored != self.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight files: counted where they lie here, else what the configuration makes of them."""
+        files = sum(path.stat().st_size for path in Path(self.source).glob("*.safetensors"))
+        return files or self.parameters * self.stored.itemsize
+
+
+def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
+    """Find out from the configuration alone whether a model is supported, and what it is like.
+
+    Where the weight files lie here, their headers are compared with it.
+
+    Raises:
+        ModelError: If there is no configuration, the weights are not in safetensors, or not those of the model.
+        UnsupportedModelError: If there is no entry for the architecture, or the weights are quantised.
+        ConfigError: If every layer is ignored.
+    """
+    family = family_of(model_type_of(source))
+    settings = load_config(source, config.trust_remote_code)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"The weights of {source!r} are quantised.", "Give the original checkpoint; quantise what comes out of it."
+        )
+    if Path(source).is_dir():
+        check_checkpoint(source, config.trust_remote_code)
+    network = _empty(source, settings, config.trust_remote_code)
+    check_class(network, family.model_class)
+    anatomy = examine(network, family, config.ignore)
+    return Skeleton(source, network, anatomy, stored_dtype(source), dtype_of(source, config.dtype))
+
+
+def _empty(source: str, settings: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without memory."""
+    try:
+        with torch.device("meta"):
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+        return network
+    # What a configuration may say wrong is not foreseeable, and neither is what its class makes of it.
+    except Exception as error:
+        raise not_loaded(source, "model", error) from None
+
+
+def loaded(
+    skeleton: Skeleton, config: PruneConfig, device: torch.device, *, streamed: bool
+) -> tuple[PreTrainedModel, Anatomy]:
+    """The model with its weights, and its prunable layers.
+
+    Args:
+        skeleton: The model.
+        config: The recipe.
+        device: Where it is to run.
+        streamed: Whether the weights of its blocks come one block at a time.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+        DiskSpaceError: If weights that are to be streamed do not fit on the disk.
+    """
+    # Weights of the type that is stored are mapped, and not read before they are needed.
+    dtype, place = ("auto", torch.device("cpu")) if streamed else (config.dtype, device)
+    network = load_model(skeleton.source, dtype, place, config.trust_remote_code)
+    anatomy = examine(network, skeleton.anatomy.family, config.ignore)
+    if streamed:
+        stream(network, anatomy.family.blocks, device, skeleton.dtype)
+    return network, anatomy
+
+
+def weightless(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
+    """The model once more, made of tensors that claim to be on a device; for use under a ``FakeTensorMode``."""
+    settings: Any = skeleton.network.config
+    with device:
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=skeleton.dtype)
+    straighten(network, skeleton.anatomy)
+    return network

@@ -1,0 +1,1 @@
+"""Passes of text through a model, with hooks that look on."""

@@ -1,0 +1,217 @@
+"""The language-model head: labels, summed negative log-likelihood and its gradient, a few logits at a time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.errors import NonFiniteError
+from llm_surgeon.mathematics.linalg import is_finite
+
+# Tokens whose logits exist at once: a vocabulary of 50,000 in bfloat16 makes 50 MB of these. With fewer, the head's
+# weights are read too often.
+CHUNK = 512
+# Of these, the logits that are worked on at once in float32, on a CPU: what stays in its cache.
+_AT_ONCE = 2**20
+
+
+def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Flat positions that have a next token to predict, and those next tokens.
+
+    Args:
+        input_ids: ``[batch, length]``.
+        attention_mask: ``[batch, length]``, True for real tokens, or None if all are.
+
+    Returns:
+        Positions in the flattened batch ``[n]`` and their labels ``[n]``. The last position of a sequence and
+        positions at or before padding have no label.
+    """
+    labelled = torch.ones_like(input_ids, dtype=torch.bool)
+    labelled[:, -1] = False
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        labelled[:, :-1] = real[:, :-1] & real[:, 1:]
+    positions = labelled.flatten().nonzero().flatten()
+    return positions, input_ids.flatten()[positions + 1]
+
+
+class Head:
+    """What turns last hidden states ``[n, width]`` into logits ``[n, vocabulary]`` in float32.
+
+    That is the output embedding, and with some families (Gemma 2) a cap on the logits.
+
+    Args:
+        model: A causal language model.
+        own_copy: Whether the weights are copied, so that later changes of the model do not matter.
+    """
+
+    def __init__(self, model: PreTrainedModel, own_copy: bool = False) -> None:
+        head = model.get_output_embeddings()
+        self._linear = deepcopy(head) if own_copy else head
+        self._cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """The logits."""
+        return self._capped(self._linear(states))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        values = logits.float()
+        return values if self._cap is None else self._cap * torch.tanh(values / self._cap)
+
+    def likelihood(self, states: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
+        """Sum of the negative log-likelihoods of labels ``[n]``, and if asked its gradient at the states.
+
+        The gradient at the logits is ``softmax(logits) - onehot(labels)``, written down here rather than left to
+        automatic differentiation, which holds three times as many numbers of the size of the logits. Here it takes
+        their place, a few rows at a time.
+
+        Args:
+            states: ``[n, width]``.
+            labels: ``[n]``.
+            gradient: ``[n, width]``, filled with the gradient.
+        """
+        logits = self._linear(states)
+        rows = max(1, _AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        total = 0.0
+        for some, own in zip(logits.split(rows), labels.split(rows), strict=True):
+            total += self._likelihood_of(some, own, gradient is not None)
+        if gradient is not None:
+            weight = self._linear.weight
+            gradient.copy_(logits.to(weight.dtype) @ weight)
+        return total
+
+    def _likelihood_of(self, logits: Tensor, labels: Tensor, into_gradient: bool) -> float:
+        """The same of some logits ``[n, vocabulary]`` as the head gives them; if asked, they become its gradient."""
+        values, label = self._capped(logits), labels[:, None]
+        # With a cap, ``l = c tanh(z / c)``, so that ``dl/dz = 1 - (l / c)^2``.
+        slope = None if self._cap is None or not into_gradient else 1 - (values / self._cap).square_()
+        log_probabilities = values.log_softmax(-1)
+        total = -float(log_probabilities.gather(1, label).sum())
+        if into_gradient:
+            by_logits = log_probabilities.exp_()
+            by_logits.scatter_add_(1, label, by_logits.new_full(label.shape, -1.0))
+            logits.copy_(by_logits if slope is None else by_logits.mul_(slope))
+        return total
+
+    def sharpness(self, states: Tensor, labels: Tensor) -> tuple[float, float]:
+        """First and second derivative, by a scale ``s`` of ``states`` at 1, of what ``likelihood`` gives.
+
+        With logits ``s u`` plus a bias and their probabilities ``p``: the sums of ``E_p[u] - u_label`` and of
+        ``Var_p[u]`` over the positions. A cap on the logits is not provided for.
+        """
+        logits = self(states)
+        scaled = logits if self._linear.bias is None else logits - self._linear.bias.float()
+        probabilities = logits.softmax(-1)
+        mean = (probabilities * scaled).sum(-1, keepdim=True)
+        slope = mean - scaled.gather(1, labels[:, None])
+        # Not the difference of two squares, which may be large beside it.
+        variance = (probabilities * (scaled - mean).square_()).sum()
+        return float(slope.sum()), float(variance)
+
+
+@torch.no_grad()
+def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
+    """Sum of the negative log-likelihoods of some positions, and if asked its gradient at their last hidden states.
+
+    Args:
+        model: A causal language model whose logits ``Head`` makes of its last hidden states.
+        hidden: ``[n, width]`` last hidden states.
+        labels: ``[n]`` next tokens.
+        gradient: ``[n, width]``, filled with the gradient; None computes none.
+
+    Returns:
+        The sum in nats.
+    """
+    head, total = Head(model), 0.0
+    for start in range(0, len(labels), CHUNK):
+        part = slice(start, start + CHUNK)
+        total += head.likelihood(hidden[part], labels[part], None if gradient is None else gradient[part])
+    return total
+
+
+@torch.no_grad()
+def head_sharpness(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[float, float]:
+    """What ``Head.sharpness`` gives for some positions, a few at a time.
+
+    Args:
+        model: As for ``head_loss``.
+        hidden: ``[n, width]`` last hidden states.
+        labels: ``[n]`` next tokens.
+    """
+    head = Head(model)
+    parts = [head.sharpness(*part) for part in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)]
+    return sum(slope for slope, _ in parts), sum(curvature for _, curvature in parts)
+
+
+def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last hidden states of ``input_ids [batch, length]``, flat as ``label_positions`` counts them.
+
+    Args:
+        model: A causal language model, see ``head_loss``.
+        input_ids: ``[batch, length]``.
+        attention_mask: ``[batch, length]``, True for real tokens, or None if all are.
+
+    Returns:
+        ``[batch * length, width]``.
+    """
+    mask = None if attention_mask is None else attention_mask.long()
+    hidden: Tensor = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def backward(
+    model: PreTrainedModel, states: Tensor, positions: Tensor, labels: Tensor, keep_graph: bool = False
+) -> float:
+    """Back-propagate the sum of the negative log-likelihoods to whatever the last hidden states depend on.
+
+    Args:
+        model: A causal language model, see ``head_loss``.
+        states: ``[batch * length, width]`` last hidden states with their graph.
+        positions: ``[n]`` of those that have a label.
+        labels: ``[n]`` next tokens.
+        keep_graph: Whether the graph is needed once more.
+
+    Returns:
+        The sum in nats.
+    """
+    last = states.detach().index_select(0, positions)
+    gradient = torch.empty_like(last)
+    loss = head_loss(model, last, labels, gradient)
+    whole = torch.zeros_like(states).index_copy_(0, positions, gradient)
+    torch.autograd.backward(states, whole, retain_graph=keep_graph)
+    return loss
+
+
+@torch.no_grad()
+def sample_labels(model: PreTrainedModel, hidden: Tensor, draws: Tensor) -> Tensor:
+    """Next tokens drawn from the model's own prediction, by inversion of its distribution function.
+
+    Args:
+        model: As for ``head_loss``.
+        hidden: ``[n, width]`` last hidden states.
+        draws: ``[n, samples]`` numbers uniform in [0, 1), on the device of ``hidden``.
+
+    Returns:
+        ``[samples, n]``.
+
+    Raises:
+        NonFiniteError: If a prediction is not finite.
+    """
+    head = Head(model)
+    parts = []
+    for start in range(0, len(hidden), CHUNK):
+        part = slice(start, start + CHUNK)
+        probabilities = head(hidden[part]).softmax(-1)
+        if not is_finite(probabilities):
+            raise NonFiniteError(
+                "The model's predictions for the calibration tokens are not finite.",
+                "Run with --precision float32 and --dtype float32, or check the checkpoint's weights.",
+            )
+        cumulative = probabilities.cumsum(-1)
+        # Rounded, the sum is not quite 1.
+        labels = torch.searchsorted(cumulative, draws[part] * cumulative[:, -1:], right=True)
+        parts.append(labels.clamp(max=cumulative.shape[-1] - 1))
+    return torch.cat(parts).T

@@ -1,0 +1,110 @@
+"""The one owner of hooks on a model: what enters a layer, and the gradient of what leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.passes.draws import TokenSample
+
+Receive = Callable[[Tensor], None]
+Side = Literal["input", "output"]
+PairReceive = Callable[[Tensor, Tensor], None]
+
+
+class Hooks:
+    """Hooks that hand over the tokens that count only; removed on exit.
+
+    Attributes:
+        positions: Flat positions of the tokens that count in the batch under way: those with a label where gradients
+            are taken, else those that are no padding. While it is None, nothing is handed over.
+        sample: Of these, the tokens whose gradients are handed over by ``on_gradient``, with their weights; None takes
+            all of them.
+    """
+
+    def __init__(self) -> None:
+        self.positions: Tensor | None = None
+        self.sample: TokenSample | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_input(self, module: nn.Module, receive: Receive) -> None:
+        """Hand over each input ``[tokens, columns]`` of a module."""
+
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if self.positions is not None:
+                receive(self._counted(arguments[0].detach()))
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def on_output(self, module: nn.Module, receive: Receive) -> None:
+        """Hand over each output ``[tokens, rows]`` of a module."""
+
+        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.positions is not None:
+                receive(self._counted(output.detach()))
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def on_gradient(self, module: nn.Module, receive: Receive) -> None:
+        """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output, of the sample if any."""
+
+        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad and self.positions is not None:
+                take = self._counted if self.sample is None else self.sample.take
+                output.register_hook(lambda gradient: receive(take(gradient)))
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def on_pair(self, module: nn.Module, receive: PairReceive) -> None:
+        """Hand over input ``[tokens, columns]`` and gradient ``[tokens, rows]`` of the same tokens together."""
+
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad and self.positions is not None:
+                # Selected from when the gradient comes: until then the graph may hold it as well, a copy nobody.
+                inputs = arguments[0].detach()
+                output.register_hook(lambda gradient: receive(self._counted(inputs), self._counted(gradient)))
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def on_effect(self, module: nn.Module, side: Side, receive: PairReceive) -> None:
+        """Hand over what enters or leaves a module ``[tokens, size]`` and its gradient together, of the same tokens."""
+
+        def watch(value: Tensor) -> None:
+            if value.requires_grad and self.positions is not None:
+                held = value.detach()
+                value.register_hook(lambda gradient: receive(self._counted(held), self._counted(gradient)))
+
+        if side == "input":
+            handle = module.register_forward_pre_hook(lambda _module, arguments: watch(arguments[0]))
+        else:
+            handle = module.register_forward_hook(lambda _module, _arguments, output: watch(output))
+        self._handles.append(handle)
+
+    def start_graph_at(self, embedding: nn.Module) -> None:
+        """Let the graph start at the embedded tokens: no parameter requires a gradient."""
+        self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """The rows of ``[batch, length, size]`` that count, ``[n, size]``."""
+        x = x.flatten(0, -2)
+        assert self.positions is not None
+        return x if len(self.positions) == len(x) else x.index_select(0, self.positions)
+
+
+def with_bias(inputs: Tensor, bias: bool) -> Tensor:
+    """Inputs ``[tokens, C]`` with the homogeneous coordinate 1 that a bias multiplies, if the layer has one."""
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1) if bias else inputs

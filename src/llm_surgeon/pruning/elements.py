@@ -1,0 +1,107 @@
+"""Single weights, anywhere or N of every M consecutive inputs: zeros in matrices of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.mathematics.fisher import Fisher
+from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.unstructured_selection import (
+    ElementMask,
+    ElementSelection,
+    candidate_scores,
+    select_elements,
+    whole_groups,
+)
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer
+from llm_surgeon.models.modes import products
+from llm_surgeon.models.solving import check_finite, solver_of
+from llm_surgeon.recipe.config import PruneConfig
+
+
+def check_pattern(config: PruneConfig, anatomy: Anatomy) -> None:
+    """Find out whether the layers of a model allow the N:M of a recipe.
+
+    Raises:
+        ConfigError: If N:M does not divide a width; names the layer and the remedy.
+    """
+    pattern = config.pattern
+    if pattern is None:
+        return
+    odd = [layer for layer in anatomy.layers.values() if layer.columns % pattern.group]
+    if odd:
+        raise ConfigError(
+            f"{len(odd)} layers have a width that {config.structure} does not divide, among them {odd[0].name} with "
+            f"{odd[0].columns} inputs.",
+            f"Leave them dense with --ignore {odd[0].kind} (repeat for each kind), or choose another N:M.",
+        )
+
+
+class Elements:
+    """Single weights, anywhere or N of every M consecutive inputs; the bias is never one of them."""
+
+    score_name = "cost"
+
+    def __init__(self, config: PruneConfig, anatomy: Anatomy) -> None:
+        self._config, self._anatomy = config, anatomy
+        self._pattern = config.pattern
+        self.masks: Mapping[str, ElementMask] = {
+            name: ElementMask(torch.ones(layer.rows, layer.columns, dtype=torch.bool))
+            for name, layer in anatomy.layers.items()
+        }
+        self.shapes: Mapping[str, KeepMask] = anatomy.dense_masks()
+        if self._pattern is not None:
+            self.score_name = f"cost of a group of {self._pattern.group}"
+
+    @property
+    def element_masks(self) -> Mapping[str, Tensor]:
+        """Kept weights per layer."""
+        return {name: mask.elements for name, mask in self.masks.items()}
+
+    def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> Tensor:
+        """Cost of each weight, ``[R, C]``."""
+        costs = fisher.element_costs(weight, correlated=self._config.correlated)[:, : layer.columns].float()
+        check_finite(layer, costs)
+        return costs.cpu()
+
+    def select(self, costs: Mapping[str, Tensor], target_weights: int) -> ElementSelection:
+        """The largest threshold that leaves the target."""
+        return select_elements(self.masks, costs, target_weights, self._pattern)
+
+    def scored(self, costs: Mapping[str, Tensor], selection: ElementSelection) -> Iterator[tuple[Tensor, Tensor]]:
+        """Kept weights, or groups that are whole."""
+        for name, keep in self.masks.items():
+            scores = candidate_scores(keep, costs[name], self._pattern)
+            after = selection.keep[name].elements
+            yield scores, ~(after[keep.elements] if self._pattern is None else whole_groups(keep, after, self._pattern))
+
+    def matrix_after(
+        self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: ElementSelection
+    ) -> Tensor:
+        """The whole matrix, zero where nothing is kept."""
+        before, kept = self.masks[layer.name].elements, selection.keep[layer.name].elements
+        if torch.equal(before, kept):
+            return weight
+        kept = kept.to(weight.device)
+        if layer.bias:
+            kept = torch.cat([kept, kept.new_ones(len(kept), 1)], dim=1)
+        if not self._config.correlated:
+            return weight * kept
+        with products(self._config.precision):
+            return fisher().remove_elements(weight, kept, solver_of(self._config))
+
+    def shapes_after(self, selection: ElementSelection) -> Mapping[str, KeepMask]:
+        """The same as before."""
+        return self.shapes
+
+    def commit(self, selection: ElementSelection) -> None:
+        """Make the selection what is left."""
+        self.masks = selection.keep
+
+    def resume(self, masks: Mapping[str, ElementMask]) -> None:
+        """Begin with what an earlier run has left."""
+        self.masks = masks

@@ -1,0 +1,339 @@
+"""What really shrinks: rows and columns of each matrix, and coupled structures (neurons, heads, blocks)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.mathematics.fisher import Fisher, Split
+from llm_surgeon.mathematics.structured_selection import (
+    AXES,
+    Coupling,
+    Group,
+    KeepMask,
+    Selection,
+    Side,
+    StructureCosts,
+    bystanders,
+    count_weights,
+    joint_group,
+    line_up,
+    score_groups,
+    select,
+    single_scores,
+)
+from llm_surgeon.mathematics.widths import Widths, bundle, merge
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.solving import check_finite, solver_of
+from llm_surgeon.recipe.config import PruneConfig
+
+# Which groups are candidates of their own, by the name of the structure.
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "rows-columns": (),
+    "neurons": ("neuron",),
+    "heads": ("key/value group", "query head"),
+    "values": ("value dimension",),
+    "blocks": ("attention", "feed-forward"),
+}
+# With rows and columns, groups of so few members that the sum of these members' costs will do.
+_OF_SINGLES = ("neuron", "value dimension", "query/key pair", "query/key dimension")
+# What only says something where it is a candidate: it follows from smaller groups otherwise.
+_COARSE = ("attention", "feed-forward")
+
+
+class SideKey(NamedTuple):
+    """One side of one coupling."""
+
+    coupling: int
+    side: int
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What a layer's structures cost, on the CPU, in the coordinates of the dense model.
+
+    Attributes:
+        singles: Of single rows and columns; None if these are no candidates.
+        sides: Joint costs ``[groups]`` of those sides of couplings that are of this layer.
+    """
+
+    singles: StructureCosts | None
+    sides: Mapping[SideKey, Tensor]
+
+
+class Shapes:
+    """Rows, columns and whole groups of them, with what their removal implies."""
+
+    def __init__(self, config: PruneConfig, anatomy: Anatomy) -> None:
+        self._config, self._anatomy = config, anatomy
+        self._per_weight = config.rank_by == "cost-per-weight"
+        self._singles = "rows-columns" in config.parts
+        self._kinds = {kind for part in config.parts for kind in CANDIDATES[part]}
+        self._couplings = [c for c in anatomy.couplings if c.kind in self._kinds or c.kind not in _COARSE]
+        self.masks: Mapping[str, KeepMask] = anatomy.dense_masks()
+        self.score_name = "cost per weight freed" if self._per_weight else "cost"
+        if not self._singles and not any(coupling.kind in self._kinds for coupling in self._couplings):
+            raise ConfigError(
+                f"Nothing is left to prune as {config.structure}: what it consists of is ignored.",
+                "Ignore fewer layers, or choose another structure.",
+            )
+
+    @property
+    def shapes(self) -> Mapping[str, KeepMask]:
+        """The masks themselves: what was removed is really gone."""
+        return self.masks
+
+    @property
+    def element_masks(self) -> None:
+        """None: what was removed is gone."""
+        return None
+
+    def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> LayerCosts:
+        """Costs of the kept rows and columns and of the groups' sides."""
+        singles = self._single_costs(layer, weight, fisher) if self._singles else None
+        sides = {key: self._side_costs(layer, side, weight, fisher) for key, side in self._sides_of(layer)}
+        check_finite(layer, *sides.values())
+        return LayerCosts(singles, sides)
+
+    def _single_costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> StructureCosts:
+        keep, correlated = self.masks[layer.name], self._config.correlated
+        rows = fisher.row_costs(weight, correlated=correlated)
+        # The bias is a column of the matrix but never a structure of its own.
+        columns = fisher.column_costs(weight, correlated=correlated)[: int(keep.columns.sum())]
+        check_finite(layer, rows, columns)
+        return StructureCosts(_to_dense(rows, keep.rows), _to_dense(columns, keep.columns))
+
+    def _sides_of(self, layer: LinearLayer) -> Iterator[tuple[SideKey, Side]]:
+        """The sides of a layer whose groups have joint costs."""
+        for number, coupling in enumerate(self._couplings):
+            if coupling.kind in self._kinds:
+                for place, side in enumerate(coupling.sides):
+                    if side.layer == layer.name:
+                        yield SideKey(number, place), side
+
+    def _side_costs(self, layer: LinearLayer, side: Side, weight: Tensor, fisher: Fisher) -> Tensor:
+        """Joint costs of a side's living members, ``[groups]``; zero where none lives."""
+        keep = self.masks[layer.name].axis(side.axis)
+        places, alive = (keep.cumsum(0) - 1).clamp(min=0)[side.index], keep[side.index]
+        some = alive.any(1)
+        costs = torch.zeros(len(side.index), dtype=torch.float64)
+        if bool(some.any()):
+            sets, valid = places[some].to(weight.device), alive[some].to(weight.device)
+            joint = fisher.set_costs(weight, side.axis, sets, valid, correlated=self._config.correlated)
+            # A trace of products of rounded matrices may come out a little below zero.
+            costs[some] = joint.double().cpu().clamp(min=0)
+        return costs
+
+    def select(self, costs: Mapping[str, LayerCosts], target_weights: int) -> Selection:
+        """The largest threshold that leaves the target; implied removals are counted."""
+        singles = self._all_singles(costs)
+        groups = self._groups(costs, singles)
+        # The last step is not to leave the model as it was because the cheapest candidate is large.
+        last = target_weights == round((1 - self._config.sparsity) * self._anatomy.prunable_weights)
+        nothing_yet = count_weights(self.masks) == self._anatomy.prunable_weights
+        return select(
+            *(self.masks, singles, groups, target_weights, self._per_weight),
+            fill=self._config.uniform,
+            some=last and nothing_yet,
+        )
+
+    def _all_singles(self, costs: Mapping[str, LayerCosts]) -> dict[str, StructureCosts] | None:
+        return {name: cost.singles for name, cost in costs.items() if cost.singles} if self._singles else None
+
+    def _groups(self, costs: Mapping[str, LayerCosts], singles: Mapping[str, StructureCosts] | None) -> list[Group]:
+        """Candidates with their scores and, last, what can only follow."""
+        groups = []
+        for number, coupling in enumerate(self._couplings):
+            if coupling.kind in self._kinds:
+                parts = [costs[side.layer].sides[SideKey(number, k)] for k, side in enumerate(coupling.sides)]
+                groups.append(joint_group(self.masks, coupling, torch.stack(parts), self._per_weight))
+            elif singles is not None and coupling.kind in _OF_SINGLES:
+                groups.append(score_groups(self.masks, singles, coupling, self._per_weight))
+            else:
+                groups.append(bystanders(coupling))
+        return self._shaped(groups)
+
+    def _shaped(self, groups: Sequence[Group]) -> list[Group]:
+        """Bundle what has to go together for the sake of the widths."""
+        if self._singles:
+            return list(groups)
+        by_kind: dict[str, list[Group]] = {}
+        for group in groups:
+            by_kind.setdefault(group.coupling.kind, []).append(group)
+        shaped = []
+        for kind, members in by_kind.items():
+            if kind in self._kinds:
+                for alike in [members] if self._config.uniform else [[member] for member in members]:
+                    shaped += bundle(alike, self._widths(kind, alike[0].coupling), self._per_weight)
+            else:
+                shaped += members
+        return self._whole_blocks(shaped) if self._config.uniform and "blocks" in self._config.parts else shaped
+
+    def _widths(self, kind: str, coupling: Coupling) -> Widths:
+        """What the recipe wants of one kind of group."""
+        dense = len(coupling.sides[0].index)
+        pools = 1 if coupling.pools is None else int(coupling.pools.max()) + 1
+        least = math.ceil(self._config.least_width * dense / pools)
+        if kind in CANDIDATES["blocks"]:
+            # Parts of a block go whole, and together if blocks do.
+            return Widths()
+        return Widths(self._config.widths_multiple if kind == "neuron" else 1, least, self._config.uniform)
+
+    def _whole_blocks(self, groups: Sequence[Group]) -> list[Group]:
+        """Both parts of a block as one candidate."""
+        parts: dict[int, list[Group]] = {}
+        for group in groups:
+            if group.coupling.kind in CANDIDATES["blocks"]:
+                parts.setdefault(self._anatomy.block_of(group.coupling), []).append(group)
+        whole = [group for members in parts.values() for group in merge(members, self._per_weight)]
+        return whole + [group for group in groups if group.coupling.kind not in CANDIDATES["blocks"]]
+
+    def scored(self, costs: Mapping[str, LayerCosts], selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and columns one by one, as whole groups are made of them; or the groups."""
+        singles = self._all_singles(costs)
+        for name, keep in self.masks.items() if singles is not None else ():
+            scores = single_scores(keep, singles[name], self._per_weight)  # type: ignore[index]
+            for axis in AXES:
+                alive = keep.axis(axis)
+                yield scores.axis(axis)[alive], ~selection.keep[name].axis(axis)[alive]
+        for group in selection.groups if singles is None else ():
+            alive = group.score.isfinite()
+            side = group.coupling.sides[0]
+            left = selection.keep[side.layer].axis(side.axis)[side.index].any(1)
+            yield group.score[alive], ~left[alive]
+
+    def matrix_after(
+        self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: Selection
+    ) -> Tensor:
+        """The kept rows and columns, ``[kept rows, kept columns (+ bias)]``."""
+        before, after, chosen = self.masks[layer.name], selection.keep[layer.name], selection.chosen[layer.name]
+        rows = _split(before.rows, after.rows, chosen.rows, weight.device)
+        columns = _split(before.columns, after.columns, chosen.columns, weight.device)
+        if layer.bias:
+            last = columns.kept.new_tensor([weight.shape[1] - 1])
+            columns = Split(torch.cat([columns.kept, last]), columns.removed)
+        if not self._config.correlated or not len(rows.removed) + len(columns.removed):
+            return weight[rows.kept][:, columns.kept]
+        return fisher().remove_rows_and_columns(weight, rows, columns, solver_of(self._config))
+
+    def shapes_after(self, selection: Selection) -> Mapping[str, KeepMask]:
+        """Smaller ones."""
+        return selection.keep
+
+    def commit(self, selection: Selection) -> None:
+        """Make the selection what is left."""
+        self.masks = selection.keep
+
+    def resume(self, masks: Mapping[str, KeepMask]) -> None:
+        """Begin with what an earlier run has left."""
+        self.masks = masks
+
+    def random_masks(self, sparsity: float, seed: int) -> Mapping[str, KeepMask]:
+        """What is left when candidates go at random, large ones no sooner than small ones."""
+        singles, groups = self._random_candidates(seed)
+        target = round((1 - sparsity) * self._anatomy.prunable_weights)
+        return select(self.masks, singles, groups, target, fill=self._config.uniform).keep
+
+    def _random_candidates(self, seed: int) -> tuple[dict[str, StructureCosts] | None, list[Group]]:
+        """Costs of single rows and columns, and groups with their scores, by chance and in proportion to their size."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def costs(freed: Tensor) -> Tensor:
+            return freed * torch.rand(freed.shape, generator=generator, dtype=torch.float64)
+
+        groups = []
+        for coupling in self._couplings:
+            group = bystanders(coupling)
+            if coupling.kind in self._kinds:
+                freed = joint_group(self.masks, coupling, group.side_costs).freed
+                group = joint_group(self.masks, coupling, costs(freed).expand(len(coupling.sides), -1))
+            groups.append(group)
+        singles = None
+        if self._singles:
+            layers = self._anatomy.layers.items()
+            wide = {n: (torch.full((la.rows,), la.columns), torch.full((la.columns,), la.rows)) for n, la in layers}
+            singles = {name: StructureCosts(*(costs(freed.double()) for freed in axes)) for name, axes in wide.items()}
+        return singles, self._shaped(groups)
+
+    def least_weights(self) -> int:
+        """Weights that are left when every candidate is gone."""
+        return 0 if self._singles else count_weights(self.random_masks(1.0, seed=0))
+
+    def smallest_candidate(self) -> int:
+        """Weights of the smallest thing that can go."""
+        if self._singles:
+            return min(min(layer.rows, layer.columns) for layer in self._anatomy.layers.values())
+        return int(line_up(self.masks, {}, self._random_candidates(seed=0)[1]).freed.min())
+
+
+def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
+    """Find out whether a model has the structures of a recipe, and whether its target can be reached with them.
+
+    Raises:
+        ConfigError: If not; says what can be had.
+    """
+    if config.uniform:
+        _check_uniform(config, anatomy)
+    structures = Shapes(config, anatomy)
+    most = 1 - structures.least_weights() / anatomy.prunable_weights
+    # What a latency comes to is not known before the model is timed.
+    if config.sparsity > most and config.target != "target_latency":
+        raise ConfigError(
+            f"With {config.structure} {100 * most:.1f} % of the prunable weights can be removed, and "
+            f"{100 * config.sparsity:g} % are to be.",
+            "Ask for a lower --sparsity, a lower --min-width, or add structures, as in neurons+heads.",
+        )
+    least = structures.smallest_candidate() / anatomy.prunable_weights
+    if config.sparsity < least and config.target != "target_latency":
+        raise ConfigError(
+            f"The least that can go with {config.structure} is {100 * least:.3g} % of the prunable weights, and "
+            f"{100 * config.sparsity:g} % are to be removed.",
+            f"Ask for a --sparsity of {math.ceil(1e4 * least) / 1e4:g} at least, or choose smaller structures or a "
+            "lower --round-to.",
+        )
+
+
+def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:
+    """What plain classes can be built with.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    family, parts = anatomy.family, set(config.parts)
+    if "heads" in parts and not family.attention.free_heads:
+        raise ConfigError(
+            f"{family.model_class} computes the width of a head from the number of heads, so that it cannot be built "
+            "with fewer.",
+            "Use --structure neurons, or leave --uniform out: the export then brings a modelling file.",
+        )
+    biased = [layer.name for layer in anatomy.layers.values() if layer.bias]
+    if "blocks" in parts and biased:
+        raise ConfigError(
+            f"Of a block without weights its biases would be left ({biased[0]}), so that it cannot be left out.",
+            "Leave --uniform out: the export then brings a modelling file.",
+        )
+    whole = {"neurons": anatomy.feed_forwards, "heads": anatomy.attentions}
+    for part in parts:
+        for found in [whole[part]] if part in whole else whole.values():
+            if len(found) < anatomy.blocks:
+                raise ConfigError(
+                    "Layers of some blocks are ignored, so that blocks cannot stay equal.",
+                    "Ignore fewer layers, or leave --uniform out.",
+                )
+
+
+def _to_dense(values: Tensor, mask: Tensor) -> Tensor:
+    dense = torch.zeros(mask.shape, dtype=torch.float64)
+    dense[mask] = values.double().cpu()
+    return dense
+
+
+def _split(before: Tensor, after: Tensor, chosen: Tensor, device: torch.device) -> Split:
+    """Kept and chosen positions within what was left before the shot."""
+    return Split(to_index(after[before]).to(device), to_index(chosen[before]).to(device))

@@ -1,0 +1,1 @@
+"""Stages after a shot: reconstruction, gates, cross-fitting and low-rank corrections."""

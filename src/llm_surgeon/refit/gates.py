@@ -1,0 +1,340 @@
+"""Gates of heads and groups of neurons, two of each, set after a shot: see ``gates.py`` for what a step minimises."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.mathematics.linalg import damping_of
+from llm_surgeon.mathematics.newton_gates import effects, evidence_damping, newton_step, rise_at, step_length
+from llm_surgeon.mathematics.structured_selection import Axis
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
+from llm_surgeon.models.parts import AttentionPart, FeedForwardPart
+from llm_surgeon.models.solving import check_written
+from llm_surgeon.models.streaming import weights_of
+from llm_surgeon.passes.hooks import Hooks, PairReceive, Side
+from llm_surgeon.passes.task import Task
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import GatesRecord
+from llm_surgeon.system.storage import Stored, in_turn
+
+logger = logging.getLogger(__name__)
+
+# Times that a step takes all tokens through the model and back, and through it.
+BACKWARD_PASSES, FORWARD_PASSES = 1, 1
+# With fewer tokens for each gate, they are warned of: 28 have helped, and one has done harm.
+TOKENS_PER_GATE = 10
+# The same for gates set by text that reconstruction has not seen: so few have helped.
+CROSSWISE_TOKENS_PER_GATE = 1
+# How finely feed-forward parts are gated then, unless the recipe says it: neurons that share gates, at least, and gates
+# of a model, at most; the Fisher of so many takes 256 MiB.
+NARROWEST, MOST_GATES = 16, 8192
+# What a gate on an axis of a matrix multiplies.
+_SIDES: dict[Axis, Side] = {"columns": "input", "rows": "output"}
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The gates of some rows, or columns, of one layer.
+
+    Attributes:
+        layer: The layer.
+        axis: Which of its two.
+        members: The gate of each row, or column, that the layer has; -1 for those without.
+        count: How many gates.
+    """
+
+    layer: LinearLayer
+    axis: Axis
+    members: Tensor
+    count: int
+
+
+def gates_of(anatomy: Anatomy, width: int | None = None) -> list[Gated]:
+    """The gates of a dense model: outputs and queries of each head; outputs and switches of each group of neurons.
+
+    What else could be scaled has the same effect: values that of outputs, keys that of queries, and a feed-forward
+    part's second input that of its output.
+
+    Args:
+        anatomy: Its layers.
+        width: Neurons in a group, which follow one another; None takes all of a feed-forward part.
+    """
+    attention = (gated for part in anatomy.attentions for gated in _of_attention(anatomy, part))
+    feed_forward = (gated for part in anatomy.feed_forwards for gated in _of_feed_forward(anatomy, part, width))
+    return sorted([*attention, *feed_forward], key=lambda gated: gated.layer.block)
+
+
+def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
+    """Neurons of a feed-forward part that share gates.
+
+    Unless the recipe says it, these are all of a part; or, where the gates are set by text that reconstruction has not
+    seen, as few as its tokens allow.
+
+    Args:
+        anatomy: The layers of the dense model.
+        config: The recipe of the whole run, whatever this process has of it.
+    """
+    widest = max((part.neurons for part in anatomy.feed_forwards), default=1)
+    if config.gate_width is not None or not config.cross_fit:
+        return config.gate_width or widest
+    most = min(MOST_GATES, _tokens(config) // CROSSWISE_TOKENS_PER_GATE)
+    width = NARROWEST
+    while width < widest and _count(gates_of(anatomy, width)) > most:
+        width *= 2
+    return min(width, widest)
+
+
+def _tokens(config: PruneConfig) -> int:
+    """What sets the gates of a model."""
+    return config.samples * config.seq_len // config.parts_of_text
+
+
+def _count(gates: Iterable[Gated]) -> int:
+    return sum(gated.count for gated in gates)
+
+
+def _of_attention(anatomy: Anatomy, part: AttentionPart) -> Iterator[Gated]:
+    output, query = part.output, part.query
+    yield _gated(anatomy, output.layer, "columns", output.index, part.width)
+    yield _gated(anatomy, query.layer, "rows", query.index, part.width)
+
+
+def _of_feed_forward(anatomy: Anatomy, part: FeedForwardPart, width: int | None) -> Iterator[Gated]:
+    output, switch = part.output, part.inputs[0]
+    yield _gated(anatomy, output.layer, "columns", output.index, width or part.neurons)
+    yield _gated(anatomy, switch.layer, "rows", switch.index, width or part.neurons)
+
+
+def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor, width: int) -> Gated:
+    """A gate for each so many rows, or columns, of those of ``index`` in the dense layer."""
+    layer = anatomy.layers[name]
+    members = torch.full((layer.rows if axis == "rows" else layer.columns,), -1)
+    members[index.flatten()] = torch.arange(index.numel()) // width
+    return Gated(layer, axis, members, math.ceil(index.numel() / width))
+
+
+def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
+    """Say so if a model has no gates, or the tokens of the recipe are few for each."""
+    count, tokens = _count(gates_of(anatomy, gate_width(anatomy, config))), _tokens(config)
+    enough = CROSSWISE_TOKENS_PER_GATE if config.cross_fit else TOKENS_PER_GATE
+    if not count:
+        logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")
+    elif tokens < enough * count:
+        logger.warning(
+            "%d gates are set by %d tokens: fewer than %d for each fit the text rather than the language; raise "
+            "--samples or --gate-width, or leave out --gate-steps",
+            count,
+            tokens,
+            enough,
+        )
+
+
+def set_gates(task: Task, steps: int, damping: float | None = None, width: int | None = None) -> GatesRecord:
+    """Take some Newton steps on the gates of a pruned model, and put them into its weights.
+
+    Args:
+        task: The model, with the text whose loss is lowered; ``how`` takes the text's own labels. Its ``advance`` hears
+            of all tokens ``BACKWARD_PASSES + FORWARD_PASSES`` times a step.
+        steps: How many, at least one; each takes the gates as the one before has left them.
+        damping: As a fraction of the mean of the diagonal of the Fisher of the gates; None takes the one with the
+            largest evidence, at each step.
+        width: Neurons that share gates, see ``gates_of``.
+
+    Raises:
+        NonFiniteError: If the loss or a weight is not finite.
+        ProcessError: If another process is gone.
+    """
+    gates = (_left(task, gated) for gated in gates_of(task.anatomy, width))
+    work = _Work(task, [gated for gated in gates if gated.members.numel()])
+    count = _count(work.gates)
+    if not count:
+        return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0, damping=None)
+    taken = [work.step(damping) for _ in range(steps)]
+    product = torch.stack([step.factors for step in taken]).prod(0)
+    return GatesRecord(
+        gates=count,
+        steps=steps,
+        first_loss=taken[0].before,
+        last_loss=taken[-1].after,
+        largest_change=float((product - 1).abs().max()),
+        damping=taken[0].damping,
+    )
+
+
+@dataclass(frozen=True)
+class GateMoments:
+    """Of the effects of gates at the tokens of a task.
+
+    Attributes:
+        slopes: Mean effects ``[gates]``.
+        fisher: Mean products of them ``[gates, gates]``.
+        loss: Mean loss of these tokens.
+        tokens: How many have a label, of all processes.
+    """
+
+    slopes: Tensor
+    fisher: Tensor
+    loss: float
+    tokens: int
+
+
+def moments(task: Task, gates: Sequence[Gated]) -> GateMoments:
+    """The means over the tokens of a task, those of other processes with them.
+
+    Raises:
+        NonFiniteError: If the loss is not finite.
+        ProcessError: If another process is gone.
+    """
+    seen = _Effects(task, gates)
+    with Hooks() as hooks:
+        seen.watch(hooks)
+        result = task.run(hooks, backward=True, finished=seen.put_away)
+    slopes, products = seen.sums()
+    task.processes.add_up([slopes, products])
+    return GateMoments(slopes / result.tokens, products / result.tokens, result.loss, result.tokens)
+
+
+def _left(task: Task, gated: Gated) -> Gated:
+    """What is left of the rows, or columns; no members if nothing is left of the layer."""
+    keep = task.keep[gated.layer.name]
+    members = gated.members[to_index(keep.axis(gated.axis))]
+    return replace(gated, members=members if keep.weights else members[:0])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was taken.
+
+    Attributes:
+        factors: By how much each gate was multiplied, ``[gates]``.
+        before: The loss before it.
+        after: What a parabola says of the loss after it.
+        damping: As a fraction of the mean of the diagonal of the Fisher.
+    """
+
+    factors: Tensor
+    before: float
+    after: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Gates of layers that have weights left, and what they are set by."""
+
+    task: Task
+    gates: list[Gated]
+
+    def step(self, damping: float | None) -> _Step:
+        """Take one step, damped as is said or as the evidence says."""
+        seen = moments(self.task, self.gates)
+        step, damping = self.task.processes.from_first(partial(_direction, seen, damping))
+        step = step.double().cpu()
+        slope = float(seen.slopes.double().cpu() @ step)
+        self._multiply(1 + step)
+        rise = self.task.run(Hooks(), backward=False).loss - seen.loss
+        length = step_length(slope, rise)
+        # In half precision a weight is rounded twice; a copy of the layers to go back to would be half of the model.
+        self._multiply((1 + length * step) / (1 + step))
+        return _Step(1 + length * step, seen.loss, seen.loss + rise_at(length, slope, rise), damping)
+
+    @torch.no_grad()
+    def _multiply(self, factors: Tensor) -> None:
+        """Multiply gates ``[gates]`` into the weights, and biases of gated rows."""
+        model, keep, extents = self.task.model, self.task.keep, self.task.anatomy.extents(self.task.keep)
+        for gated, own in zip(self.gates, factors.split([gated.count for gated in self.gates]), strict=True):
+            layer, name = gated.layer, gated.layer.name
+            scale = torch.cat([own, own.new_ones(1)])[gated.members]
+            with weights_of(model).present(model.get_submodule(name)):
+                matrix = read_matrix(model, layer).clone()
+            if gated.axis == "rows":
+                matrix *= scale[:, None].to(matrix)
+            else:
+                matrix[:, : len(scale)] *= scale.to(matrix)
+            write_matrix(model, layer, keep[name], extents[name], matrix)
+            check_written(layer, core_of(model, layer))
+            weights_of(model).settle(model.get_submodule(name))
+
+
+def _direction(seen: GateMoments, fraction: float | None) -> tuple[Tensor, float]:
+    """The step of unit length, and its damping as a fraction of the mean of the diagonal of the Fisher."""
+    mean = damping_of(seen.fisher, 1.0)
+    damping = evidence_damping(seen.slopes, seen.fisher, seen.tokens) if fraction is None else fraction * mean
+    return newton_step(seen.slopes, seen.fisher, damping), damping / mean
+
+
+class _Effects:
+    """Effects of gates at the tokens of this process, which wait block by block in the task's store.
+
+    Batch by batch, memory for them is taken before the pass: in what one batch has freed, they would leave gaps that no
+    tensor of the next one fits.
+    """
+
+    def __init__(self, task: Task, gates: Sequence[Gated]) -> None:
+        self._task = task
+        self._gates: dict[int, list[Gated]] = defaultdict(list)
+        for gated in gates:
+            self._gates[gated.layer.block].append(gated)
+        self._held: dict[int, Tensor] = {}
+        self._stored: dict[int, Stored] = {}
+        if task.how.order == "batch-major":
+            for block in self._gates:
+                self._of_block(block)
+
+    def watch(self, hooks: Hooks) -> None:
+        """Take from a pass, batch by batch, what the gates multiply and its gradients."""
+        for block, gates in self._gates.items():
+            ends = accumulate(gated.count for gated in gates)
+            for gated, end in zip(gates, ends, strict=True):
+                receive = self._receiver(block, slice(end - gated.count, end), gated)
+                hooks.on_effect(core_of(self._task.model, gated.layer), _SIDES[gated.axis], receive)
+
+    def _receiver(self, block: int, columns: slice, gated: Gated) -> PairReceive:
+        """Fills these columns of the effects of a block."""
+        members, done = gated.members.to(self._task.device), 0
+
+        def receive(values: Tensor, gradients: Tensor) -> None:
+            nonlocal done
+            end = done + len(values)
+            self._of_block(block)[done:end, columns] = effects(values, gradients, members, gated.count)
+            done = end
+
+        return receive
+
+    def _of_block(self, block: int) -> Tensor:
+        """Effects ``[tokens, gates]``; zero where no token has a label."""
+        if block not in self._held:
+            tokens = self._task.tokens.input_ids.numel()
+            self._held[block] = torch.zeros(tokens, _count(self._gates[block]), device=self._task.device)
+        return self._held[block]
+
+    def put_away(self, block: int) -> None:
+        """Store the effects of a block."""
+        if block in self._held:
+            self._stored[block] = self._task.store.put(self._held.pop(block))
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sums over tokens of the effects ``[gates]`` and of their products ``[gates, gates]``; gives them away."""
+        blocks = [self._stored.pop(block) for block in sorted(self._stored)]
+        slopes = torch.cat([block.get().sum(0) for block in in_turn(blocks)])
+        products = slopes.new_zeros(len(slopes), len(slopes))
+        first = 0
+        # They are symmetric: each block with itself and those behind it.
+        for number, block in enumerate(blocks):
+            own = block.get().T
+            following = torch.cat([own @ other.get() for other in in_turn(blocks[number:])], dim=1)
+            products[first : first + len(own), first:] = following
+            products[first:, first : first + len(own)] = following.T
+            first += len(own)
+            block.release()
+        return slopes, products

@@ -1,0 +1,250 @@
+"""First-order corrections after a shot: low-rank adapters, trained for a short while and absorbed.
+
+As the adapters are absorbed after each shot, what all of them change together may have a higher rank than any one.
+They sit on what pruning has left: on the small matrices of removed rows and columns, and where single weights are
+removed, under the mask of those that stay, while training as in the result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.errors import ConfigError, NonFiniteError
+from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.matrix import core_of
+from llm_surgeon.models.modeling_pruned import PrunedLinear
+from llm_surgeon.models.modes import arithmetic, frozen
+from llm_surgeon.passes.head import backward, label_positions, last_states
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import CorrectionRecord
+from llm_surgeon.system.clock import Clock
+from llm_surgeon.system.processes import ALONE, Processes
+from llm_surgeon.system.progress import Progress
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """How to correct.
+
+    Attributes:
+        rank: Rank of each layer's adapter.
+        learning_rate: Highest learning rate of AdamW; it rises over the first tenth of the steps and falls to zero.
+        steps: Optimizer steps, one batch each.
+        share: Share of the calibration sequences to use, drawn by the seed; they are gone through again and again.
+    """
+
+    rank: int = 16
+    learning_rate: float = 1e-3
+    steps: int = 32
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: If a value makes no sense.
+        """
+        if self.rank < 1 or self.steps < 1 or not self.learning_rate > 0 or not 0 < self.share <= 1:
+            raise ConfigError(
+                f"Corrections cannot be made with {self}.",
+                "Rank and steps are at least 1, the learning rate is above 0, the share is above 0 and at most 1.",
+            )
+
+
+def require_peft() -> None:
+    """Find out early whether corrections are possible.
+
+    Raises:
+        ConfigError: If the optional package ``peft`` is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            "First-order corrections need the package peft, which is not installed.",
+            'Install it with `pip install "llm-surgeon[lora]"`, or prune without corrections.',
+        )
+
+
+def correct(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    masks: Mapping[str, Tensor] | None,
+    tokens: CalibrationTokens,
+    how: Corrections,
+    *,
+    batch_size: int,
+    precision: str,
+    seed: int,
+    advance: Callable[[int], None] = lambda _tokens: None,
+) -> CorrectionRecord:
+    """Train low-rank adapters on every prunable layer and absorb them into the weights, in place.
+
+    The loss is the mean negative log-likelihood of the next tokens. Biases, removed weights and all other parameters
+    stay as they are. On an error, so does the whole model; an interrupt in the
+    instant in which the corrected weights take their places may leave some of them corrected.
+
+    Args:
+        model: The model, as pruned so far.
+        anatomy: Its prunable layers.
+        masks: For layers with single weights removed, by name: ``[rows, columns]`` bool, True = kept. None if only
+            rows and columns are removed.
+        tokens: Calibration tokens.
+        how: Rank, learning rate, steps and share of the tokens.
+        batch_size: Sequences per step.
+        precision: ``bfloat16`` or ``float32`` arithmetic; adapters and optimizer are float32 in any case.
+        seed: Of the adapters' random factors and of the order of the sequences.
+        advance: Called with the number of tokens after each step: ``steps * batch_size * seq_len`` in all.
+
+    Returns:
+        Steps taken, and the mean losses of the batches of the first and of the last one.
+
+    Raises:
+        ConfigError: If peft is not installed, a mask does not fit its layer, or no weights are left.
+        NonFiniteError: If the loss or a corrected weight is not finite.
+
+    Source: LLM Surgeon (van der Ouderaa et al., ICLR 2024), interleaved low-rank first-order corrections; adapters
+    are those of LoRA (Hu et al., ICLR 2022).
+    """
+    require_peft()
+    from llm_surgeon.refit import adapters
+
+    targets = _targets(model, anatomy, masks or {})
+    losses = []
+    with frozen(model), adapters.attached(model, targets, how.rank, seed) as layers:
+        factors = [factor for layer in layers for factor in layer.factors()]
+        optimizer = torch.optim.AdamW(factors, lr=how.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, how.steps))
+        for input_ids, attention_mask in _batches(tokens, how, batch_size, seed):
+            losses.append(_step(model, optimizer, input_ids, attention_mask, precision))
+            schedule.step()
+            advance(input_ids.numel())
+        adapters.absorb(layers)
+    return CorrectionRecord(steps=how.steps, first_loss=losses[0], last_loss=losses[-1])
+
+
+def correct_shot(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    masks: Mapping[str, Tensor] | None,
+    tokens: CalibrationTokens,
+    config: PruneConfig,
+    shot: int,
+    clock: Clock,
+    progress: Progress,
+    processes: Processes = ALONE,
+) -> CorrectionRecord | None:
+    """First-order corrections after a shot, if the recipe wants any; the last may have steps of its own.
+
+    Args:
+        model: The model, as pruned so far.
+        anatomy: Its prunable layers.
+        masks: Kept weights of layers that hold zeros, see ``correct``.
+        tokens: Calibration tokens.
+        config: The recipe.
+        shot: Number of the shot, from 1.
+        clock: Where the time goes.
+        progress: Where progress is shown.
+        processes: Of which the first one trains, and the others take over its weights.
+    """
+    if not config.lora:
+        return None
+    how = Corrections(
+        rank=config.lora_rank,
+        learning_rate=config.lora_learning_rate,
+        steps=config.lora_final_steps if shot == config.shots else config.lora_steps,
+        share=config.lora_share,
+    )
+    work = how.steps * config.lora_batch_size * tokens.seq_len
+    with clock.phase("correction"), progress.phase(f"shot {shot}/{config.shots}: correction", work) as phase:
+
+        def train() -> CorrectionRecord:
+            return correct(
+                model,
+                anatomy,
+                masks,
+                tokens,
+                how,
+                batch_size=config.lora_batch_size,
+                precision=config.precision,
+                # Other sequences and other random factors in each shot.
+                seed=config.seed + shot,
+                advance=phase.advance,
+            )
+
+        record = processes.from_first(train)
+        for layer in anatomy.layers.values():
+            core = core_of(model, layer)
+            core.weight.data = processes.broadcast(core.weight.data, 0)
+        return record
+
+
+def _targets(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Names of the modules that hold weights of prunable layers, with the layer's mask; empty matrices left out."""
+    targets: dict[str, Tensor | None] = {}
+    for name, layer in anatomy.layers.items():
+        weight, mask = core_of(model, layer).weight, masks.get(name)
+        if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
+            raise ConfigError(
+                f"The mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}.",
+                f"Give a bool tensor of shape {tuple(weight.shape)}, True for kept weights.",
+            )
+        if weight.numel():
+            pruned = isinstance(model.get_submodule(name), PrunedLinear)
+            targets[f"{name}.core" if pruned else name] = mask
+    if not targets:
+        raise ConfigError("Every prunable layer is empty, so there is nothing to correct.", "Prune less.")
+    return targets
+
+
+def _batches(
+    tokens: CalibrationTokens, how: Corrections, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """One batch per step from a shuffled share of the sequences, over and over."""
+    order = torch.randperm(tokens.n_samples, generator=torch.Generator().manual_seed(seed))
+    order = order[: max(1, round(how.share * tokens.n_samples))]
+    for step in range(how.steps):
+        rows = order[torch.arange(step * batch_size, (step + 1) * batch_size) % len(order)]
+        yield tokens.input_ids[rows], None if tokens.attention_mask is None else tokens.attention_mask[rows]
+
+
+def _rate(step: int, steps: int) -> float:
+    """Fraction of the learning rate: up over the first tenth of the steps, down to zero over all of them."""
+    return min(1.0, (step + 1) / max(1, steps // 10)) * (1 - step / steps)
+
+
+def _step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    precision: str,
+) -> float:
+    """One optimizer step; returns the mean loss of its batch before it."""
+    device = next(model.parameters()).device
+    input_ids = input_ids.to(device)
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
+    positions, labels = label_positions(input_ids, attention_mask)
+    count = max(1, len(labels))
+    # Autocast keeps its copies of the factors until it ends, so it has to end before they change.
+    with arithmetic(device, precision):
+        states = last_states(model, input_ids, attention_mask)
+        loss = backward(model, states, positions, labels) / count
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            "The loss of the first-order corrections is not finite, so they were dropped.",
+            "Use a lower learning rate for the corrections, or run with --precision float32 and --dtype float32.",
+        )
+    # The gradient of the sum, divided here in float32: that of the mean is too small for float16 on its way.
+    for group in optimizer.param_groups:
+        for factor in group["params"]:
+            factor.grad /= count
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss

@@ -1,0 +1,282 @@
+"""Reconstruction after a shot: what writes into the residual stream takes over the error that the stream has so far.
+
+The dense and the pruned model go through the calibration tokens side by side, block by block. In each block the output
+projections of the attention and of the feed-forward part are corrected, in this order, on the inputs that they really
+get: from blocks that are pruned and corrected already. At the end the last norm is scaled for predictions that are as
+sure as they are right. See ``reconstruction.py`` for what each correction minimises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.curvature.factors import InputSum
+from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.mathematics.least_squares import reconstructing_change
+from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
+from llm_surgeon.models.modes import products
+from llm_surgeon.models.solving import check_written
+from llm_surgeon.passes.hooks import Hooks, with_bias
+from llm_surgeon.passes.sweep import Batch, Sweep
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import ReconstructionRecord
+from llm_surgeon.refit.last_norm import last_norm, scale_last_norm
+from llm_surgeon.system.processes import ALONE, Processes
+from llm_surgeon.system.storage import Stored, TensorStore, in_turn
+
+Advance = Callable[[int], None]
+
+# Times that a block of the dense model and one of the pruned model are run.
+DENSE_RUNS, PRUNED_RUNS = 1, 3
+# A stream that is a sum is met up to rounding; one that is normalised on the way is missed by its own size.
+_ROUNDING = 0.05
+_PROBE = 8
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How to reconstruct.
+
+    Attributes:
+        ridge: What holds the weights where they are, as a fraction of the mean square of the layer's inputs.
+        batch_size: Sequences per pass.
+        precision: ``bfloat16`` or ``float32`` arithmetic; sums are float32 in any case.
+    """
+
+    ridge: float
+    batch_size: int
+    precision: str
+
+
+def dense_copy(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
+    """A copy of a dense model that pruning the model does not change; what stays in both is shared."""
+    changed = [model.get_submodule(name) for name in anatomy.layers]
+    if (norm := last_norm(model, anatomy)) is not None:
+        changed.append(norm)
+    own = {id(parameter) for module in changed for parameter in module.parameters()}
+    shared = {id(tensor): tensor for tensor in model.parameters() if id(tensor) not in own}
+    return deepcopy(model, shared)
+
+
+def goal_of(
+    model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTokens, config: PruneConfig
+) -> PreTrainedModel | None:
+    """The copy of a model, dense still, that a recipe's reconstruction aims at; None if it wants none.
+
+    Raises:
+        UnsupportedModelError: If the model's errors cannot be reconstructed, see ``check_stream``.
+    """
+    if not config.reconstruction:
+        return None
+    check_stream(model, anatomy, tokens, config.precision)
+    return dense_copy(model, anatomy)
+
+
+def check_stream(model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTokens, precision: str) -> None:
+    """Make sure that a block adds what its two parts put out to what enters it, by running one on a few tokens.
+
+    Raises:
+        UnsupportedModelError: If it does not, as where outputs are normalised before they are added.
+    """
+    few = CalibrationTokens(tokens.input_ids[:1, :_PROBE], None, {})
+    sweep = Sweep(model, anatomy.family.blocks, few, 1, precision)
+    parts: list[Tensor] = []
+    (batch,) = sweep.batches
+    entering = batch.hidden.get()
+    with torch.no_grad(), sweep.ready(0), Hooks() as hooks:
+        hooks.positions = torch.arange(entering.shape[1], device=entering.device)
+        for output in _writers(anatomy, 0):
+            hooks.on_output(model.get_submodule(output), parts.append)
+        leaving = sweep.run(0, batch, entering).float().flatten(0, -2)
+    added = leaving - entering.float().flatten(0, -2)
+    missed = added - sum(part.float() for part in parts)
+    if float(missed.norm()) > _ROUNDING * float(added.norm()):
+        raise UnsupportedModelError(
+            f"A block of {anatomy.family.model_class} does not add what its parts put out to the residual stream as it "
+            "is, so that errors of the stream are not linear in the weights that reconstruction corrects.",
+            "Leave it out: --no-reconstruction.",
+        )
+
+
+def reconstruct(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    anatomy: Anatomy,
+    keep: Mapping[str, KeepMask],
+    tokens: CalibrationTokens,
+    how: Reconstruction,
+    *,
+    text: int | None = None,
+    store: TensorStore | None = None,
+    processes: Processes = ALONE,
+    advance: Advance = lambda _tokens: None,
+) -> ReconstructionRecord:
+    """Correct the layers of a pruned model that write into the residual stream, and scale its last norm, in place.
+
+    Args:
+        model: The model, as pruned so far.
+        dense: The model before pruning, see ``dense_copy``.
+        anatomy: The prunable layers; those that are not stay as they are.
+        keep: Rows and columns that are left; agrees with ``model``.
+        tokens: Calibration tokens of this process.
+        how: Ridge, batches and precision.
+        text: How many of the sequences, the first ones, are text whose next tokens are right; all if None.
+        store: Where hidden states of both models wait; in the memory of the model's device if None.
+        processes: Who reads the other tokens; sums are added up with theirs.
+        advance: Called with the number of tokens after each batch that went through a block of either model:
+            ``DENSE_RUNS + PRUNED_RUNS`` times all tokens a block.
+
+    Returns:
+        The error of the stream behind the last block, relative to the stream itself, and the scale of the last norm.
+
+    Raises:
+        NonFiniteError: If inputs or corrected weights are not finite.
+        NotPositiveDefiniteError: If inputs have no decomposition even with a larger ridge.
+    """
+    given = anatomy.family.blocks, tokens, how.batch_size, how.precision, store
+    goal, stream = Sweep(dense, *given), Sweep(model, *given)
+    work = _Work(model, anatomy, keep, anatomy.extents(keep), stream, how, processes, advance)
+    for block in range(len(stream)):
+        middle, last = _writers(anatomy, block)
+        behind_attention = _behind_attention(goal, dense, block, middle, advance)
+        work.correct(block, middle, behind_attention, inside=True)
+        work.correct(block, last, [batch.hidden for batch in goal.batches], inside=False)
+        for stored in behind_attention:
+            stored.release()
+        stream.pass_through(block, advance)
+    counted = tokens.n_samples if text is None else text
+    scale = scale_last_norm(model, anatomy, stream, counted, how.precision, processes)
+    return ReconstructionRecord(relative_error=_relative_error(goal, stream, processes), scale=scale)
+
+
+def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
+    """Paths of the layers of a block that write into the stream: of the attention, of the feed-forward part."""
+    family = anatomy.family
+    prefix = f"{family.blocks}.{block}."
+    return prefix + family.attention.output, prefix + family.feed_forward.output
+
+
+def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: str, advance: Advance) -> list[Stored]:
+    """Take the dense model through a block; returns its stream behind the attention, a tensor a batch, flat."""
+    entered = [batch.hidden for batch in goal.batches]
+    outputs: list[Stored] = []
+    with Hooks() as hooks:
+        hooks.on_output(dense.get_submodule(output), lambda y: outputs.append(goal.store.put(y.float())))
+        goal.pass_through(block, advance, keep=True, hooks=hooks)
+    behind = []
+    for batch, before, added in zip(goal.batches, in_turn(entered), in_turn(outputs), strict=True):
+        behind.append(goal.store.put(_counted(before.get(), batch.positions) + added.get()))
+        added.release()
+        before.release()
+    return behind
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a pass through a block behind a layer, whose ``output [n, width]`` it brings."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _stop(output: Tensor) -> None:
+    """The feed-forward part, most of a block, need not be run for what stands in front of it."""
+    raise _Enough(output)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all corrections of a shot have in common."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    keep: Mapping[str, KeepMask]
+    extents: Mapping[str, KeepMask]
+    stream: Sweep
+    how: Reconstruction
+    processes: Processes
+    advance: Advance
+
+    def correct(self, block: int, name: str, goals: list[Stored], *, inside: bool) -> None:
+        """Correct one layer of the block in front of which the pruned model is.
+
+        Args:
+            block: Number of the block.
+            name: The layer, which may be one that is not to be changed.
+            goals: The stream of the dense model behind it, a tensor a batch.
+            inside: Whether that is inside the block, behind the attention, or behind the block.
+        """
+        layer = self.anatomy.layers.get(name)
+        if layer is None or not core_of(self.model, layer).weight.numel():
+            self.advance(sum(batch.input_ids.numel() for batch in self.stream.batches))
+            return
+        core = core_of(self.model, layer)
+        inputs = InputSum(core.in_features, layer.bias, core.weight.device)
+        cross = torch.zeros(core.out_features, core.in_features + layer.bias, device=core.weight.device)
+        rows = to_index(self.keep[name].rows).to(core.weight.device)
+        count = 0
+        with torch.no_grad(), self.stream.ready(block), products(self.how.precision):
+            for (batch, x, stream), goal in zip(self._seen(block, layer, inside), in_turn(goals), strict=True):
+                error = _counted(goal.get(), batch.positions) - stream
+                inputs.add(x)
+                cross.addmm_(error[:, rows].T, with_bias(x.float(), layer.bias))
+                count += len(x)
+        inputs.add_up(self.processes)
+        self.processes.add_up([cross])
+        count = round(self.processes.total(count)[0])
+        self._change(layer, inputs.mean(count, None, layer.bias), cross / count)
+
+    def _seen(self, block: int, layer: LinearLayer, inside: bool) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Run the block; yields each batch with a layer's inputs ``[n, C]`` and the stream behind it ``[n, width]``."""
+        inputs: list[Tensor] = []
+        with Hooks() as hooks:
+            hooks.on_input(core_of(self.model, layer), inputs.append)
+            if inside:
+                hooks.on_output(self.model.get_submodule(layer.name), _stop)
+            for batch, waiting in self.stream.entering():
+                hooks.positions = batch.positions
+                entering = waiting.get()
+                try:
+                    stream = _counted(self.stream.run(block, batch, entering), batch.positions)
+                except _Enough as reached:
+                    stream = _counted(entering, batch.positions) + reached.output
+                self.advance(batch.input_ids.numel())
+                yield batch, inputs.pop(), stream
+
+    def _change(self, layer: LinearLayer, a: Tensor, error_by_input: Tensor) -> None:
+        def solve() -> Tensor:
+            return reconstructing_change(error_by_input, a, self.how.ridge, f"{layer.name} (reconstruction)")
+
+        matrix = read_matrix(self.model, layer)
+        changed = matrix + self.processes.from_first(solve).to(matrix)
+        write_matrix(self.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
+        check_written(layer, core_of(self.model, layer))
+
+
+def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:
+    """``|dense - pruned| / |dense|`` of the streams behind the last block; they are given back to the store."""
+    error = size = 0.0
+    for (batch, wanted), (_, reached) in zip(goal.entering(), stream.entering(), strict=True):
+        there = _counted(wanted.get(), batch.positions)
+        error += float((there - _counted(reached.get(), batch.positions)).square().sum())
+        size += float(there.square().sum())
+        wanted.release()
+        reached.release()
+    error, size = processes.total(error, size)
+    return math.sqrt(error / size)
+
+
+def _counted(hidden: Tensor, positions: Tensor) -> Tensor:
+    """The tokens of ``[batch, length, width]`` that count, ``[n, width]`` float32; what is flat has been counted."""
+    flat = hidden if hidden.dim() == 2 else hidden.flatten(0, -2).index_select(0, positions)
+    return flat.float()

@@ -1,0 +1,1 @@
+"""One opening, the shots, the checkpoints and the export of a run."""

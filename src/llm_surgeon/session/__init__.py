@@ -1,0 +1,1 @@
+"""One run as its stages see it, and the checks before it."""

@@ -1,0 +1,171 @@
+"""A model that a caller of the Python API has at hand: what it has to be, and how it is put to use and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_surgeon.errors import ConfigError, UnsupportedModelError
+from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.norms import cast_layer_norms
+from llm_surgeon.recipe.config import PruneConfig
+
+
+def as_recipe(config: Any) -> PruneConfig:
+    """A recipe as it is given: one, or a mapping of its options.
+
+    Raises:
+        ConfigError: If it is neither, or not valid.
+    """
+    if isinstance(config, PruneConfig):
+        return config
+    if isinstance(config, Mapping):
+        return PruneConfig.from_mapping(dict(config))
+    raise ConfigError(
+        f"The recipe is a {type(config).__name__}, not a PruneConfig.", "Give PruneConfig(sparsity=...), for example."
+    )
+
+
+def as_path(out: Any) -> Path:
+    """An output directory as it is given: a path or a string.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if not isinstance(out, str | Path):
+        raise ConfigError(f"The output is a {type(out).__name__}, not a path.", "Give out='...', a new directory.")
+    return Path(out)
+
+
+def check_model(model: Any) -> None:
+    """Make sure that an object is a causal language model of transformers that can be run here.
+
+    Raises:
+        UnsupportedModelError: If it is not; says what to give instead.
+    """
+    kind = type(model).__name__
+    if isinstance(model, str):
+        raise UnsupportedModelError(
+            f"{model!r} is a name, not a model.", "Call prune_checkpoint, or load it first: llm_surgeon.load."
+        )
+    if hasattr(model, "peft_config") or hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            f"The model is a {kind} with adapters.", "Give what merge_and_unload() returns: a model of its own."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(f"The model is compiled ({kind}).", "Give the model that was compiled.")
+    if not isinstance(model, PreTrainedModel):
+        inner = "its .module" if isinstance(getattr(model, "module", None), nn.Module) else "such a model"
+        raise UnsupportedModelError(
+            f"The model is a {kind}, not a model of transformers.", f"Give {inner}, from AutoModelForCausalLM."
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{kind} has no head that predicts tokens.", "Load it with AutoModelForCausalLM instead."
+        )
+    if next(model.parameters()).device.type == "meta":
+        raise UnsupportedModelError("The model has no weights (device meta).", "Load it with its weights.")
+
+
+def check_modules(model: PreTrainedModel, exported: bool) -> None:
+    """Make sure that what a model computes is what its modules and weights say.
+
+    Args:
+        model: The model.
+        exported: Whether it is to be exported: modules and weights are, and hooks are not.
+
+    Raises:
+        UnsupportedModelError: If something changes it besides; says how to undo that.
+    """
+    for name, module in model.named_modules():
+        if prune.is_pruned(module) and not any(module.children()):
+            raise UnsupportedModelError(
+                f"{name} is masked by torch.nn.utils.prune.", "Make that permanent first: torch.nn.utils.prune.remove."
+            )
+        if parametrize.is_parametrized(module):
+            raise UnsupportedModelError(
+                f"{name} is parametrised.", "Undo that first: torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        if exported and (module._forward_hooks or module._forward_pre_hooks):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} has hooks, which no export can have.", "Remove them first."
+            )
+    if model.dtype == torch.float64:
+        raise UnsupportedModelError("The weights are float64, and sums are float32.", "Call model.float() first.")
+
+
+def check_layers_apart(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Make sure that no two prunable layers are the same module, or have the same weights.
+
+    Raises:
+        UnsupportedModelError: If two have: each is pruned in its own way.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for name in anatomy.layers:
+        module = model.get_submodule(name)
+        weight = cast(nn.Linear, module).weight
+        other = seen.setdefault((weight.data_ptr(), weight.numel()), name)
+        if other != name:
+            raise UnsupportedModelError(
+                f"{other} and {name} share their weights.", "Give each its own: copy.deepcopy of the shared module."
+            )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Make sure that an object is a tokenizer of transformers.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        inner = " Of a processor, give its .tokenizer." if hasattr(tokenizer, "tokenizer") else ""
+        raise ConfigError(
+            f"The tokenizer is a {type(tokenizer).__name__}.",
+            f"Give a tokenizer of transformers, from AutoTokenizer.from_pretrained.{inner}",
+        )
+
+
+def check_surroundings(model: PreTrainedModel) -> None:
+    """Make sure that no mode of torch that is on keeps gradients or float32 away.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ConfigError(
+            "In torch.inference_mode there are no gradients, also not of models that were loaded in it.",
+            "Load the model and call this outside of it.",
+        )
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        raise ConfigError(
+            f"torch.autocast is on for {device}, which would round the sums.",
+            "Call this outside of it: precision='bfloat16' uses autocast where that does no harm.",
+        )
+
+
+@contextlib.contextmanager
+def ready(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, results with names, norms for any input; restores all for the modules that are still there."""
+    modes = {module: module.training for module in model.modules()}
+    named, norms = model.config.return_dict, cast_layer_norms(model)
+    model.eval()
+    model.config.return_dict = True
+    try:
+        # Under no_grad, where evaluation code tends to be, there would be no curvature.
+        with torch.enable_grad():
+            yield
+    finally:
+        model.config.return_dict = named
+        for module in norms:
+            module.__class__ = nn.LayerNorm
+        whole = modes[model]
+        for module in model.modules():
+            module.training = modes.get(module, whole)

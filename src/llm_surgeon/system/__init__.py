@@ -1,0 +1,1 @@
+"""Processes, memory, storage, files, progress and logs."""

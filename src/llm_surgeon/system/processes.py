@@ -1,0 +1,329 @@
+"""Several processes that work on one run: who takes what, and sums over all of them, by ``torch.distributed``.
+
+Every process holds the whole model and takes the same steps in the same order. Each reads its own part of the tokens,
+and what needs no tokens (decompositions, costs, updates) is shared out layer by layer.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count, zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+from llm_surgeon.errors import ConfigError, ProcessError
+from llm_surgeon.system.torchrun import place
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+T = TypeVar("T")
+
+# How long a process waits for the others, who may be writing a large export. One that has ended is noticed at once.
+_PATIENCE = timedelta(hours=6)
+_STORE_PATIENCE = timedelta(seconds=10)
+_CPU = torch.device("cpu")
+# How often this process has joined others: each time needs names of its own in torchrun's store.
+_joins = count()
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """A tensor to come."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of its run; as it is made by default, the only one.
+
+    All processes have to call the same methods in the same order. With one process, each gives back what it is given.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+        device: Where this process computes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = _CPU
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, shows and measures what is not shared out."""
+        return self.rank == 0
+
+    def part(self, items: int) -> slice:
+        """This process's part of a row of items: parts follow one another and differ by one item at most."""
+        return slice(items * self.rank // self.count, items * (self.rank + 1) // self.count)
+
+    def own(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of a sequence."""
+        return items[self.part(len(items))]
+
+    def check_samples(self, samples: int, each: int = 1) -> None:
+        """Make sure that every process gets a sequence, or several.
+
+        Raises:
+            ConfigError: If there are fewer sequences.
+        """
+        if samples < each * self.count:
+            raise ConfigError(
+                f"{samples} calibration sequences cannot be shared out among {self.count} processes, {each} to each.",
+                "Raise --samples, or start fewer processes.",
+            )
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the sum of those that the processes hold in its place, bit for bit the same in all.
+
+        Raises:
+            ProcessError: If another process is gone.
+        """
+        if self.count == 1:
+            return
+        with _company():
+            pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors if tensor.numel()]
+            for work in pending:
+                work.wait()
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums of numbers over the processes.
+
+        Raises:
+            ProcessError: If another process is gone.
+        """
+        if self.count == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        self.add_up([sums])
+        return sums.tolist()
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process only, while the others wait for its result.
+
+        Raises:
+            ProcessError: If another process is gone.
+        """
+        return self.broadcast(work() if self.first else None, 0)
+
+    def broadcast(self, value: T | None, source: int) -> T:
+        """Hand the value of one process to all.
+
+        Tensors, alone or in a tuple, arrive on the device of each process if they are not on the CPU; other objects
+        have to be such as can be pickled, and on the CPU.
+
+        Args:
+            value: What is handed over; of no matter in the other processes.
+            source: Number of the process that has it.
+
+        Raises:
+            ProcessError: If another process is gone.
+        """
+        if self.count == 1:
+            return cast(T, value)
+        parts = value if isinstance(value, tuple) else (value,)
+        message: list[Any] = [(isinstance(value, tuple), [_announced(part) for part in parts])]
+        with _company():
+            dist.broadcast_object_list(message, source, device=_CPU)
+        together, announced = message[0]
+        if self.rank != source:
+            parts = tuple(self._room(part) for part in announced)
+        with _company():
+            for part in parts:
+                if isinstance(part, Tensor) and part.numel():
+                    dist.broadcast(part.contiguous(), source)
+        return cast(T, parts if together else parts[0])
+
+    def _room(self, part: Any) -> Any:
+        """A tensor to receive another one in; what is none has arrived already."""
+        if not isinstance(part, _Blank):
+            return part
+        return torch.empty(part.shape, dtype=part.dtype, device=_CPU if part.on_cpu else self.device)
+
+    def share_out(self, work: Mapping[str, float], compute: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+        """Compute something by pieces, each in one process, and give all results to every process.
+
+        Results come when each process has one more, so that no more than ``count`` are under way at once.
+
+        Args:
+            work: Pieces by name, and what they cost to compute, in any unit.
+            compute: Computes a piece; has to give what ``broadcast`` can hand over.
+
+        Yields:
+            Names and results, in an order that depends on ``work`` and ``count`` only.
+
+        Raises:
+            ProcessError: If another process is gone.
+        """
+        for turn in zip_longest(*shares(work, self.count)):
+            own = turn[self.rank]
+            result = None if own is None else compute(own)
+            for source, name in enumerate(turn):
+                if name is not None:
+                    yield name, self.broadcast(result, source)
+
+
+ALONE = Processes()
+
+
+def shares(work: Mapping[str, float], processes: int) -> list[list[str]]:
+    """Share pieces of work out: the largest first, each to the process that has least to do so far.
+
+    Args:
+        work: Pieces by name, and what they cost.
+        processes: How many share; one alone takes them as they come.
+
+    Returns:
+        The pieces of each process, in the order in which to do them.
+    """
+    if processes == 1:
+        return [list(work)]
+    queues: list[list[str]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
+    for name in sorted(work, key=work.__getitem__, reverse=True):
+        idlest = loads.index(min(loads))
+        queues[idlest].append(name)
+        loads[idlest] += work[name]
+    return queues
+
+
+def own_device(device: str) -> str:
+    """The device of this process, by a recipe's name: of several on one machine, each takes a GPU.
+
+    Raises:
+        ConfigError: If there are not enough GPUs, or one is named for all.
+    """
+    here = place()
+    if here.count == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return device
+    if device not in ("auto", "cuda"):
+        raise ConfigError(
+            f"The device {device!r} cannot serve {here.count} processes.",
+            "Leave --device out, and each process takes a GPU of its own; or use --device cpu.",
+        )
+    if here.local_count > torch.cuda.device_count():
+        raise ConfigError(
+            f"torchrun has started {here.local_count} processes where there are {torch.cuda.device_count()} GPUs.",
+            "Start one process for each GPU, or use --device cpu.",
+        )
+    return f"cuda:{here.local_rank}"
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Join the other processes that torchrun has started; without torchrun, be alone.
+
+    A process group that the caller has made is used as it is; it needs gloo for tensors on the CPU.
+
+    Args:
+        device: Where this process computes.
+
+    Raises:
+        ProcessError: If the others cannot be reached.
+    """
+    here = place()
+    if dist.is_available() and dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        return
+    if here.count == 1:
+        yield ALONE
+        return
+    on_gpu = device.type == "cuda"
+    with _end_as_error(), torch.cuda.device(device) if on_gpu else nullcontext():
+        try:
+            with _company():
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=PrefixStore(f"llm_surgeon/{next(_joins)}", _store(_PATIENCE)),
+                    rank=here.rank,
+                    world_size=here.count,
+                    timeout=_PATIENCE,
+                )
+            yield Processes(here.rank, here.count, device)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def say_once(message: str, say: Callable[[], None]) -> None:
+    """Let one of the processes that torchrun has started say what several of them may find.
+
+    The others wait until it is said: torchrun ends all processes as soon as one has ended.
+    """
+    begun, done = f"llm_surgeon/saying/{message}", f"llm_surgeon/said/{message}"
+    try:
+        store = _store(_STORE_PATIENCE)
+        first = store.add(begun, 1) == 1
+    except (RuntimeError, ValueError):
+        # torchrun has ended, and its store with it; or only its environment was inherited.
+        say()
+        return
+    with suppress(RuntimeError):
+        if first:
+            say()
+            store.set(done, "")
+        else:
+            store.wait([done], _STORE_PATIENCE)
+
+
+def _store(patience: timedelta) -> Any:
+    """The store that torchrun keeps for its processes."""
+    store, _rank, _count = next(rendezvous("env://", timeout=patience))
+    return store
+
+
+def _announced(part: Any) -> Any:
+    return _Blank(part.shape, part.dtype, part.device.type == "cpu") if isinstance(part, Tensor) else part
+
+
+@contextmanager
+def _company() -> Iterator[None]:
+    """Name what it means when the others cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The first sentence, without the places in gloo's source and the addresses, which differ between processes.
+        reason = re.split(r"\.(?:\s|$)", re.sub(r"\s*\[[^\]]*\](:\d+)?", "", str(error)).strip(), maxsplit=1)[0]
+        raise ProcessError(
+            f"Another process of this run has ended, or does not answer ({reason}).", "See its own message."
+        ) from error
+
+
+@contextmanager
+def _end_as_error() -> Iterator[None]:
+    """Turn torchrun's request to end, which follows the end of any process, into an error: what is begun is cleared.
+
+    Only the main thread can be told.
+    """
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        # What follows an error, another process's end perhaps, is not to be cut short: this process ends anyway.
+        if sys.exc_info()[0] is None:
+            raise ProcessError(
+                "This process was asked to end: another process of this run has ended, or the run was stopped.",
+                "See the other's message.",
+            )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
