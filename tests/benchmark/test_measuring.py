@@ -14,7 +14,7 @@ from llm_surgeon.benchmark import isolated as alone
 from llm_surgeon.benchmark import measuring as bench_module
 from llm_surgeon.benchmark import pairs
 from llm_surgeon.benchmark.compiled import compiled_run
-from llm_surgeon.benchmark.isolated import Task
+from llm_surgeon.benchmark.isolated import IsolatedOrder
 from llm_surgeon.benchmark.measuring import bench
 from llm_surgeon.benchmark.pairs import time_pair
 from llm_surgeon.errors import ConfigError, ModelError
@@ -270,7 +270,7 @@ def test_a_process_that_dies_is_an_error(checkpoint, monkeypatch):
 
 def test_an_unforeseen_error_keeps_its_stack_trace(monkeypatch):
     monkeypatch.setattr(alone, "_measure", lambda _: 1 / 0)
-    task = Task(source="s", dtype="auto", device="cpu", threads=1, prompt=1, generate=1, batches=(1,))
+    task = IsolatedOrder(source="s", dtype="auto", device="cpu", threads=1, prompt=1, generate=1, batches=(1,))
     failure = alone.measure(task).failure
     assert isinstance(failure, Failure)
     assert failure.cause == "ZeroDivisionError: division by zero"
@@ -279,7 +279,9 @@ def test_an_unforeseen_error_keeps_its_stack_trace(monkeypatch):
 
 @pytest.mark.slow
 def test_a_process_of_its_own_measures_the_same(checkpoint):
-    task = Task(source=str(checkpoint), dtype="auto", device="cpu", threads=1, prompt=6, generate=2, batches=(2,))
+    task = IsolatedOrder(
+        source=str(checkpoint), dtype="auto", device="cpu", threads=1, prompt=6, generate=2, batches=(2,)
+    )
     varying = {"load_seconds", "bytes_before", "peaks"}
     own = alone.measure_apart(task).own
     assert own.model_dump(exclude=varying) == alone.measure(task).own.model_dump(exclude=varying)

@@ -8,7 +8,7 @@ import torch
 from llm_surgeon import Comparison, PruneConfig, Setting, compare, load, prune
 from llm_surgeon.comparison import cell_process as process
 from llm_surgeon.comparison import comparison as comparison_module
-from llm_surgeon.comparison.cell_process import Answer, Task, work, work_apart
+from llm_surgeon.comparison.cell_process import CellAnswer, CellOrder, work, work_apart
 from llm_surgeon.data.texts import prepare_texts
 from llm_surgeon.errors import ComparisonError, ConfigError, OutputError
 from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
@@ -252,7 +252,7 @@ def test_a_record_from_before_an_option_existed_had_its_default(run, tmp_path, t
 class TestProcess:
     """The process itself, and what becomes of its accidents."""
 
-    TASK = Task(model="m", recipe={}, reference="r")
+    TASK = CellOrder(model="m", recipe={}, reference="r")
 
     def run_instead(self, monkeypatch, code):
         monkeypatch.setattr(process, "command", lambda _order, answer: [sys.executable, "-c", code, str(answer)])
@@ -261,7 +261,7 @@ class TestProcess:
     def test_it_answers_as_the_work_here_does(self, checkpoint, text_file, tmp_path):
         config = PruneConfig.from_mapping({**SMALL, "calibration": str(text_file)})
         recipe = config.resolved()
-        task = Task(model=str(checkpoint), recipe=recipe, reference=str(tmp_path / "apart"), dense=True)
+        task = CellOrder(model=str(checkpoint), recipe=recipe, reference=str(tmp_path / "apart"), dense=True)
         here = work(task.model_copy(update={"reference": str(tmp_path / "here")}))
         assert work_apart(task) == here
         assert here.dense is not None
@@ -285,7 +285,7 @@ class TestProcess:
         assert cause in self.run_instead(monkeypatch, code).cause
 
     def test_what_it_prints_is_kept_from_standard_output(self, monkeypatch, capfd):
-        answer = Answer(failure={"cause": "c", "remedy": "r"}).model_dump_json()
+        answer = CellAnswer(failure={"cause": "c", "remedy": "r"}).model_dump_json()
         code = f"import sys; print('chatter'); open(sys.argv[1], 'w').write({answer!r})"
         assert self.run_instead(monkeypatch, code).cause == "c"
         captured = capfd.readouterr()

@@ -9,7 +9,7 @@ from llm_surgeon.models.skeleton import skeleton_of
 from llm_surgeon.passes.layer_major import LayerMajorPass
 from llm_surgeon.planning import plan as plan_module
 from llm_surgeon.planning import schedule as way
-from llm_surgeon.planning.order import Room, Waiting, budgets_of, goes_layer_major, placed
+from llm_surgeon.planning.order import Available, Waiting, budgets_of, goes_layer_major, placed
 from llm_surgeon.planning.seconds import pass_operations
 from llm_surgeon.system import storage
 from llm_surgeon.system.storage import Budgets, TensorStore
@@ -35,32 +35,32 @@ def recipe(text_file):
 @pytest.mark.parametrize(("host", "device"), [(100, None), (100, 50), (10**9, 50)])
 def test_auto_goes_layer_by_layer_where_the_model_does_not_fit_at_once(host, device, recipe):
     fits = host >= 80 and (device is None or device >= 60)
-    assert goes_layer_major(recipe(), Room(host, device), lambda: (80, 60)) is not fits
+    assert goes_layer_major(recipe(), Available(host, device), lambda: (80, 60)) is not fits
 
 
 def test_what_is_asked_for_is_done_whatever_there_is(recipe):
     def never():
         raise AssertionError
 
-    assert goes_layer_major(recipe(order="layer-major"), Room(1, None), never)
-    assert not goes_layer_major(recipe(order="batch-major"), Room(1, None), never)
-    assert goes_layer_major(recipe(method="wanda", shots=1), Room(1, None), never)
-    assert not goes_layer_major(recipe(method="magnitude"), Room(1, None), never)
+    assert goes_layer_major(recipe(order="layer-major"), Available(1, None), never)
+    assert not goes_layer_major(recipe(order="batch-major"), Available(1, None), never)
+    assert goes_layer_major(recipe(method="wanda", shots=1), Available(1, None), never)
+    assert not goes_layer_major(recipe(method="magnitude"), Available(1, None), never)
 
 
 def test_a_store_gets_what_the_rest_leaves(recipe):
-    assert budgets_of(recipe(), Room(500, None), (260, 0), 0.2) == Budgets(math.inf, 200)
-    assert budgets_of(recipe(), Room(500, 90), (260, 60), 0.0) == Budgets(30, 240)
+    assert budgets_of(recipe(), Available(500, None), (260, 0), 0.2) == Budgets(math.inf, 200)
+    assert budgets_of(recipe(), Available(500, 90), (260, 60), 0.0) == Budgets(30, 240)
     # Where nothing was asked for, less than nothing is nothing, and a warning says so.
-    assert budgets_of(recipe(), Room(500, 90), (600, 100), 0.0) == Budgets(0, 0)
+    assert budgets_of(recipe(), Available(500, 90), (600, 100), 0.0) == Budgets(0, 0)
 
 
 @pytest.mark.parametrize(("option", "floor"), [("host_memory", (200, 0)), ("device_memory", (0, 200))])
 def test_a_limit_that_cannot_be_kept_is_an_error_that_says_what_could(option, floor, recipe):
     with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')}"):
-        budgets_of(recipe(**{option: 100}), Room(100, 100), floor, 0.0)
+        budgets_of(recipe(**{option: 100}), Available(100, 100), floor, 0.0)
     with pytest.raises(ConfigError, match="--no-reconstruction"):
-        budgets_of(recipe(reconstruction=True, **{option: 100}), Room(100, 100), floor, 0.0)
+        budgets_of(recipe(reconstruction=True, **{option: 100}), Available(100, 100), floor, 0.0)
 
 
 def test_tensors_wait_on_the_device_then_on_the_host_then_on_disk():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 24
 
 
-class Task(Record):
+class IsolatedOrder(Record):
     """What the process is to do: load the directory ``source``, and run each of the batches, once it is warm."""
 
     source: str
@@ -33,17 +33,17 @@ class Task(Record):
     trust_remote_code: bool = False
 
 
-class Answer(Record):
+class IsolatedAnswer(Record):
     """What came of it: one of the two."""
 
     own: OwnMeasures | None = None
     failure: Failure | None = None
 
 
-def measure_apart(task: Task) -> Answer:
+def measure_apart(task: IsolatedOrder) -> IsolatedAnswer:
     """Measure a model in a fresh process; whatever becomes of the process is an answer."""
     answer = ask_apart(command, task, "Lower --batch or --prompt")
-    return Answer(failure=answer) if isinstance(answer, Failure) else Answer.model_validate_json(answer)
+    return IsolatedAnswer(failure=answer) if isinstance(answer, Failure) else IsolatedAnswer.model_validate_json(answer)
 
 
 def command(order: Path, answer: Path) -> list[str]:
@@ -51,15 +51,15 @@ def command(order: Path, answer: Path) -> list[str]:
     return module_command("llm_surgeon.benchmark.isolated", order, answer)
 
 
-def measure(task: Task) -> Answer:
+def measure(task: IsolatedOrder) -> IsolatedAnswer:
     """Measure a model in this process, which should hold nothing else; every error becomes an answer."""
     try:
-        return Answer(own=_measure(task))
+        return IsolatedAnswer(own=_measure(task))
     except Exception as error:
-        return Answer(failure=failure_of(error))
+        return IsolatedAnswer(failure=failure_of(error))
 
 
-def _measure(task: Task) -> OwnMeasures:
+def _measure(task: IsolatedOrder) -> OwnMeasures:
     import torch
 
     from llm_surgeon.evaluation.speed import Workload, measure_speed, synchronise
@@ -117,7 +117,7 @@ def _count_linear(model: PreTrainedModel) -> tuple[int, int]:
 
 def main(order: str, answer: str) -> None:
     """Entry point of the process."""
-    answer_apart(lambda task: measure(Task.model_validate_json(task)), order, answer)
+    answer_apart(lambda task: measure(IsolatedOrder.model_validate_json(task)), order, answer)
 
 
 if __name__ == "__main__":

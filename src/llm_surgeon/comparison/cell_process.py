@@ -12,7 +12,7 @@ from llm_surgeon.system.allocator import keep_freed_memory
 from llm_surgeon.system.worker import answer_apart, ask_apart, failure_of, module_command
 
 
-class Task(Record):
+class CellOrder(Record):
     """What the process is to do.
 
     Attributes:
@@ -32,7 +32,7 @@ class Task(Record):
     show: bool = False
 
 
-class Answer(Record):
+class CellAnswer(Record):
     """What came of it: one of the three."""
 
     dense: DenseRecord | None = None
@@ -40,10 +40,10 @@ class Answer(Record):
     failure: Failure | None = None
 
 
-def work_apart(task: Task) -> Answer:
+def work_apart(task: CellOrder) -> CellAnswer:
     """Do the work in a fresh process and wait for it; whatever becomes of the process is an answer."""
     answer = ask_apart(command, task, "Lower batch_size or samples")
-    return Answer(failure=answer) if isinstance(answer, Failure) else Answer.model_validate_json(answer)
+    return CellAnswer(failure=answer) if isinstance(answer, Failure) else CellAnswer.model_validate_json(answer)
 
 
 def command(order: Path, answer: Path) -> list[str]:
@@ -51,15 +51,15 @@ def command(order: Path, answer: Path) -> list[str]:
     return module_command("llm_surgeon.comparison.cell_process", order, answer)
 
 
-def work(task: Task) -> Answer:
+def work(task: CellOrder) -> CellAnswer:
     """Do the work in this process; every error becomes an answer."""
     try:
         return _work(task)
     except Exception as error:
-        return Answer(failure=failure_of(error))
+        return CellAnswer(failure=failure_of(error))
 
 
-def _work(task: Task) -> Answer:
+def _work(task: CellOrder) -> CellAnswer:
     from llm_surgeon.comparison.cell import measure_cell, measure_dense
     from llm_surgeon.system.logs import log_to_stderr, quiet_transformers
     from llm_surgeon.system.progress import RichProgress, SilentProgress
@@ -67,13 +67,13 @@ def _work(task: Task) -> Answer:
     quiet_transformers()
     progress = RichProgress(log_to_stderr()) if task.show else SilentProgress()
     given = task.model, PruneConfig.from_mapping(task.recipe), Path(task.reference), task.texts, progress
-    return Answer(dense=measure_dense(*given)) if task.dense else Answer(measures=measure_cell(*given))
+    return CellAnswer(dense=measure_dense(*given)) if task.dense else CellAnswer(measures=measure_cell(*given))
 
 
 def main(order: str, answer: str) -> None:
     """Entry point of the process."""
     keep_freed_memory()
-    answer_apart(lambda task: work(Task.model_validate_json(task)), order, answer)
+    answer_apart(lambda task: work(CellOrder.model_validate_json(task)), order, answer)
 
 
 if __name__ == "__main__":

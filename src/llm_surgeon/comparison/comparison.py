@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_surgeon.comparison.cell_process import Task, work_apart
+from llm_surgeon.comparison.cell_process import CellOrder, work_apart
 from llm_surgeon.comparison.directory import Folder
 from llm_surgeon.comparison.variants import SHARED, Options, PlannedCell, plan
 from llm_surgeon.errors import ComparisonError
@@ -125,8 +125,8 @@ def _dense_error(failure: Failure | None) -> ComparisonError:
     return ComparisonError(failure.cause, failure.remedy)
 
 
-def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, dense: bool = False) -> Task:
-    return Task(
+def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, dense: bool = False) -> CellOrder:
+    return CellOrder(
         model=work.model,
         recipe=dict(recipe),
         reference=str(work.folder.reference.absolute()),

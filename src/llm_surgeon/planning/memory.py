@@ -58,14 +58,14 @@ RELOAD_PROCESS = 450 * 2**20
 
 
 @dataclass(frozen=True)
-class Need:
+class PhaseMemory:
     """Bytes of one phase at its peak, by what holds them."""
 
     host: Parts
     device: Parts
 
 
-def peak_of_shots(needs: Mapping[str, Need]) -> tuple[int, int]:
+def peak_of_shots(needs: Mapping[str, PhaseMemory]) -> tuple[int, int]:
     """Most bytes of main memory and of the GPU in the phases of shots."""
     phases = [needs[name] for name in ("curvature", "selection", "update", "reconstruction", "gates") if name in needs]
     return max(sum(p.host.values()) for p in phases), max(sum(p.device.values()) for p in phases)
@@ -132,7 +132,7 @@ def _curvature_of_gradients(config: PruneConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Demand:
+class MemoryModel:
     """What a run takes; ``device`` decides which parts are on the host.
 
     Attributes:
@@ -164,7 +164,7 @@ class Demand:
     def _prunable(self) -> int:
         return self.skeleton.anatomy.prunable_weights
 
-    def needs(self) -> dict[str, Need]:
+    def needs(self) -> dict[str, PhaseMemory]:
         """What each phase needs, in the order in which they first run."""
         config, evaluates = self.config, self.config.evaluation != "none"
         window: Parts = {"passes": self.traces.evaluation}
@@ -187,14 +187,14 @@ class Demand:
             needs["speed"] = self._on_device(self._pruned(), apart={"dense model once more": self.weights})
         return needs
 
-    def _load(self) -> Need:
+    def _load(self) -> PhaseMemory:
         """Files are mapped, so they are resident only as far as they are read; another type makes a copy."""
         copied = self.skeleton.converts and not self.streamed
         files: Parts = {"weight files while read": self.skeleton.stored_bytes} if copied else {}
         weights: Parts = {"weights": self.weights}
-        return Need({"process": self.process, **weights, **files}, {} if self.device.type == "cpu" else weights)
+        return PhaseMemory({"process": self.process, **weights, **files}, {} if self.device.type == "cpu" else weights)
 
-    def _shot(self) -> dict[str, Need]:
+    def _shot(self) -> dict[str, PhaseMemory]:
         """At their largest, which is in the first shot or, with small matrices beside the dense ones, the second."""
         passes, larger = self._passes(), self._held()
         masks: Parts = {} if self.config.parts else {"masks": self._prunable}
@@ -286,11 +286,11 @@ class Demand:
         copy = self._prunable * self.skeleton.dtype.itemsize
         return {"dense weights to reconstruct": copy} if self.config.reconstruction else {}
 
-    def _export(self) -> Need:
+    def _export(self) -> PhaseMemory:
         """The reload check is a process of its own, but it takes the same memory."""
         last = weight_bytes(self.skeleton, self.config, self.config.sparsity)
         need = self._on_device(self._pruned(), apart={"weights of the reload check": last})
-        return Need({**need.host, "process of the reload check": RELOAD_PROCESS}, need.device)
+        return PhaseMemory({**need.host, "process of the reload check": RELOAD_PROCESS}, need.device)
 
     def _pruned(self) -> Parts:
         """The small matrices beside the dense ones: on a CPU, a mapped file stays as long as any part of it is used."""
@@ -299,7 +299,7 @@ class Demand:
         first = self.config.sparsity_schedule[0]
         return {"pruned weights": round((1 - first) * self._prunable) * self.skeleton.dtype.itemsize}
 
-    def _on_device(self, tensors: Parts, on_host: Parts | None = None, apart: Parts | None = None) -> Need:
+    def _on_device(self, tensors: Parts, on_host: Parts | None = None, apart: Parts | None = None) -> PhaseMemory:
         """Weights and tensors where the run is, with what the allocator holds beside the tensors.
 
         Args:
@@ -310,10 +310,10 @@ class Demand:
         on_host, apart = on_host or {}, self._goal() | (apart or {})
         if self.device.type != "cpu":
             host = {"process": self.process + GPU_PROCESS, **on_host}
-            return Need(host, {"weights": self.weights, **tensors, **apart})
+            return PhaseMemory(host, {"weights": self.weights, **tensors, **apart})
         held = {**tensors, **on_host}
         slack = int(GAPS * held.get("passes", 0) + SLACK * held.get(self._store, 0)) + LIBRARIES
-        return Need({"process": self.process, "weights": self.weights, **held, **apart, "allocator": slack}, {})
+        return PhaseMemory({"process": self.process, "weights": self.weights, **held, **apart, "allocator": slack}, {})
 
 
 def process_bytes() -> int:

@@ -28,7 +28,7 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Room:
+class Available:
     """Bytes that a run may come to hold of main memory and, where it is on one, of the GPU."""
 
     host: int
@@ -52,7 +52,7 @@ def waiting_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
     return max(states * skeleton.anatomy.blocks, sums) + states * (1 + max(1, how.sampled_labels))
 
 
-def goes_layer_major(config: PruneConfig, room: Room, need: Callable[[], tuple[int, int]]) -> bool:
+def goes_layer_major(config: PruneConfig, room: Available, need: Callable[[], tuple[int, int]]) -> bool:
     """Whether the order of a recipe comes to layer-major.
 
     Args:
@@ -66,7 +66,7 @@ def goes_layer_major(config: PruneConfig, room: Room, need: Callable[[], tuple[i
     return host > room.host or (room.device is not None and device > room.device)
 
 
-def goes_streamed(config: PruneConfig, room: Room, layer_major: bool, floor: tuple[int, int]) -> bool:
+def goes_streamed(config: PruneConfig, room: Available, layer_major: bool, floor: tuple[int, int]) -> bool:
     """Whether the weights of blocks come one block at a time.
 
     Args:
@@ -84,7 +84,9 @@ def goes_streamed(config: PruneConfig, room: Room, layer_major: bool, floor: tup
     return short and by_layers and can_stream() and not (config.lora or config.reconstruction)
 
 
-def budgets_of(config: PruneConfig, room: Room, floor: tuple[int, int], slack: float, processes: int = 1) -> Budgets:
+def budgets_of(
+    config: PruneConfig, room: Available, floor: tuple[int, int], slack: float, processes: int = 1
+) -> Budgets:
     """What a store may take of the memory that is left beside everything else.
 
     Args:

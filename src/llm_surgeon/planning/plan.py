@@ -16,9 +16,9 @@ from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_s
 from llm_surgeon.models.skeleton import Skeleton, skeleton_of
 from llm_surgeon.models.streaming import require_streaming
 from llm_surgeon.planning.loaders import loaders
-from llm_surgeon.planning.memory import Need, host_available, weights_streamed
-from llm_surgeon.planning.order import Room, order_name
-from llm_surgeon.planning.schedule import Course
+from llm_surgeon.planning.memory import PhaseMemory, host_available, weights_streamed
+from llm_surgeon.planning.order import Available, order_name
+from llm_surgeon.planning.schedule import Scheduler
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
 from llm_surgeon.pruning.targets import settled
@@ -109,7 +109,7 @@ def foresee(
     """
     config = _part_of(config.model_copy(update={"gate_width": gate_width(skeleton.anatomy, config)}), place)
     room, rates = room_for(config, device, place), default_rates(config, device)
-    course = Course(skeleton, config, device, texts, room, place)
+    course = Scheduler(skeleton, config, device, texts, room, place)
     way = course.way()
     if probe:
         logger.info("loading the model and timing a batch")
@@ -151,7 +151,7 @@ def _part_of(config: PruneConfig, place: Place) -> PruneConfig:
     return config.model_copy(update={"samples": own, "batch_size": batch, "host_memory": memory})
 
 
-def room_for(config: PruneConfig, device: torch.device, place: Place = _UNSHARED) -> Room:
+def room_for(config: PruneConfig, device: torch.device, place: Place = _UNSHARED) -> Available:
     """What is free for one process, or what its part of the recipe allows.
 
     Raises:
@@ -162,7 +162,7 @@ def room_for(config: PruneConfig, device: torch.device, place: Place = _UNSHARED
     on_gpu = available_bytes(device) if device.type == "cuda" else None
     if on_gpu is not None and config.device_memory is not None:
         on_gpu = config.device_memory
-    return Room(config.host_memory or host_available() // place.local_count, on_gpu)
+    return Available(config.host_memory or host_available() // place.local_count, on_gpu)
 
 
 def warn_if_short(foreseen: Plan) -> None:
@@ -207,7 +207,7 @@ def _evaluated(texts: Texts) -> int:
     return 0 if texts.evaluation is None else len(texts.evaluation.windows) * texts.evaluation.window
 
 
-def _phases(needs: dict[str, Need], seconds: dict[str, float]) -> tuple[PlannedPhase, ...]:
+def _phases(needs: dict[str, PhaseMemory], seconds: dict[str, float]) -> tuple[PlannedPhase, ...]:
     return tuple(
         PlannedPhase(
             name=name, host=need.host, device=need.device, seconds=seconds[name], reports=name not in _UNREPORTED

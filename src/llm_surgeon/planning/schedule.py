@@ -11,8 +11,8 @@ from llm_surgeon.models.skeleton import Skeleton, weightless
 from llm_surgeon.passes.batch_major import Order
 from llm_surgeon.planning.memory import (
     SLACK,
-    Demand,
-    Need,
+    MemoryModel,
+    PhaseMemory,
     passes_within,
     peak_of_shots,
     process_bytes,
@@ -20,7 +20,7 @@ from llm_surgeon.planning.memory import (
     weights_streamed,
 )
 from llm_surgeon.planning.order import (
-    Room,
+    Available,
     Waiting,
     budgets_of,
     goes_layer_major,
@@ -37,7 +37,7 @@ from llm_surgeon.system.torchrun import Place
 
 
 @dataclass(frozen=True)
-class Way:
+class Schedule:
     """How a run will go.
 
     Attributes:
@@ -57,11 +57,11 @@ class Way:
     budgets: Budgets = field(default_factory=Budgets)
 
 
-class Course:
+class Scheduler:
     """What decides how one process of a run goes."""
 
     def __init__(
-        self, skeleton: Skeleton, config: PruneConfig, device: torch.device, texts: Texts, room: Room, place: Place
+        self, skeleton: Skeleton, config: PruneConfig, device: torch.device, texts: Texts, room: Available, place: Place
     ) -> None:
         """Take what has been decided already.
 
@@ -77,17 +77,17 @@ class Course:
         self._room, self._place = room, place
         self._process, self._weights = process_bytes(), weights_read(skeleton, device, texts)
 
-    def way(self) -> Way:
+    def way(self) -> Schedule:
         """Order and streaming, by what the run would need otherwise."""
-        way = Way(self._traced("batch-major"), False, "batch-major")
+        way = Schedule(self._traced("batch-major"), False, "batch-major")
         layer_major = goes_layer_major(self._config, self._room, lambda: self._peak(way))
         if layer_major:
             order = order_name(not self._config.layerwise)
             traces = way.traces if order == way.order else self._traced(order)
-            way = Way(traces, True, order, waiting=Waiting())
+            way = Schedule(traces, True, order, waiting=Waiting())
         return replace(way, streamed=goes_streamed(self._config, self._room, layer_major, self._peak(way)))
 
-    def probed(self, way: Way) -> tuple[Way, Probe]:
+    def probed(self, way: Schedule) -> tuple[Schedule, Probe]:
         """Time and measure one batch; the memory of a pass is then as measured, where the probe's pass is the run's."""
         config = self._config
         probe = probe_batch(
@@ -100,7 +100,7 @@ class Course:
             way = replace(way, traces=replace(way.traces, curvature=passes))
         return way, probe
 
-    def with_store(self, way: Way) -> Way:
+    def with_store(self, way: Schedule) -> Schedule:
         """Budgets of the store, and what will wait where.
 
         Raises:
@@ -113,14 +113,14 @@ class Course:
             way, budgets=budgets, waiting=placed(waiting_bytes(self._skeleton, self._config), budgets, self._device)
         )
 
-    def needs(self, way: Way) -> dict[str, Need]:
+    def needs(self, way: Schedule) -> dict[str, PhaseMemory]:
         """Memory by phase."""
         held = weights_streamed(self._skeleton, self._device)[0] if way.streamed else self._weights
-        return Demand(
+        return MemoryModel(
             self._skeleton, self._config, self._device, way.traces, self._process, held, way.waiting, way.streamed
         ).needs()
 
-    def _peak(self, way: Way) -> tuple[int, int]:
+    def _peak(self, way: Schedule) -> tuple[int, int]:
         return peak_of_shots(self.needs(way))
 
     def _traced(self, order: Order) -> Traces:

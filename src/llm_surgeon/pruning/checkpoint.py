@@ -29,7 +29,7 @@ from llm_surgeon.mathematics.unstructured_selection import ElementMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, write_matrix
 from llm_surgeon.models.streaming import weights_of
-from llm_surgeon.pruning.result import Standing
+from llm_surgeon.pruning.result import RunState
 from llm_surgeon.pruning.structures import Masks
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import PruneReport, Record, RunRecord
@@ -141,7 +141,7 @@ class Checkpoints:
             self._remove(found.shot)
         return found
 
-    def restore(self, shot: int, model: PreTrainedModel, anatomy: Anatomy) -> Standing:
+    def restore(self, shot: int, model: PreTrainedModel, anatomy: Anatomy) -> RunState:
         """Give a dense model the weights and shapes that it had after a shot, in place.
 
         Args:
@@ -157,7 +157,7 @@ class Checkpoints:
                 tensors = _Tensors(file)
                 masks = _read_masks(tensors, anatomy)
                 _read_weights(tensors, model, anatomy, masks)
-                return Standing(shot, masks, _read_start(tensors, model, anatomy))
+                return RunState(shot, masks, _read_start(tensors, model, anatomy))
         # Tensors that are missing, or of another shape or type; values that are none.
         except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise OutputError(
@@ -211,7 +211,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_of(model: PreTrainedModel, anatomy: Anatomy, standing: Standing, config: PruneConfig) -> dict[str, Tensor]:
+def tensors_of(model: PreTrainedModel, anatomy: Anatomy, standing: RunState, config: PruneConfig) -> dict[str, Tensor]:
     """All tensors of a checkpoint.
 
     Args:

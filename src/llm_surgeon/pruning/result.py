@@ -10,7 +10,7 @@ from llm_surgeon.records import CorrectionRecord, CostHistogram, GatesRecord, Re
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """Where a run stands after a shot: all that the next one needs beside the model.
 
     Attributes:
@@ -59,6 +59,6 @@ class ShotResult:
     start: WarmStart | None = None
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> RunState:
         """Where the run stands afterwards."""
-        return Standing(self.shot, self.masks, self.start)
+        return RunState(self.shot, self.masks, self.start)

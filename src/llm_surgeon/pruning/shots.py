@@ -23,7 +23,7 @@ from llm_surgeon.models.solving import check_written
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.batch_major import Order
 from llm_surgeon.pruning.histogram import cost_histogram
-from llm_surgeon.pruning.result import ShotResult, Standing
+from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.structures import Masks, Structure, structure_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import CostHistogram
@@ -49,7 +49,7 @@ def run_shots(
     store: TensorStore | None = None,
     processes: Processes = ALONE,
     *,
-    since: Standing | None = None,
+    since: RunState | None = None,
     dense: PreTrainedModel | None = None,
 ) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.

@@ -17,7 +17,7 @@ from llm_surgeon.export.form import parameters_of
 from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models import Anatomy
 from llm_surgeon.pruning.layerwise import run_layerwise
-from llm_surgeon.pruning.result import ShotResult, Standing
+from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.pruning.structures import Masks
 from llm_surgeon.recipe.config import PruneConfig
@@ -59,7 +59,7 @@ class Reached:
     """How far a run has come: its report up to a shot, and where it stands."""
 
     report: PruneReport
-    standing: Standing
+    standing: RunState
 
 
 def run_job(
