@@ -1,0 +1,139 @@
+"""The table of stages after a shot, and the order in which a run goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.recipe.config import HALVES, PruneConfig
+from llm_surgeon.records import StageRecord
+from llm_surgeon.refit.cross_fit import OtherWeights, mean_of
+from llm_surgeon.refit.gates import GatesStage
+from llm_surgeon.refit.lora import CorrectionStage
+from llm_surgeon.refit.reconstruction import ReconstructionStage, dense_copy
+from llm_surgeon.refit.stage import Fitted, Shot, Stage
+from llm_surgeon.session.session import Session
+from llm_surgeon.system.clock import Clock
+
+# In the order in which they run.
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage for stage in (ReconstructionStage, GatesStage, CorrectionStage)
+}
+
+
+def stages_of(config: PruneConfig) -> list[type[Stage]]:
+    """The stages that a recipe wants, in order."""
+    return [stage for stage in STAGES.values() if stage.wanted(config)]
+
+
+def check_stages(config: PruneConfig) -> None:
+    """Find out early whether the stages of a recipe are possible here.
+
+    Raises:
+        ConfigError: If something is missing, such as an optional package.
+    """
+    for stage in stages_of(config):
+        stage.check(config)
+
+
+def with_dense(session: Session) -> Session:
+    """The session with all that its stages need of the dense model; its model has to be dense still.
+
+    Raises:
+        SurgeonError: If the model does not allow a stage.
+    """
+    wanted = stages_of(session.config)
+    for stage in wanted:
+        stage.check_model(session)
+    if not any(stage.needs_dense for stage in wanted):
+        return session
+    return replace(session, dense=dense_copy(session.model, session.anatomy))
+
+
+def changed_beside(model: nn.Module, anatomy: Anatomy, config: PruneConfig) -> list[str]:
+    """Names of parameters beside the prunable layers that the stages of a recipe change."""
+    names = (name for stage in stages_of(config) for name in stage.changes(model, anatomy))
+    return list(dict.fromkeys(names))
+
+
+def halves_of(stage: type[Stage], config: PruneConfig) -> list[int | None]:
+    """The parts of the text that a stage is fitted to one after the other: both halves, or None for all of it."""
+    if not config.cross_fit or stage.half == "whole":
+        return [None]
+    return [half if stage.half == "own" else HALVES - 1 - half for half in range(HALVES)]
+
+
+def phase_name(shot: int, shots: int, stage: str, half: int | None = None) -> str:
+    """Words for the progress of a stage of a shot."""
+    by = "" if half is None else f" by half {half + 1} of {HALVES}"
+    return f"shot {shot}/{shots}: {stage}{by}"
+
+
+def phase_names(shot: int, config: PruneConfig) -> Iterator[tuple[str, str, float]]:
+    """Phases of the stages of a shot in the order in which they run: words, stage, and share of the stage's time."""
+    for stage, half in _turns(stages_of(config), config):
+        share = 1 / len(halves_of(stage, config))
+        yield phase_name(shot, config.shots, stage.name, half), stage.name, share
+
+
+def _turns(stages: list[type[Stage]], config: PruneConfig) -> Iterator[tuple[type[Stage], int | None]]:
+    """Each stage with the part of the text that it takes, in order."""
+    fitted = [stage for stage in stages if stage.half != "whole"]
+    for turn in range(HALVES if config.cross_fit else 1):
+        for stage in fitted:
+            yield stage, halves_of(stage, config)[turn]
+    for stage in stages:
+        if stage.half == "whole":
+            yield stage, None
+
+
+class Stages:
+    """The stages of one run."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._stages = [stage(session) for stage in stages_of(session.config)]
+
+    def run(self, shot: Shot, clock: Clock) -> list[StageRecord]:
+        """Fit the model after a shot, in place.
+
+        Cross-fitting makes one model of each half of the text, as the stages with halves leave it, and takes the mean
+        of the two models' weights.
+
+        Args:
+            shot: The shot whose removals are done.
+            clock: Measures each stage.
+
+        Returns:
+            A record of each stage, without its time.
+        """
+        config, found = self._session.config, dict[str, Fitted]()
+        fitted = [stage for stage in self._stages if stage.half != "whole"]
+        if config.cross_fit and fitted:
+            other = OtherWeights(self._session.model, self._session.anatomy)
+            first = {stage.name: self._fit(stage, shot, 0, clock) for stage in fitted}
+            # The second half begins where the first one did, and the model of the first waits in its place.
+            other.exchange()
+            second = {stage.name: self._fit(stage, shot, 1, clock) for stage in fitted}
+            other.take_mean()
+            found |= {name: mean_of(first[name], second[name]) for name in first}
+        else:
+            found |= {stage.name: self._fit(stage, shot, None, clock) for stage in fitted}
+        for stage in self._stages:
+            if stage.half == "whole":
+                found[stage.name] = self._fit(stage, shot, None, clock)
+        return [
+            StageRecord(name=name, seconds=0.0, figures=fit.figures, note=fit.note) for name, fit in found.items()
+        ]
+
+    def _fit(self, stage: Stage, shot: Shot, turn: int | None, clock: Clock) -> Fitted:
+        config = self._session.config
+        half = None if turn is None else halves_of(type(stage), config)[turn]
+        with clock.phase(stage.name):
+            stage.begin()
+            words = phase_name(shot.number, config.shots, stage.name, half)
+            with self._session.progress.phase(words, stage.work(half)) as phase:
+                return stage.fit(shot, half, phase.advance)
