@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from llm_surgeon import PruneConfig, PruneReport, prune
 from llm_surgeon.models.loading import load_model, load_tokenizer, resolve_source
@@ -135,3 +137,11 @@ def figure(width: float = 8.0, height: float = 4.6) -> Figure:
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     return made
+
+
+def save(picture: Figure, name: str, dpi: int) -> None:
+    """Write a figure as PNG with a palette of 64 colours, which takes a quarter of the bytes of one without."""
+    full = io.BytesIO()
+    picture.savefig(full, format="png", dpi=dpi)
+    palette = Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    palette.save(RESULTS / f"{name}.png", optimize=True)

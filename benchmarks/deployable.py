@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from common import COLOURS, PROTOCOL, RESULTS, circumstances, figure, finished, table, write
+from common import COLOURS, PROTOCOL, circumstances, figure, finished, save, table, write
 
 from llm_surgeon import PruneConfig, bench, prune_checkpoint
 from llm_surgeon.records import PruneReport, ShotRecord
@@ -143,7 +143,7 @@ def draw(rows: dict[str, Any]) -> None:
     axes.set_xlabel("prefill, times as fast as the dense model")
     axes.set_ylabel("perplexity (dotted: dense)")
     axes.legend(frameon=False)
-    picture.savefig(RESULTS / "deployable.png", dpi=150)
+    save(picture, "deployable", dpi=120)
 
 
 if __name__ == "__main__":

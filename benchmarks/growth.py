@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from common import COLOURS, RESULTS, circumstances, figure, table, write
+from common import COLOURS, circumstances, figure, save, table, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_surgeon import PruneConfig
@@ -176,7 +176,7 @@ def draw(result: dict[str, Any]) -> None:
         grid[1, column].set_xlabel(axis)
     # At the end: limits once set stay, whatever is drawn after that.
     grid[1, 0].set_ylim(bottom=32)
-    picture.savefig(RESULTS / "growth.png", dpi=110)
+    save(picture, "growth", dpi=110)
 
 
 def main() -> None:

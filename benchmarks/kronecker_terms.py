@@ -14,7 +14,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import COLOURS, RESULTS, circumstances, figure, table, write
+from common import COLOURS, circumstances, figure, save, table, write
 from torch import Tensor
 
 from llm_surgeon.curvature import Estimation
@@ -104,7 +104,7 @@ def draw(errors: dict[str, Any], kinds: tuple[str, ...]) -> None:
         axes.set_axisbelow(True)
     picture.axes[0].set_ylabel("relative error")
     picture.axes[0].legend(frameon=False)
-    picture.savefig(RESULTS / "kronecker_terms.png", dpi=120)
+    save(picture, "kronecker_terms", dpi=120)
 
 
 if __name__ == "__main__":

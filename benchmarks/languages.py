@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 import numpy as np
-from common import RESULTS, circumstances, figure, table, write
+from common import circumstances, figure, save, table, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -65,7 +65,7 @@ def draw(result: dict[str, Any]) -> None:
             )
     left.set_xlabel("evaluated on")
     left.set_ylabel("calibrated on")
-    picture.savefig(RESULTS / "languages.png", dpi=120)
+    save(picture, "languages", dpi=120)
 
 
 def main() -> None:

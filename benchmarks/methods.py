@@ -2,7 +2,8 @@
 
     python benchmarks/methods.py CALIBRATION.txt EVALUATION.txt OUT
 
-Goes on where it was interrupted. Writes benchmarks/results/methods.json, .md and .png; OUT holds a file for each cell.
+Goes on where it was interrupted. Writes benchmarks/results/methods.md; OUT holds a file for each cell, the numbers and
+a picture.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from common import PROTOCOL, RESULTS, circumstances
 from llm_surgeon import compare
 from llm_surgeon.comparison.variants import parse_methods, settings_of
 from llm_surgeon.report.comparison import comparison_markdown
-from llm_surgeon.report.comparison_plot import comparison_png
 
 # What is fast first, so that an interrupted table has most rows.
 METHODS = (
@@ -43,10 +43,8 @@ def main() -> None:
     variants = parse_methods(arguments.methods)
     result = compare("demo", arguments.out, variants, settings, common | texts, command=command)
     where = circumstances(command)
-    (RESULTS / "methods.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf8")
     note = f"\nMeasured {where['date']} on {where['machine']}. {arguments.note}".rstrip() + "\n"
     (RESULTS / "methods.md").write_text(comparison_markdown(result) + note, encoding="utf8")
-    comparison_png(result, RESULTS / "methods.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ curvatures, steps (of one shot), ablation (of the presets, at 70 %), reconstruct
 (by the demo text; the files named are not read).
 Variants that are in the result already are not run again; remove the JSON file to start afresh. A variant whose recipe
 another study has run is taken from there, times included. Writes benchmarks/results/STUDY.json, .md and .png.
+The picture is for whoever runs the study: only those that a document shows are kept (benchmarks/results/.gitignore).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 from common import (
     COLOURS,
     PROTOCOL,
-    RESULTS,
     circumstances,
     figure,
     finished,
     run,
+    save,
     seconds_saved,
     share_dense_work,
     table,
@@ -430,7 +431,7 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
     axes.set_axisbelow(True)
     # Over the whole picture: long names leave the axes too little room for it.
     picture.suptitle(title)
-    picture.savefig(RESULTS / f"{name}.png", dpi=120)
+    save(picture, name, dpi=120)
 
 
 def main() -> None:
@@ -454,7 +455,7 @@ def main() -> None:
         before[variant], dense_perplexity = measured(options, texts)
         result = circumstances(f"python benchmarks/studies.py {name} CALIBRATION.txt EVALUATION.txt") | {
             "protocol": PROTOCOL,
-            "options": variants,
+            "options": {known: variants[known] for known in variants if known in before},
             "dense_perplexity": dense_perplexity,
             "variants": {known: before[known] for known in variants if known in before},
         }

@@ -1,10 +1,12 @@
-"""What the documentation shows is run."""
+"""Documents hold: examples run, links and cited files exist, pages stay short."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from llm_surgeon import PruneConfig, prune
@@ -15,7 +17,15 @@ from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.recipe.methods import LAYERWISE
 from tiny import build, llama_like, tokenizer
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = sorted(DOCS.glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES, *sorted(RESULTS.glob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+# Most lines of a page, and of pages without a bound of their own.
+LINES = {"experiments.md": 120, "results.md": 260}
+OTHER_LINES = 180
 
 
 def test_the_example_of_a_new_score_works(text_file, monkeypatch):
@@ -67,3 +77,76 @@ def test_the_example_of_a_family_works(text_file, tmp_path):
         FAMILIES.pop("olmo", None)
     assert report.export.plain
     assert 0.3 < report.shots[-1].sparsity <= 0.4
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf8")
+
+
+def links_of(document: Path) -> list[str]:
+    """Targets of links and pictures that lie in this repository, code left out."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text_of(document), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def linked_files() -> set[Path]:
+    """Files that any document links to or shows."""
+    return {(page.parent / target.partition("#")[0]).resolve() for page in DOCUMENTS for target in links_of(page)}
+
+
+def anchors_of(document: Path) -> set[str]:
+    """Names of a page's sections, as links have them."""
+    prose = re.sub(r"```.*?```", "", text_of(document), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_links_lead_to_files_and_sections(document):
+    for target in links_of(document):
+        name, _, section = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), target
+        assert not section or section in anchors_of(path), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_cited_files_exist(document):
+    """Whole paths, and ends of paths of the package such as `curvature/kfac.py`."""
+    text = text_of(document)
+    for name in re.findall(r"(?<![\w/.-])((?:benchmarks|docs|src|tests)/[\w./-]+\.\w+)", text):
+        assert (ROOT / name).exists(), name
+    modules = [path.as_posix() for path in (ROOT / "src").rglob("*.py")]
+    for name in re.findall(r"`((?!benchmarks/|docs/|src/|tests/)[\w/]+\.py)`", text):
+        assert any(module.endswith(f"/{name}") for module in modules), name
+
+
+def test_every_result_is_cited_and_every_kept_picture_shown():
+    linked = linked_files()
+    kept = re.findall(r"^!(.+\.png)$", text_of(RESULTS / ".gitignore"), flags=re.MULTILINE)
+    for path in [*RESULTS.glob("*.md"), *(RESULTS / name for name in kept)]:
+        assert path.exists(), path
+        assert path in linked, path
+    for target in linked:
+        assert target.parent != RESULTS or target.suffix != ".png" or target.name in kept, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_stay_short(page):
+    assert len(text_of(page).splitlines()) <= LINES.get(page.name, OTHER_LINES)
+
+
+def test_the_readme_or_a_page_links_to_every_page():
+    assert set(PAGES) <= linked_files()
+
+
+def test_citation_is_of_this_version_and_licence():
+    citation = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    project = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        project["name"],
+        project["version"],
+        project["license"],
+    )
+    assert [reference["year"] for reference in citation["references"]] == [2024, 2025]
