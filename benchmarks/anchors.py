@@ -87,11 +87,11 @@ def rows(report: PruneReport, plain: list[float]) -> list[dict[str, Any]]:
         {
             "size": round(100 * (1 - shot.sparsity), 2),
             "perplexity": round(shot.perplexity.perplexity, 2) if shot.perplexity else None,
-            "curvature_s": round(shot.curvature_seconds, 1),
-            "selection_s": round(shot.selection_seconds, 1),
-            "update_s": round(shot.update_seconds, 1),
+            "curvature_s": round(shot.seconds_of("curvature"), 1),
+            "selection_s": round(shot.seconds_of("selection"), 1),
+            "update_s": round(shot.seconds_of("update"), 1),
             "plain_pass_s": round(unit, 1),
-            "curvature_to_plain_pass": round(shot.curvature_seconds / unit, 2),
+            "curvature_to_plain_pass": round(shot.seconds_of("curvature") / unit, 2),
             "ratio_to_plain_pass": round(shot.seconds / unit, 2),
         }
         for shot, unit in zip(report.shots, around, strict=True)

@@ -33,10 +33,10 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.loading import resolve_device
 from llm_surgeon.models.matrix import cut_out
-from llm_surgeon.pruning.result import ShotResult, Standing
+from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.shapes import Shapes
 from llm_surgeon.pruning.shots import run_shots
-from llm_surgeon.system.progress import SilentProgress
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.storage import TensorStore
 from llm_surgeon.versions import versions
 
@@ -81,12 +81,12 @@ def shot_at(size: float, order: str, arguments: argparse.Namespace, device: torc
         masks = Shapes(config, anatomy).random_masks(1 - size, seed=0)
         cut_out(model, anatomy, masks)
         done = min(SHOTS - 1, round((1 - size) / config.sparsity * SHOTS))
-        since = Standing(done, masks, None)
+        since = RunState(done, masks)
     shape = arguments.samples, arguments.seq_len
     tokens = torch.randint(VOCABULARY[arguments.shape], shape, generator=torch.Generator().manual_seed(1))
     store = TensorStore(device) if order == "layer-major" else None
-    given = model, anatomy, CalibrationTokens(tokens, None, {}), config, SilentProgress(), store
-    return next(iter(run_shots(*given, since=since)))
+    session = Session(model, anatomy, CalibrationTokens(tokens, None, {}), config, store=store)
+    return next(iter(run_shots(session, since)))
 
 
 def pass_operations(anatomy: Anatomy, masks: Any, vocabulary: int, width: int, forward: int) -> float:
@@ -137,7 +137,7 @@ def measured(order: str, size: float, arguments: argparse.Namespace, device: tor
         "size": size,
         "seconds": shot.seconds,
         "profile": shot.profile,
-        "peak": max(shot.peaks.values()),
+        "peak": max(stage.peak for stage in shot.stages),
         "tokens": arguments.samples * arguments.seq_len,
     }
 

@@ -25,9 +25,9 @@ from llm_surgeon import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.pruning.shots import run_shots
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.allocator import keep_freed_memory
 from llm_surgeon.system.memory import peak_resident_bytes, reset_peak
-from llm_surgeon.system.progress import SilentProgress
 
 COMMAND = "python benchmarks/growth.py"
 VOCABULARY, LENGTH, BATCH, HEAD = 2048, 256, 2, 64
@@ -90,9 +90,10 @@ def measure(point: Point) -> dict[str, float]:
     for _ in range(REPEATS):
         model = model_of(point)
         anatomy = examine(model, family_of("llama"))
-        shots += run_shots(model, anatomy, CalibrationTokens(ids, None, {}), config, SilentProgress())
-    seconds = {phase: min(shot.seconds[phase] for shot in shots) for phase in shots[0].seconds}
-    return {**seconds, "memory": max(shots[0].peaks.values()) - before}
+        shots += run_shots(Session(model, anatomy, CalibrationTokens(ids, None, {}), config))
+    taken = [{stage.name: stage.seconds for stage in shot.stages} for shot in shots]
+    seconds = {phase: min(shot[phase] for shot in taken) for phase in taken[0]}
+    return {**seconds, "memory": max(stage.peak for stage in shots[0].stages) - before}
 
 
 def measure_apart(point: Point) -> dict[str, float]:

@@ -85,7 +85,9 @@ def measured(model: str, options: list[str], out: Path) -> dict[str, Any]:
         "peak": report.memory.peak,
         "weight_bytes": report.export.weight_bytes,
         "shot_seconds": sum(shot.seconds for shot in report.shots),
-        "peaks": {phase: max(shot.peaks[phase] for shot in report.shots) for phase in report.shots[0].peaks},
+        "peaks": {
+            stage.name: max(shot.stage(stage.name).peak for shot in report.shots) for stage in report.shots[0].stages
+        },
     }
 
 

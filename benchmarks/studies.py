@@ -314,12 +314,12 @@ def record(report: PruneReport) -> dict[str, Any]:
     return {
         "size": [round(100 * (1 - shot.sparsity), 2) for shot in report.shots],
         "perplexity": [round(shot.perplexity.perplexity, 2) for shot in report.shots if shot.perplexity],
-        "curvature_s": [round(shot.curvature_seconds + seconds_saved(), 1) for shot in report.shots],
-        "selection_s": [round(shot.selection_seconds, 1) for shot in report.shots],
-        "update_s": [round(shot.update_seconds, 1) for shot in report.shots],
-        "reconstruction_s": [round(shot.reconstruction_seconds, 1) for shot in report.shots],
-        "gates_s": [round(shot.gates_seconds, 1) for shot in report.shots],
-        "correction_s": [round(shot.correction_seconds, 1) for shot in report.shots],
+        "curvature_s": [round(shot.seconds_of("curvature") + seconds_saved(), 1) for shot in report.shots],
+        "selection_s": [round(shot.seconds_of("selection"), 1) for shot in report.shots],
+        "update_s": [round(shot.seconds_of("update"), 1) for shot in report.shots],
+        "reconstruction_s": [round(shot.seconds_of("reconstruction"), 1) for shot in report.shots],
+        "gates_s": [round(shot.seconds_of("gates"), 1) for shot in report.shots],
+        "correction_s": [round(shot.seconds_of("correction"), 1) for shot in report.shots],
         "peak_mib": round(report.memory.peak / 2**20),
         "versions": report.versions,
     }

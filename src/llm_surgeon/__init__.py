@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from llm_surgeon.models import register_family
     from llm_surgeon.models.family import Attention, Family, FeedForward, Residual
     from llm_surgeon.models.loading import load
-    from llm_surgeon.planning.plan import plan
     from llm_surgeon.recipe.config import PruneConfig
     from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
     from llm_surgeon.records.bench import Bench
-    from llm_surgeon.run.run import evaluate, prune, prune_checkpoint
+    from llm_surgeon.run.run import evaluate, plan, prune, prune_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -72,7 +71,7 @@ _HOMES = {
     "evaluate": "run.run",
     "evaluate_tasks": "evaluation.tasks",
     "load": "models.loading",
-    "plan": "planning.plan",
+    "plan": "run.run",
     "prune": "run.run",
     "prune_checkpoint": "run.run",
     "register_family": "models",

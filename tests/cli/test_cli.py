@@ -44,7 +44,9 @@ def test_prune_then_eval(checkpoint, text_file, tmp_path):
     assert_the_lines_load(done.output, out)
     report = json.loads((out / "report.json").read_text())
     assert (report["config"]["sparsity"], report["config"]["preset"]) == (0.2, "best")
-    assert report["shots"][0]["gates"]["last_loss"] < report["shots"][0]["gates"]["first_loss"]
+    gates = next(stage for stage in report["shots"][0]["stages"] if stage["name"] == "gates")
+    figures = {figure["name"]: figure["value"] for figure in gates["figures"]}
+    assert figures["loss after"] < figures["loss before them"]
     done = runner.invoke(app, ["eval", str(out), "--data", str(text_file), "--window", "32", "--tokens", "128"])
     assert done.exit_code == 0, done.output
     assert "124 tokens scored, window 32, stride 32" in flat(done.output)

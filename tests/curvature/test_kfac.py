@@ -8,6 +8,7 @@ from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.modes import frozen
 from llm_surgeon.passes.head import Head, head_loss, label_positions
+from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokens
 
 
@@ -18,9 +19,8 @@ def calibration(input_ids, mask=None):
 def factors(model, input_ids, mask=None, batch_size=3):
     anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
-    curvature = estimate(
-        model, anatomy, keep, calibration(input_ids, mask), Estimation(batch_size=batch_size, precision="float32")
-    )
+    session = Session(model, anatomy, calibration(input_ids, mask))
+    curvature = estimate(session, keep, Estimation(batch_size=batch_size, precision="float32"))
     return anatomy, {
         name: (curvature.input_factor(layer, keep[name]), curvature.gradient_factor(layer))
         for name, layer in anatomy.layers.items()
@@ -149,9 +149,8 @@ def test_chunked_head_gives_the_loss_and_gradient_of_the_whole_model(family, mon
 def test_shared_inputs_share_one_sum():
     model = build("llama")
     anatomy = examine(model, family_of(model.config.model_type))
-    curvature = estimate(
-        model, anatomy, anatomy.dense_masks(), calibration(tokens()), Estimation(batch_size=4, precision="float32")
-    )
+    session = Session(model, anatomy, calibration(tokens()))
+    curvature = estimate(session, anatomy.dense_masks(), Estimation(batch_size=4, precision="float32"))
     assert len(curvature.gradients) == 14
     assert len(curvature.inputs) == 8
 
@@ -194,7 +193,9 @@ def test_bfloat16_arithmetic_gives_nearly_the_same_factors_and_they_stay_definit
     anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
     exact, reduced = (
-        estimate(model, anatomy, keep, calibration(tokens(16, 32)), Estimation(batch_size=4, precision=precision))
+        estimate(
+            Session(model, anatomy, calibration(tokens(16, 32))), keep, Estimation(batch_size=4, precision=precision)
+        )
         for precision in ("float32", "bfloat16")
     )
     for name, layer in anatomy.layers.items():

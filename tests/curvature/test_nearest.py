@@ -12,6 +12,7 @@ from llm_surgeon.mathematics.nearest_kronecker import nearest_kronecker_sum
 from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.passes.hooks import with_bias
+from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokens
 
 FAMILIES = pytest.mark.parametrize("family", BUILDERS)
@@ -21,7 +22,7 @@ def estimated(model, input_ids, curvature, batch_size=3, previous=None, precisio
     anatomy = examine(model, family_of(model.config.model_type))
     how = Estimation(batch_size=batch_size, precision=precision, curvature=curvature, **how)
     calibration = CalibrationTokens(input_ids, None, {})
-    return anatomy, estimate(model, anatomy, anatomy.dense_masks(), calibration, how, previous=previous)
+    return anatomy, estimate(Session(model, anatomy, calibration), anatomy.dense_masks(), how, start=previous)
 
 
 def samples(model, anatomy, input_ids):
@@ -172,7 +173,7 @@ class TestTrueFisher:
         how = Estimation(3, "float32", sampled_labels=2, seed=3)
         text = CalibrationTokens(input_ids, None, {})
         first, last = (
-            estimate(model, anatomy, anatomy.dense_masks(), text.part(rows), how).gradient_factor(layer)
+            estimate(Session(model, anatomy, text.part(rows)), anatomy.dense_masks(), how).gradient_factor(layer)
             for rows in (slice(0, 2), slice(2, 5))
         )
         torch.testing.assert_close((2 * first + 3 * last) / 5, expected)

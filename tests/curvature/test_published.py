@@ -7,6 +7,7 @@ from torch import nn
 from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import examine, family_of
+from llm_surgeon.session.session import Session
 from tiny import build, tokens
 
 curvlinops = pytest.importorskip("curvlinops", reason="the oracle packages of requirements-oracle.txt are missing")
@@ -29,9 +30,8 @@ def test_factors_equal_those_of_curvlinops(family):
     model, ids = build(family), tokens(6, 9)
     anatomy = examine(model, family_of(model.config.model_type))
     keep = anatomy.dense_masks()
-    ours = estimate(
-        model, anatomy, keep, CalibrationTokens(ids, None, {}), Estimation(batch_size=2, precision="float32")
-    )
+    session = Session(model, anatomy, CalibrationTokens(ids, None, {}))
+    ours = estimate(session, keep, Estimation(batch_size=2, precision="float32"))
     wrapped = Logits(model)
     parameters = []
     for name in anatomy.layers:

@@ -10,6 +10,7 @@ from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.mathematics import fixed_point
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.modes import products
+from llm_surgeon.session.session import Session
 from tiny import build, tokens
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "_int_mm"), reason="this torch has no product of 8-bit integers")
@@ -126,7 +127,7 @@ def test_an_estimation_uses_it_where_less_than_float32_is_allowed(order, monkeyp
     monkeypatch.setattr(fixed_point, "rounded", lambda x: used.append(x) or rounded(x))
     for precision in ("float32", "bfloat16"):
         used.clear()
-        estimate(model, anatomy, anatomy.dense_masks(), text, Estimation(2, precision, order=order))
+        estimate(Session(model, anatomy, text), anatomy.dense_masks(), Estimation(2, precision, order=order))
         assert bool(used) == (precision == "bfloat16")
 
 
@@ -136,4 +137,4 @@ def test_damaged_weights_are_still_found(monkeypatch):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     anatomy, text = examine(model, family_of("llama")), CalibrationTokens(tokens(4, 24), None, {})
     with pytest.raises(NonFiniteError):
-        estimate(model, anatomy, anatomy.dense_masks(), text, Estimation(2, "bfloat16"))
+        estimate(Session(model, anatomy, text), anatomy.dense_masks(), Estimation(2, "bfloat16"))

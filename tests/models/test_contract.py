@@ -23,7 +23,7 @@ from llm_surgeon.passes.head import Head
 from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.run.run import count_parameters
-from llm_surgeon.system.progress import SilentProgress
+from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokenizer, tokens
 
 families = pytest.mark.parametrize("family", BUILDERS)
@@ -153,7 +153,7 @@ def test_shots_shrink_the_model_and_the_export_is_equal(family, tmp_path):
     model = build(family)
     anatomy = anatomy_of(model)
     sizes = []
-    for result in run_shots(model, anatomy, CalibrationTokens(tokens(8, 16), None, {}), CONFIG, SilentProgress()):
+    for result in run_shots(Session(model, anatomy, CalibrationTokens(tokens(8, 16), None, {}), CONFIG)):
         keep = result.masks
         sizes.append(count_weights(keep) / anatomy.prunable_weights)
         assert sum(core_of(model, la).weight.numel() for la in anatomy.layers.values()) == count_weights(keep)

@@ -9,6 +9,7 @@ from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.passes.draws import TokenSample, draws_of
+from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokens
 
 # All but the last token of each of two sequences of 40.
@@ -93,7 +94,7 @@ def factors(request):
     text = CalibrationTokens(tokens(4, 12), None, {})
 
     def estimated(how):
-        curvature = estimate(model, anatomy, anatomy.dense_masks(), text, how)
+        curvature = estimate(Session(model, anatomy, text), anatomy.dense_masks(), how)
         return {name: curvature.gradient_factor(layer) for name, layer in anatomy.layers.items()}
 
     return estimated

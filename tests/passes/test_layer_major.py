@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from llm_surgeon.curvature import Estimation, estimate
+from llm_surgeon.curvature import ESTIMATORS, Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.mathematics.fisher import Damping
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import read_matrix
-from llm_surgeon.passes.task import PUT_AWAY, Task
+from llm_surgeon.passes.task import Task
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.storage import Budgets, TensorStore
 from tiny import BUILDERS, build, tokens
 
@@ -33,7 +34,7 @@ def both(model, text, store=None, **how):
         seen = []
         estimation = Estimation(batch_size=2, precision="float32", order=order, **how)
         place = store if order == "layer-major" else None
-        curvature = estimate(model, anatomy, anatomy.dense_masks(), text, estimation, seen.append, store=place)
+        curvature = estimate(Session(model, anatomy, text, store=place), anatomy.dense_masks(), estimation, seen.append)
         result.append((curvature, sum(seen)))
     return anatomy, *result
 
@@ -106,7 +107,7 @@ def test_hidden_states_and_gradients_are_given_back():
     assert store._free["host"] == 10**9
 
 
-@pytest.mark.parametrize("curvature", PUT_AWAY)
+@pytest.mark.parametrize("curvature", [name for name, row in ESTIMATORS.items() if row.puts_away])
 def test_only_one_block_has_sums_that_are_not_put_away(curvature):
     """At the end of a block, what it summed is in the store, and later blocks have not begun."""
     model = build("llama")
@@ -123,7 +124,8 @@ def test_only_one_block_has_sums_that_are_not_put_away(curvature):
 
     store = TensorStore(torch.device("cpu"), Budgets(host=10**9))
     how = Estimation(batch_size=2, precision="float32", order="layer-major", curvature=curvature)
-    found = estimate(model, anatomy, anatomy.dense_masks(), calibration(), how, make_task=Watching, store=store)
+    task = Watching(Session(model, anatomy, calibration(), store=store), anatomy.dense_masks(), how)
+    found = ESTIMATORS[curvature].estimate(task, None)
     # Inputs are seen on the way forward, gradients on the way back.
     assert [block for block, _ in seen] == ([0, 1] if curvature == "activations" else [1, 0])
     assert seen[0][1] != seen[1][1]
@@ -137,4 +139,4 @@ def test_a_loss_that_is_not_finite_is_an_error():
     anatomy = examine(model, family_of("llama"))
     how = Estimation(batch_size=2, precision="float32", order="layer-major")
     with pytest.raises(NonFiniteError, match="loss"):
-        estimate(model, anatomy, anatomy.dense_masks(), calibration(), how)
+        estimate(Session(model, anatomy, calibration()), anatomy.dense_masks(), how)

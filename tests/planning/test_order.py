@@ -145,7 +145,7 @@ def test_a_run_is_the_same_in_either_order_and_on_disk(checkpoint, recipe, tmp_p
     def all_on_disk(*arguments, **named):
         return foresee(*arguments, **named).model_copy(update={"store_host": 0})
 
-    monkeypatch.setattr("llm_surgeon.run.run.foresee", all_on_disk)
+    monkeypatch.setattr("llm_surgeon.run.opening.foresee", all_on_disk)
     for order in ("batch-major", "layer-major"):
         config = recipe(order=order, precision="float32", sparsity=0.3)
         reports[order] = prune_checkpoint(str(checkpoint), tmp_path / order, config)

@@ -8,9 +8,9 @@ from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.skeleton import skeleton_of
 from llm_surgeon.planning.sizes import SMALL_FILES, checkpoint_bytes, disk_bytes, weight_bytes
 from llm_surgeon.pruning.checkpoint import tensors_of
-from llm_surgeon.refit.reconstruction import goal_of
+from llm_surgeon.refit.stages import with_dense
 from llm_surgeon.run.job import Job, run_job
-from llm_surgeon.system.progress import SilentProgress
+from llm_surgeon.session.session import Session
 from tiny import build, tokenizer
 
 SMALL = {
@@ -40,11 +40,11 @@ def test_a_checkpoint_is_about_as_large_as_expected_and_never_larger(family, opt
     config = PruneConfig.from_mapping({**SMALL, "calibration": str(text_file), **options})
     anatomy = examine(model, family_of(model.config.model_type), config.ignore)
     texts = prepare_texts(tokenizer(), config)
-    dense = goal_of(model, anatomy, texts.calibration, config)
-    reached = run_job(Job(model, tokenizer(), anatomy, texts, config, SilentProgress(), "m", dense=dense))
-    tensors = tensors_of(model, anatomy, reached.standing, config)
+    session = with_dense(Session(model, anatomy, texts.calibration, config))
+    state = run_job(Job(session, tokenizer(), texts, "m"))
+    tensors = tensors_of(model, anatomy, state, config)
     assert ("parameter/transformer.ln_f.bias" in tensors) == config.reconstruction
-    expected = checkpoint_bytes(skeleton_of(str(tmp_path / "dense"), config), config, reached.report.shots[0].sparsity)
+    expected = checkpoint_bytes(skeleton_of(str(tmp_path / "dense"), config), config, state.report.shots[0].sparsity)
     assert 0.75 * expected < sum(tensor.nbytes for tensor in tensors.values()) <= expected
 
 

@@ -15,6 +15,7 @@ from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.passes.task import Task
 from llm_surgeon.planning.trace import LiveBytes, _Nowhere, estimation_of, factor_bytes, trace
 from llm_surgeon.refit.gates import gates_of, moments
+from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokens
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def measured(model, anatomy, config, batch=2):
     how = Estimation(config.sequences_per_pass, config.precision, config.resolved_curvature)
     ids = tokens(batch, config.seq_len)
     with CountingRealTensors() as live:
-        factors = estimate(model, anatomy, anatomy.dense_masks(), CalibrationTokens(ids, None, {}), how)
+        factors = estimate(Session(model, anatomy, CalibrationTokens(ids, None, {})), anatomy.dense_masks(), how)
         return live.peak - factors.nbytes, factors.nbytes
 
 
@@ -72,7 +73,7 @@ def test_a_pass_for_gates_is_as_large_as_a_real_one(family, order):
     how = Estimation(config.sequences_per_pass, config.precision, order=order)
     batch, gates = CalibrationTokens(tokens(2, config.seq_len), None, {}), gates_of(anatomy)
     with CountingRealTensors() as live:
-        moments(Task(model, anatomy, {}, batch, how, lambda _: None, _Nowhere(CPU)), gates)
+        moments(Task(Session(model, anatomy, batch, store=_Nowhere(CPU)), {}, how), gates)
     assert traces.gates == pytest.approx(live.peak, rel=0.03)
 
 
@@ -143,5 +144,5 @@ def test_layer_by_layer_a_pass_is_as_large_as_a_real_one():
     how = replace(estimation_of(config), order="layer-major")
     batch = CalibrationTokens(tokens(2, 16), None, {})
     with CountingRealTensors() as live:
-        estimate(model, anatomy, anatomy.dense_masks(), batch, how, store=store)
+        estimate(Session(model, anatomy, batch, store=store), anatomy.dense_masks(), how)
     assert traces.curvature == pytest.approx(live.peak, rel=0.03)

@@ -15,6 +15,7 @@ from llm_surgeon.models.matrix import core_of
 from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.pruning.layerwise import run_layerwise
 from llm_surgeon.recipe.methods import LAYERWISE
+from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokenizer, tokens
 
 SMALL = {
@@ -284,7 +285,7 @@ def test_progress_adds_up(text_file):
 
                 return Phase()
 
-        list(run_layerwise(model, examine(model, family_of("llama")), text, settings, Meter()))
+        list(run_layerwise(Session(model, examine(model, family_of("llama")), text, settings, Meter())))
         assert sum(announced) == sum(done)
 
 

@@ -16,7 +16,7 @@ from llm_surgeon.models.anatomy import present_heads
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.pruning.shapes import Shapes
 from llm_surgeon.pruning.shots import run_shots
-from llm_surgeon.system.progress import SilentProgress
+from llm_surgeon.session.session import Session
 from oracles import constrained_minimum, fisher, random_factor
 from tiny import BUILDERS, build, llama, tokenizer, tokens
 
@@ -44,7 +44,7 @@ def examined(family):
 
 def pruned(family, **options):
     model, anatomy = examined(family)
-    for result in run_shots(model, anatomy, TEXT, config(**options), SilentProgress()):
+    for result in run_shots(Session(model, anatomy, TEXT, config(**options))):
         last = result
     return model, anatomy, last
 
@@ -108,7 +108,7 @@ def test_query_heads_go_one_of_each_key():
     model = llama(num_attention_heads=8, num_key_value_heads=2, head_dim=4)
     anatomy = examine(model, family_of("llama"))
     recipe = config(structure="heads", sparsity=0.2, shots=1)
-    (result,) = run_shots(model, anatomy, TEXT, recipe, SilentProgress())
+    (result,) = run_shots(Session(model, anatomy, TEXT, recipe))
     counts = [present_heads(part, result.masks).sum(1).tolist() for part in anatomy.attentions]
     assert all(len(set(count) - {0}) == 1 for count in counts)
     assert any(0 < max(count) < 4 for count in counts)
@@ -161,7 +161,7 @@ def test_emptied_parts_stay_emptied_in_later_shots():
     sizes = []
     model = build("llama")
     recipe = config(structure="blocks", sparsity=0.7, shots=3)
-    for result in run_shots(model, anatomy, TEXT, recipe, SilentProgress()):
+    for result in run_shots(Session(model, anatomy, TEXT, recipe)):
         sizes.append(count_weights(result.masks))
     assert all(later <= earlier for earlier, later in itertools.pairwise(sizes))
     assert sizes[-1] < 0.7 * anatomy.prunable_weights

@@ -12,7 +12,7 @@ from llm_surgeon.mathematics.structured_selection import KeepMask, count_weights
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.pruning import shots
-from llm_surgeon.system.progress import SilentProgress
+from llm_surgeon.session.session import Session
 from tiny import build, tokens
 
 TEXT = CalibrationTokens(tokens(8, 16), None, {})
@@ -43,7 +43,7 @@ def test_factors_of_what_is_left_are_blocks(family):
     """Costs of half the rows and columns are those of the halves of the factors, the bias staying last."""
     model, anatomy = examined(family)
     whole = anatomy.dense_masks()
-    curvature = estimate(model, anatomy, whole, TEXT, HOW)
+    curvature = estimate(Session(model, anatomy, TEXT), whole, HOW)
     for name, layer in anatomy.layers.items():
         keep = KeepMask(torch.arange(layer.rows) % 2 == 0, torch.arange(layer.columns) % 3 > 0)
         columns = torch.cat([keep.columns, torch.ones(int(layer.bias), dtype=torch.bool)])
@@ -72,7 +72,7 @@ def test_a_shot_in_steps_reaches_its_target_with_one_curvature(family, structure
         "shots": 2,
         "round_to": 1 if "neurons" in structure else None,
     }
-    *_, last = shots.run_shots(model, anatomy, TEXT, recipe(**options), SilentProgress())
+    *_, last = shots.run_shots(Session(model, anatomy, TEXT, recipe(**options)))
     assert len(passes) == 2
     assert len(sizes) == 6
     assert sizes == sorted(sizes, reverse=True)
@@ -86,7 +86,7 @@ def test_steps_choose_by_what_is_left():
     kept = []
     for steps in (1, 4):
         model, anatomy = examined("llama")
-        (result,) = shots.run_shots(model, anatomy, TEXT, recipe(steps_per_shot=steps), SilentProgress())
+        (result,) = shots.run_shots(Session(model, anatomy, TEXT, recipe(steps_per_shot=steps)))
         kept.append(result.masks)
         assert count_weights(result.masks) == pytest.approx(0.7 * anatomy.prunable_weights, rel=0.02)
     assert any(not torch.equal(kept[0][name].rows, kept[1][name].rows) for name in kept[0])

@@ -54,8 +54,8 @@ def test_elements_become_zero_and_stay_zero(family, structure, text_file):
     assert sum(layer.weights for layer in report.layers) == total - zeros
     for shot in report.shots:
         assert sum(shot.costs.removed) > 0
-        assert set(shot.peaks) == {"curvature", "selection", "update"}, "nothing was evaluated"
-        assert report.memory.peak >= max(shot.peaks.values()) > 0
+        assert {stage.name for stage in shot.stages} == {"curvature", "selection", "update"}, "nothing was evaluated"
+        assert report.memory.peak >= shot.peak > 0
     candidates = total if pattern is None else total // pattern.group
     assert sum(report.shots[0].costs.kept + report.shots[0].costs.removed) + report.shots[0].costs.outside == candidates
     if pattern:
@@ -188,11 +188,11 @@ def test_corrections_lower_the_loss_and_leave_the_structure(structure, text_file
         report = prune(model, tokenizer(), settings)
         results.append((model, report))
     (_, plain), (model, corrected) = results
-    assert [shot.correction.steps for shot in corrected.shots] == [8, 16]
-    assert [shot.correction for shot in plain.shots] == [None, None]
+    assert [shot.stage("correction")["correction steps"] for shot in corrected.shots] == [8, 16]
+    assert [shot.stage("correction") for shot in plain.shots] == [None, None]
     assert corrected.shots[-1].size.prunable == pytest.approx(plain.shots[-1].size.prunable, rel=0.02)
     assert corrected.shots[-1].perplexity.nll < plain.shots[-1].perplexity.nll
-    assert corrected.shots[-1].correction_seconds > 0
+    assert corrected.shots[-1].seconds_of("correction") > 0
     if structure == "unstructured":
         kept = sum(int((w != 0).sum()) for w in matrices(model).values())
         assert kept == corrected.shots[-1].size.prunable

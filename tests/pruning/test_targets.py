@@ -113,7 +113,7 @@ def test_targets_are_checked_before_the_weights_are_loaded(tmp_path, text_file, 
     model = build("llama")
     model.save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr("llm_surgeon.run.run.loaded", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llm_surgeon.run.opening.loaded", lambda *_, **__: pytest.fail("loaded"))
     recipe = config(target_params=10, calibration=str(text_file))
     with pytest.raises(ConfigError, match="cannot be reached"):
         prune_checkpoint(str(tmp_path / "dense"), tmp_path / "out", recipe)

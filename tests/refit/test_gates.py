@@ -17,8 +17,8 @@ from llm_surgeon.passes.task import Task
 from llm_surgeon.pruning.shots import _Run, run_shots
 from llm_surgeon.refit import gates as module
 from llm_surgeon.refit.gates import BACKWARD_PASSES, FORWARD_PASSES, gate_width, gates_of, set_gates
-from llm_surgeon.refit.reconstruction import goal_of
-from llm_surgeon.system.progress import SilentProgress
+from llm_surgeon.refit.stages import with_dense
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.storage import Budgets, TensorStore
 from pruned_models import pruned
 from tiny import BUILDERS, build, tokenizer, tokens
@@ -29,7 +29,7 @@ TEXT = CalibrationTokens(tokens(8, 16), None, {})
 
 def task_of(model, anatomy, keep, order="batch-major", store=None, advance=lambda _: None, text=TEXT):
     how = Estimation(3, "float32", order=order)
-    return Task(model, anatomy, keep, text, how, advance, store or TensorStore(torch.device("cpu")))
+    return Task(Session(model, anatomy, text, store=store), keep, how, advance)
 
 
 def lively(family, **changes):
@@ -270,8 +270,8 @@ def test_a_run_records_its_gates(options):
     config = PruneConfig.from_mapping({**SMALL, "gate_steps": 1, **options})
     model = build("llama")
     report = prune(model, tokenizer(), config)
-    assert all(shot.gates.last_loss <= shot.gates.first_loss for shot in report.shots)
-    assert all(shot.gates_seconds > 0 and shot.gates.gates > 0 for shot in report.shots)
+    assert all(shot.stage("gates")["loss after"] <= shot.stage("gates")["loss before them"] for shot in report.shots)
+    assert all(shot.seconds_of("gates") > 0 and shot.stage("gates")["number of gates"] > 0 for shot in report.shots)
     assert report.shots[-1].sparsity == pytest.approx(config.sparsity, abs=0.1)
 
 
@@ -294,7 +294,7 @@ def test_what_gates_cannot_do_is_said_once_before_the_first_shot(options, expect
     config = PruneConfig.from_mapping({**SMALL, "shots": 2, "gate_steps": 1, **options})
     model = build("llama")
     anatomy = examine(model, family_of("llama"), config.ignore)
-    list(run_shots(model, anatomy, TEXT, config, SilentProgress(), dense=goal_of(model, anatomy, TEXT, config)))
+    list(run_shots(with_dense(Session(model, anatomy, TEXT, config))))
     first, second = said
     assert first == second
     assert expected in first if expected else not first

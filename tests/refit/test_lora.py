@@ -15,7 +15,10 @@ from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.modeling_pruned import PrunedLinear
 from llm_surgeon.passes.head import head_loss, label_positions
 from llm_surgeon.refit import lora as corrections
-from llm_surgeon.refit.lora import Corrections, correct, correct_shot
+from llm_surgeon.refit.lora import Corrections, correct
+from llm_surgeon.refit.stage import Shot
+from llm_surgeon.refit.stages import Stages
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.clock import Clock
 from llm_surgeon.system.progress import SilentProgress
 from tiny import build, tokens
@@ -120,7 +123,7 @@ def test_a_step_has_sequences_of_its_own_number():
             yield SimpleNamespace(advance=lambda tokens: seen.append(-tokens))
 
     config = PruneConfig(lora=True, lora_final_steps=2, lora_batch_size=3, batch_size=5, precision="float32", shots=1)
-    correct_shot(model, anatomy, None, TOKENS, config, 1, Clock(torch.device("cpu")), Counting())
+    Stages(Session(model, anatomy, TOKENS, config, Counting())).run(Shot(1, {}), Clock(torch.device("cpu")))
     assert seen == [2 * 3 * 16, -3 * 16, -3 * 16]
 
 

@@ -19,6 +19,7 @@ from llm_surgeon.refit.reconstruction import (
     dense_copy,
     reconstruct,
 )
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.storage import Budgets, TensorStore
 from pruned_models import pruned
 from tiny import BUILDERS, build, tokenizer, tokens
@@ -54,7 +55,7 @@ def last_layer(anatomy):
 def test_the_last_layer_is_the_least_squares_solution_on_what_it_really_gets(family):
     """Run on all tokens at once by the model itself, with a dense system for all rows."""
     model, dense, anatomy, keep = pruned(family)
-    reconstruct(model, dense, anatomy, keep, TEXT, HOW)
+    reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW)
     name = last_layer(anatomy)
     layer, core = anatomy.layers[name], core_of(model, anatomy.layers[name])
     # The other layers are as they were when the last one was corrected, and it has to be as it was before.
@@ -80,7 +81,7 @@ def test_the_stream_comes_nearer_to_the_dense_one(family):
     model, dense, anatomy, keep = pruned(family)
     goal, before = (last_stream(m, anatomy, anatomy.blocks - 1) for m in (dense, model))
 
-    record = reconstruct(model, dense, anatomy, keep, TEXT, HOW)
+    record = reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW)
 
     after = last_stream(model, anatomy, anatomy.blocks - 1)
     assert (goal - after).norm() < 0.8 * (goal - before).norm()
@@ -92,7 +93,7 @@ def test_only_what_writes_into_the_stream_changes(family):
     model, dense, anatomy, keep = pruned(family)
     before, goal = weights(model, anatomy), {n: p.clone() for n, p in dense.named_parameters()}
 
-    reconstruct(model, dense, anatomy, keep, TEXT, HOW)
+    reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW)
 
     changed = {name for name, matrix in weights(model, anatomy).items() if not torch.equal(matrix, before[name])}
     outputs = (anatomy.family.attention.output, anatomy.family.feed_forward.output)
@@ -122,7 +123,7 @@ def test_the_last_norm_is_scaled_by_derivatives_of_the_loss_of_the_text(family, 
     monkeypatch.setattr(last_norm, "logit_scale", lambda *derivatives: seen.append(derivatives) or scale)
 
     # Of the other sequences the next tokens are not known to be right.
-    record = reconstruct(model, dense, anatomy, keep, TEXT, HOW, text=2)
+    record = reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW, text=2)
 
     assert record.scale == scale
     for name, parameter in norm.named_parameters():
@@ -149,7 +150,7 @@ def test_a_norm_of_another_kind_is_left_alone():
             return x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + self.weight / 4)
 
     model.model.norm = OneMore()
-    record = reconstruct(model, dense, anatomy, keep, TEXT, HOW)
+    record = reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW)
     assert record.scale == 1
     assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
 
@@ -158,7 +159,7 @@ def test_a_model_that_lost_nothing_stays_as_it_is():
     model, dense, anatomy, keep = pruned("llama", share=0.0)
     before = weights(model, anatomy)
 
-    record = reconstruct(model, dense, anatomy, keep, TEXT, HOW)
+    record = reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW)
 
     assert record.relative_error == 0
     assert all(torch.equal(matrix, before[name]) for name, matrix in weights(model, anatomy).items())
@@ -169,7 +170,7 @@ def test_layers_that_are_ignored_stay_as_they_are():
     names = ["model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"]
     before = [model.get_parameter(name).clone() for name in names]
 
-    reconstruct(model, dense, anatomy, keep, TEXT, HOW)
+    reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW)
 
     assert all(torch.equal(model.get_parameter(name), old) for name, old in zip(names, before, strict=True))
 
@@ -183,7 +184,7 @@ def test_padding_does_not_count():
     results = []
     for some in (padded, other):
         model, dense, anatomy, keep = pruned("llama")
-        record = reconstruct(model, dense, anatomy, keep, CalibrationTokens(some, mask, {}), HOW)
+        record = reconstruct(Session(model, anatomy, CalibrationTokens(some, mask, {}), dense=dense), keep, HOW)
         results.append((record, weights(model, anatomy)))
     (first, matrices), (second, others) = results
     assert first == second
@@ -198,7 +199,7 @@ def test_batches_and_a_store_on_disk_make_no_difference(monkeypatch):
         model, dense, anatomy, keep = pruned("llama-biased")
         store = TensorStore(torch.device("cpu"), budgets)
         how = Reconstruction(0.1, batch_size, "float32")
-        scales.append(reconstruct(model, dense, anatomy, keep, TEXT, how, store=store).scale)
+        scales.append(reconstruct(Session(model, anatomy, TEXT, store=store, dense=dense), keep, how).scale)
         states.append(weights(model, anatomy))
         assert store.bytes_on_disk == 0
     for name, matrix in states[0].items():
@@ -212,7 +213,7 @@ def test_bfloat16_models_keep_their_type():
     model, dense = model.bfloat16(), dense.bfloat16()
     goal, before = (last_stream(m, anatomy, 1).float() for m in (dense, model))
 
-    reconstruct(model, dense, anatomy, keep, TEXT, Reconstruction(0.01, 8, "bfloat16"))
+    reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, Reconstruction(0.01, 8, "bfloat16"))
 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert (goal - last_stream(model, anatomy, 1).float()).norm() < 0.8 * (goal - before).norm()
@@ -221,7 +222,7 @@ def test_bfloat16_models_keep_their_type():
 def test_progress_counts_every_pass():
     model, dense, anatomy, keep = pruned("llama", ignore=("o_proj",))
     told = []
-    reconstruct(model, dense, anatomy, keep, TEXT, HOW, advance=told.append)
+    reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW, advance=told.append)
     assert sum(told) == TEXT.input_ids.numel() * anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
 
 
@@ -259,6 +260,6 @@ def test_a_run_records_what_it_reconstructed():
         }
     )
     report = prune(build("llama"), tokenizer(), config)
-    errors = [shot.reconstruction.relative_error for shot in report.shots]
+    errors = [shot.stage("reconstruction")["error of the stream"] for shot in report.shots]
     assert 0 < errors[0] < errors[1] < 1
-    assert all(shot.reconstruction_seconds > 0 for shot in report.shots)
+    assert all(shot.seconds_of("reconstruction") > 0 for shot in report.shots)

@@ -16,6 +16,7 @@ from llm_surgeon.records import (
     Size,
     Speed,
     SpeedComparison,
+    StageRecord,
 )
 from llm_surgeon.report.table import HEADINGS, UNKNOWN, footnotes, markdown_table, scaled, summary_table, table_rows
 
@@ -34,8 +35,11 @@ def shot(number: int, kept: float, perplexity: Perplexity | None) -> ShotRecord:
     return ShotRecord(
         shot=number, target_sparsity=1 - kept, sparsity=1 - kept,
         size=Size(prunable=DENSE.prunable - removed, total=DENSE.total - removed),
-        threshold=0.1, structures_removed=100, structures_implied=3, loss=3.0, curvature_seconds=30.0,
-        selection_seconds=1.0, update_seconds=9.0, evaluation_seconds=5.0, perplexity=perplexity,
+        threshold=0.1, structures_removed=100, structures_implied=3, loss=3.0, perplexity=perplexity,
+        stages=(
+            StageRecord(name="curvature", seconds=30.0), StageRecord(name="selection", seconds=1.0),
+            StageRecord(name="update", seconds=9.0), StageRecord(name="evaluation", seconds=5.0, reports=True),
+        ),
     )  # fmt: skip
 
 

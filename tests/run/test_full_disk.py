@@ -14,6 +14,7 @@ import pytest
 
 from llm_surgeon import PruneConfig, prune_checkpoint
 from llm_surgeon.errors import DiskSpaceError
+from llm_surgeon.export import hugging_face
 from llm_surgeon.pruning.checkpoint import Checkpoints
 from llm_surgeon.run import run as run_module
 
@@ -75,7 +76,7 @@ def refused(full, out, model, text, patch):
         text: To calibrate on.
         patch: Undone by the caller.
     """
-    write, save = Checkpoints.write, run_module.save_model
+    write, save = Checkpoints.write, hugging_face.save_model
 
     def write_second(self, checkpoint, tensors):
         with full() if checkpoint.shot == 2 else contextlib.nullcontext():

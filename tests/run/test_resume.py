@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from llm_surgeon import PruneConfig, prune, prune_checkpoint
 from llm_surgeon.errors import NonFiniteError, OutputError
+from llm_surgeon.export import hugging_face
 from llm_surgeon.export.verify import ReloadCheck
 from llm_surgeon.pruning import targets
 from llm_surgeon.pruning.checkpoint import Checkpoints
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.publish import without_paths
 from llm_surgeon.run import job as job_module
+from llm_surgeon.run import opening as opening_module
 from llm_surgeon.run import run as run_module
 from quick import without_what_has_other_tests
 from tiny import build, tokenizer
@@ -80,8 +82,9 @@ def without_times(report):
     """What has to be the same of two runs of a recipe."""
     left = report.model_dump(exclude={"memory", "continued", "plan", "export"})
     for shot in left["shots"]:
-        for name in [name for name in shot if name.endswith("_seconds") or name in ("peaks", "profile")]:
-            del shot[name]
+        del shot["profile"]
+        for stage in shot["stages"]:
+            del stage["seconds"], stage["peak"]
     return left
 
 
@@ -245,7 +248,7 @@ class TestSomethingElse:
 
     @pytest.fixture(autouse=True)
     def loads_nothing(self, monkeypatch):
-        monkeypatch.setattr(run_module, "loaded", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr(opening_module, "loaded", lambda *_, **__: pytest.fail("loaded"))
 
     def test_another_recipe(self, copied):
         path, go_on = copied
@@ -322,7 +325,7 @@ def test_two_runs_into_one_directory(text_file, checkpoint, tmp_path, monkeypatc
         seen.append(True)
         return ReloadCheck(0.0, 1.0)
 
-    monkeypatch.setattr(run_module, "verify_export", second)
+    monkeypatch.setattr(hugging_face, "verify_export", second)
     prune_checkpoint(str(checkpoint), tmp_path / "out", config)
     assert seen
     assert (tmp_path / "out").is_dir()
@@ -372,7 +375,7 @@ class TestTheEnd:
                 patch.setattr("llm_surgeon.run.run_directory.RunDirectory.leave", lambda _: None)
                 with pytest.raises(SystemError):
                     prune_checkpoint(str(checkpoint), tmp_path / "out", config)
-            monkeypatch.setattr(run_module, "loaded", lambda *_, **__: pytest.fail("loaded"))
+            monkeypatch.setattr(opening_module, "loaded", lambda *_, **__: pytest.fail("loaded"))
             return tmp_path, lambda: prune_checkpoint(str(checkpoint), tmp_path / "out", config)
 
         config = recipe(text_file, shots=1, sparsity=0.3)
@@ -397,13 +400,13 @@ def test_exports_of_shots_survive(text_file, checkpoint, tmp_path, ended, monkey
     assert (tmp_path / "out.run" / "export" / "shot-1" / "report.json").is_file()
     assert not (tmp_path / "out.run" / "export" / "shot-2").exists()
     exported = []
-    original = run_module.save_model
+    original = hugging_face.save_model
 
     def noted(model, tokenizer, anatomy, keep, directory, source):
         exported.append(directory.name)
         return original(model, tokenizer, anatomy, keep, directory, source)
 
-    monkeypatch.setattr(run_module, "save_model", noted)
+    monkeypatch.setattr(hugging_face, "save_model", noted)
     ended(checkpoint, tmp_path / "out", config, 0)
     assert exported == ["shot-2.partial", "export"]
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")

@@ -17,8 +17,9 @@ from llm_surgeon.errors import (
     UnsupportedModelError,
 )
 from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.export import hugging_face
 from llm_surgeon.report.publish import without_paths
-from llm_surgeon.run import run as run_module
+from llm_surgeon.run import opening as opening_module
 from tiny import build, tokenizer
 
 SMALL = {
@@ -194,8 +195,8 @@ def test_weights_that_are_not_finite_are_an_error_and_leave_nothing(checkpoint, 
             model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
         return model, anatomy
 
-    original = run_module.loaded
-    monkeypatch.setattr(run_module, "loaded", damaged)
+    original = opening_module.loaded
+    monkeypatch.setattr(opening_module, "loaded", damaged)
     with pytest.raises(NonFiniteError):
         prune_checkpoint(str(checkpoint), tmp_path / "out", config(text_file))
     assert not (tmp_path / "out").exists()
@@ -208,8 +209,8 @@ def test_an_export_that_differs_is_an_error_and_leaves_nothing(checkpoint, text_
             model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
         return form
 
-    original = run_module.save_model
-    monkeypatch.setattr(run_module, "save_model", sabotage)
+    original = hugging_face.save_model
+    monkeypatch.setattr(hugging_face, "save_model", sabotage)
     with pytest.raises(ExportMismatchError, match="differs"):
         prune_checkpoint(str(checkpoint), tmp_path / "out", config(text_file, shots=1))
     assert not (tmp_path / "out").exists()

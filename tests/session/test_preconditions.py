@@ -13,7 +13,7 @@ from llm_surgeon.cli import app
 from llm_surgeon.data.texts import prepare_texts
 from llm_surgeon.errors import ConfigError, DataError
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.run import run as run_module
+from llm_surgeon.run import opening as opening_module
 from llm_surgeon.session.preconditions import check_positions, check_tokens, warn_of_tokenizer, warn_of_unknown
 
 LEARNED, ROTARY = ("gpt2", "opt"), ("llama", "gpt-neox", "phi3", "gemma3")
@@ -58,7 +58,7 @@ def test_every_command_refuses_before_the_weights_are_loaded(
         raise AssertionError("the weights were loaded")
 
     if command in ("prune", "plan"):
-        monkeypatch.setattr(run_module, "loaded", load)
+        monkeypatch.setattr(opening_module, "loaded", load)
     text = ["--data", str(text_file)] if command == "eval" else ["--calibration", str(text_file), "--samples", "2"]
     if command != "eval" and option != "--seq-len":
         text += ["--seq-len", "16"]

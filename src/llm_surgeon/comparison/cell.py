@@ -9,22 +9,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from llm_surgeon.data.texts import Texts, prepare_texts
+from llm_surgeon.data.texts import Texts
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import DataError, OutputError
 from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
-from llm_surgeon.models import Anatomy, examine, family_of
-from llm_surgeon.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.models import Anatomy
+from llm_surgeon.models.loading import resolve_device
 from llm_surgeon.models.matrix import core_of
+from llm_surgeon.models.skeleton import loaded
 from llm_surgeon.passes.head import Head
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import CellMeasures, DenseRecord
-from llm_surgeon.refit.lora import require_peft
-from llm_surgeon.refit.reconstruction import goal_of
-from llm_surgeon.run.job import Job, run_job
-from llm_surgeon.session.preconditions import check_recipe_fits, check_texts
+from llm_surgeon.run.job import report_of, run_job
+from llm_surgeon.run.opening import open_checkpoint, without_evaluation
 from llm_surgeon.system.files import in_place
 from llm_surgeon.system.progress import Progress
 from llm_surgeon.versions import versions
@@ -47,9 +46,9 @@ def measure_dense(
         OutputError: If the states cannot be written.
         SurgeonError: If the model cannot be loaded or the texts cannot be read.
     """
-    source = resolve_source(model)
-    prepared = _prepared(source, load_tokenizer(source, config.trust_remote_code), config, texts)
-    network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
+    opening = open_checkpoint(model, config)
+    prepared = opening.read_texts(texts).texts
+    network, _ = loaded(opening.skeleton, config, resolve_device(config.device), streamed=False)
     text = _evaluation(prepared)
     with progress.phase("dense: perplexity", text.work) as phase:
         measured, states = reference_states(network, text, phase.advance)
@@ -86,20 +85,15 @@ def measure_cell(
         DataError: If the texts have changed since the dense model was measured.
         SurgeonError: Whatever ``prune`` raises.
     """
-    if config.lora:
-        require_peft()
-    source = resolve_source(model)
-    tokenizer = load_tokenizer(source, config.trust_remote_code)
-    prepared = _prepared(source, tokenizer, config, texts)
-    network = load_model(source, config.dtype, resolve_device(config.device), config.trust_remote_code)
-    anatomy = examine(network, family_of(network.config.model_type), config.ignore)
+    opening = open_checkpoint(model, config)
+    opened = opening.read_texts(texts)
+    # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
+    job = without_evaluation(opened).load(opening.config, resolve_device(config.device), progress)
+    network, anatomy = job.model, job.anatomy
     # Reordered channels reorder the head too, and the dense model's states are in their old order.
     dense_head = Head(network, own_copy=True) if config.permute else None
-    # Without a text the job does not evaluate after each shot: once at the end, with the divergence, is enough.
-    silent = Texts(prepared.calibration, None)
-    dense = goal_of(network, anatomy, prepared.calibration, config)
-    report = run_job(Job(network, tokenizer, anatomy, silent, config, progress, model, dense=dense)).report
-    text = _evaluation(prepared)
+    report = report_of(run_job(job))
+    text = _evaluation(opened.texts)
     states = _states(reference)
     with progress.phase("pruned: perplexity and divergence", text.work) as phase:
         measured, divergence = perplexity_and_divergence(network, text, states, phase.advance, dense_head)
@@ -122,20 +116,6 @@ def _states(reference: Path) -> Tensor:
             f"The dense model's hidden states in {reference} cannot be read: {error}.",
             "Remove the file and run the command again.",
         ) from None
-
-
-def _prepared(source: str, tokenizer: PreTrainedTokenizerBase, config: PruneConfig, digest: str | None) -> Texts:
-    """The texts, if they are what they were when ``digest`` was taken; checked before the model is loaded."""
-    settings = load_config(source, config.trust_remote_code)
-    check_recipe_fits(config, settings)
-    texts = prepare_texts(tokenizer, config)
-    check_texts(settings, texts)
-    if digest is not None and texts.digest != digest:
-        raise DataError(
-            "The calibration or the evaluation text is not what it was when the comparison was begun.",
-            "Restore the text, or make a new comparison with another --out.",
-        )
-    return texts
 
 
 def _evaluation(texts: Texts) -> EvaluationText:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llm_surgeon.curvature.estimator import Curvature, Estimator, WarmStart
 from llm_surgeon.mathematics.fisher import Damping, Diagonal
 from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models.anatomy import LinearLayer
@@ -57,13 +58,18 @@ class _SquareSum:
         return 4 * self._shape[0] * self._shape[1]
 
 
-class DiagonalCurvature:
+class DiagonalCurvature(Curvature):
     """The diagonals of all layers after one pass."""
 
     def __init__(self, sums: Mapping[str, _SquareSum], result: PassResult) -> None:
         self._sums = sums
         self._count = result.tokens * result.gradients_per_token
-        self.loss = result.loss
+        self._loss = result.loss
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of the calibration tokens, in nats."""
+        return self._loss
 
     def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Diagonal:
         """The Fisher of a layer's kept rows and columns; a diagonal is not inverted, so it needs no damping."""
@@ -75,23 +81,29 @@ class DiagonalCurvature:
         return sum(item.nbytes for item in self._sums.values())
 
 
-def estimate_diagonal(task: Task) -> DiagonalCurvature:
-    """The exact diagonal for every layer from one pass."""
-    sums: dict[str, _SquareSum] = {}
+class DiagonalEstimator(Estimator):
+    """The exact diagonal of the Fisher."""
 
-    def put_away(block: int) -> None:
-        for name, layer in task.anatomy.layers.items():
-            if layer.block == block:
-                sums[name].put_away(task.processes, task.store)
+    name = "diagonal"
+    puts_away = True
 
-    with Hooks() as hooks:
-        for name, layer in task.anatomy.layers.items():
-            core = core_of(task.model, layer)
-            sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, task.device)
-            hooks.on_pair(core, sums[name].add)
-        if task.how.order == "batch-major":
-            # They outlive what a pass allocates and frees around them.
-            for total in sums.values():
-                total.begin()
-        result = task.run(hooks, backward=True, finished=put_away)
-    return DiagonalCurvature(sums, result)
+    def estimate(self, task: Task, start: WarmStart | None) -> DiagonalCurvature:
+        """The diagonals of all layers from one pass; see ``Estimator.estimate``."""
+        sums: dict[str, _SquareSum] = {}
+
+        def put_away(block: int) -> None:
+            for name, layer in task.anatomy.layers.items():
+                if layer.block == block:
+                    sums[name].put_away(task.processes, task.store)
+
+        with Hooks() as hooks:
+            for name, layer in task.anatomy.layers.items():
+                core = core_of(task.model, layer)
+                sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, task.device)
+                hooks.on_pair(core, sums[name].add)
+            if task.how.order == "batch-major":
+                # They outlive what a pass allocates and frees around them.
+                for total in sums.values():
+                    total.begin()
+            result = task.run(hooks, backward=True, finished=put_away)
+        return DiagonalCurvature(sums, result)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from llm_surgeon.curvature.estimator import Curvature
 from llm_surgeon.curvature.gram import GramSum
-from llm_surgeon.mathematics.fisher import Damping, Fisher, KroneckerProduct
+from llm_surgeon.mathematics.fisher import Damping, KroneckerProduct
 from llm_surgeon.mathematics.structured_selection import Axis, KeepMask
 from llm_surgeon.models.anatomy import LinearLayer, to_index
 from llm_surgeon.passes.batch_major import PassResult
@@ -57,23 +57,8 @@ class InputSum:
         return torch.cat([top, torch.cat([mean, mean.new_ones(1)])[None]], dim=0)
 
 
-class Curvature(Protocol):
-    """The curvature of all layers after an estimation."""
-
-    @property
-    def loss(self) -> float | None:
-        """Mean negative log-likelihood of the calibration tokens in nats; None if they were not read."""
-
-    def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Fisher:
-        """The Fisher of one layer over its kept rows and columns and, last, its bias."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-
-
 @dataclass(frozen=True)
-class KroneckerFactors:
+class KroneckerFactors(Curvature):
     """One Kronecker product per layer, ``G (x) A``; what was not estimated is the identity.
 
     Attributes:

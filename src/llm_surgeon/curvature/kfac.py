@@ -7,19 +7,67 @@ Eschenhagen et al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from llm_surgeon.curvature.estimator import Estimator, WarmStart
 from llm_surgeon.curvature.factors import InputSum, KroneckerFactors
 from llm_surgeon.curvature.gram import GramSum, reserve
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
+from llm_surgeon.passes.batch_major import Estimation
 from llm_surgeon.passes.hooks import Hooks
 from llm_surgeon.passes.task import Task
 
 
-def estimate_kfac(task: Task) -> KroneckerFactors:
-    """The factors of all layers from one pass; gradients only if the curvature is ``kfac``."""
+class KfacEstimator(Estimator):
+    """K-FAC: ``G (x) A`` from inputs and gradients taken for independent."""
+
+    name = "kfac"
+    puts_away = True
+
+    def estimate(self, task: Task, start: WarmStart | None) -> KroneckerFactors:
+        """The factors of all layers from one pass; see ``Estimator.estimate``."""
+        return _estimate(task, self.backward)
+
+    def operations(self, layers: Iterable[LinearLayer], how: Estimation) -> float:
+        """Half of each symmetric product of inputs and, if any, of gradients."""
+        layers = list(layers)
+        inputs = sum(size**2 for size in {layer.input_group: layer.columns for layer in layers}.values())
+        gradients = sum(layer.rows**2 for layer in layers) if self.backward else 0
+        return inputs + how.gradient_share * gradients
+
+
+class InputEstimator(KfacEstimator):
+    """``I (x) A``: the second moment of the inputs alone."""
+
+    name = "activations"
+    backward = False
+
+
+class IdentityEstimator(Estimator):
+    """The identity: no tokens are read."""
+
+    name = "identity"
+    backward = False
+    stand_in = "activations"
+
+    def estimate(self, task: Task, start: WarmStart | None) -> KroneckerFactors:
+        """Identity factors of all layers."""
+        return KroneckerFactors({}, {}, frozenset(), None)
+
+    def passes(self, how: Estimation, warm: bool) -> int:
+        """No pass."""
+        return 0
+
+    def operations(self, layers: Iterable[LinearLayer], how: Estimation) -> float:
+        """No operation."""
+        return 0.0
+
+
+def _estimate(task: Task, backward: bool) -> KroneckerFactors:
+    """The factors of all layers from one pass, with gradients or without."""
     inputs: dict[str, InputSum] = {}
     gradients: dict[str, GramSum] = {}
-    backward = task.how.curvature == "kfac"
     groups: dict[str, list[LinearLayer]] = {}
     for layer in task.anatomy.layers.values():
         groups.setdefault(layer.input_group, []).append(layer)

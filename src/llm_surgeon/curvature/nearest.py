@@ -5,12 +5,14 @@ Each half step of the power iteration is one pass over the data: inputs and grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from llm_surgeon.curvature.estimator import Curvature, Estimator, WarmStart
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.mathematics.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo
 from llm_surgeon.mathematics.kronecker_sum import kronecker_sum_bytes
@@ -22,7 +24,7 @@ from llm_surgeon.mathematics.nearest_kronecker import (
     input_half_step,
 )
 from llm_surgeon.mathematics.structured_selection import KeepMask
-from llm_surgeon.models.anatomy import LinearLayer, to_index
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.passes.batch_major import Estimation, PassResult
 from llm_surgeon.passes.hooks import Hooks, with_bias
@@ -35,18 +37,7 @@ TERMS = {"nearest-kronecker": 1, "kronecker-sum": 2}
 
 
 @dataclass(frozen=True)
-class WarmStart:
-    """Where a power iteration sets out from: what the last shot found, as far as it is still there.
-
-    Attributes:
-        inputs: Per layer, A of each term over the kept columns, the bias last.
-    """
-
-    inputs: Mapping[str, Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class NearestCurvature:
+class NearestCurvature(Curvature):
     """One or two Kronecker products per layer.
 
     Attributes:
@@ -87,9 +78,35 @@ class NearestCurvature:
         return [a[columns][:, columns].contiguous() for _, a in self.terms[layer.name]]
 
 
-def passes_needed(how: Estimation, warm: bool) -> int:
-    """Passes over the data that an estimation takes."""
-    return 2 * TERMS[how.curvature] * _iterations(how, warm) if how.curvature in TERMS else 1
+class NearestEstimator(Estimator):
+    """The Kronecker product nearest to the Fisher."""
+
+    name = "nearest-kronecker"
+    # A half step takes the same pairs of inputs and gradients as the exact diagonal.
+    stand_in = "diagonal"
+
+    def estimate(self, task: Task, start: WarmStart | None) -> NearestCurvature:
+        """The products of all layers by power iteration; see ``Estimator.estimate``.
+
+        Raises:
+            ConfigError: If the factors and their decomposition would not fit into memory.
+        """
+        return estimate_nearest(task, start)
+
+    def passes(self, how: Estimation, warm: bool) -> int:
+        """Two passes for each power iteration of each term."""
+        return 2 * TERMS[self.name] * _iterations(how, warm)
+
+    def factor_bytes(self, network: PreTrainedModel, anatomy: Anatomy, how: Estimation) -> int:
+        """Bytes of all terms and of the parts that are summed."""
+        sizes = [(layer.rows, layer.columns, layer.bias) for layer in anatomy.layers.values()]
+        return nearest_bytes(sizes, TERMS[self.name])
+
+
+class KroneckerSumEstimator(NearestEstimator):
+    """The nearest sum of two Kronecker products."""
+
+    name = "kronecker-sum"
 
 
 def _iterations(how: Estimation, warm: bool) -> int:

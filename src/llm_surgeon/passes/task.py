@@ -1,9 +1,10 @@
-"""What an estimator works on, and the pass that it asks for, in either order."""
+"""A task: one estimation or fit in a session, and the passes over the text that it asks for, in either order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
@@ -14,50 +15,71 @@ from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.passes.batch_major import Advance, Estimation, PassResult, run_pass
 from llm_surgeon.passes.hooks import Hooks
 from llm_surgeon.passes.layer_major import LayerMajorPass
-from llm_surgeon.system.processes import ALONE, Processes
+from llm_surgeon.session.session import Session
+from llm_surgeon.system.processes import Processes
 from llm_surgeon.system.storage import TensorStore
 
-# Curvatures whose sums a layer-major pass puts away block by block.
-PUT_AWAY = ("kfac", "activations", "diagonal")
+
+def _untold(_tokens: int) -> None:
+    """Progress that nobody asked for."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an estimator works on.
+    """One estimation or fit on the model as it is.
 
     Attributes:
-        model: The model, as pruned so far.
-        anatomy: Its prunable layers.
-        keep: Rows and columns that are left of them; agrees with the model.
-        tokens: Calibration tokens.
-        how: Which approximation, and how.
-        advance: Called with the number of tokens after each batch.
-        store: Where a layer-major pass keeps what would not fit otherwise.
-        processes: Who reads the other tokens; sums are to be added up with theirs.
+        session: The run; its model is pruned so far.
+        keep: Rows and columns that are left of the prunable layers; agrees with the model.
+        how: Batches, arithmetic, labels and order of the passes.
+        advance: Takes the number of tokens after each batch.
+        part: Tokens of this process to take; None takes the session's own.
     """
 
-    model: PreTrainedModel
-    anatomy: Anatomy
+    session: Session
     keep: Mapping[str, KeepMask]
-    tokens: CalibrationTokens
     how: Estimation
-    advance: Advance
-    store: TensorStore
-    processes: Processes = ALONE
+    advance: Advance = _untold
+    part: CalibrationTokens | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, as pruned so far."""
+        return self.session.model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The prunable layers of the dense model."""
+        return self.session.anatomy
+
+    @property
+    def tokens(self) -> CalibrationTokens:
+        """Calibration tokens of this process."""
+        return self.session.own if self.part is None else self.part
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that read the other tokens; sums are to be added up with theirs."""
+        return self.session.processes
+
+    @cached_property
+    def store(self) -> TensorStore:
+        """The store in which a layer-major pass keeps what would not fit otherwise; in memory if there is none."""
+        return self.session.store or TensorStore(self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs; the weights of its blocks may be elsewhere."""
-        return next(self.model.parameters()).device
+        """The device on which the model runs; the weights of its blocks may be elsewhere."""
+        return self.session.device
 
     def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None] = lambda _block: None) -> PassResult:
         """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
 
         Args:
-            hooks: What is looked at.
+            hooks: Observers of layers.
             backward: Whether gradients are taken.
-            finished: Called with the number of each block once hooks will see nothing more of it; in a batch-major
-                pass at its end.
+            finished: Takes the number of each block once hooks will see nothing more of it; in a batch-major pass at
+                its end.
 
         Raises:
             NonFiniteError: If the loss is not finite.

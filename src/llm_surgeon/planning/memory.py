@@ -15,15 +15,17 @@ import psutil
 import torch
 from torch import Tensor
 
+from llm_surgeon.curvature import estimator_of
 from llm_surgeon.data.texts import Texts
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.passes.head import CHUNK
-from llm_surgeon.passes.task import PUT_AWAY
 from llm_surgeon.planning.order import Waiting
 from llm_surgeon.planning.sizes import weight_bytes
 from llm_surgeon.planning.trace import Traces, factor_bytes
+from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.refit.gates import gate_width, gates_of
+from llm_surgeon.refit.stage import Stage
+from llm_surgeon.refit.stages import STAGES, stages_of
 from llm_surgeon.system.allocator import freed_bytes
 from llm_surgeon.system.memory import available_bytes
 
@@ -46,8 +48,6 @@ READ_AROUND = 2**16
 # Square matrices that one layer's costs or update need at once beside its factors: two factors whole, their damped
 # copies, decompositions and inverses.
 SQUARES = 6
-# Float32 tensors of the size of the logits while it is found how sure predictions are.
-SHARPNESS = 4
 # Bytes per prunable weight while single weights are chosen: float32 costs and their bit patterns, both halves of
 # these, and masks before, after and of what goes.
 ELEMENT_BYTES = 4 + 4 + 4 + 3
@@ -65,9 +65,15 @@ class PhaseMemory:
     device: Parts
 
 
+# What holds the weights of the dense model that stages need.
+DENSE_COPY = "dense weights to reconstruct"
+# Phases of a shot before its stages.
+SHOT_PHASES = ("curvature", "selection", "update")
+
+
 def peak_of_shots(needs: Mapping[str, PhaseMemory]) -> tuple[int, int]:
     """Most bytes of main memory and of the GPU in the phases of shots."""
-    phases = [needs[name] for name in ("curvature", "selection", "update", "reconstruction", "gates") if name in needs]
+    phases = [need for name, need in needs.items() if name in {*SHOT_PHASES, *STAGES}]
     return max(sum(p.host.values()) for p in phases), max(sum(p.device.values()) for p in phases)
 
 
@@ -127,10 +133,6 @@ def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
     return LOGITS_LEFT * CHUNK * vocabulary * 4
 
 
-def _curvature_of_gradients(config: PruneConfig) -> bool:
-    return config.resolved_curvature not in (None, "identity", "activations")
-
-
 @dataclass(frozen=True)
 class MemoryModel:
     """What a run takes; ``device`` decides which parts are on the host.
@@ -156,6 +158,10 @@ class MemoryModel:
     streamed: bool = False
 
     @property
+    def _sweeps(self) -> bool:
+        return loop_of(self.config).sweeps
+
+    @property
     def _squares(self) -> Parts:
         largest = max(max(layer.rows, layer.columns + layer.bias) for layer in self.skeleton.anatomy.layers.values())
         return {"decompositions": SQUARES * largest**2 * 4}
@@ -172,14 +178,7 @@ class MemoryModel:
         if evaluates:
             needs["dense evaluation"] = self._on_device(window)
         needs |= self._shot()
-        if config.reconstruction:
-            reconstruction = {**self._reconstruction(), **self._squares, **self._pruned(), **self._other_half()}
-            needs["reconstruction"] = self._on_device(reconstruction)
-        if config.gate_steps:
-            gates = {**self._gates(), **self._pruned(), **self._other_half()}
-            needs["gates"] = self._on_device(gates, self._on_host(), self._freed())
-        if config.lora:
-            needs["correction"] = self._on_device({"passes": self.traces.training, **self._adapters()})
+        needs |= {stage.name: self._stage(stage) for stage in stages_of(config)}
         if evaluates:
             needs["evaluation"] = self._on_device({**window, **self._pruned()})
         needs["export and check"] = self._export()
@@ -198,7 +197,8 @@ class MemoryModel:
         """At their largest, which is in the first shot or, with small matrices beside the dense ones, the second."""
         passes, larger = self._passes(), self._held()
         masks: Parts = {} if self.config.parts else {"masks": self._prunable}
-        again = self.config.shots > 1 and _curvature_of_gradients(self.config)
+        estimator = estimator_of(self.config)
+        again = self.config.shots > 1 and estimator is not None and estimator.backward
         freed = self._freed() if again else {}
         return {
             "curvature": self._on_device({**passes, **larger}, masks | self._on_host(), freed),
@@ -213,7 +213,7 @@ class MemoryModel:
         if self.config.parts:
             return {}
         layers = [layer.rows * layer.columns for layer in self.skeleton.anatomy.layers.values()]
-        apart = self.config.layerwise and not self.config.global_scope
+        apart = self._sweeps and not self.config.global_scope
         return {"costs of single weights": ELEMENT_BYTES * (max(layers) if apart else sum(layers))}
 
     def _freed(self) -> Parts:
@@ -223,7 +223,7 @@ class MemoryModel:
 
     def _passes(self) -> Parts:
         """What reading the tokens takes, beside what is held of them."""
-        return {"passes": self.traces.watching if self.config.layerwise else self.traces.curvature}
+        return {"passes": self.traces.watching if self._sweeps else self.traces.curvature}
 
     def _held(self) -> Parts:
         """What is held of the tokens, with the matrices that the shot before has left: of the larger of two shots."""
@@ -235,8 +235,9 @@ class MemoryModel:
 
     def _statistics(self) -> Parts:
         """What is held of the calibration tokens in the first shot, where the run is."""
+        estimator = estimator_of(self.config)
         if self.waiting is not None:
-            kept = self.config.layerwise or self.config.resolved_curvature in PUT_AWAY
+            kept = self._sweeps or (estimator is not None and estimator.puts_away)
             waiting: Parts = {self._store: self.waiting.device} if self.waiting.device else {}
             return waiting if kept else {**waiting, **self._factors()}
         return self._factors()
@@ -250,29 +251,20 @@ class MemoryModel:
 
     @property
     def _store(self) -> str:
-        return "hidden states" if self.config.layerwise else "hidden states and factors"
+        return "hidden states" if self._sweeps else "hidden states and factors"
 
-    def _adapters(self) -> Parts:
-        """Low-rank factors in float32, with gradients and two moments."""
-        sides = sum(layer.rows + layer.columns for layer in self.skeleton.anatomy.layers.values())
-        return {"adapters": 4 * 4 * self.config.lora_rank * sides, **self._pruned()}
-
-    def _reconstruction(self) -> Parts:
-        """Streams of both models, and that of the dense one inside a block; at the end, logits and their like."""
-        sequences = self.config.samples * (1 + self.config.reconstruction_copies)
-        batches = math.ceil(sequences / self.config.sequences_per_pass)
-        vocabulary: int = self.skeleton.network.get_output_embeddings().weight.shape[0]
-        tokens = min(CHUNK, self.config.sequences_per_pass * self.config.seq_len)
-        passes = max(self.traces.watching, SHARPNESS * tokens * vocabulary * 4)
-        return {"passes": passes, "hidden states": 3 * batches * self.traces.waiting}
-
-    def _gates(self) -> Parts:
-        """A pass with its gradients, and effects of the gates at all tokens that set them."""
-        anatomy = self.skeleton.anatomy
-        count = sum(gated.count for gated in gates_of(anatomy, gate_width(anatomy, self.config)))
-        tokens = self.config.samples * self.config.seq_len // self.config.parts_of_text
-        waiting: Parts = {self._store: self.waiting.device} if self.waiting and self.waiting.device else {}
-        return {"passes": self.traces.gates, "effects of gates": 4 * count * (tokens + count), **waiting}
+    def _stage(self, stage: type[Stage]) -> PhaseMemory:
+        """Memory of a stage after a shot: its own, and what it shares with others of its kind."""
+        tensors = {**stage.memory(self.skeleton, self.config, self.traces), **self._pruned()}
+        if stage.decomposes:
+            tensors |= self._squares
+        if stage.half != "whole":
+            tensors |= self._other_half()
+        if not stage.stores:
+            return self._on_device(tensors)
+        if self.waiting is not None and self.waiting.device:
+            tensors[self._store] = self.waiting.device
+        return self._on_device(tensors, self._on_host(), self._freed())
 
     def _other_half(self) -> Parts:
         """Weights of the model of one half of the text while that of the other is fitted, at most."""
@@ -282,9 +274,10 @@ class MemoryModel:
         return {"weights of the other half": round(kept * self._prunable * self.skeleton.dtype.itemsize)}
 
     def _goal(self) -> Parts:
-        """What reconstruction aims at, from before the first shot to the end of the run."""
+        """The dense model that stages need beside the pruned one, from before the first shot to the end of the run."""
         copy = self._prunable * self.skeleton.dtype.itemsize
-        return {"dense weights to reconstruct": copy} if self.config.reconstruction else {}
+        needed = any(stage.needs_dense for stage in stages_of(self.config))
+        return {DENSE_COPY: copy} if needed else {}
 
     def _export(self) -> PhaseMemory:
         """The reload check is a process of its own, but it takes the same memory."""

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from llm_surgeon.curvature import estimator_of
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.models.streaming import can_stream
 from llm_surgeon.passes.batch_major import Order
-from llm_surgeon.passes.task import PUT_AWAY
-from llm_surgeon.planning.trace import estimation_of, factor_bytes
+from llm_surgeon.planning.trace import factor_bytes, traced_estimation
+from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.refit.stages import stages_of
 from llm_surgeon.system.storage import Budgets
 
 
@@ -41,15 +43,20 @@ def waiting_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
     Hidden states that entered the blocks are there for all blocks when the backward pass begins, and for none when it
     ends; sums the other way round. Gradients are there once for each draw of labels.
     """
-    network, how = skeleton.network, estimation_of(config)
+    network, how, estimator = skeleton.network, traced_estimation(config), estimator_of(config)
     width: int = network.config.get_text_config().hidden_size
     # Under autocast what goes from block to block keeps the type of the weights.
     states = config.samples * config.seq_len * width * skeleton.dtype.itemsize
-    if config.layerwise or how.curvature == "activations":
-        sums = 0 if config.layerwise else factor_bytes(network, skeleton.anatomy, config)
-        return states * 2 + sums
-    sums = factor_bytes(network, skeleton.anatomy, config) if config.resolved_curvature in PUT_AWAY else 0
+    factors = factor_bytes(network, skeleton.anatomy, config)
+    if estimator is None or not estimator.backward:
+        return states * 2 + factors
+    sums = factors if estimator.puts_away else 0
     return max(states * skeleton.anatomy.blocks, sums) + states * (1 + max(1, how.sampled_labels))
+
+
+def passes_of(config: PruneConfig) -> int:
+    """Passes over the tokens for the curvature of a shot."""
+    return loop_of(config).passes(config)
 
 
 def goes_layer_major(config: PruneConfig, room: Available, need: Callable[[], tuple[int, int]]) -> bool:
@@ -60,8 +67,9 @@ def goes_layer_major(config: PruneConfig, room: Available, need: Callable[[], tu
         room: What there is.
         need: Says the bytes of main memory and of the GPU that a batch-major pass takes at its peak.
     """
-    if config.layerwise or config.order != "auto" or config.resolved_curvature == "identity":
-        return config.layerwise or config.order == "layer-major"
+    sweeps = loop_of(config).sweeps
+    if sweeps or config.order != "auto" or not passes_of(config):
+        return sweeps or config.order == "layer-major"
     host, device = need()
     return host > room.host or (room.device is not None and device > room.device)
 
@@ -78,10 +86,10 @@ def goes_streamed(config: PruneConfig, room: Available, layer_major: bool, floor
     if config.weights != "auto":
         return config.weights == "streamed"
     # Without a pass there is no order.
-    by_layers = layer_major or config.resolved_curvature == "identity"
+    by_layers = layer_major or not passes_of(config)
     host, device = floor
     short = host > room.host or (room.device is not None and device > room.device)
-    return short and by_layers and can_stream() and not (config.lora or config.reconstruction)
+    return short and by_layers and can_stream() and all(stage.streams for stage in stages_of(config))
 
 
 def budgets_of(

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from llm_surgeon.data.texts import Texts, prepare_texts
+from llm_surgeon.data.texts import Texts
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.models.loading import load_tokenizer, resolve_device, resolve_source
-from llm_surgeon.models.skeleton import Skeleton, skeleton_of
-from llm_surgeon.models.streaming import require_streaming
-from llm_surgeon.planning.loaders import loaders
-from llm_surgeon.planning.memory import PhaseMemory, host_available, weights_streamed
+from llm_surgeon.export.formats import loaders
+from llm_surgeon.models.skeleton import Skeleton
+from llm_surgeon.planning.memory import DENSE_COPY, PhaseMemory, host_available, weights_streamed
 from llm_surgeon.planning.order import Available, order_name
 from llm_surgeon.planning.schedule import Scheduler
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
-from llm_surgeon.pruning.targets import settled
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Plan, PlannedPhase
-from llm_surgeon.refit.gates import gate_width
-from llm_surgeon.refit.lora import require_peft
-from llm_surgeon.session.given import as_recipe
-from llm_surgeon.session.preconditions import check_recipe_fits, check_texts, warn_of_tokenizer
+from llm_surgeon.refit.stages import stages_of
 from llm_surgeon.system.memory import available_bytes
-from llm_surgeon.system.processes import Processes
 from llm_surgeon.system.torchrun import Place
 
 logger = logging.getLogger(__name__)
@@ -37,51 +27,6 @@ logger = logging.getLogger(__name__)
 _UNSHARED = Place()
 # The report's peak is of what is between.
 _UNREPORTED = ("load", "export and check", "speed")
-
-
-def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool = False, processes: int = 1) -> Plan:
-    """Say what pruning a checkpoint will take and give, without loading its weights.
-
-    Args:
-        model: A local directory, a hub id, or ``demo``.
-        config: The recipe, or a mapping of its options.
-        probe: Whether to load the model after all, and to time and measure one batch; for one process.
-        processes: How many of this machine are to share the run.
-
-    Returns:
-        Sizes, memory and seconds by phase, disk, and what can load the result. Memory of the host is that of this
-        process, in which the run is expected.
-
-    Raises:
-        SurgeonError: Whatever ``prune_checkpoint`` raises before it loads the model; ``probe`` raises what a pass does.
-    """
-    model, config = str(model), as_recipe(config)
-    if config.lora:
-        require_peft()
-    require_streaming(config.weights)
-    if processes < 1:
-        raise ConfigError(f"A run in {processes} processes cannot be planned.", "Give 1 or more.")
-    if probe and processes > 1:
-        raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
-    Processes(count=processes).check_samples(config.samples, config.parts_of_text)
-    device, source = resolve_device(config.device), resolve_source(model)
-    logger.info("reading the configuration of %s", model)
-    skeleton = skeleton_of(source, config)
-    check_recipe_fits(config, skeleton.network.config)
-    config = settled(skeleton, config)
-    if config.target is not None:
-        raise ConfigError(
-            "What a latency comes to is only known once the model has been timed.",
-            "Plan with --sparsity, or let prune find the sparsity.",
-        )
-    logger.info("reading and tokenising the texts")
-    tokenizer = load_tokenizer(source, config.trust_remote_code)
-    warn_of_tokenizer(skeleton.network.config, tokenizer)
-    texts = prepare_texts(tokenizer, config)
-    check_texts(skeleton.network.config, texts)
-    shared = Place(count=processes, local_count=processes)
-    logger.info("planning the run")
-    return foresee(model, skeleton, config, device, texts, probe=probe, place=shared)
 
 
 def foresee(
@@ -93,7 +38,7 @@ def foresee(
     probe: bool = False,
     place: Place = _UNSHARED,
 ) -> Plan:
-    """The plan of a run whose texts are prepared and whose model is still to be loaded; see ``plan``.
+    """The plan of a run whose texts are prepared and whose model is still to be loaded.
 
     Args:
         model: What was asked for.
@@ -107,7 +52,9 @@ def foresee(
     Raises:
         ConfigError: If it needs more memory than the recipe allows.
     """
-    config = _part_of(config.model_copy(update={"gate_width": gate_width(skeleton.anatomy, config)}), place)
+    for stage in stages_of(config):
+        config = stage.resolved(config, skeleton.anatomy)
+    config = _part_of(config, place)
     room, rates = room_for(config, device, place), default_rates(config, device)
     course = Scheduler(skeleton, config, device, texts, room, place)
     way = course.way()
@@ -181,12 +128,12 @@ def warn_if_short(foreseen: Plan) -> None:
                 available / 2**30,
                 largest,
                 parts[largest] / 2**30,
-                _remedy(largest, "dense weights to reconstruct" in parts),
+                _remedy(largest, DENSE_COPY in parts),
             )
 
 
 def _remedy(part: str, reconstructs: bool) -> str:
-    if reconstructs and part in ("weights", "dense weights to reconstruct"):
+    if reconstructs and part in ("weights", DENSE_COPY):
         return "give --no-reconstruction, so that the dense model is not held beside the pruned one"
     if part.startswith("hidden states"):
         return "set --host-memory, so that less of it waits in memory and more on disk"

@@ -11,8 +11,9 @@ from llm_surgeon.curvature import estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.skeleton import Skeleton, loaded
 from llm_surgeon.passes.batch_major import Order
-from llm_surgeon.planning.trace import estimation_of
+from llm_surgeon.planning.trace import traced_estimation
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.memory import peak_bytes, reset_peak
 
 
@@ -60,6 +61,7 @@ def probe_batch(
     reset_peak(device)
     for _ in range(2):
         start = time.perf_counter()
-        estimate(network, anatomy, anatomy.dense_masks(), batch, replace(estimation_of(config), order=order))
+        how = replace(traced_estimation(config), order=order)
+        estimate(Session(network, anatomy, batch, config), anatomy.dense_masks(), how)
         seconds = time.perf_counter() - start
     return Probe(ids.numel(), seconds, peak_bytes(device))

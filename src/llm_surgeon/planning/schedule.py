@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from llm_surgeon.curvature import estimator_of
 from llm_surgeon.data.texts import Texts
 from llm_surgeon.models.skeleton import Skeleton, weightless
 from llm_surgeon.passes.batch_major import Order
@@ -30,7 +31,7 @@ from llm_surgeon.planning.order import (
     waiting_bytes,
 )
 from llm_surgeon.planning.probe import Probe, probe_batch
-from llm_surgeon.planning.trace import Traces, estimation_of, trace
+from llm_surgeon.planning.trace import Traces, trace
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.system.storage import Budgets
 from llm_surgeon.system.torchrun import Place
@@ -94,7 +95,8 @@ class Scheduler:
             self._skeleton, config, self._device, self._texts.calibration, way.order, streamed=way.streamed
         )
         # A nearest product holds other factors than the pass that stands in for its own.
-        own = estimation_of(config).curvature == config.resolved_curvature
+        estimator = estimator_of(config)
+        own = estimator is not None and estimator.stand_in is None
         if way.traces.curvature and not way.layer_major and own:
             passes = passes_within(probe.peak, self._skeleton, config, self._device, self._process, self._weights)
             way = replace(way, traces=replace(way.traces, curvature=passes))

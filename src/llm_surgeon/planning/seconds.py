@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from llm_surgeon.curvature import passes_needed
+from llm_surgeon.curvature import ESTIMATORS, estimator_of
 from llm_surgeon.models.skeleton import Skeleton
-from llm_surgeon.passes.batch_major import Estimation, Order
-from llm_surgeon.planning.trace import estimation_of
+from llm_surgeon.passes.batch_major import Order
+from llm_surgeon.passes.operations import model_operations
+from llm_surgeon.planning.trace import traced_estimation
+from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.refit.gates import BACKWARD_PASSES, FORWARD_PASSES
-from llm_surgeon.refit.reconstruction import DENSE_RUNS, PRUNED_RUNS
+from llm_surgeon.refit.stages import stages_of
 
 # Operations per second of common machines: of one CPU core with matrix units, and of a GPU of a data centre.
 CPU_CORE = {"bfloat16": 1.0e11, "float32": 0.5e11}
@@ -51,38 +51,10 @@ def pass_operations(skeleton: Skeleton, config: PruneConfig, order: Order, kept:
         order: Layer by layer, blocks are run forward twice.
         kept: Share of the prunable weights that is left.
     """
-    how = estimation_of(config)
-    model = _model_operations(skeleton, order, kept, backward=how.curvature != "activations")
-    return model + kept * _factor_operations(skeleton, how)
-
-
-def _model_operations(skeleton: Skeleton, order: Order, kept: float, *, backward: bool) -> float:
-    """Operations per token of the model in one pass, forward and, if asked for, back without gradients of weights."""
-    blocks = kept * skeleton.anatomy.prunable_weights
-    rest = skeleton.parameters - skeleton.anatomy.prunable_weights
-    again = 2 * blocks if order == "layer-major" and backward else 0.0
-    return 2 * (2 if backward else 1) * (rest + blocks) + again
-
-
-def _passes(config: PruneConfig) -> int:
-    """Passes over the tokens in a shot; a layer-wise method goes through each block before and after pruning it."""
-    if config.layerwise:
-        return 2
-    curvature = config.resolved_curvature
-    if curvature is None or curvature == "identity":
-        return 0
-    how = replace(estimation_of(config), curvature=curvature, iterations=config.kronecker_iterations)
-    return passes_needed(how, warm=False)
-
-
-def _factor_operations(skeleton: Skeleton, how: Estimation) -> float:
-    """Operations per token of sums of outer products, half of each symmetric one."""
-    layers = skeleton.anatomy.layers.values()
-    if how.curvature == "diagonal":
-        return sum(2.0 * layer.rows * layer.columns for layer in layers)
-    inputs = sum(size**2 for size in {layer.input_group: layer.columns for layer in layers}.values())
-    gradients = sum(layer.rows**2 for layer in layers) if how.curvature == "kfac" else 0
-    return inputs + how.gradient_share * gradients
+    how = traced_estimation(config)
+    estimator = ESTIMATORS[how.curvature]
+    model = model_operations(skeleton, order, kept, backward=estimator.backward)
+    return model + kept * estimator.operations(skeleton.anatomy.layers.values(), how)
 
 
 def phase_seconds(
@@ -111,49 +83,14 @@ def phase_seconds(
     return {
         "load": read,
         "dense evaluation": window,
-        "curvature": _passes(config) * tokens * operations / rates.passes,
+        "curvature": loop_of(config).passes(config) * tokens * operations / rates.passes,
         "selection": steps * sum(_decompositions(skeleton, config) * k for k in kept) / rates.float32 / processes,
         "update": steps * sum(_updates(skeleton, config) * k for k in kept) / rates.float32 / processes,
-        "reconstruction": _reconstructions(skeleton, config, left) * tokens / rates.passes,
-        "gates": config.gate_steps * sum(_gate_step(skeleton, order, k) for k in left) * tokens / rates.passes,
-        "correction": _corrections(config) * 6 * skeleton.parameters / rates.passes,
+        **{stage.name: stage.operations(skeleton, config, left, order) / rates.passes for stage in stages_of(config)},
         "evaluation": window * config.shots,
         "export and check": 2 * read + RELOAD,
         "speed": speed,
     }
-
-
-def _reconstructions(skeleton: Skeleton, config: PruneConfig, kept: Sequence[float]) -> float:
-    """Operations of the passes of the reconstructions of models with these shares of the weights, per token of text."""
-    if not config.reconstruction:
-        return 0.0
-    prunable = skeleton.anatomy.prunable_weights
-    # One run of the pruned model ends behind the attention.
-    pruned = PRUNED_RUNS * prunable - _feed_forward_weights(skeleton)
-    runs = sum(DENSE_RUNS * prunable + share * pruned for share in kept)
-    # Each copy is written once.
-    copies = config.reconstruction_copies
-    return 2 * ((1 + copies) * runs + skeleton.parameters * copies)
-
-
-def _gate_step(skeleton: Skeleton, order: Order, kept: float) -> float:
-    """Operations of the passes of a step on the gates, per token."""
-    back, forward = (_model_operations(skeleton, order, kept, backward=backward) for backward in (True, False))
-    return BACKWARD_PASSES * back + FORWARD_PASSES * forward
-
-
-def _feed_forward_weights(skeleton: Skeleton) -> int:
-    """Prunable weights of the feed-forward parts of all blocks."""
-    family = skeleton.anatomy.family
-    kinds = {family.short_name(name) for name in (*family.feed_forward.inputs, family.feed_forward.output)}
-    layers = skeleton.anatomy.layers.values()
-    return sum(layer.rows * layer.columns for layer in layers if layer.kind in kinds)
-
-
-def _corrections(config: PruneConfig) -> int:
-    """Tokens of the corrections of all shots."""
-    steps = config.lora_steps * (config.shots - 1) + config.lora_final_steps
-    return steps * config.lora_batch_size * config.seq_len if config.lora else 0
 
 
 def _decompositions(skeleton: Skeleton, config: PruneConfig) -> float:
@@ -177,4 +114,4 @@ def _updates(skeleton: Skeleton, config: PruneConfig) -> float:
 
 
 def _correlated(config: PruneConfig) -> bool:
-    return not config.layerwise and config.correlated
+    return estimator_of(config) is not None and config.correlated

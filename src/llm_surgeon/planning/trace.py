@@ -7,9 +7,9 @@ while it lives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,20 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
-from llm_surgeon.curvature import Estimation, estimate
+from llm_surgeon.curvature import ESTIMATORS, Estimation, estimate, estimation_of, estimator_of
 from llm_surgeon.curvature.layer_statistics import watch
-from llm_surgeon.curvature.nearest import TERMS, nearest_bytes
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import Anatomy
-from llm_surgeon.passes.batch_major import Order, PassResult
-from llm_surgeon.passes.hooks import Hooks
+from llm_surgeon.passes.batch_major import Order
 from llm_surgeon.passes.sweep import Sweep
-from llm_surgeon.passes.task import PUT_AWAY, Task
+from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE
-from llm_surgeon.refit.gates import gate_width, gates_of, moments
+from llm_surgeon.refit.stage import LiveBytes
+from llm_surgeon.refit.stages import stages_of
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.storage import Stored, TensorStore
 
 # A model this deep is traced whole; of a deeper one, two shallow ones say what each further pair of blocks adds. A
@@ -41,7 +41,7 @@ from llm_surgeon.system.storage import Stored, TensorStore
 DEPTH = 4
 
 
-class LiveBytes(TorchDispatchMode):
+class CountedBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are made under it, while they live; answers what depends on numbers.
 
     Attributes:
@@ -90,34 +90,24 @@ class _Nowhere(TensorStore):
         return Stored(anew, lambda: None)
 
 
-class _Idle(Task):
-    """A task whose pass reads nothing: what an estimator makes before it stays as it is."""
-
-    def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None] = lambda _block: None) -> PassResult:
-        """Nothing."""
-        return PassResult(0.0, 1, 1)
-
-
 @dataclass(frozen=True)
 class Traces:
     """Bytes of tensors beside the weights, at the peak of each kind of pass.
 
     Attributes:
-        curvature: Of a batch for the curvature, without its factors; 0 if there is none. Layer by layer it is without
-            what waits in the store, and with the factors of one block.
-        training: The same with gradients in any case, for corrections.
-        evaluation: Of a window.
-        waiting: Hidden states of a batch in front of a block, in layer-wise methods and for reconstruction.
-        watching: Of a batch in a block that is watched, beside those.
-        gates: Of a batch with gradients for the gates.
+        curvature: A batch for the curvature, without its factors; 0 if there is none. Layer by layer it is without
+            hidden states that wait in the store, and with the factors of one block.
+        evaluation: A window of the evaluation text.
+        waiting: Hidden states of a batch in front of a block, in loops and stages that go from block to block.
+        watching: A batch in a block that is watched, beside those.
+        stages: The largest pass of each stage, see ``Stage.trace``.
     """
 
     curvature: int = 0
-    training: int = 0
     evaluation: int = 0
     waiting: int = 0
     watching: int = 0
-    gates: int = 0
+    stages: Mapping[str, int] = field(default_factory=dict)
 
 
 def trace(
@@ -133,132 +123,132 @@ def trace(
         make: Makes the model; called where tensors have no numbers.
         anatomy: Its prunable layers.
         config: The recipe.
-        device: Where the run is to be.
-        order: Of the pass for the curvature.
+        device: The device of the run.
+        order: Order of passes that take gradients.
     """
-    tracer = _Tracer(make, anatomy, config, device)
-    reads = not config.layerwise and config.resolved_curvature != "identity"
-    waiting, watching = tracer.sweep() if config.layerwise or config.reconstruction else (0, 0)
+    tracer = ShapeTracer(make, anatomy, config, device, order)
+    estimator, stages = estimator_of(config), stages_of(config)
+    reads = estimator is not None and estimator.passes(estimation_of(config), warm=False) > 0
+    sweeps = loop_of(config).sweeps or any(stage.sweeps for stage in stages)
+    waiting, watching = tracer.sweep() if sweeps else (0, 0)
     return Traces(
-        curvature=tracer.batch(replace(estimation_of(config), order=order)) if reads else 0,
-        training=tracer.batch(Estimation(config.lora_batch_size, config.precision)) if config.lora else 0,
+        curvature=tracer.estimation() if reads else 0,
         evaluation=tracer.window() if config.evaluation != "none" else 0,
         waiting=waiting,
         watching=watching,
-        gates=tracer.gates(Estimation(config.sequences_per_pass, config.precision, order=order))
-        if config.gate_steps
-        else 0,
+        stages={stage.name: stage.trace(tracer, config) for stage in stages},
     )
 
 
-class _Tracer:
+@dataclass(frozen=True)
+class _TracedSession(Session):
+    """A session whose store takes no room in either order."""
+
+    traced: Order = "batch-major"
+
+    @property
+    def order(self) -> Order:
+        """The order that is traced."""
+        return self.traced
+
+
+class ShapeTracer:
+    """A model without weights, and the bytes that code of a run takes on it; see ``refit.stage.Tracer``."""
+
     def __init__(
-        self, make: Callable[[], PreTrainedModel], anatomy: Anatomy, config: PruneConfig, device: torch.device
+        self,
+        make: Callable[[], PreTrainedModel],
+        anatomy: Anatomy,
+        config: PruneConfig,
+        device: torch.device,
+        order: Order,
     ) -> None:
-        self._fake = FakeTensorMode()
-        with self._fake:
+        self._mode = FakeTensorMode()
+        with self._mode:
             self._network = make()
-        self._anatomy, self._config, self._device = anatomy, config, device
-        self._gate_width = gate_width(anatomy, config)
+        self.anatomy = anatomy
+        self._config, self._device, self._order = config, device, order
         self._blocks = cast(nn.ModuleList, self._network.get_submodule(anatomy.family.blocks))
         self._all = list(self._blocks)
 
-    def batch(self, how: Estimation) -> int:
-        """Bytes beside weights and factors."""
-        return self._by_depth(partial(self._estimate, how))
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A tensor without numbers of the same shape and type; see ``Tracer.fake``."""
+        return cast(Tensor, self._mode.from_tensor(tensor))
 
-    def gates(self, how: Estimation) -> int:
-        """Bytes beside the weights, with the effects of the gates at the tokens of the batch."""
-        return self._by_depth(partial(self._moments, how))
+    def by_depth(self, measure: Callable[[Session, LiveBytes], int], sequences: int | None = None) -> int:
+        """The bytes at full depth, from those of shallow models if it is deep; see ``Tracer.by_depth``."""
+
+        def measured(depth: int) -> int:
+            return self._measured(self._layers(depth), measure, sequences)
+
+        depth = len(self._all)
+        if depth <= DEPTH:
+            return measured(depth)
+        more, less = (measured(count) for count in (DEPTH, DEPTH - 2))
+        return more + round((more - less) / 2 * (depth - DEPTH))
+
+    def estimation(self) -> int:
+        """Bytes of a batch for the curvature, beside weights and factors."""
+        how = replace(traced_estimation(self._config), order=self._order)
+        kept = self._order == "batch-major" or not ESTIMATORS[how.curvature].puts_away
+
+        def measure(session: Session, live: LiveBytes) -> int:
+            factors = estimate(session, {}, how)
+            return live.peak - (factors.nbytes if kept else 0)
+
+        return self.by_depth(measure)
 
     def window(self) -> int:
-        """Bytes beside the weights."""
-        return self._by_depth(self._evaluate)
+        """Bytes of a window of the evaluation text, beside the weights."""
+        length, precision = self._config.eval_window, self._config.precision
+
+        def measure(session: Session, live: LiveBytes) -> int:
+            tokens = torch.zeros(length, dtype=torch.int64, device=self._device)
+            perplexity(session.model, EvaluationText(tokens, "", length, length, precision))
+            return live.peak
+
+        return self.by_depth(measure)
 
     def sweep(self) -> tuple[int, int]:
         """Bytes of a batch in front of a block, and beside it at the peak of a block that is watched."""
-        return self._by_depth(lambda layers: self._sweep(layers)[0]), self._sweep(self._layers(1))[1]
+        held = self.by_depth(lambda session, live: self._sweep(session, live)[0])
+        return held, self._measured(self._layers(1), lambda session, live: self._sweep(session, live)[1])
 
-    def _by_depth(self, measure: Callable[[Anatomy], int]) -> int:
-        """The bytes at full depth, from those of shallow models if it is deep."""
-        depth = len(self._all)
-        if depth <= DEPTH:
-            return measure(self._layers(depth))
-        more, less = (measure(self._layers(count)) for count in (DEPTH, DEPTH - 2))
-        return more + round((more - less) / 2 * (depth - DEPTH))
+    def _sweep(self, session: Session, live: LiveBytes) -> tuple[int, int]:
+        config, layers = self._config, [layer for layer in session.anatomy.layers.values() if layer.block == 0]
+        blocks, batch = session.anatomy.family.blocks, config.sequences_per_pass
+        sweep = Sweep(session.model, blocks, session.tokens, batch, config.precision)
+        held, live.peak = live.now, live.now
+        # Stages that go from block to block have fewer Gram matrices than a solver, and other products as large.
+        grams = not loop_of(config).sweeps or LAYERWISE[config.method].scope is None
+        watch(session.model, sweep, 0, layers, grams=grams, advance=lambda _tokens: None)
+        return held, live.peak - held
+
+    def _measured(
+        self, anatomy: Anatomy, measure: Callable[[Session, LiveBytes], int], sequences: int | None = None
+    ) -> int:
+        count = min(sequences or self._config.sequences_per_pass, self._config.samples)
+        with self._mode, CountedBytes() as live, _no_packed_sequences():
+            ids = torch.zeros(count, self._config.seq_len, dtype=torch.int64, device=self._device)
+            tokens, store = CalibrationTokens(ids, None, {}), _Nowhere(self._device)
+            session = _TracedSession(self._network, anatomy, tokens, self._config, store=store, traced=self._order)
+            return measure(session, live)
 
     def _layers(self, depth: int) -> Anatomy:
         """Make the model so many blocks deep; returns what is left of its layers."""
         del self._blocks[:]
         self._blocks.extend(self._all[:depth])
-        whole = self._anatomy
+        whole = self.anatomy
         layers = {name: layer for name, layer in whole.layers.items() if layer.block < depth}
         attentions = tuple(part for part in whole.attentions if layers.keys() >= set(part.layers))
         feed_forwards = tuple(part for part in whole.feed_forwards if layers.keys() >= set(part.layers))
         return replace(whole, blocks=depth, layers=layers, attentions=attentions, feed_forwards=feed_forwards)
 
-    @contextmanager
-    def _counted(self) -> Iterator[LiveBytes]:
-        with self._fake, LiveBytes() as live, _no_packed_sequences():
-            yield live
 
-    def _tokens(self, samples: int) -> CalibrationTokens:
-        shape = samples, self._config.seq_len
-        return CalibrationTokens(torch.zeros(shape, dtype=torch.int64, device=self._device), None, {})
-
-    def _estimate(self, how: Estimation, anatomy: Anatomy) -> int:
-        with self._counted() as live:
-            tokens = self._tokens(min(how.batch_size, self._config.samples))
-            factors = estimate(self._network, anatomy, {}, tokens, how, store=_Nowhere(self._device))
-            kept = how.order == "batch-major" or how.curvature not in PUT_AWAY
-            return live.peak - (factors.nbytes if kept else 0)
-
-    def _moments(self, how: Estimation, anatomy: Anatomy) -> int:
-        dense = gates_of(anatomy, self._gate_width)
-        gates = [replace(gated, members=self._fake.from_tensor(gated.members)) for gated in dense]
-        with self._counted() as live:
-            tokens = self._tokens(min(how.batch_size, self._config.samples))
-            if gates:
-                moments(Task(self._network, anatomy, {}, tokens, how, _nowhere, _Nowhere(self._device)), gates)
-            return live.peak
-
-    def _evaluate(self, _anatomy: Anatomy) -> int:
-        window = self._config.eval_window
-        with self._counted() as live:
-            tokens = torch.zeros(window, dtype=torch.int64, device=self._device)
-            perplexity(self._network, EvaluationText(tokens, "", window, window, self._config.precision))
-            return live.peak
-
-    def _sweep(self, anatomy: Anatomy) -> tuple[int, int]:
-        config, layers = self._config, [layer for layer in anatomy.layers.values() if layer.block == 0]
-        with self._counted() as live:
-            tokens = self._tokens(min(config.sequences_per_pass, config.samples))
-            sweep = Sweep(self._network, anatomy.family.blocks, tokens, config.sequences_per_pass, config.precision)
-            held, live.peak = live.now, live.now
-            # Reconstruction has fewer Gram matrices than this, and products of inputs and errors as large.
-            grams = config.reconstruction or LAYERWISE[config.method].scope is None
-            watch(self._network, sweep, 0, layers, grams=grams, advance=_nowhere)
-            return held, live.peak - held
-
-
-def estimation_of(config: PruneConfig) -> Estimation:
-    """A pass like those of a recipe.
-
-    A nearest product takes the same pairs of inputs and gradients as the exact diagonal. Where a recipe estimates no
-    curvature, it is a forward pass that looks at inputs.
-    """
-    curvature = config.resolved_curvature
-    samples = config.fisher_samples if config.fisher == "true" else 0
-    if curvature in (None, "identity"):
-        curvature = "activations"
-    return Estimation(
-        config.sequences_per_pass,
-        config.precision,
-        "diagonal" if curvature in TERMS else curvature,
-        samples,
-        gradient_share=config.gradient_share,
-        seed=config.seed,
-    )
+def traced_estimation(config: PruneConfig) -> Estimation:
+    """An estimation whose passes take as much memory as those of a recipe, beside the factors."""
+    how = estimation_of(config)
+    return replace(how, curvature=cast(Any, ESTIMATORS[how.curvature].stand_in or how.curvature))
 
 
 def factor_bytes(network: PreTrainedModel, anatomy: Anatomy, config: PruneConfig) -> int:
@@ -269,22 +259,12 @@ def factor_bytes(network: PreTrainedModel, anatomy: Anatomy, config: PruneConfig
         anatomy: Its prunable layers.
         config: The recipe.
     """
-    curvature = config.resolved_curvature
-    if curvature in TERMS:
-        sizes = [(layer.rows, layer.columns, layer.bias) for layer in anatomy.layers.values()]
-        return nearest_bytes(sizes, TERMS[curvature])
-    if curvature in (None, "identity"):
-        return 0
-    tokens = CalibrationTokens(torch.zeros(1, 1, dtype=torch.int64), None, {})
-    return estimate(network, anatomy, {}, tokens, estimation_of(config), make_task=_Idle).nbytes
+    estimator = estimator_of(config)
+    return 0 if estimator is None else estimator.factor_bytes(network, anatomy, estimation_of(config))
 
 
 def _none(position_ids: Tensor) -> Tensor | None:
     """No position begins another sequence."""
-
-
-def _nowhere(_tokens: int) -> None:
-    """Nobody is told of progress."""
 
 
 @contextmanager

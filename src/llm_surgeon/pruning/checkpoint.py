@@ -33,7 +33,7 @@ from llm_surgeon.pruning.result import RunState
 from llm_surgeon.pruning.structures import Masks
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import PruneReport, Record, RunRecord
-from llm_surgeon.refit.last_norm import last_norm_parameters
+from llm_surgeon.refit.stages import changed_beside
 from llm_surgeon.system.files import in_place, writing
 
 logger = logging.getLogger(__name__)
@@ -211,13 +211,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_of(model: PreTrainedModel, anatomy: Anatomy, standing: RunState, config: PruneConfig) -> dict[str, Tensor]:
+def tensors_of(model: PreTrainedModel, anatomy: Anatomy, state: RunState, config: PruneConfig) -> dict[str, Tensor]:
     """All tensors of a checkpoint.
 
     Args:
         model: As the shot left it.
         anatomy: The layers of the dense model.
-        standing: Where the run stands.
+        state: State of the run after the shot.
         config: The recipe: says what else than the prunable layers has changed.
     """
     layers = {} if config.permute else _layers(model, anatomy)
@@ -226,8 +226,8 @@ def tensors_of(model: PreTrainedModel, anatomy: Anatomy, standing: RunState, con
         for part in (
             _parameters(model, parameters_beside(model, anatomy, config)),
             layers,
-            _mask_tensors(standing.masks),
-            _start_tensors(standing.start),
+            _mask_tensors(state.masks),
+            _start_tensors(state.start),
         )
         for name, tensor in part.items()
     }
@@ -237,7 +237,7 @@ def parameters_beside(model: nn.Module, anatomy: Anatomy, config: PruneConfig) -
     """Names of the parameters that a checkpoint holds beside the layers; if that is all, it holds no layers."""
     if config.permute:
         return [name for name, _ in model.named_parameters()]
-    return last_norm_parameters(model, anatomy) if config.reconstruction else []
+    return changed_beside(model, anatomy, config)
 
 
 def _parameters(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

@@ -13,10 +13,8 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.layer_statistics import Watched, watch
-from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.mathematics.dsnot import Refinement, refine
 from llm_surgeon.mathematics.linalg import damping_of
@@ -24,45 +22,56 @@ from llm_surgeon.mathematics.owl import outlier_ratio, outlier_weighted
 from llm_surgeon.mathematics.scores import SCORES, ScoreOptions, wanda
 from llm_surgeon.mathematics.sparsegpt import inverse_factor, solve
 from llm_surgeon.mathematics.unstructured_selection import ElementMask, keep_in_scope, select_elements
-from llm_surgeon.models.anatomy import Anatomy, LinearLayer
+from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.permutation import check_residual
 from llm_surgeon.models.solving import check_written
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.sweep import Sweep
+from llm_surgeon.pruning.loop import Loop
 from llm_surgeon.pruning.permuting import StreamOrder, reorder_block
-from llm_surgeon.pruning.result import ShotResult
+from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.structures import check_structure
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE
-from llm_surgeon.refit.lora import correct_shot
+from llm_surgeon.refit.stage import Shot
+from llm_surgeon.refit.stages import Stages
+from llm_surgeon.session.session import Session
 from llm_surgeon.system.clock import Clock
-from llm_surgeon.system.processes import ALONE, Processes
-from llm_surgeon.system.progress import Phase, Progress
-from llm_surgeon.system.storage import TensorStore
+from llm_surgeon.system.progress import Phase
 
 T = TypeVar("T")
 
 
-def run_layerwise(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    tokens: CalibrationTokens,
-    config: PruneConfig,
-    progress: Progress,
-    store: TensorStore | None = None,
-    processes: Processes = ALONE,
-) -> Iterator[ShotResult]:
-    """Prune a model in place by a layer-wise method; yields once, as ``run_shots`` does after its last shot.
+class BlockByBlock(Loop):
+    """One shot that goes from block to block, each on the outputs of the blocks already pruned."""
+
+    name = "layerwise"
+    sweeps = True
+
+    def run(self, session: Session, since: RunState | None = None) -> Iterator[ShotResult]:
+        """Prune a model in place; see ``Loop.run``. There is one shot, after which nothing is left to do."""
+        return run_layerwise(session) if since is None else iter(())
+
+    def phases(self, config: PruneConfig, shot: int) -> Iterator[tuple[str, str, float]]:
+        """One phase for all; see ``Loop.phases``."""
+        for name in ("curvature", "selection", "update"):
+            yield _words(config), name, 1.0
+
+    def passes(self, config: PruneConfig) -> int:
+        """Each block is run before and after it is pruned."""
+        return 2
+
+
+def _words(config: PruneConfig) -> str:
+    return f"{config.method}: block after block"
+
+
+def run_layerwise(session: Session) -> Iterator[ShotResult]:
+    """Prune a model in place by a layer-wise method; yields once.
 
     Args:
-        model: The model.
-        anatomy: Its prunable layers.
-        tokens: All calibration tokens.
-        config: The recipe.
-        progress: Where progress is shown.
-        store: Keeps the hidden states of all tokens; in memory if None.
-        processes: Who does it together; all have the same model before and after.
+        session: The run; hidden states of all tokens wait in its store, or in memory.
 
     Raises:
         ConfigError: If the layers do not allow the structure, or the budgets are out of bounds.
@@ -70,38 +79,36 @@ def run_layerwise(
         NotPositiveDefiniteError: If a Gram matrix cannot be decomposed even with more damping.
         UnsupportedModelError: If channels are to be permuted and this model's cannot be.
     """
+    anatomy, config = session.anatomy, session.config
     check_structure(config, anatomy)
     if config.permute:
-        check_residual(model, anatomy.family)
-    clock = Clock(next(model.parameters()).device)
-    own = tokens.part(processes.part(tokens.n_samples))
-    run = _Run(model, anatomy, own, config, clock, store, processes)
+        check_residual(session.model, anatomy.family)
+    clock = Clock(session.device)
+    run = _Blocks(session, clock)
     passes = (2 * len(run.blocks) - 1) * (run.reads + run.surveys) + len(run.blocks) * (config.permute and run.reads)
-    with progress.phase(f"{config.method}: block after block", passes * own.input_ids.numel()) as phase:
-        plan = run.survey(phase)
-        kept = run.prune(plan, phase)
-    corrected = correct_shot(model, anatomy, kept, tokens, config, 1, clock, progress, processes)
+    with session.progress.phase(_words(config), passes * session.own.input_ids.numel()) as phase:
+        survey = run.survey(phase)
+        kept = run.prune(survey, phase)
     masks = {name: ElementMask(mask) for name, mask in kept.items()}
+    fitted = Stages(session).run(Shot(1, anatomy.dense_masks(), kept), clock)
     yield ShotResult(
         shot=1,
         target_sparsity=config.sparsity,
         masks=masks,
-        threshold=plan.threshold,
+        threshold=survey.threshold,
         removed=anatomy.prunable_weights - sum(mask.weights for mask in masks.values()),
         implied=0,
         factor_bytes=run.statistics_bytes,
         loss=None,
         costs=None,
-        correction=corrected,
-        seconds={"curvature": 0.0, "selection": 0.0, "update": 0.0} | clock.seconds,
-        peaks=clock.peaks,
+        stages=clock.records(fitted),
         profile=clock.profile(),
     )
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is settled before the first block is pruned.
+class Survey:
+    """Decisions that are made before the first block is pruned.
 
     Attributes:
         sparsity: Of each block's layers.
@@ -114,23 +121,15 @@ class Plan:
     threshold: float | None = None
 
 
-class _Run:
-    """One run; each step does what the recipe asks for and nothing else."""
+class _Blocks:
+    """The blocks of one run; each step does what the recipe asks for and nothing else."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        tokens: CalibrationTokens,
-        config: PruneConfig,
-        clock: Clock,
-        store: TensorStore | None,
-        processes: Processes,
-    ) -> None:
-        self._model, self._anatomy, self._tokens, self._config = model, anatomy, tokens, config
-        self._clock, self._store, self._processes = clock, store, processes
+    def __init__(self, session: Session, clock: Clock) -> None:
+        config = session.config
+        self._model, self._anatomy, self._tokens, self._config = session.model, session.anatomy, session.own, config
+        self._clock, self._store, self._processes = clock, session.store, session.processes
         self.blocks: list[list[LinearLayer]] = [[] for _ in cast(nn.ModuleList, self._block_list())]
-        for layer in anatomy.layers.values():
+        for layer in session.anatomy.layers.values():
             self.blocks[layer.block].append(layer)
         self._method = LAYERWISE[config.method]
         self._global = config.global_scope
@@ -142,16 +141,16 @@ class _Run:
         )
         self.statistics_bytes = 0
 
-    def survey(self, phase: Phase) -> Plan:
+    def survey(self, phase: Phase) -> Survey:
         """Go through the dense model for what concerns several blocks."""
         config = self._config
         if config.layer_budget == "owl":
-            return Plan(self._outlier_weighted(phase))
+            return Survey(self._outlier_weighted(phase))
         uniform = [config.sparsity] * len(self.blocks)
         if config.permute:
             self._reorder_stream(phase)
         if not self._global:
-            return Plan(uniform)
+            return Survey(uniform)
         scores: dict[str, Tensor] = {}
         for _, layers, watched in self._visit(phase, reads=self.surveys):
             with self._clock.phase("selection"):
@@ -161,18 +160,18 @@ class _Run:
             left = round((1 - config.sparsity) * self._anatomy.prunable_weights)
             selection = select_elements(dense, scores, left)
         kept = {name: mask.elements for name, mask in selection.keep.items()}
-        return Plan(uniform, kept, selection.threshold)
+        return Survey(uniform, kept, selection.threshold)
 
-    def prune(self, plan: Plan, phase: Phase) -> dict[str, Tensor]:
+    def prune(self, survey: Survey, phase: Phase) -> dict[str, Tensor]:
         """Prune block after block; returns the masks ``[R, C]``, True = kept, on the CPU."""
         kept: dict[str, Tensor] = {}
         # A solver needs the correlations of the inputs.
         solves, reorder = self._method.scope is None, self._config.permute
         for block, layers, watched in self._visit(phase, reads=self.reads, grams=solves, reorder=reorder):
             if solves:
-                kept |= self._solve(layers, watched, plan.sparsity[block])
+                kept |= self._solve(layers, watched, survey.sparsity[block])
                 continue
-            mask_of = partial(self._mask, watched=watched, plan=plan, sparsity=plan.sparsity[block])
+            mask_of = partial(self._mask, watched=watched, survey=survey, sparsity=survey.sparsity[block])
             with self._clock.phase("selection"):
                 masks = dict(self._share_out(layers, mask_of))
             with self._clock.phase("update"):
@@ -257,12 +256,12 @@ class _Run:
             )
         return scores
 
-    def _mask(self, layer: LinearLayer, watched: Watched, plan: Plan, sparsity: float) -> Tensor:
+    def _mask(self, layer: LinearLayer, watched: Watched, survey: Survey, sparsity: float) -> Tensor:
         """What is kept of a layer ``[R, C]``: by the plan or by its scores, refined if asked for."""
         config = self._config
         weight = self._weight(layer)
-        if plan.kept is not None:
-            mask = plan.kept[layer.name].to(weight.device)
+        if survey.kept is not None:
+            mask = survey.kept[layer.name].to(weight.device)
         else:
             rowwise = config.resolved_scope == "row"
             mask = keep_in_scope(self._score(layer, watched), sparsity, rowwise, config.pattern)

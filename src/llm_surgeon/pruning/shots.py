@@ -2,70 +2,65 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from llm_surgeon.curvature import Curvature, Estimation, NearestCurvature, WarmStart, estimate, passes_needed
-from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.curvature import Curvature, WarmStart, estimate, estimation_of, estimator_of, passes_needed
 from llm_surgeon.errors import TargetError
 from llm_surgeon.mathematics.fisher import Damping
-from llm_surgeon.models.anatomy import Anatomy, LinearLayer
+from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_matrix
 from llm_surgeon.models.solving import check_written
-from llm_surgeon.models.streaming import weights_of
-from llm_surgeon.passes.batch_major import Order
 from llm_surgeon.pruning.histogram import cost_histogram
+from llm_surgeon.pruning.loop import Loop
 from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.structures import Masks, Structure, structure_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import CostHistogram
-from llm_surgeon.refit.cross_fit import Fitting
-from llm_surgeon.refit.gates import warn_of_gates
-from llm_surgeon.refit.lora import correct_shot
-from llm_surgeon.report.plan import step_of
+from llm_surgeon.refit.stage import Shot
+from llm_surgeon.refit.stages import Stages, phase_name
+from llm_surgeon.session.session import Session, decomposition_work
 from llm_surgeon.system.clock import Clock
-from llm_surgeon.system.processes import ALONE, Processes
-from llm_surgeon.system.progress import Phase, Progress
-from llm_surgeon.system.storage import TensorStore
+from llm_surgeon.system.progress import Phase
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def run_shots(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    tokens: CalibrationTokens,
-    config: PruneConfig,
-    progress: Progress,
-    store: TensorStore | None = None,
-    processes: Processes = ALONE,
-    *,
-    since: RunState | None = None,
-    dense: PreTrainedModel | None = None,
-) -> Iterator[ShotResult]:
+class GlobalShots(Loop):
+    """Shots with one threshold over all layers; the curvature is estimated afresh in each."""
+
+    name = "shots"
+
+    def run(self, session: Session, since: RunState | None = None) -> Iterator[ShotResult]:
+        """Prune a model in place, shot by shot; see ``Loop.run``."""
+        return run_shots(session, since)
+
+    def phases(self, config: PruneConfig, shot: int) -> Iterator[tuple[str, str, float]]:
+        """Curvature, then selection and update of each step; see ``Loop.phases``."""
+        steps = config.steps_per_shot
+        yield phase_name(shot, config.shots, "curvature"), "curvature", 1.0
+        for step in range(1, steps + 1):
+            for name in ("selection", "update"):
+                yield f"{_step_name(shot, config.shots, step, steps)}: {name}", name, 1 / steps
+
+    def passes(self, config: PruneConfig) -> int:
+        """Passes of one estimation without a warm start."""
+        estimator = estimator_of(config)
+        assert estimator is not None, "a global method has a curvature"
+        return estimator.passes(estimation_of(config), warm=False)
+
+
+def run_shots(session: Session, since: RunState | None = None) -> Iterator[ShotResult]:
     """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
 
-    Curvature is estimated afresh in each shot, on the model as pruned so far.
-
     Args:
-        model: Dense, or as it was after the shot of ``since``.
-        anatomy: The layers of the dense model.
-        tokens: All calibration tokens.
-        config: The recipe.
-        progress: Where progress is shown.
-        store: Keeps what has to wait in layer-major passes; None makes them batch-major.
-        processes: Who does it together; all have the same model before and after each shot.
-        since: Where an earlier run of the same recipe stood; None begins with the first shot.
-        dense: The model before pruning, for recipes with reconstruction, see ``goal_of``.
+        session: The run; its model is dense, or as it was after the shot of ``since``.
+        since: State of an earlier run of the same recipe; None begins with the first shot.
 
     Raises:
         ConfigError: If the layers do not allow the structure.
@@ -73,18 +68,15 @@ def run_shots(
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
         TargetError: If the last shot misses the sparsity by more than one candidate's weights.
     """
-    assert (dense is not None) == config.reconstruction, "the dense model is what reconstruction aims at"
-    structure = structure_of(config, anatomy)
-    done, previous = 0, cast(WarmStart | None, None)
+    structure = structure_of(session.config, session.anatomy)
+    done, start = 0, cast(WarmStart | None, None)
     if since is not None:
-        done, previous = since.shot, since.start
+        done, start = since.shot, since.start
         structure.resume(since.masks)
-    if config.gate_steps and processes.first:
-        warn_of_gates(anatomy, config)
-    run = _Run(model, anatomy, structure, tokens, config, progress, store, processes, dense)
-    for number, sparsity in enumerate(config.sparsity_schedule[done:], start=done + 1):
-        result = run.shot(number, sparsity, previous)
-        previous = result.start
+    run = _Shots(session, structure, Stages(session))
+    for number, sparsity in enumerate(session.config.sparsity_schedule[done:], start=done + 1):
+        result = run.shot(number, sparsity, start)
+        start = result.start
         yield result
 
 
@@ -99,45 +91,25 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What all shots of a run have in common."""
+class _Shots:
+    """All shots of one run."""
 
-    model: PreTrainedModel
-    anatomy: Anatomy
+    session: Session
     structure: Structure
-    tokens: CalibrationTokens
-    config: PruneConfig
-    progress: Progress
-    store: TensorStore | None
-    processes: Processes
-    dense: PreTrainedModel | None
+    stages: Stages
 
-    def shot(self, number: int, sparsity: float, previous: WarmStart | None) -> ShotResult:
-        """One shot, to a sparsity; ``previous`` is what a power iteration sets out from."""
-        structure, config, clock = self.structure, self.config, Clock(next(self.model.parameters()).device)
-        curvature = self._estimate(number, previous, clock)
+    def shot(self, number: int, sparsity: float, start: WarmStart | None) -> ShotResult:
+        """Make one shot to a sparsity; a power iteration sets out from ``start``."""
+        structure, config, clock = self.structure, self.session.config, Clock(self.session.device)
+        curvature = self._estimate(number, start, clock)
         steps = [
-            self._step(curvature, target, clock, f"shot {number}/{config.shots}{step_of(step, config.steps_per_shot)}")
+            self._step(curvature, target, clock, _step_name(number, config.shots, step, config.steps_per_shot))
             for step, target in enumerate(self._targets(sparsity), start=1)
         ]
-        # Only a power iteration has use for what a shot found.
-        start = None
-        if isinstance(curvature, NearestCurvature):
-            start = curvature.warm_start(self.anatomy.layers, structure.shapes)
+        start = curvature.warm_start(self.session.anatomy.layers, structure.shapes)
         factor_bytes, loss = curvature.nbytes, curvature.loss
         del curvature
-        reconstructed, gated = self._fitting.after_shot(number, structure.shapes, clock)
-        corrected = correct_shot(
-            self.model,
-            self.anatomy,
-            structure.element_masks,
-            self.tokens,
-            self.config,
-            number,
-            clock,
-            self.progress,
-            self.processes,
-        )
+        fitted = self.stages.run(Shot(number, structure.shapes, structure.element_masks), clock)
         return ShotResult(
             shot=number,
             target_sparsity=sparsity,
@@ -148,11 +120,7 @@ class _Run:
             factor_bytes=factor_bytes,
             loss=loss,
             costs=steps[-1].costs,
-            correction=corrected,
-            reconstruction=reconstructed,
-            gates=gated,
-            seconds=clock.seconds,
-            peaks=clock.peaks,
+            stages=clock.records(fitted),
             profile=clock.profile(),
             start=start,
         )
@@ -160,106 +128,86 @@ class _Run:
     def _targets(self, sparsity: float) -> Iterator[int]:
         """Weights that are to be left after each step of a shot."""
         before = sum(mask.weights for mask in self.structure.masks.values())
-        after, steps = self._left(sparsity), self.config.steps_per_shot
+        after, steps = self._left(sparsity), self.session.config.steps_per_shot
         return (before + round((after - before) * step / steps) for step in range(1, steps + 1))
 
     def _left(self, sparsity: float) -> int:
         """Weights that are to be left at a sparsity."""
-        return round((1 - sparsity) * self.anatomy.prunable_weights)
+        return round((1 - sparsity) * self.session.anatomy.prunable_weights)
 
     def _step(self, curvature: Curvature, target: int, clock: Clock, where: str) -> _Step:
         """Remove what costs least until so many weights are left, and update the others; ``where`` names the step."""
-        structure, layers = self.structure, len(self.anatomy.layers)
-        with clock.phase("selection"), self.progress.phase(f"{where}: selection", layers, "layers") as phase:
+        structure, layers = self.structure, len(self.session.anatomy.layers)
+        with clock.phase("selection"), self.session.progress.phase(f"{where}: selection", layers, "layers") as phase:
             costs = self._costs(curvature, phase)
             selection = structure.select(costs, target)
             histogram = cost_histogram(structure.scored(costs, selection), structure.score_name, selection.threshold)
             del costs
-            if target == self._left(self.config.sparsity):
-                dense, what = self.anatomy.prunable_weights, self.config.structure
+            if target == self._left(self.session.config.sparsity):
+                dense, what = self.session.anatomy.prunable_weights, self.session.config.structure
                 _check_reached(selection.keep, target, selection.next_weights, dense, what)
-        with clock.phase("update"), self.progress.phase(f"{where}: update", layers, "layers") as phase:
+        with clock.phase("update"), self.session.progress.phase(f"{where}: update", layers, "layers") as phase:
             self._update(curvature, selection, phase)
         return _Step(selection.threshold, selection.structures_chosen, selection.structures_implied, histogram)
 
-    def _estimate(self, number: int, previous: WarmStart | None, clock: Clock) -> Curvature:
-        """The curvature of the model as it is, from this process's part of the tokens and those of the others."""
-        own = self._own
-        how = _estimation(self.config, number, self._fitting.order)
-        work = own.input_ids.numel() * passes_needed(how, warm=previous is not None)
-        description = f"shot {number}/{self.config.shots}: curvature"
-        with clock.phase("curvature"), self.progress.phase(description, work) as phase:
-            return estimate(
-                self.model,
-                self.anatomy,
-                self.structure.shapes,
-                own,
-                how,
-                phase.advance,
-                previous,
-                store=self.store,
-                processes=self.processes,
-            )
-
-    @cached_property
-    def _fitting(self) -> Fitting:
-        # Copies of the text are written once for all shots.
-        return Fitting(
-            self.model, self.dense, self.anatomy, self._own, self.config, self.progress, self.store, self.processes
-        )
-
-    @property
-    def _own(self) -> CalibrationTokens:
-        """This process's part of the tokens."""
-        return self.tokens.part(self.processes.part(self.tokens.n_samples))
+    def _estimate(self, number: int, start: WarmStart | None, clock: Clock) -> Curvature:
+        """The curvature of the model as it is, from the tokens of all processes."""
+        session, config = self.session, self.session.config
+        # Each shot draws its own labels and tokens.
+        how = replace(estimation_of(config), seed=config.seed + number, order=session.order)
+        work = session.own.input_ids.numel() * passes_needed(how, warm=start is not None)
+        words = phase_name(number, config.shots, "curvature")
+        with clock.phase("curvature"), session.progress.phase(words, work) as phase:
+            return estimate(session, self.structure.shapes, how, phase.advance, start)
 
     @property
     def _damping(self) -> Damping:
-        return Damping(self.config.dampening_a, self.config.dampening_g)
+        return Damping(self.session.config.dampening_a, self.session.config.dampening_g)
 
     def _share_out(self, compute: Callable[[LinearLayer], T]) -> Iterator[tuple[LinearLayer, T]]:
         """Compute something for each layer, each in one of the processes; a side of a matrix is a decomposition."""
-        shapes = self.structure.shapes
-        work = {name: float(sum(size**3 for size in shapes[name].shape)) for name in self.anatomy.layers}
-        for name, result in self.processes.share_out(work, lambda name: compute(self.anatomy.layers[name])):
-            yield self.anatomy.layers[name], result
-
-    def _present(self, layer: LinearLayer) -> AbstractContextManager[None]:
-        return weights_of(self.model).present(self.model.get_submodule(layer.name))
+        shapes, layers = self.structure.shapes, self.session.anatomy.layers.values()
+        return self.session.share_out(layers, compute, lambda layer: decomposition_work(shapes[layer.name]))
 
     @torch.no_grad()
     def _costs(self, curvature: Curvature, phase: Phase) -> dict[str, Any]:
-        structure = self.structure
+        structure, session = self.structure, self.session
 
         def costs_of(layer: LinearLayer) -> Any:
             fisher = curvature.fisher(layer, structure.shapes[layer.name], self._damping)
-            with self._present(layer):
-                return structure.costs(layer, read_matrix(self.model, layer), fisher)
+            with session.present(layer):
+                return structure.costs(layer, read_matrix(session.model, layer), fisher)
 
         found = {}
         for layer, costs in self._share_out(costs_of):
             found[layer.name] = costs
             phase.advance(1)
-        return {name: found[name] for name in self.anatomy.layers}
+        return {name: found[name] for name in session.anatomy.layers}
 
     @torch.no_grad()
     def _update(self, curvature: Curvature, selection: Any, phase: Phase) -> None:
+        session = self.session
         before, after = self.structure.shapes, self.structure.shapes_after(selection)
-        extents = self.anatomy.extents(after)
+        extents = session.anatomy.extents(after)
 
         def matrix_of(layer: LinearLayer) -> Tensor:
             # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
             fisher = partial(curvature.fisher, layer, before[layer.name], self._damping)
-            with self._present(layer):
-                return self.structure.matrix_after(layer, read_matrix(self.model, layer), fisher, selection)
+            with session.present(layer):
+                return self.structure.matrix_after(layer, read_matrix(session.model, layer), fisher, selection)
 
         for layer, matrix in self._share_out(matrix_of):
-            write_matrix(self.model, layer, after[layer.name], extents[layer.name], matrix)
-            check_written(layer, core_of(self.model, layer))
-            weights_of(self.model).settle(self.model.get_submodule(layer.name))
+            write_matrix(session.model, layer, after[layer.name], extents[layer.name], matrix)
+            check_written(layer, core_of(session.model, layer))
+            session.settle(layer)
             phase.advance(1)
-        narrow_heads(self.model, self.anatomy, after)
+        narrow_heads(session.model, session.anatomy, after)
         self.structure.commit(selection)
+
+
+def _step_name(shot: int, shots: int, step: int, steps: int) -> str:
+    """Words for a step of a shot; for the shot if it has one step."""
+    return f"shot {shot}/{shots}{f', step {step}/{steps}' if steps > 1 else ''}"
 
 
 def _check_reached(masks: Masks, target: int, next_weights: int, dense: int, structure: str) -> None:
@@ -282,18 +230,3 @@ def _check_reached(masks: Masks, target: int, next_weights: int, dense: int, str
             f"{100 * (1 - target / dense):.3g} % were to be: the next candidate has {next_weights:,} weights.",
             "Ask for another --sparsity, a lower --min-width or --round-to, or smaller structures.",
         )
-
-
-def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
-    assert config.resolved_curvature is not None  # layer-wise methods do not come here
-    return Estimation(
-        batch_size=config.sequences_per_pass,
-        precision=config.precision,
-        curvature=config.resolved_curvature,
-        sampled_labels=config.fisher_samples if config.fisher == "true" else 0,
-        iterations=config.kronecker_iterations,
-        gradient_share=config.gradient_share,
-        # Each shot draws its own labels and tokens.
-        seed=config.seed + shot,
-        order=order,
-    )

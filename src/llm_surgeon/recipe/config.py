@@ -316,6 +316,7 @@ class PruneConfig(BaseModel):
     export_shots: tuple[int, ...] = Field(
         (), strict=False, description="Shots to export as well, each into OUT/shot-N; repeat for more."
     )
+    formats: tuple[str, ...] = Field(("hf",), strict=False, description="Formats to export in; repeat for more.")
     evaluation: str | None = Field(
         None, description="Text to measure perplexity on; unset: held-out text of the calibration source, none: skip."
     )
@@ -550,6 +551,11 @@ class PruneConfig(BaseModel):
     def layerwise(self) -> bool:
         """Whether the run goes layer by layer; magnitude does if asked for what only layer-wise methods do."""
         return goes_layerwise(vars(self))
+
+    @property
+    def loop(self) -> str:
+        """Name of the loop that the method runs in."""
+        return "layerwise" if self.layerwise else "shots"
 
     @property
     def resolved_scope(self) -> LayerwiseScope | None:

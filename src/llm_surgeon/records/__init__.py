@@ -15,8 +15,8 @@ from llm_surgeon.records.evaluation import (
     TaskScores,
 )
 from llm_surgeon.records.plan import LayerKind, Plan, PlannedPhase
-from llm_surgeon.records.run import ExportRecord, Memory, PruneReport, RunRecord, TargetRecord
-from llm_surgeon.records.shot import CostHistogram, Figure, LayerRecord, ShotRecord, StageRecord, Size
+from llm_surgeon.records.run import ExportRecord, FormatRecord, Memory, PruneReport, RunRecord, TargetRecord
+from llm_surgeon.records.shot import CostHistogram, Figure, LayerRecord, ShotRecord, Size, StageRecord
 
 __all__ = [
     "Cell",
@@ -28,6 +28,7 @@ __all__ = [
     "ExportRecord",
     "Failure",
     "Figure",
+    "FormatRecord",
     "LayerKind",
     "LayerRecord",
     "Memory",

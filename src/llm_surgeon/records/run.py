@@ -24,6 +24,19 @@ class Memory(Record):
         return self.model + self.factors
 
 
+class FormatRecord(Record):
+    """One format of an export: the size of its weight files, and how far its logits are from the model in memory.
+
+    ``plain`` says whether its engine loads it without running code of the export.
+    """
+
+    name: str
+    weight_bytes: int
+    max_logit_difference: float
+    logit_scale: float
+    plain: bool
+
+
 class ExportRecord(Record):
     """Where the export is, how large it is, and how far its reloaded logits are from the model in memory.
 
@@ -36,6 +49,7 @@ class ExportRecord(Record):
     max_logit_difference: float
     logit_scale: float
     plain: bool = False
+    formats: tuple[FormatRecord, ...] = ()
 
 
 class TargetRecord(Record):

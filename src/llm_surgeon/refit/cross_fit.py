@@ -1,4 +1,4 @@
-"""Cross-fitting: each half of the calibration sequences makes a model of its own, and their weights' mean is the result.
+"""Cross-fitting: each half of the calibration sequences makes a model of its own, and the result is their mean.
 
 Reconstruction corrects many weights by few tokens, and so closely that these tokens say little of other text any more:
 gates set by them correct errors that only they have. *Cross-fitting* avoids that. Each half of the sequences makes a

@@ -1,4 +1,4 @@
-"""Gates of heads and groups of neurons, two of each, set after a shot: see ``gates.py`` for what a step minimises."""
+"""Gates of heads and groups of neurons, two of each, set after a shot; ``newton_gates`` says what a step minimises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.hooks import Hooks, PairReceive, Side
 from llm_surgeon.passes.task import Task
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.records import GatesRecord
 from llm_surgeon.system.storage import Stored, in_turn
 
 logger = logging.getLogger(__name__)
@@ -87,19 +86,20 @@ def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
     widest = max((part.neurons for part in anatomy.feed_forwards), default=1)
     if config.gate_width is not None or not config.cross_fit:
         return config.gate_width or widest
-    most = min(MOST_GATES, _tokens(config) // CROSSWISE_TOKENS_PER_GATE)
+    most = min(MOST_GATES, tokens_of_gates(config) // CROSSWISE_TOKENS_PER_GATE)
     width = NARROWEST
-    while width < widest and _count(gates_of(anatomy, width)) > most:
+    while width < widest and count_gates(gates_of(anatomy, width)) > most:
         width *= 2
     return min(width, widest)
 
 
-def _tokens(config: PruneConfig) -> int:
-    """What sets the gates of a model."""
+def tokens_of_gates(config: PruneConfig) -> int:
+    """Tokens that set the gates of a model."""
     return config.samples * config.seq_len // config.parts_of_text
 
 
-def _count(gates: Iterable[Gated]) -> int:
+def count_gates(gates: Iterable[Gated]) -> int:
+    """How many gates there are together."""
     return sum(gated.count for gated in gates)
 
 
@@ -125,7 +125,7 @@ def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor, width: int) -
 
 def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
     """Say so if a model has no gates, or the tokens of the recipe are few for each."""
-    count, tokens = _count(gates_of(anatomy, gate_width(anatomy, config))), _tokens(config)
+    count, tokens = count_gates(gates_of(anatomy, gate_width(anatomy, config))), tokens_of_gates(config)
     enough = CROSSWISE_TOKENS_PER_GATE if config.cross_fit else TOKENS_PER_GATE
     if not count:
         logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")
@@ -139,7 +139,28 @@ def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
         )
 
 
-def set_gates(task: Task, steps: int, damping: float | None = None, width: int | None = None) -> GatesRecord:
+@dataclass(frozen=True)
+class SetGates:
+    """The result of setting gates.
+
+    Attributes:
+        gates: How many gates there are.
+        steps: How many steps were taken.
+        first_loss: Mean loss of the calibration text before the first step, in nats; None without gates.
+        last_loss: Mean loss after the last step, by the parabola that gave its length; None without gates.
+        largest_change: Largest relative change of a gate.
+        damping: Damping of the first step, as a fraction of the mean of the diagonal of the gates' Fisher.
+    """
+
+    gates: int
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    largest_change: float
+    damping: float | None
+
+
+def set_gates(task: Task, steps: int, damping: float | None = None, width: int | None = None) -> SetGates:
     """Take some Newton steps on the gates of a pruned model, and put them into its weights.
 
     Args:
@@ -156,12 +177,12 @@ def set_gates(task: Task, steps: int, damping: float | None = None, width: int |
     """
     gates = (_left(task, gated) for gated in gates_of(task.anatomy, width))
     work = _Work(task, [gated for gated in gates if gated.members.numel()])
-    count = _count(work.gates)
+    count = count_gates(work.gates)
     if not count:
-        return GatesRecord(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0, damping=None)
+        return SetGates(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0, damping=None)
     taken = [work.step(damping) for _ in range(steps)]
     product = torch.stack([step.factors for step in taken]).prod(0)
-    return GatesRecord(
+    return SetGates(
         gates=count,
         steps=steps,
         first_loss=taken[0].before,
@@ -315,7 +336,7 @@ class _Effects:
         """Effects ``[tokens, gates]``; zero where no token has a label."""
         if block not in self._held:
             tokens = self._task.tokens.input_ids.numel()
-            self._held[block] = torch.zeros(tokens, _count(self._gates[block]), device=self._task.device)
+            self._held[block] = torch.zeros(tokens, count_gates(self._gates[block]), device=self._task.device)
         return self._held[block]
 
     def put_away(self, block: int) -> None:

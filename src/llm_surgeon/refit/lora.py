@@ -23,11 +23,6 @@ from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.modeling_pruned import PrunedLinear
 from llm_surgeon.models.modes import arithmetic, frozen
 from llm_surgeon.passes.head import backward, label_positions, last_states
-from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.records import CorrectionRecord
-from llm_surgeon.system.clock import Clock
-from llm_surgeon.system.processes import ALONE, Processes
-from llm_surgeon.system.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,15 @@ class Corrections:
             )
 
 
+@dataclass(frozen=True)
+class Corrected:
+    """The result of corrections: steps taken, and the mean losses in nats of the first and the last batch."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+
+
 def require_peft() -> None:
     """Find out early whether corrections are possible.
 
@@ -83,7 +87,7 @@ def correct(
     precision: str,
     seed: int,
     advance: Callable[[int], None] = lambda _tokens: None,
-) -> CorrectionRecord:
+) -> Corrected:
     """Train low-rank adapters on every prunable layer and absorb them into the weights, in place.
 
     The loss is the mean negative log-likelihood of the next tokens. Biases, removed weights and all other parameters
@@ -126,63 +130,7 @@ def correct(
             schedule.step()
             advance(input_ids.numel())
         adapters.absorb(layers)
-    return CorrectionRecord(steps=how.steps, first_loss=losses[0], last_loss=losses[-1])
-
-
-def correct_shot(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    masks: Mapping[str, Tensor] | None,
-    tokens: CalibrationTokens,
-    config: PruneConfig,
-    shot: int,
-    clock: Clock,
-    progress: Progress,
-    processes: Processes = ALONE,
-) -> CorrectionRecord | None:
-    """First-order corrections after a shot, if the recipe wants any; the last may have steps of its own.
-
-    Args:
-        model: The model, as pruned so far.
-        anatomy: Its prunable layers.
-        masks: Kept weights of layers that hold zeros, see ``correct``.
-        tokens: Calibration tokens.
-        config: The recipe.
-        shot: Number of the shot, from 1.
-        clock: Where the time goes.
-        progress: Where progress is shown.
-        processes: Of which the first one trains, and the others take over its weights.
-    """
-    if not config.lora:
-        return None
-    how = Corrections(
-        rank=config.lora_rank,
-        learning_rate=config.lora_learning_rate,
-        steps=config.lora_final_steps if shot == config.shots else config.lora_steps,
-        share=config.lora_share,
-    )
-    work = how.steps * config.lora_batch_size * tokens.seq_len
-    with clock.phase("correction"), progress.phase(f"shot {shot}/{config.shots}: correction", work) as phase:
-
-        def train() -> CorrectionRecord:
-            return correct(
-                model,
-                anatomy,
-                masks,
-                tokens,
-                how,
-                batch_size=config.lora_batch_size,
-                precision=config.precision,
-                # Other sequences and other random factors in each shot.
-                seed=config.seed + shot,
-                advance=phase.advance,
-            )
-
-        record = processes.from_first(train)
-        for layer in anatomy.layers.values():
-            core = core_of(model, layer)
-            core.weight.data = processes.broadcast(core.weight.data, 0)
-        return record
+    return Corrected(steps=how.steps, first_loss=losses[0], last_loss=losses[-1])
 
 
 def _targets(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

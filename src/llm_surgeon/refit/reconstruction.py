@@ -3,7 +3,8 @@
 The dense and the pruned model go through the calibration tokens side by side, block by block. In each block the output
 projections of the attention and of the feed-forward part are corrected, in this order, on the inputs that they really
 get: from blocks that are pruned and corrected already. At the end the last norm is scaled for predictions that are as
-sure as they are right. See ``reconstruction.py`` for what each correction minimises.
+sure as they are right. ``least_squares`` says what each correction
+minimises.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ from llm_surgeon.models.modes import products
 from llm_surgeon.models.solving import check_written
 from llm_surgeon.passes.hooks import Hooks, with_bias
 from llm_surgeon.passes.sweep import Batch, Sweep
-from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.records import ReconstructionRecord
 from llm_surgeon.refit.last_norm import last_norm, scale_last_norm
-from llm_surgeon.system.processes import ALONE, Processes
-from llm_surgeon.system.storage import Stored, TensorStore, in_turn
+from llm_surgeon.session.session import Session
+from llm_surgeon.system.processes import Processes
+from llm_surgeon.system.storage import Stored, in_turn
 
 Advance = Callable[[int], None]
 
@@ -58,6 +58,19 @@ class Reconstruction:
     precision: str
 
 
+@dataclass(frozen=True)
+class Reconstructed:
+    """The result of a reconstruction.
+
+    Attributes:
+        relative_error: Error of the stream behind the last block, relative to the dense model's stream.
+        scale: Factor by which the last norm was multiplied.
+    """
+
+    relative_error: float
+    scale: float
+
+
 def dense_copy(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     """A copy of a dense model that pruning the model does not change; what stays in both is shared."""
     changed = [model.get_submodule(name) for name in anatomy.layers]
@@ -68,28 +81,15 @@ def dense_copy(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     return deepcopy(model, shared)
 
 
-def goal_of(
-    model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTokens, config: PruneConfig
-) -> PreTrainedModel | None:
-    """The copy of a model, dense still, that a recipe's reconstruction aims at; None if it wants none.
-
-    Raises:
-        UnsupportedModelError: If the model's errors cannot be reconstructed, see ``check_stream``.
-    """
-    if not config.reconstruction:
-        return None
-    check_stream(model, anatomy, tokens, config.precision)
-    return dense_copy(model, anatomy)
-
-
-def check_stream(model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTokens, precision: str) -> None:
+def check_stream(session: Session) -> None:
     """Make sure that a block adds what its two parts put out to what enters it, by running one on a few tokens.
 
     Raises:
         UnsupportedModelError: If it does not, as where outputs are normalised before they are added.
     """
-    few = CalibrationTokens(tokens.input_ids[:1, :_PROBE], None, {})
-    sweep = Sweep(model, anatomy.family.blocks, few, 1, precision)
+    model, anatomy = session.model, session.anatomy
+    few = CalibrationTokens(session.tokens.input_ids[:1, :_PROBE], None, {})
+    sweep = Sweep(model, anatomy.family.blocks, few, 1, session.config.precision)
     parts: list[Tensor] = []
     (batch,) = sweep.batches
     entering = batch.hidden.get()
@@ -109,31 +109,24 @@ def check_stream(model: PreTrainedModel, anatomy: Anatomy, tokens: CalibrationTo
 
 
 def reconstruct(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    anatomy: Anatomy,
+    session: Session,
     keep: Mapping[str, KeepMask],
-    tokens: CalibrationTokens,
     how: Reconstruction,
+    part: CalibrationTokens | None = None,
     *,
     text: int | None = None,
-    store: TensorStore | None = None,
-    processes: Processes = ALONE,
     advance: Advance = lambda _tokens: None,
-) -> ReconstructionRecord:
+) -> Reconstructed:
     """Correct the layers of a pruned model that write into the residual stream, and scale its last norm, in place.
 
     Args:
-        model: The model, as pruned so far.
-        dense: The model before pruning, see ``dense_copy``.
-        anatomy: The prunable layers; those that are not stay as they are.
-        keep: Rows and columns that are left; agrees with ``model``.
-        tokens: Calibration tokens of this process.
+        session: The run, with the model as pruned so far and the dense model; layers that are not prunable stay as
+            they are. Hidden states of both models wait in its store, or in the memory of the model's device.
+        keep: Rows and columns that are left; agrees with the model.
         how: Ridge, batches and precision.
+        part: Tokens of this process to take; None takes the session's own.
         text: How many of the sequences, the first ones, are text whose next tokens are right; all if None.
-        store: Where hidden states of both models wait; in the memory of the model's device if None.
-        processes: Who reads the other tokens; sums are added up with theirs.
-        advance: Called with the number of tokens after each batch that went through a block of either model:
+        advance: Takes the number of tokens after each batch that went through a block of either model:
             ``DENSE_RUNS + PRUNED_RUNS`` times all tokens a block.
 
     Returns:
@@ -143,9 +136,12 @@ def reconstruct(
         NonFiniteError: If inputs or corrected weights are not finite.
         NotPositiveDefiniteError: If inputs have no decomposition even with a larger ridge.
     """
-    given = anatomy.family.blocks, tokens, how.batch_size, how.precision, store
+    model, anatomy, dense, processes = session.model, session.anatomy, session.dense, session.processes
+    assert dense is not None, "the dense model is what reconstruction aims at"
+    tokens = session.own if part is None else part
+    given = anatomy.family.blocks, tokens, how.batch_size, how.precision, session.store
     goal, stream = Sweep(dense, *given), Sweep(model, *given)
-    work = _Work(model, anatomy, keep, anatomy.extents(keep), stream, how, processes, advance)
+    work = _Corrections(session, keep, anatomy.extents(keep), stream, how, advance)
     for block in range(len(stream)):
         middle, last = _writers(anatomy, block)
         behind_attention = _behind_attention(goal, dense, block, middle, advance)
@@ -156,7 +152,7 @@ def reconstruct(
         stream.pass_through(block, advance)
     counted = tokens.n_samples if text is None else text
     scale = scale_last_norm(model, anatomy, stream, counted, how.precision, processes)
-    return ReconstructionRecord(relative_error=_relative_error(goal, stream, processes), scale=scale)
+    return Reconstructed(_relative_error(goal, stream, processes), scale)
 
 
 def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
@@ -195,16 +191,14 @@ def _stop(output: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Corrections:
     """What all corrections of a shot have in common."""
 
-    model: PreTrainedModel
-    anatomy: Anatomy
+    session: Session
     keep: Mapping[str, KeepMask]
     extents: Mapping[str, KeepMask]
     stream: Sweep
     how: Reconstruction
-    processes: Processes
     advance: Advance
 
     def correct(self, block: int, name: str, goals: list[Stored], *, inside: bool) -> None:
@@ -216,11 +210,11 @@ class _Work:
             goals: The stream of the dense model behind it, a tensor a batch.
             inside: Whether that is inside the block, behind the attention, or behind the block.
         """
-        layer = self.anatomy.layers.get(name)
-        if layer is None or not core_of(self.model, layer).weight.numel():
+        layer = self.session.anatomy.layers.get(name)
+        if layer is None or not core_of(self.session.model, layer).weight.numel():
             self.advance(sum(batch.input_ids.numel() for batch in self.stream.batches))
             return
-        core = core_of(self.model, layer)
+        core = core_of(self.session.model, layer)
         inputs = InputSum(core.in_features, layer.bias, core.weight.device)
         cross = torch.zeros(core.out_features, core.in_features + layer.bias, device=core.weight.device)
         rows = to_index(self.keep[name].rows).to(core.weight.device)
@@ -231,18 +225,18 @@ class _Work:
                 inputs.add(x)
                 cross.addmm_(error[:, rows].T, with_bias(x.float(), layer.bias))
                 count += len(x)
-        inputs.add_up(self.processes)
-        self.processes.add_up([cross])
-        count = round(self.processes.total(count)[0])
+        inputs.add_up(self.session.processes)
+        self.session.processes.add_up([cross])
+        count = round(self.session.processes.total(count)[0])
         self._change(layer, inputs.mean(count, None, layer.bias), cross / count)
 
     def _seen(self, block: int, layer: LinearLayer, inside: bool) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Run the block; yields each batch with a layer's inputs ``[n, C]`` and the stream behind it ``[n, width]``."""
         inputs: list[Tensor] = []
         with Hooks() as hooks:
-            hooks.on_input(core_of(self.model, layer), inputs.append)
+            hooks.on_input(core_of(self.session.model, layer), inputs.append)
             if inside:
-                hooks.on_output(self.model.get_submodule(layer.name), _stop)
+                hooks.on_output(self.session.model.get_submodule(layer.name), _stop)
             for batch, waiting in self.stream.entering():
                 hooks.positions = batch.positions
                 entering = waiting.get()
@@ -257,10 +251,10 @@ class _Work:
         def solve() -> Tensor:
             return reconstructing_change(error_by_input, a, self.how.ridge, f"{layer.name} (reconstruction)")
 
-        matrix = read_matrix(self.model, layer)
-        changed = matrix + self.processes.from_first(solve).to(matrix)
-        write_matrix(self.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
-        check_written(layer, core_of(self.model, layer))
+        matrix = read_matrix(self.session.model, layer)
+        changed = matrix + self.session.processes.from_first(solve).to(matrix)
+        write_matrix(self.session.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
+        check_written(layer, core_of(self.session.model, layer))
 
 
 def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:

@@ -56,13 +56,24 @@ class LiveBytes(Protocol):
 
 
 class Tracer(Protocol):
-    """Runs code of a stage on a model whose tensors have shapes and types but no numbers."""
+    """Runs code of a stage on a model whose tensors have shapes and types but no numbers.
 
-    def by_depth(self, measure: Callable[[Session, LiveBytes], int]) -> int:
+    Attributes:
+        anatomy: The prunable layers at full depth.
+    """
+
+    anatomy: Anatomy
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A tensor without numbers of the same shape and type, which code under the tracer may take."""
+
+    def by_depth(self, measure: Callable[[Session, LiveBytes], int], sequences: int | None = None) -> int:
         """Bytes that ``measure`` finds on the whole model; a deep one is followed from two shallow ones.
 
         Args:
-            measure: Runs one batch in a session without numbers, and says the bytes it takes beside the weights.
+            measure: Runs one batch in a session without numbers, and says the bytes it takes beside the weights. The
+                session's tokens are that batch.
+            sequences: Sequences of the batch; None takes those of a pass of the recipe.
         """
 
 
@@ -125,6 +136,12 @@ class Stage(ABC):
         Raises:
             ConfigError: If something is missing, such as an optional package.
         """
+        return
+
+    @classmethod
+    def resolved(cls, config: PruneConfig, anatomy: Anatomy) -> PruneConfig:
+        """The recipe with options of the stage that depend on the whole text, before processes share that."""
+        return config
 
     @classmethod
     def check_model(cls, session: Session) -> None:
@@ -133,6 +150,7 @@ class Stage(ABC):
         Raises:
             SurgeonError: If the stage is not possible.
         """
+        return
 
     @classmethod
     def changes(cls, model: nn.Module, anatomy: Anatomy) -> list[str]:
@@ -141,9 +159,10 @@ class Stage(ABC):
 
     def begin(self) -> None:
         """Make what fits have in common, once, before progress of the first one is shown."""
+        return
 
     @abstractmethod
-    def work(self, half: int | None) -> int:
+    def work(self, shot: Shot, half: int | None) -> int:
         """Tokens that ``fit`` reports as its progress, all together."""
 
     @abstractmethod

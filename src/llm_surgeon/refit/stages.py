@@ -11,17 +11,16 @@ from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import HALVES, PruneConfig
 from llm_surgeon.records import StageRecord
 from llm_surgeon.refit.cross_fit import OtherWeights, mean_of
-from llm_surgeon.refit.gates import GatesStage
-from llm_surgeon.refit.lora import CorrectionStage
-from llm_surgeon.refit.reconstruction import ReconstructionStage, dense_copy
+from llm_surgeon.refit.gates_stage import GatesStage
+from llm_surgeon.refit.lora_stage import CorrectionStage
+from llm_surgeon.refit.reconstruction import dense_copy
+from llm_surgeon.refit.reconstruction_stage import ReconstructionStage
 from llm_surgeon.refit.stage import Fitted, Shot, Stage
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.clock import Clock
 
 # In the order in which they run.
-STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (ReconstructionStage, GatesStage, CorrectionStage)
-}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (ReconstructionStage, GatesStage, CorrectionStage)}
 
 
 def stages_of(config: PruneConfig) -> list[type[Stage]]:
@@ -125,9 +124,7 @@ class Stages:
         for stage in self._stages:
             if stage.half == "whole":
                 found[stage.name] = self._fit(stage, shot, None, clock)
-        return [
-            StageRecord(name=name, seconds=0.0, figures=fit.figures, note=fit.note) for name, fit in found.items()
-        ]
+        return [StageRecord(name=name, seconds=0.0, figures=fit.figures, note=fit.note) for name, fit in found.items()]
 
     def _fit(self, stage: Stage, shot: Shot, turn: int | None, clock: Clock) -> Fitted:
         config = self._session.config
@@ -135,5 +132,5 @@ class Stages:
         with clock.phase(stage.name):
             stage.begin()
             words = phase_name(shot.number, config.shots, stage.name, half)
-            with self._session.progress.phase(words, stage.work(half)) as phase:
+            with self._session.progress.phase(words, stage.work(shot, half)) as phase:
                 return stage.fit(shot, half, phase.advance)

@@ -135,30 +135,31 @@ def times_svg(shots: Sequence[ShotRecord]) -> str | None:
 
 def memory_svg(shots: Sequence[ShotRecord], floor: int) -> str | None:
     """Draw the peak memory of each phase of each shot above the floor of the run; None if no peak was recorded."""
-    if not any(peak > 0 for shot in shots for peak in shot.peaks.values()):
+    if not any(shot.peak for shot in shots):
         return None
     label = "Bars: peak memory of each phase, by shot, with the floor of the run as a line"
     return inline_svg("memory", label, (WIDTH, 3.4), lambda figure: draw_memory(figure, shots, floor))
 
 
-def seconds_by_phase(shot: ShotRecord) -> dict[str, float]:
-    """Give the seconds of each phase of a shot, in the order in which they run."""
-    return {
-        "curvature": shot.curvature_seconds,
-        "selection": shot.selection_seconds,
-        "update": shot.update_seconds,
-        "reconstruction": shot.reconstruction_seconds,
-        "gates": shot.gates_seconds,
-        "correction": shot.correction_seconds,
-        "evaluation": shot.evaluation_seconds,
-    }
+def phases_of(shots: Sequence[ShotRecord]) -> list[str]:
+    """Names of all stages of the shots: in the order in which they run, the evaluation last."""
+    stages = [stage for shot in shots for stage in shot.stages]
+    return list(dict.fromkeys(stage.name for stage in sorted(stages, key=lambda stage: stage.reports)))
 
 
-def peak_phases(shots: Sequence[ShotRecord]) -> list[str]:
-    """Give the phases with a recorded peak: the known ones in the order in which they run, then any others."""
-    recorded = dict.fromkeys(phase for shot in shots for phase in shot.peaks)
-    known = [phase for phase in PHASE_COLOURS if phase in recorded]
-    return known + [phase for phase in recorded if phase not in PHASE_COLOURS]
+def phase_colour(phase: str) -> str:
+    """The colour of a stage; grey for one without its own."""
+    return PHASE_COLOURS.get(phase, GREY)
+
+
+def stage_losses(shot: ShotRecord) -> dict[str, tuple[float, float]]:
+    """First and last of the losses that a stage reports, by stage; stages with fewer than two are left out."""
+    found = {}
+    for stage in shot.stages:
+        losses = [figure.value for figure in stage.figures if figure.kind == "loss" and figure.value is not None]
+        if len(losses) > 1:
+            found[stage.name] = losses[0], losses[-1]
+    return found
 
 
 def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
@@ -179,22 +180,17 @@ def loss_points(report: PruneReport) -> list[tuple[float, float]]:
 
 
 def draw_loss(axes: Axes, report: PruneReport) -> None:
-    """Draw the calibration loss before each shot, and where corrections began and ended after it."""
+    """Draw the calibration loss before each shot, and the losses before and after stages that report them."""
     points = loss_points(report)
     axes.set_title("Calibration loss before each shot")
     axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", linewidth=2, label="before the shot")
     write_values(axes, points)
-    corrected = [
-        (kept, shot.correction)
-        for kept, shot in zip(kept_percent(report)[1:], report.shots, strict=True)
-        if shot.correction is not None
-    ]
-    if corrected:
-        sizes = [kept for kept, _ in corrected]
-        first = [correction.first_loss for _, correction in corrected]
-        last = [correction.last_loss for _, correction in corrected]
-        axes.plot(sizes, first, color=VERMILION, marker="D", linestyle="none", label="first correction step")
-        axes.plot(sizes, last, color=GREEN, marker="s", linestyle="none", label="last correction step")
+    sizes = kept_percent(report)[1:]
+    for number, stage in enumerate(dict.fromkeys(name for shot in report.shots for name in stage_losses(shot))):
+        losses = [stage_losses(shot).get(stage, (math.nan, math.nan)) for shot in report.shots]
+        for marker, label, values in zip("Ds", ("before", "after"), zip(*losses, strict=True), strict=True):
+            colour = (VERMILION, GREEN)[label == "after"] if not number else phase_colour(stage)
+            axes.plot(sizes, values, color=colour, marker=marker, linestyle="none", label=f"{label} {stage}")
     axes.set_ylabel("loss (nats per token)")
     finish_size_axes(axes)
 
@@ -225,10 +221,12 @@ def draw_times(figure: Figure, shots: Sequence[ShotRecord]) -> None:
     axes = figure.subplots()
     positions = np.arange(len(shots))
     ends = np.zeros(len(shots))
-    for phase, colour in PHASE_COLOURS.items():
-        seconds = np.array([seconds_by_phase(shot)[phase] for shot in shots])
+    for phase in phases_of(shots):
+        seconds = np.array([shot.seconds_of(phase) for shot in shots])
         if seconds.any():
-            axes.barh(positions, seconds, left=ends, color=colour, edgecolor="white", linewidth=0.6, label=phase)
+            axes.barh(
+                positions, seconds, left=ends, color=phase_colour(phase), edgecolor="white", linewidth=0.6, label=phase
+            )
         ends += seconds
     if len(shots) <= NUMBERED:
         for position, end in zip(positions, ends, strict=True):
@@ -243,12 +241,12 @@ def draw_times(figure: Figure, shots: Sequence[ShotRecord]) -> None:
 def draw_memory(figure: Figure, shots: Sequence[ShotRecord], floor: int) -> None:
     """Draw a group of bars per shot, one for each phase with a recorded peak, and the floor as a line."""
     axes = figure.subplots()
-    phases = peak_phases(shots)
+    phases = phases_of(shots)
     width = 0.8 / len(phases)
     for number, phase in enumerate(phases):
         positions = np.arange(len(shots)) + (number - (len(phases) - 1) / 2) * width
-        peaks = [shot.peaks.get(phase, 0) for shot in shots]
-        axes.bar(positions, peaks, width, color=PHASE_COLOURS.get(phase, GREY), edgecolor="white", label=phase)
+        peaks = [stage.peak if (stage := shot.stage(phase)) else 0 for shot in shots]
+        axes.bar(positions, peaks, width, color=phase_colour(phase), edgecolor="white", label=phase)
     if floor > 0:
         axes.axhline(floor, color="black", linestyle="--", linewidth=1.2, label=f"floor ({scaled_bytes(floor)})")
     _number_shots(axes.xaxis, shots)

@@ -9,14 +9,13 @@ from llm_surgeon.records import ExportRecord, LayerRecord, Memory, PruneReport, 
 from llm_surgeon.report.card import model_name, to_yaml
 from llm_surgeon.report.figures import (
     PANELS,
-    PHASE_COLOURS,
     costs_svg,
     curves_svg,
     evenly_spaced,
     kept_svg,
     memory_svg,
-    peak_phases,
-    seconds_by_phase,
+    phases_of,
+    stage_losses,
     times_svg,
 )
 from llm_surgeon.report.plan import compared
@@ -167,38 +166,17 @@ def _shots(report: PruneReport) -> str:
     headings = [
         "shot", "target sparsity", "sparsity reached", "threshold", "structures removed", "implied", "calibration loss",
     ]  # fmt: skip
-    corrected = any(shot.correction is not None for shot in report.shots)
-    if corrected:
-        headings += ["correction steps", "first loss", "last loss"]
-    reconstructed = any(shot.reconstruction is not None for shot in report.shots)
-    if reconstructed:
-        headings += ["error of the stream", "scale of predictions"]
-    gated = any(shot.gates is not None for shot in report.shots)
-    if gated:
-        headings += ["number of gates", "loss before them", "loss after"]
-    rows = [
-        _shot_row(shot)
-        + (_correction_cells(shot) if corrected else ())
-        + (_reconstruction_cells(shot) if reconstructed else ())
-        + (_gates_cells(shot) if gated else ())
-        for shot in report.shots
-    ]
+    # A stage says itself what it found; what no shot has is no column.
+    stages = [stage for shot in report.shots for stage in shot.stages]
+    figures = dict.fromkeys((stage.name, figure.name) for stage in stages for figure in stage.figures)
+    headings += [name for _, name in figures]
+    rows = [(*_shot_row(shot), *(_figure_cell(shot, *key) for key in figures)) for shot in report.shots]
     notes = (
         "Sparsity is the share of the prunable weights that is gone. The threshold is the largest score removed. "
         "Implied are structures that went because nothing reads or feeds them any more. The calibration loss is that "
         "of the model before the shot, in nats per token."
     )
-    if reconstructed:
-        notes += (
-            " The error of the stream is what the last block's output misses of the dense model's after "
-            "reconstruction, in root mean square, relative to it; by the scale the last norm was multiplied for "
-            "predictions that are as sure as they are right."
-        )
-    if gated:
-        notes += (
-            " Gates are the numbers that heads and groups of neurons were multiplied by; the losses are those of the "
-            "calibration text before the first step on them, and after the last as a parabola predicts it."
-        )
+    notes += "".join(f" {note}" for note in dict.fromkeys(stage.note for stage in stages) if note)
     if report.config.get("cross_fit"):
         notes += (
             " All of these are means over the models of both halves of the text, before their weights became one; the "
@@ -219,26 +197,15 @@ def _shot_row(shot: ShotRecord) -> tuple[str, ...]:
     )
 
 
-def _correction_cells(shot: ShotRecord) -> tuple[str, ...]:
-    correction = shot.correction
-    if correction is None:
-        return (UNKNOWN,) * 3
-    return f"{correction.steps:,}", f"{correction.first_loss:.4f}", f"{correction.last_loss:.4f}"
-
-
-def _reconstruction_cells(shot: ShotRecord) -> tuple[str, ...]:
-    record = shot.reconstruction
-    if record is None:
-        return (UNKNOWN,) * 2
-    return f"{100 * record.relative_error:.1f} %", f"{record.scale:.3f}"
-
-
-def _gates_cells(shot: ShotRecord) -> tuple[str, ...]:
-    record = shot.gates
-    if record is None:
-        return (UNKNOWN,) * 3
-    losses = (UNKNOWN if loss is None else f"{loss:.4f}" for loss in (record.first_loss, record.last_loss))
-    return f"{record.gates:,}", *losses
+def _figure_cell(shot: ShotRecord, stage: str, name: str) -> str:
+    """One figure of a stage as its kind is written."""
+    record = shot.stage(stage)
+    found = next((figure for figure in record.figures if figure.name == name), None) if record else None
+    if found is None or found.value is None:
+        return UNKNOWN
+    return {"count": f"{found.value:,.0f}", "share": f"{100 * found.value:.1f} %", "loss": f"{found.value:.4f}"}.get(
+        found.kind, f"{found.value:.3g}"
+    )
 
 
 def _curves(report: PruneReport) -> str:
@@ -251,8 +218,8 @@ def _curves(report: PruneReport) -> str:
     )
     missing = " ".join(f"{name} of the shots was not measured." for name, known in measured if not known)
     caption = "A run goes from left to right."
-    if any(shot.correction is not None for shot in report.shots):
-        caption += " The losses of the correction steps stand at the size after their shot."
+    if any(stage_losses(shot) for shot in report.shots):
+        caption += " The losses before and after a stage stand at the size after its shot."
     return _figure(svg, f"{caption} {missing}".strip())
 
 
@@ -302,11 +269,12 @@ def _time(shots: Sequence[ShotRecord]) -> str:
     svg = times_svg(shots)
     if svg is None:
         return _said("There were no shots.")
-    seconds = [[*seconds_by_phase(shot).values()] for shot in shots]
+    phases = phases_of(shots)
+    seconds = [[shot.seconds_of(phase) for phase in phases] for shot in shots]
     rows = [_seconds_row(str(shot.shot), values) for shot, values in zip(shots, seconds, strict=True)]
     if len(shots) > 1:
         rows.append(_seconds_row("all", [sum(values) for values in zip(*seconds, strict=True)]))
-    table = _table("Seconds of each phase", ("shot", *PHASE_COLOURS, "sum"), rows)
+    table = _table("Seconds of each phase", ("shot", *phases, "sum"), rows)
     figure = _figure(svg, "The evaluation only reports on a shot; it takes no part in the pruning.")
     return "\n".join((figure, table, _profile(shots)))
 
@@ -336,13 +304,15 @@ def _memory(shots: Sequence[ShotRecord], memory: Memory) -> str:
     svg = memory_svg(shots, memory.floor)
     if svg is None:
         return f"{facts}\n{_said('The peaks of the phases were not measured.')}"
-    phases = peak_phases(shots)
-    rows = [
-        (str(shot.shot), *(scaled_bytes(shot.peaks[phase]) if phase in shot.peaks else UNKNOWN for phase in phases))
-        for shot in shots
-    ]
+    phases = phases_of(shots)
+    rows = [(str(shot.shot), *(_peak_cell(shot, phase) for phase in phases)) for shot in shots]
     caption = "Peaks count memory of the device if it is a GPU, else memory resident in the process."
     return f"{facts}\n{_figure(svg, caption)}\n{_table('Peak of each phase', ('shot', *phases), rows)}"
+
+
+def _peak_cell(shot: ShotRecord, phase: str) -> str:
+    record = shot.stage(phase)
+    return scaled_bytes(record.peak) if record is not None and record.peak else UNKNOWN
 
 
 def _plan(report: PruneReport) -> str:

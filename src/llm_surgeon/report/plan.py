@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_surgeon.recipe.config import HALVES, PruneConfig
 from llm_surgeon.recipe.quantity import duration
 from llm_surgeon.records import Plan, PlannedPhase, PruneReport
 from llm_surgeon.report.table import UNKNOWN, scaled, scaled_bytes
@@ -26,64 +23,19 @@ def compared(report: PruneReport) -> list[tuple[str, str, str, str]]:
     plan, export = report.plan, report.export
     if plan is None:
         return []
-    shots = ("curvature", "selection", "update", "reconstruction", "gates")
-    seconds = sum(phase.seconds for phase in plan.phases if phase.name in shots)
+    ran = {stage.name for shot in report.shots for stage in shot.stages if not stage.reports}
+    seconds = sum(phase.seconds for phase in plan.phases if phase.name in ran)
     pairs: list[tuple[str, float, float]] = [("peak memory", plan.peak, report.memory.peak)]
     if export is not None:
         pairs.append(("weight files", plan.weight_bytes, export.weight_bytes))
     rows = [_compared(name, scaled_bytes(round(a)), scaled_bytes(round(b)), a, b) for name, a, b in pairs]
-    taken = sum(shot.seconds - shot.correction_seconds for shot in report.shots)
+    taken = sum(shot.seconds for shot in report.shots)
     rows.append(_compared("time of the shots", duration(seconds), duration(taken), seconds, taken))
     return rows
 
 
 def _compared(name: str, predicted: str, measured: str, a: float, b: float) -> tuple[str, str, str, str]:
     return name, predicted, measured, f"{a / b:.2f}" if b else UNKNOWN
-
-
-def seconds_of_phases(plan: Plan, config: PruneConfig) -> dict[str, float]:
-    """What a plan says of each phase that the run's progress shows, by its description, in their order.
-
-    Shots are taken to be alike. What comes after the last one is no phase, and counts too.
-
-    Args:
-        plan: Of the run.
-        config: Its recipe.
-    """
-    seconds = {phase.name: phase.seconds for phase in plan.phases}
-    shots = {
-        description: share / config.shots * sum(seconds.get(name, 0.0) for name in names)
-        for shot in range(1, config.shots + 1)
-        for description, names, share in _phases_of_shot(config, f"shot {shot}/{config.shots}")
-    }
-    after = {name: seconds.get(name, 0.0) for name in ("export and check", "speed")}
-    return {"dense: perplexity": seconds.get("dense evaluation", 0.0)} | shots | after
-
-
-def _phases_of_shot(config: PruneConfig, shot: str) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """Phases of a shot as they follow one another: description, what the plan calls it, and the share of that."""
-    if config.layerwise:
-        yield f"{config.method}: block after block", ("curvature", "selection", "update"), 1.0
-    else:
-        yield f"{shot}: curvature", ("curvature",), 1.0
-        steps = config.steps_per_shot
-        for step in range(1, steps + 1):
-            for name in ("selection", "update"):
-                yield f"{shot}{step_of(step, steps)}: {name}", (name,), 1 / steps
-        for half in range(1, HALVES + 1) if config.cross_fit else ():
-            yield f"{shot}: reconstruction by half {half} of {HALVES}", ("reconstruction",), 1 / HALVES
-            # The other half sets the gates.
-            yield f"{shot}: gates by half {HALVES + 1 - half} of {HALVES}", ("gates",), 1 / HALVES
-        if not config.cross_fit:
-            yield f"{shot}: reconstruction", ("reconstruction",), 1.0
-            yield f"{shot}: gates", ("gates",), 1.0
-    yield f"{shot}: correction", ("correction",), 1.0
-    yield f"{shot}: perplexity", ("evaluation",), 1.0
-
-
-def step_of(step: int, steps: int) -> str:
-    """Which step of a shot it is, in words that follow the shot; none if there is one."""
-    return f", step {step}/{steps}" if steps > 1 else ""
 
 
 def _kinds(plan: Plan) -> Table:

@@ -1,88 +1,49 @@
-"""A whole run: what is checked before, the shots, what is measured, and the export."""
+"""Runs as people call them: prune a model in memory or a checkpoint, plan a run, evaluate a model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_surgeon.data.texts import Texts, evaluation_text, prepare_texts
+from llm_surgeon.data.texts import Texts, evaluation_text
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.evaluation.limits import speed_limits
-from llm_surgeon.evaluation.speed import compare_speed
-from llm_surgeon.export.save import save_model, weight_bytes
-from llm_surgeon.export.verify import verify_export
-from llm_surgeon.mathematics.structured_selection import KeepMask
-from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.classes import check_class
-from llm_surgeon.models.loading import (
-    load_model,
-    load_tokenizer,
-    local_directory,
-    resolve_device,
-    resolve_source,
-    source_files,
-)
-from llm_surgeon.models.skeleton import Skeleton, loaded, skeleton_of
-from llm_surgeon.models.streaming import require_streaming, weights_of
-from llm_surgeon.planning.plan import foresee, warn_if_short
-from llm_surgeon.planning.sizes import SMALL_FILES, disk_bytes
-from llm_surgeon.pruning import targets
+from llm_surgeon.models.loading import resolve_device, source_files
+from llm_surgeon.models.streaming import weights_of
+from llm_surgeon.planning.plan import warn_if_short
+from llm_surgeon.planning.sizes import disk_bytes
 from llm_surgeon.pruning.checkpoint import Checkpoint, tensors_of
-from llm_surgeon.pruning.structures import Masks, check_structure
-from llm_surgeon.pruning.targets import count_based, latency_based, settled
+from llm_surgeon.pruning.result import RunState
 from llm_surgeon.recipe.config import Bos, PruneConfig
-from llm_surgeon.records import (
-    ExportRecord,
-    Perplexity,
-    PruneReport,
-    RunRecord,
-    SpeedComparison,
-)
-from llm_surgeon.refit.lora import require_peft
-from llm_surgeon.refit.reconstruction import goal_of
-from llm_surgeon.report.card import model_card
-from llm_surgeon.report.page import report_page
-from llm_surgeon.report.plan import seconds_of_phases
-from llm_surgeon.report.plots import kept_fraction_png
-from llm_surgeon.report.publish import recipe_without_paths, without_paths
-from llm_surgeon.run.job import Job, Reached, count_parameters, measure, run_job
+from llm_surgeon.records import Perplexity, Plan, PruneReport, RunRecord
+from llm_surgeon.run.export import export_result, export_shot, smaller
+from llm_surgeon.run.job import Job, measure, report_of, run_job
+from llm_surgeon.run.opening import check_recipe, open_checkpoint, open_model
 from llm_surgeon.run.run_directory import RunDirectory, run_directory
 from llm_surgeon.session.given import (
     as_path,
     as_recipe,
-    check_layers_apart,
     check_model,
     check_modules,
     check_surroundings,
     check_tokenizer,
     ready,
 )
-from llm_surgeon.session.preconditions import (
-    check_positions,
-    check_recipe_fits,
-    check_stored_type,
-    check_texts,
-    check_tokens,
-    warn_of_tokenizer,
-    warn_of_unknown,
-)
-from llm_surgeon.system.allocator import hand_back_freed_memory
-from llm_surgeon.system.files import PARTIAL, check_disk_space, flush, readable_as_others, writing
-from llm_surgeon.system.processes import Processes, joined, own_device
-from llm_surgeon.system.progress import Progress, SilentProgress, expect
-from llm_surgeon.system.torchrun import place
+from llm_surgeon.session.preconditions import check_positions, check_stored_type, check_tokens
+from llm_surgeon.system.files import check_disk_space
+from llm_surgeon.system.processes import ALONE, Processes, joined, own_device
+from llm_surgeon.system.progress import Progress, SilentProgress
+from llm_surgeon.system.torchrun import Place
+from llm_surgeon.system.torchrun import place as own_place
 from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)
-
-_PROMPT, _GENERATED = 512, 32
 
 
 def prune(
@@ -141,45 +102,11 @@ def prune(
         raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out='...'.")
     with joined(next(model.parameters()).device) as processes, ready(model):
         if place is None:
-            return run_job(_job_in_memory(model, tokenizer, config, progress, source, processes)).report
+            return report_of(run_job(open_model(model, tokenizer, config, progress, source, processes)))
         with _directory(place, processes) as run:
             processes.from_first(lambda: _the(run).refuse_former())
             check_stored_type(model)
-            return _prune_into(_job_in_memory(model, tokenizer, config, progress, source, processes), run, config)
-
-
-def _job_in_memory(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig,
-    progress: Progress | None,
-    source: str,
-    processes: Processes,
-) -> Job:
-    """What ``prune`` works on, once all is checked that can be."""
-    if config.lora:
-        require_peft()
-    processes.check_samples(config.samples, config.parts_of_text)
-    family = family_of(model.config.model_type)
-    check_class(model, family.model_class)
-    check_recipe_fits(config, model.config)
-    anatomy = examine(model, family, config.ignore)
-    check_layers_apart(model, anatomy)
-    resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
-    check_structure(resolved, anatomy)
-    texts = prepare_texts(tokenizer, config)
-    check_texts(model.config, texts)
-    resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
-    check_structure(resolved, anatomy)
-    name = source or model.config.name_or_path or type(model).__name__
-    dense = goal_of(model, anatomy, texts.calibration, resolved)
-    shown = _shown(progress, processes)
-    return Job(model, tokenizer, anatomy, texts, resolved, shown, name, processes=processes, dense=dense)
-
-
-def _shown(progress: Progress | None, processes: Processes) -> Progress:
-    """Progress where it is wanted, and in the first process only: that of the others is much the same."""
-    return progress if progress is not None and processes.first else SilentProgress()
+            return _prune_into(open_model(model, tokenizer, config, progress, source, processes), run, config)
 
 
 @contextmanager
@@ -237,6 +164,39 @@ def evaluate(
         return measure(model, text, progress or SilentProgress(), "perplexity")
 
 
+def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool = False, processes: int = 1) -> Plan:
+    """Say what pruning a checkpoint will take and give, without loading its weights.
+
+    Args:
+        model: A local directory, a hub id, or ``demo``.
+        config: The recipe, or a mapping of its options.
+        probe: Whether to load the model after all, and to time and measure one batch; for one process.
+        processes: How many of this machine are to share the run.
+
+    Returns:
+        Sizes, memory and seconds by phase, disk, and engines that load the result. Memory of the host is that of this
+        process, in which the run is expected.
+
+    Raises:
+        SurgeonError: Whatever ``prune_checkpoint`` raises before it loads the model; ``probe`` raises what a pass does.
+    """
+    model, config = str(model), as_recipe(config)
+    if processes < 1:
+        raise ConfigError(f"A run in {processes} processes cannot be planned.", "Give 1 or more.")
+    if probe and processes > 1:
+        raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
+    # Not joined with any: they share in numbers only.
+    Processes(count=processes).check_samples(config.samples, config.parts_of_text)
+    device, opening = resolve_device(config.device), open_checkpoint(model, config)
+    if opening.config.target is not None:
+        raise ConfigError(
+            "What a latency comes to is only known once the model has been timed.",
+            "Plan with --sparsity, or let prune find the sparsity.",
+        )
+    shared = Place(count=processes, local_count=processes)
+    return opening.read_texts().plan(opening.config, device, probe, shared)
+
+
 def prune_checkpoint(
     model: str | Path,
     out: str | Path,
@@ -267,16 +227,11 @@ def prune_checkpoint(
         SurgeonError: Whatever ``prune`` raises.
     """
     model, out, config = str(model), as_path(out), as_recipe(config)
-    if config.lora:
-        require_peft()
-    require_streaming(config.weights)
+    check_recipe(config, ALONE)
     device = resolve_device(own_device(config.device))
     with joined(device) as processes, _directory(out, processes) as run:
-        processes.check_samples(config.samples, config.parts_of_text)
-        _announce(processes, f"reading the configuration of {model}")
-        skeleton = skeleton_of(resolve_source(model), config)
-        check_recipe_fits(config, skeleton.network.config)
-        resolved = settled(skeleton, config)
+        opening = open_checkpoint(model, config, processes)
+        skeleton, resolved = opening.skeleton, opening.config
         files = source_files(skeleton.source, skeleton.network.config)
 
         def finished() -> PruneReport | None:
@@ -289,19 +244,20 @@ def prune_checkpoint(
         done = processes.from_first(finished)
         if done is not None:
             return done
-        _announce(processes, "reading and tokenising the texts")
-        tokenizer = load_tokenizer(skeleton.source, config.trust_remote_code)
-        warn_of_tokenizer(skeleton.network.config, tokenizer)
-        texts = prepare_texts(tokenizer, config)
-        check_texts(skeleton.network.config, texts)
-        warn_of_unknown(tokenizer, texts)
-        resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, texts))
-        job = _loaded_job(model, skeleton, tokenizer, texts, resolved, device, progress, command, processes)
+        opened = opening.read_texts()
+        resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, opened.texts))
+        foreseen = None
+        # The sparsity of a latency is only known once the model has been timed.
+        if resolved.target is None:
+            foreseen = processes.from_first(lambda: opened.plan(resolved, device, place=own_place()))
+            if processes.first:
+                warn_if_short(foreseen)
+        job = opened.load(resolved, device, progress, foreseen, command)
         record = RunRecord(
             model=model,
             files=files,
             recipe=config.resolved(),
-            texts=texts.digest,
+            texts=opened.texts.digest,
             circumstances=_circumstances(job),
             sparsity=job.config.sparsity if config.target == "target_latency" else None,
         )
@@ -326,52 +282,12 @@ def _begun(run: RunDirectory, config: PruneConfig, texts: Texts) -> tuple[PruneC
     return config, checkpoint
 
 
-def _loaded_job(
-    model: str,
-    skeleton: Skeleton,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Texts,
-    config: PruneConfig,
-    device: torch.device,
-    progress: Progress | None,
-    command: str | None,
-    processes: Processes,
-) -> Job:
-    """Load the model that everything has been checked for."""
-    foreseen = None
-    # What a latency comes to is only known once the model has been timed.
-    if config.target is None:
-        _announce(processes, "planning the run")
-        foreseen = processes.from_first(lambda: foresee(model, skeleton, config, device, texts, place=place()))
-        if processes.first:
-            warn_if_short(foreseen)
-    streamed = foreseen.streamed if foreseen else config.weights == "streamed"
-    _announce(processes, "loading the weights")
-    network, anatomy = loaded(skeleton, config, device, streamed=streamed)
-    check_stored_type(network)
-    config = processes.from_first(partial(latency_based, config, network, anatomy))
-    check_structure(config, anatomy)
-    shown = _shown(progress, processes)
-    if foreseen is not None:
-        expect(shown, seconds_of_phases(foreseen, config))
-    # Before a checkpoint is restored into the model.
-    dense = goal_of(network, anatomy, texts.calibration, config)
-    files = local_directory(skeleton.source)
-    return Job(network, tokenizer, anatomy, texts, config, shown, model, command, foreseen, processes, dense, files)
-
-
-def _announce(processes: Processes, what: str) -> None:
-    """Say what is being done while nothing can be counted."""
-    if processes.first:
-        logger.info(what)
-
-
 def _circumstances(job: Job) -> dict[str, str]:
-    """What the last bits of the weights depend on beside the recipe."""
+    """Circumstances on which the last bits of the weights depend beside the recipe."""
     return versions() | {
-        "device": next(job.model.parameters()).device.type,
+        "device": job.session.device.type,
         "threads": str(torch.get_num_threads()),
-        "processes": str(job.processes.count),
+        "processes": str(job.session.processes.count),
         "order": job.plan.order if job.plan else job.config.order,
     }
 
@@ -394,121 +310,36 @@ def _prune_into(
         record: For the checkpoints; None makes none.
         former: The checkpoint to continue after.
     """
-    processes = job.processes
+    processes = job.session.processes
 
-    def keep(reached: Reached) -> None:
-        checkpoint = None if record is None else Checkpoint(run=record, report=reached.report)
+    def keep(state: RunState) -> None:
+        report = report_of(state)
+        checkpoint = None if record is None else Checkpoint(run=record, report=report)
         if checkpoint is not None and checkpoint.shot in _the(run).checkpoints.shots():
             _the(run).checkpoints.amend(checkpoint)
         elif checkpoint is not None:
-            tensors = tensors_of(job.model, job.anatomy, reached.standing, job.config)
+            tensors = tensors_of(job.model, job.anatomy, state, job.config)
             _the(run).checkpoints.write(checkpoint, tensors)
             weights_of(job.model).forget()
-        if job.texts.evaluation is None or reached.report.shots[-1].perplexity is not None:
-            _export_shot(job, _the(run), reached)
+        if job.texts.evaluation is None or report.shots[-1].perplexity is not None:
+            export_shot(job, _the(run), state)
 
     since = None
     if former is not None:
         logger.info("continuing after shot %d of %d", former.shot, job.config.shots)
         checkpoints = processes.from_first(lambda: _the(run).checkpoints)
-        since = Reached(former.report, checkpoints.restore(former.shot, job.model, job.anatomy))
+        since = replace(checkpoints.restore(former.shot, job.model, job.anatomy), report=former.report)
         if job.texts.evaluation is None or former.report.shots[-1].perplexity is not None:
             # It may have been ended between checkpoint and export.
-            processes.from_first(lambda: _export_shot(job, _the(run), since))
-    reached = run_job(job, lambda reached: processes.from_first(lambda: keep(reached)), since)
+            processes.from_first(lambda: export_shot(job, _the(run), since))
+    state = run_job(job, lambda state: processes.from_first(lambda: keep(state)), since)
     # Zeros in matrices of the old shape take as long to multiply by as any number, and weights that come from a disk
     # as long as the disk takes.
     resident = weights_of(job.model).blocks is None
-    timed = dense if resident and _smaller(reached.standing.masks) else None
+    timed = dense if resident and smaller(state.masks) else None
 
     def finish() -> PruneReport:
         there = _the(run)
-        return there.finish(_export(job, reached, there.export, there.out, timed, asked))
+        return there.finish(export_result(job, state, there.export, there.out, timed, asked))
 
     return processes.from_first(finish)
-
-
-def _export_shot(job: Job, run: RunDirectory, reached: Reached) -> None:
-    """Export a shot that is to be exported as well, unless that was done before; the last one is the result."""
-    shot = reached.standing.shot
-    directory = run.export / f"shot-{shot}"
-    if shot in job.config.export_shots and shot < job.config.shots and not directory.exists():
-        beside = directory.with_name(f"{directory.name}{PARTIAL}")
-        _export(job, reached, beside, run.out / directory.name)
-        flush(beside)
-        beside.rename(directory)
-
-
-def _export(
-    job: Job,
-    reached: Reached,
-    directory: Path,
-    place: Path,
-    dense: str | None = None,
-    asked: PruneConfig | None = None,
-) -> PruneReport:
-    """Write the model as it is, check it and time it.
-
-    Args:
-        job: What was worked on.
-        reached: What is left, and what is known so far.
-        directory: Where to write.
-        place: Where the directory will be in the end.
-        dense: What to time the result against.
-        asked: The recipe as it was given, if this is its result.
-    """
-    logger.info("writing the export and reloading it in a fresh process")
-    report, keep = reached.report, _smaller(reached.standing.masks)
-    with writing(directory, sum(parameter.nbytes for parameter in job.model.parameters())):
-        directory.mkdir(parents=True, exist_ok=True)
-        form = save_model(job.model, job.tokenizer, job.anatomy, keep, directory, job.files)
-        readable_as_others(directory)
-        # The model is about to be there once or twice more, in the reload check and for speed.
-        hand_back_freed_memory()
-        check = verify_export(job.model, directory, form.plain)
-    export = ExportRecord(
-        path=str(place),
-        weight_bytes=weight_bytes(directory),
-        dense_weight_bytes=report.memory.model,
-        max_logit_difference=check.difference,
-        logit_scale=check.scale,
-        plain=form.plain,
-    )
-    speed = _compare_speed(dense, job, keep) if dense is not None else None
-    parameters = report.shots[-1].size.total
-    target = None if asked is None else targets.reached(asked, job.model, parameters, export.weight_bytes)
-    report = report.model_copy(update={"export": export, "speed": speed, "target": target})
-    with writing(directory, SMALL_FILES):
-        _write_report(report, job.config, directory)
-    return report
-
-
-def _smaller(masks: Masks) -> dict[str, KeepMask] | None:
-    """The masks if the matrices have shrunk; None if there are zeros in matrices of the old shape."""
-    shrunk = {name: mask for name, mask in masks.items() if isinstance(mask, KeepMask)}
-    return shrunk or None
-
-
-def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -> SpeedComparison:
-    """Time the dense model, loaded once more, against the pruned one."""
-    logger.info("measuring the speed of the dense and the pruned model")
-    device = next(job.model.parameters()).device
-    dense = load_model(source, job.config.dtype, device, job.config.trust_remote_code)
-    longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
-    generate = min(_GENERATED, max(1, longest // 4))
-    prompt = min(_PROMPT, longest - generate)
-    measured = compare_speed(dense, job.model, prompt=prompt, generate=generate)
-    if keep is None:
-        return measured
-    head_weights = job.model.get_output_embeddings().weight.numel()
-    prefill, decode = speed_limits(job.anatomy, keep, head_weights, prompt)
-    return measured.model_copy(update={"prefill_limit": prefill, "decode_limit": decode})
-
-
-def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> None:
-    report = without_paths(report)
-    (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
-    (directory / "recipe.yaml").write_text(recipe_without_paths(config), encoding="utf8")
-    (directory / "README.md").write_text(model_card(report), encoding="utf8")
-    (directory / "report.html").write_text(report_page(report), encoding="utf8")
-    kept_fraction_png(report, directory / "kept_fraction.png")

@@ -41,7 +41,7 @@ class Session:
     model: PreTrainedModel
     anatomy: Anatomy
     tokens: CalibrationTokens
-    config: PruneConfig
+    config: PruneConfig = field(default_factory=lambda: PruneConfig.from_mapping({}))
     progress: Progress = field(default_factory=SilentProgress)
     store: TensorStore | None = None
     processes: Processes = ALONE

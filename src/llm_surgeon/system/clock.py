@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from llm_surgeon.records import StageRecord
 from llm_surgeon.stopwatch import Elapsed, Part, listening
 from llm_surgeon.system.memory import peak_bytes, reset_peak
 
@@ -37,6 +38,20 @@ class Clock:
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peaks[name] = max(self.peaks.get(name, 0), peak_bytes(self._device))
+
+    def records(self, told: Iterable[StageRecord] = ()) -> tuple[StageRecord, ...]:
+        """Records of all phases in the order in which they first ran.
+
+        Args:
+            told: Records of some of them, whose figures are taken over.
+        """
+        known = {record.name: record for record in told}
+        return tuple(
+            known.get(name, StageRecord(name=name, seconds=0.0)).model_copy(
+                update={"seconds": seconds, "peak": self.peaks[name]}
+            )
+            for name, seconds in self.seconds.items()
+        )
 
     def profile(self) -> dict[str, float]:
         """Seconds by what was done: what phases consist of, and the rest of each under a name of its own."""

@@ -1,0 +1,46 @@
+"""The table of estimators."""
+
+from __future__ import annotations
+
+from llm_surgeon.curvature.diagonal import DiagonalEstimator
+from llm_surgeon.curvature.estimator import Estimator
+from llm_surgeon.curvature.kfac import IdentityEstimator, InputEstimator, KfacEstimator
+from llm_surgeon.curvature.nearest import KroneckerSumEstimator, NearestEstimator
+from llm_surgeon.passes.batch_major import Estimation
+from llm_surgeon.recipe.config import PruneConfig
+
+# The rows of ``recipe.methods.CURVATURES`` say what recipes may ask of each.
+ESTIMATORS: dict[str, Estimator] = {
+    estimator.name: estimator
+    for estimator in (
+        KfacEstimator(),
+        NearestEstimator(),
+        KroneckerSumEstimator(),
+        DiagonalEstimator(),
+        InputEstimator(),
+        IdentityEstimator(),
+    )
+}
+
+
+def estimation_of(config: PruneConfig) -> Estimation:
+    """The estimation of a recipe, batch by batch; that of inputs for a layer-wise method, which has none.
+
+    Args:
+        config: The recipe; a shot draws labels and tokens by a seed of its own.
+    """
+    return Estimation(
+        config.sequences_per_pass,
+        config.precision,
+        config.resolved_curvature or "activations",
+        sampled_labels=config.fisher_samples if config.fisher == "true" else 0,
+        iterations=config.kronecker_iterations,
+        gradient_share=config.gradient_share,
+        seed=config.seed,
+    )
+
+
+def estimator_of(config: PruneConfig) -> Estimator | None:
+    """The estimator of a recipe; None for layer-wise methods, which estimate no curvature."""
+    name = config.resolved_curvature
+    return None if name is None else ESTIMATORS[name]

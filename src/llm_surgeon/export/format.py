@@ -1,0 +1,86 @@
+"""The socket for export formats: files that some engine loads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_surgeon.export.verify import ReloadCheck
+from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.recipe.config import PruneConfig
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A pruned model that is to be written.
+
+    Attributes:
+        model: The model in memory.
+        tokenizer: Its tokenizer.
+        anatomy: Its prunable layers.
+        keep: Rows and columns that are left of them; None if all are, and removed weights are zeros.
+        source: Directory of the dense checkpoint; None for a model that comes from none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    keep: Mapping[str, KeepMask] | None
+    source: Path | None = None
+
+
+class Format(ABC):
+    """One way to write a model.
+
+    Attributes:
+        name: Name in the recipe.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def loaders(self, config: PruneConfig, model_type: str) -> tuple[str, ...]:
+        """Engines that load the export of a recipe, and what not to expect of them.
+
+        Args:
+            config: The recipe.
+            model_type: ``config.model_type`` of the dense model.
+        """
+
+    def check(self, config: PruneConfig, anatomy: Anatomy) -> None:
+        """Find out before the work whether the format can say what a recipe leaves.
+
+        Raises:
+            ConfigError: If it cannot; says what would make it possible.
+        """
+        return
+
+    @abstractmethod
+    def write(self, exported: Exported, directory: Path) -> bool:
+        """Write the model into a directory that exists.
+
+        Returns:
+            Whether a plain class of the engine loads it, without code that the export brings.
+
+        Raises:
+            DiskSpaceError: If the disk is full.
+            OutputError: If writing fails for another reason.
+        """
+
+    @abstractmethod
+    def verify(self, exported: Exported, directory: Path, plain: bool) -> ReloadCheck:
+        """Load the files as the engine does, and compare logits with the model in memory.
+
+        Raises:
+            ExportMismatchError: If they differ.
+        """
+
+    @abstractmethod
+    def weight_bytes(self, directory: Path) -> int:
+        """Bytes of the weight files in a directory."""

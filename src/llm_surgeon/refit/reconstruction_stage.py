@@ -1,0 +1,119 @@
+"""The stage that reconstructs the residual stream after a shot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import nn
+
+from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.skeleton import Skeleton
+from llm_surgeon.passes.batch_major import Estimation
+from llm_surgeon.passes.head import CHUNK
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import Figure
+from llm_surgeon.refit.cross_fit import half_of
+from llm_surgeon.refit.last_norm import last_norm_parameters
+from llm_surgeon.refit.reconstruction import DENSE_RUNS, PRUNED_RUNS, Reconstruction, check_stream, reconstruct
+from llm_surgeon.refit.resampled_text import with_copies
+from llm_surgeon.refit.stage import Advance, Fitted, Order, Parts, Shot, Stage, TracedBytes
+from llm_surgeon.session.session import Session
+
+# Float32 tensors of the size of the logits while it is found how sure predictions are.
+_SHARPNESS = 4
+
+
+class ReconstructionStage(Stage):
+    """Least squares on the layers that write into the residual stream, and the scale of the last norm."""
+
+    name = "reconstruction"
+    half = "own"
+    needs_dense = True
+    sweeps = True
+    decomposes = True
+    streams = False
+
+    @classmethod
+    def wanted(cls, config: PruneConfig) -> bool:
+        """Whether a recipe reconstructs."""
+        return config.reconstruction
+
+    @classmethod
+    def check_model(cls, session: Session) -> None:
+        """Make sure that a block adds what its parts put out to the stream; see ``check_stream``."""
+        check_stream(session)
+
+    @classmethod
+    def changes(cls, model: nn.Module, anatomy: Anatomy) -> list[str]:
+        """The parameters of the last norm."""
+        return last_norm_parameters(model, anatomy)
+
+    def begin(self) -> None:
+        """Write the copies of the text."""
+        _ = self._text
+
+    def work(self, shot: Shot, half: int | None) -> int:
+        """All tokens of text and copies through each block of both models."""
+        return self._tokens(half).input_ids.numel() * self.session.anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
+
+    def fit(self, shot: Shot, half: int | None, advance: Advance) -> Fitted:
+        """Correct what writes into the stream, by all sequences or by half of them."""
+        config, tokens = self.session.config, self._tokens(half)
+        how = Reconstruction(config.reconstruction_ridge, config.sequences_per_pass, config.precision)
+        text = tokens.n_samples // (1 + config.reconstruction_copies)
+        found = reconstruct(self.session, shot.keep, how, tokens, text=text, advance=advance)
+        return Fitted(
+            (
+                Figure(name="error of the stream", value=found.relative_error, kind="share"),
+                Figure(name="scale of predictions", value=found.scale),
+            ),
+            "The error of the stream is what the last block's output misses of the dense model's after "
+            "reconstruction, in root mean square, relative to it. By the scale the last norm was multiplied, for "
+            "predictions that are as sure as they are right.",
+        )
+
+    def _tokens(self, half: int | None) -> CalibrationTokens:
+        return half_of(self._text, half, self.session.own.n_samples)
+
+    @cached_property
+    def _text(self) -> CalibrationTokens:
+        """This process's part of the tokens, and copies of it."""
+        session, config = self.session, self.session.config
+        copies, own = config.reconstruction_copies, session.own
+        if not copies:
+            return own
+        assert session.dense is not None, "the dense model writes the copies"
+        how = Estimation(config.sequences_per_pass, config.precision, seed=config.seed)
+        with session.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
+            return with_copies(session.dense, own, copies, config.reconstruction_share, how, phase.advance)
+
+    @classmethod
+    def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
+        """Streams of both models, and that of the dense one inside a block; at the end, logits and their like."""
+        sequences = config.samples * (1 + config.reconstruction_copies)
+        batches = math.ceil(sequences / config.sequences_per_pass)
+        vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
+        tokens = min(CHUNK, config.sequences_per_pass * config.seq_len)
+        passes = max(traced.watching, _SHARPNESS * tokens * vocabulary * 4)
+        return {"passes": passes, "hidden states": 3 * batches * traced.waiting}
+
+    @classmethod
+    def operations(cls, skeleton: Skeleton, config: PruneConfig, kept: Sequence[float], order: Order) -> float:
+        """Operations of the runs of both models' blocks, and of the passes that write copies."""
+        prunable = skeleton.anatomy.prunable_weights
+        # One run of the pruned model ends behind the attention.
+        pruned = PRUNED_RUNS * prunable - _feed_forward_weights(skeleton)
+        runs = sum(DENSE_RUNS * prunable + share * pruned for share in kept)
+        copies = config.reconstruction_copies
+        return 2 * ((1 + copies) * runs + skeleton.parameters * copies) * config.samples * config.seq_len
+
+
+def _feed_forward_weights(skeleton: Skeleton) -> int:
+    """Prunable weights of the feed-forward parts of all blocks."""
+    family = skeleton.anatomy.family
+    kinds = {family.short_name(name) for name in (*family.feed_forward.inputs, family.feed_forward.output)}
+    layers = skeleton.anatomy.layers.values()
+    return sum(layer.rows * layer.columns for layer in layers if layer.kind in kinds)

@@ -1,0 +1,137 @@
+"""The export of a run: the model written, checked and timed, with report, recipe and model card."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_surgeon.evaluation.limits import speed_limits
+from llm_surgeon.evaluation.speed import compare_speed
+from llm_surgeon.export.format import Exported
+from llm_surgeon.export.formats import FORMATS, formats_of
+from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.models.loading import load_model
+from llm_surgeon.planning.sizes import SMALL_FILES
+from llm_surgeon.pruning import targets
+from llm_surgeon.pruning.result import RunState
+from llm_surgeon.pruning.structures import Masks
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import ExportRecord, FormatRecord, PruneReport, SpeedComparison
+from llm_surgeon.report.card import model_card
+from llm_surgeon.report.page import report_page
+from llm_surgeon.report.plots import kept_fraction_png
+from llm_surgeon.report.publish import recipe_without_paths, without_paths
+from llm_surgeon.run.job import Job, report_of
+from llm_surgeon.run.run_directory import RunDirectory
+from llm_surgeon.system.allocator import hand_back_freed_memory
+from llm_surgeon.system.files import PARTIAL, flush, readable_as_others, writing
+
+logger = logging.getLogger(__name__)
+
+_PROMPT, _GENERATED = 512, 32
+# The format whose files stand in the directory of the export itself; those of others stand in one of their own.
+MAIN = "hf"
+
+
+def export_shot(job: Job, run: RunDirectory, state: RunState) -> None:
+    """Export a shot that is to be exported as well, unless that was done before; the last one is the result."""
+    shot = state.shot
+    directory = run.export / f"shot-{shot}"
+    if shot in job.config.export_shots and shot < job.config.shots and not directory.exists():
+        beside = directory.with_name(f"{directory.name}{PARTIAL}")
+        export_result(job, state, beside, run.out / directory.name)
+        flush(beside)
+        beside.rename(directory)
+
+
+def export_result(
+    job: Job,
+    state: RunState,
+    directory: Path,
+    place: Path,
+    dense: str | None = None,
+    asked: PruneConfig | None = None,
+) -> PruneReport:
+    """Write the model as it is, check it and time it.
+
+    Args:
+        job: What was worked on.
+        state: What is left, and what is known so far.
+        directory: Where to write.
+        place: Where the directory will be in the end.
+        dense: What to time the result against.
+        asked: The recipe as it was given, if this is its result.
+    """
+    logger.info("writing the export and reloading it in a fresh process")
+    report, keep = report_of(state), smaller(state.masks)
+    exported = Exported(job.model, job.tokenizer, job.anatomy, keep, job.files)
+    formats = {form.name: directory if form.name == MAIN else directory / form.name for form in formats_of(job.config)}
+    records = [_write(exported, name, where) for name, where in formats.items()]
+    main = records[0]
+    export = ExportRecord(
+        path=str(place),
+        weight_bytes=main.weight_bytes,
+        dense_weight_bytes=report.memory.model,
+        max_logit_difference=main.max_logit_difference,
+        logit_scale=main.logit_scale,
+        plain=main.plain,
+        formats=tuple(records),
+    )
+    speed = _compare_speed(dense, job, keep) if dense is not None else None
+    parameters = report.shots[-1].size.total
+    target = None if asked is None else targets.reached(asked, job.model, parameters, export.weight_bytes)
+    report = report.model_copy(update={"export": export, "speed": speed, "target": target})
+    with writing(directory, SMALL_FILES):
+        _write_report(report, job.config, directory)
+    return report
+
+
+def _write(exported: Exported, name: str, directory: Path) -> FormatRecord:
+    """Write a model in one format, and check what was written."""
+    form = FORMATS[name]
+    with writing(directory, sum(parameter.nbytes for parameter in exported.model.parameters())):
+        directory.mkdir(parents=True, exist_ok=True)
+        plain = form.write(exported, directory)
+        readable_as_others(directory)
+        # The model is about to be there once or twice more, in the reload check and for speed.
+        hand_back_freed_memory()
+        check = form.verify(exported, directory, plain)
+    return FormatRecord(
+        name=name,
+        weight_bytes=form.weight_bytes(directory),
+        max_logit_difference=check.difference,
+        logit_scale=check.scale,
+        plain=plain,
+    )
+
+
+def smaller(masks: Masks) -> dict[str, KeepMask] | None:
+    """The masks if the matrices have shrunk; None if there are zeros in matrices of the old shape."""
+    shrunk = {name: mask for name, mask in masks.items() if isinstance(mask, KeepMask)}
+    return shrunk or None
+
+
+def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -> SpeedComparison:
+    """Time the dense model, loaded once more, against the pruned one."""
+    logger.info("measuring the speed of the dense and the pruned model")
+    device = next(job.model.parameters()).device
+    dense = load_model(source, job.config.dtype, device, job.config.trust_remote_code)
+    longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
+    generate = min(_GENERATED, max(1, longest // 4))
+    prompt = min(_PROMPT, longest - generate)
+    measured = compare_speed(dense, job.model, prompt=prompt, generate=generate)
+    if keep is None:
+        return measured
+    head_weights = job.model.get_output_embeddings().weight.numel()
+    prefill, decode = speed_limits(job.anatomy, keep, head_weights, prompt)
+    return measured.model_copy(update={"prefill_limit": prefill, "decode_limit": decode})
+
+
+def _write_report(report: PruneReport, config: PruneConfig, directory: Path) -> None:
+    report = without_paths(report)
+    (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
+    (directory / "recipe.yaml").write_text(recipe_without_paths(config), encoding="utf8")
+    (directory / "README.md").write_text(model_card(report), encoding="utf8")
+    (directory / "report.html").write_text(report_page(report), encoding="utf8")
+    kept_fraction_png(report, directory / "kept_fraction.png")

@@ -1,0 +1,241 @@
+"""The opening of a run: everything that is checked, read and loaded before the first shot.
+
+``prune``, ``prune_checkpoint``, ``compare`` and ``plan`` open their runs here. Each step finds out what it can before
+the next one, which costs more.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_surgeon.data.texts import Texts, prepare_texts
+from llm_surgeon.errors import DataError
+from llm_surgeon.export.formats import check_formats
+from llm_surgeon.models import examine, family_of
+from llm_surgeon.models.classes import check_class
+from llm_surgeon.models.loading import load_tokenizer, local_directory, resolve_source
+from llm_surgeon.models.skeleton import Skeleton, loaded, skeleton_of
+from llm_surgeon.models.streaming import require_streaming
+from llm_surgeon.planning.forecast import seconds_of_phases
+from llm_surgeon.planning.plan import foresee
+from llm_surgeon.pruning.structures import check_structure
+from llm_surgeon.pruning.targets import count_based, latency_based, settled
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import Plan
+from llm_surgeon.refit.stages import check_stages, with_dense
+from llm_surgeon.run.job import Job, count_parameters
+from llm_surgeon.session.given import check_layers_apart
+from llm_surgeon.session.preconditions import (
+    check_recipe_fits,
+    check_stored_type,
+    check_texts,
+    warn_of_tokenizer,
+    warn_of_unknown,
+)
+from llm_surgeon.session.session import Session
+from llm_surgeon.system.processes import ALONE, Processes
+from llm_surgeon.system.progress import Progress, SilentProgress, expect
+from llm_surgeon.system.storage import Budgets, TensorStore
+from llm_surgeon.system.torchrun import Place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A run on a checkpoint of which the configuration is read, and no weight.
+
+    Attributes:
+        model: The model as it was named.
+        skeleton: The model without its weights.
+        config: The recipe with the sparsity of its target, unless that has to be timed.
+        processes: The processes that share the run.
+    """
+
+    model: str
+    skeleton: Skeleton
+    config: PruneConfig
+    processes: Processes
+
+    def read_texts(self, digest: str | None = None) -> OpenedTexts:
+        """Read and tokenise the texts of the recipe.
+
+        Args:
+            digest: Digest that the tokens must have, if there are results with them already.
+
+        Raises:
+            DataError: If a text cannot be read or is too short, if the model does not know its tokens, or if it is not
+                the text of the digest.
+            ConfigError: If the windows make no sense.
+        """
+        _announce(self.processes, "reading and tokenising the texts")
+        settings = self.skeleton.network.config
+        tokenizer = load_tokenizer(self.skeleton.source, self.config.trust_remote_code)
+        warn_of_tokenizer(settings, tokenizer)
+        texts = prepare_texts(tokenizer, self.config)
+        check_texts(settings, texts)
+        warn_of_unknown(tokenizer, texts)
+        if digest is not None and texts.digest != digest:
+            raise DataError(
+                "The calibration or the evaluation text is not what it was when the comparison was begun.",
+                "Restore the text, or make a new comparison with another --out.",
+            )
+        return OpenedTexts(self, tokenizer, texts)
+
+
+@dataclass(frozen=True)
+class OpenedTexts:
+    """A run on a checkpoint whose texts are read as well."""
+
+    opening: Opening
+    tokenizer: PreTrainedTokenizerBase
+    texts: Texts
+
+    def plan(self, config: PruneConfig, device: torch.device, probe: bool = False, place: Place | None = None) -> Plan:
+        """The plan of the run.
+
+        Args:
+            config: The recipe, with its sparsity.
+            device: The device of this process.
+            probe: Whether to load the model, and to time and measure one batch.
+            place: The process among those that share the run; None for the only one.
+        """
+        opening = self.opening
+        _announce(opening.processes, "planning the run")
+        return foresee(opening.model, opening.skeleton, config, device, self.texts, probe, place or Place())
+
+    def load(
+        self,
+        config: PruneConfig,
+        device: torch.device,
+        progress: Progress | None,
+        plan: Plan | None = None,
+        command: str | None = None,
+    ) -> Job:
+        """Load the model that everything has been checked for.
+
+        Args:
+            config: The recipe as it came out so far.
+            device: The device of this process.
+            progress: Display of progress; None shows nothing.
+            plan: The plan of the run, if there is one.
+            command: The command line, for the report.
+        """
+        opening, processes = self.opening, self.opening.processes
+        streamed = plan.streamed if plan else config.weights == "streamed"
+        _announce(processes, "loading the weights")
+        network, anatomy = loaded(opening.skeleton, config, device, streamed=streamed)
+        check_stored_type(network)
+        config = processes.from_first(partial(latency_based, config, network, anatomy))
+        check_structure(config, anatomy)
+        shown = shown_in_first(progress, processes)
+        if plan is not None:
+            expect(shown, seconds_of_phases(plan, config))
+        store = _store(config, plan, device)
+        session = Session(network, anatomy, self.texts.calibration, config, shown, store, processes)
+        files = local_directory(opening.skeleton.source)
+        # Before a checkpoint is restored into the model.
+        return Job(with_dense(session), self.tokenizer, self.texts, opening.model, command, plan, files)
+
+
+def open_checkpoint(model: str, config: PruneConfig, processes: Processes = ALONE) -> Opening:
+    """Read the configuration of a checkpoint, and find out whether the recipe fits it.
+
+    Args:
+        model: A local directory, a hub id, or ``demo``.
+        config: The recipe.
+        processes: The processes that share the run.
+
+    Raises:
+        SurgeonError: If something is missing, not supported, or does not fit.
+    """
+    check_recipe(config, processes)
+    _announce(processes, f"reading the configuration of {model}")
+    skeleton = skeleton_of(resolve_source(model), config)
+    check_recipe_fits(config, skeleton.network.config)
+    config = settled(skeleton, config)
+    check_formats(config, skeleton.anatomy)
+    return Opening(model, skeleton, config, processes)
+
+
+def open_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PruneConfig,
+    progress: Progress | None,
+    source: str,
+    processes: Processes,
+) -> Job:
+    """Open a run on a model that is in memory.
+
+    Args:
+        model: The dense model; is of a supported kind, see ``given``.
+        tokenizer: Its tokenizer.
+        config: The recipe.
+        progress: Display of progress; None shows nothing.
+        source: Name of the model; empty takes the one that it has.
+        processes: The processes that share the run.
+
+    Raises:
+        SurgeonError: If something is missing, not supported, or does not fit.
+    """
+    check_recipe(config, processes)
+    family = family_of(model.config.model_type)
+    check_class(model, family.model_class)
+    check_recipe_fits(config, model.config)
+    anatomy = examine(model, family, config.ignore)
+    check_layers_apart(model, anatomy)
+    resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
+    check_structure(resolved, anatomy)
+    check_formats(resolved, anatomy)
+    texts = prepare_texts(tokenizer, config)
+    check_texts(model.config, texts)
+    resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
+    check_structure(resolved, anatomy)
+    store = _store(resolved, None, next(model.parameters()).device)
+    shown = shown_in_first(progress, processes)
+    session = Session(model, anatomy, texts.calibration, resolved, shown, store, processes)
+    return Job(with_dense(session), tokenizer, texts, source or model.config.name_or_path or type(model).__name__)
+
+
+def check_recipe(config: PruneConfig, processes: Processes) -> None:
+    """Find out what a recipe and this machine say by themselves.
+
+    Raises:
+        ConfigError: If an optional package is missing, weights cannot be streamed here, or samples are too few.
+    """
+    check_stages(config)
+    require_streaming(config.weights)
+    processes.check_samples(config.samples, config.parts_of_text)
+
+
+def without_evaluation(opened: OpenedTexts) -> OpenedTexts:
+    """The opening without its evaluation text: shots are then not measured."""
+    return replace(opened, texts=Texts(opened.texts.calibration, None))
+
+
+def shown_in_first(progress: Progress | None, processes: Processes) -> Progress:
+    """Progress in the first process only: that of the others is much the same."""
+    return progress if progress is not None and processes.first else SilentProgress()
+
+
+def _store(config: PruneConfig, plan: Plan | None, device: torch.device) -> TensorStore | None:
+    """The store in which a run that goes layer by layer lets wait what it cannot hold; None batch by batch."""
+    if (plan.order if plan else config.order) != "layer-major":
+        return None
+    limits: dict[str, int | None] = {}
+    if plan is not None:
+        limits = {"host": plan.store_host, "device": plan.store_device, "process": plan.host_available}
+    known = {place: limit for place, limit in limits.items() if limit is not None}
+    return TensorStore(device, Budgets(**known))
+
+
+def _announce(processes: Processes, words: str) -> None:
+    """Say what is being done while nothing can be counted."""
+    if processes.first:
+        logger.info(words)
