@@ -22,11 +22,11 @@ from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.errors import ConfigError, DataError, ModelError, OutputError, SurgeonError
 from llm_surgeon.models.loading import load_model, load_tokenizer
 from llm_surgeon.models.trust import is_own_export
-from llm_surgeon.planning.plan import plan
 from llm_surgeon.recipe.config import read_recipe
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.card import model_card
 from llm_surgeon.report.page import report_page
+from llm_surgeon.run.run import plan
 from llm_surgeon.system.files import check_output
 from llm_surgeon.system.progress import SilentProgress
 from tiny import build, tokenizer

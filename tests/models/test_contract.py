@@ -22,7 +22,7 @@ from llm_surgeon.models.modeling_pruned import PrunedLinear
 from llm_surgeon.passes.head import Head
 from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.run.run import count_parameters
+from llm_surgeon.run.job import count_parameters
 from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokenizer, tokens
 

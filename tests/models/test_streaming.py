@@ -18,8 +18,7 @@ from llm_surgeon.models import examine, family_of, streaming
 from llm_surgeon.models.streaming import StreamedWeights, require_streaming, stream, weights_of
 from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.planning import schedule as way
-from llm_surgeon.planning.plan import plan
-from llm_surgeon.run.run import prune, prune_checkpoint
+from llm_surgeon.run.run import plan, prune, prune_checkpoint
 from quick import without_what_has_other_tests
 from tiny import BUILDERS, build, tokenizer, tokens
 

@@ -2,13 +2,13 @@ import logging
 
 import pytest
 import torch
-from llm_surgeon.planning.loaders import loaders
 from safetensors import safe_open
 
 from llm_surgeon import PruneConfig, plan, prune_checkpoint
 from llm_surgeon.data.texts import Texts
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, DataError, ModelError
+from llm_surgeon.export.formats import loaders
 from llm_surgeon.models.skeleton import skeleton_of
 from llm_surgeon.passes.head import CHUNK
 from llm_surgeon.planning.memory import (

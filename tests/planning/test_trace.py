@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from llm_surgeon import PruneConfig
-from llm_surgeon.curvature import Estimation, estimate
+from llm_surgeon.curvature import Estimation, estimate, estimation_of
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.passes.task import Task
-from llm_surgeon.planning.trace import LiveBytes, _Nowhere, estimation_of, factor_bytes, trace
+from llm_surgeon.planning.trace import CountedBytes, _Nowhere, factor_bytes, trace
 from llm_surgeon.refit.gates import gates_of, moments
 from llm_surgeon.session.session import Session
 from tiny import BUILDERS, build, tokens
@@ -44,7 +44,7 @@ def measured(model, anatomy, config, batch=2):
         return live.peak - factors.nbytes, factors.nbytes
 
 
-class CountingRealTensors(LiveBytes):
+class CountingRealTensors(CountedBytes):
     """The same count where numbers exist: every operation gives what it gives."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -74,7 +74,7 @@ def test_a_pass_for_gates_is_as_large_as_a_real_one(family, order):
     batch, gates = CalibrationTokens(tokens(2, config.seq_len), None, {}), gates_of(anatomy)
     with CountingRealTensors() as live:
         moments(Task(Session(model, anatomy, batch, store=_Nowhere(CPU)), {}, how), gates)
-    assert traces.gates == pytest.approx(live.peak, rel=0.03)
+    assert traces.stages["gates"] == pytest.approx(live.peak, rel=0.03)
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -114,7 +114,7 @@ def test_a_layerwise_method_keeps_the_hidden_states_of_all_tokens():
 
 def test_what_is_not_done_takes_nothing():
     traces, config, anatomy = traced(build("llama"), method="magnitude", evaluation="none")
-    assert (traces.curvature, traces.evaluation, traces.training) == (0, 0, 0)
+    assert (traces.curvature, traces.evaluation, traces.stages) == (0, 0, {})
     assert factor_bytes(build("llama"), anatomy, config) == 0
 
 

@@ -61,10 +61,12 @@ def test_factors_of_what_is_left_are_blocks(family):
 def test_a_shot_in_steps_reaches_its_target_with_one_curvature(family, structure, monkeypatch):
     model, anatomy = examined(family)
     passes, sizes = [], []
-    original, update = shots.estimate, shots._Run._update
+    original, update = shots.estimate, shots._Shots._update
     monkeypatch.setattr(shots, "estimate", lambda *a, **k: passes.append(1) or original(*a, **k))
     monkeypatch.setattr(
-        shots._Run, "_update", lambda run, c, s, *more: sizes.append(count_weights(s.keep)) or update(run, c, s, *more)
+        shots._Shots,
+        "_update",
+        lambda run, c, s, *more: sizes.append(count_weights(s.keep)) or update(run, c, s, *more),
     )
     options = {
         "structure": structure,

@@ -70,13 +70,13 @@ def test_zeros_of_every_shot_are_among_those_of_the_next(text_file, monkeypatch)
     from llm_surgeon.pruning import shots
 
     seen = []
-    update = shots._Run._update
+    update = shots._Shots._update
 
     def spy(self, *arguments):
         update(self, *arguments)
-        seen.append({name: weight == 0 for name, weight in matrices(self.model).items()})
+        seen.append({name: weight == 0 for name, weight in matrices(self.session.model).items()})
 
-    monkeypatch.setattr(shots._Run, "_update", spy)
+    monkeypatch.setattr(shots._Shots, "_update", spy)
     prune(build("opt"), tokenizer(), config(text_file, structure="unstructured", sparsity=0.6, shots=4))
     assert len(seen) == 4
     for before, after in itertools.pairwise(seen):

@@ -14,7 +14,7 @@ from llm_surgeon.models.anatomy import to_index
 from llm_surgeon.models.matrix import core_of, read_matrix
 from llm_surgeon.passes.batch_major import Estimation
 from llm_surgeon.passes.task import Task
-from llm_surgeon.pruning.shots import _Run, run_shots
+from llm_surgeon.pruning.shots import _Shots, run_shots
 from llm_surgeon.refit import gates as module
 from llm_surgeon.refit.gates import BACKWARD_PASSES, FORWARD_PASSES, gate_width, gates_of, set_gates
 from llm_surgeon.refit.stages import with_dense
@@ -290,7 +290,7 @@ def test_what_gates_cannot_do_is_said_once_before_the_first_shot(options, expect
     monkeypatch.setattr(module, "TOKENS_PER_GATE", 7)
     monkeypatch.setattr(module, "CROSSWISE_TOKENS_PER_GATE", 3)
     said = []
-    monkeypatch.setattr(_Run, "shot", lambda *_: said.append(caplog.text) or SimpleNamespace(start=None))
+    monkeypatch.setattr(_Shots, "shot", lambda *_: said.append(caplog.text) or SimpleNamespace(start=None))
     config = PruneConfig.from_mapping({**SMALL, "shots": 2, "gate_steps": 1, **options})
     model = build("llama")
     anatomy = examine(model, family_of("llama"), config.ignore)

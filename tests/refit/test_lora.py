@@ -122,7 +122,9 @@ def test_a_step_has_sequences_of_its_own_number():
             seen.append(total_tokens)
             yield SimpleNamespace(advance=lambda tokens: seen.append(-tokens))
 
-    config = PruneConfig(lora=True, lora_final_steps=2, lora_batch_size=3, batch_size=5, precision="float32", shots=1)
+    config = PruneConfig(
+        preset="none", lora=True, lora_final_steps=2, lora_batch_size=3, batch_size=5, precision="float32", shots=1
+    )
     Stages(Session(model, anatomy, TOKENS, config, Counting())).run(Shot(1, {}), Clock(torch.device("cpu")))
     assert seen == [2 * 3 * 16, -3 * 16, -3 * 16]
 

@@ -240,11 +240,12 @@ def test_the_copy_shares_what_is_not_pruned_and_nothing_else():
 def test_streams_that_are_no_sum_are_refused(family):
     model = build(family)
     anatomy = examine(model, family_of(model.config.model_type))
+    session = Session(model, anatomy, TEXT, PruneConfig(precision="float32"))
     if family in NORMALISED:
         with pytest.raises(UnsupportedModelError, match="reconstruction"):
-            check_stream(model, anatomy, TEXT, "float32")
+            check_stream(session)
     else:
-        check_stream(model, anatomy, TEXT, "float32")
+        check_stream(session)
 
 
 def test_single_weights_are_refused():

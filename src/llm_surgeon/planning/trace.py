@@ -31,7 +31,7 @@ from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE
-from llm_surgeon.refit.stage import LiveBytes
+from llm_surgeon.refit.stage import LiveBytes, Measure
 from llm_surgeon.refit.stages import stages_of
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.storage import Stored, TensorStore
@@ -175,11 +175,11 @@ class ShapeTracer:
         """A tensor without numbers of the same shape and type; see ``Tracer.fake``."""
         return cast(Tensor, self._mode.from_tensor(tensor))
 
-    def by_depth(self, measure: Callable[[Session, LiveBytes], int], sequences: int | None = None) -> int:
+    def by_depth(self, prepare: Callable[[Session], Measure], sequences: int | None = None) -> int:
         """The bytes at full depth, from those of shallow models if it is deep; see ``Tracer.by_depth``."""
 
         def measured(depth: int) -> int:
-            return self._measured(self._layers(depth), measure, sequences)
+            return self._measured(self._layers(depth), prepare, sequences)
 
         depth = len(self._all)
         if depth <= DEPTH:
@@ -192,27 +192,33 @@ class ShapeTracer:
         how = replace(traced_estimation(self._config), order=self._order)
         kept = self._order == "batch-major" or not ESTIMATORS[how.curvature].puts_away
 
-        def measure(session: Session, live: LiveBytes) -> int:
-            factors = estimate(session, {}, how)
-            return live.peak - (factors.nbytes if kept else 0)
+        def prepare(session: Session) -> Measure:
+            def measure(live: LiveBytes) -> int:
+                factors = estimate(session, {}, how)
+                return live.peak - (factors.nbytes if kept else 0)
 
-        return self.by_depth(measure)
+            return measure
+
+        return self.by_depth(prepare)
 
     def window(self) -> int:
         """Bytes of a window of the evaluation text, beside the weights."""
         length, precision = self._config.eval_window, self._config.precision
 
-        def measure(session: Session, live: LiveBytes) -> int:
-            tokens = torch.zeros(length, dtype=torch.int64, device=self._device)
-            perplexity(session.model, EvaluationText(tokens, "", length, length, precision))
-            return live.peak
+        def prepare(session: Session) -> Measure:
+            def measure(live: LiveBytes) -> int:
+                tokens = torch.zeros(length, dtype=torch.int64, device=self._device)
+                perplexity(session.model, EvaluationText(tokens, "", length, length, precision))
+                return live.peak
 
-        return self.by_depth(measure)
+            return measure
+
+        return self.by_depth(prepare)
 
     def sweep(self) -> tuple[int, int]:
         """Bytes of a batch in front of a block, and beside it at the peak of a block that is watched."""
-        held = self.by_depth(lambda session, live: self._sweep(session, live)[0])
-        return held, self._measured(self._layers(1), lambda session, live: self._sweep(session, live)[1])
+        held = self.by_depth(lambda session: lambda live: self._sweep(session, live)[0])
+        return held, self._measured(self._layers(1), lambda session: lambda live: self._sweep(session, live)[1])
 
     def _sweep(self, session: Session, live: LiveBytes) -> tuple[int, int]:
         config, layers = self._config, [layer for layer in session.anatomy.layers.values() if layer.block == 0]
@@ -224,15 +230,14 @@ class ShapeTracer:
         watch(session.model, sweep, 0, layers, grams=grams, advance=lambda _tokens: None)
         return held, live.peak - held
 
-    def _measured(
-        self, anatomy: Anatomy, measure: Callable[[Session, LiveBytes], int], sequences: int | None = None
-    ) -> int:
-        count = min(sequences or self._config.sequences_per_pass, self._config.samples)
-        with self._mode, CountedBytes() as live, _no_packed_sequences():
+    def _measured(self, anatomy: Anatomy, prepare: Callable[[Session], Measure], sequences: int | None = None) -> int:
+        count, live = min(sequences or self._config.sequences_per_pass, self._config.samples), CountedBytes()
+        with self._mode, live:
             ids = torch.zeros(count, self._config.seq_len, dtype=torch.int64, device=self._device)
-            tokens, store = CalibrationTokens(ids, None, {}), _Nowhere(self._device)
-            session = _TracedSession(self._network, anatomy, tokens, self._config, store=store, traced=self._order)
-            return measure(session, live)
+        tokens, store = CalibrationTokens(ids, None, {}), _Nowhere(self._device)
+        measure = prepare(_TracedSession(self._network, anatomy, tokens, self._config, store=store, traced=self._order))
+        with self._mode, live, _no_packed_sequences():
+            return measure(live)
 
     def _layers(self, depth: int) -> Anatomy:
         """Make the model so many blocks deep; returns what is left of its layers."""

@@ -25,7 +25,7 @@ from llm_surgeon.refit.gates import (
     tokens_of_gates,
     warn_of_gates,
 )
-from llm_surgeon.refit.stage import Advance, Fitted, LiveBytes, Order, Parts, Shot, Stage, TracedBytes, Tracer
+from llm_surgeon.refit.stage import Advance, Fitted, LiveBytes, Measure, Order, Parts, Shot, Stage, TracedBytes, Tracer
 from llm_surgeon.session.session import Session
 
 
@@ -83,13 +83,19 @@ class GatesStage(Stage):
     def trace(cls, tracer: Tracer, config: PruneConfig) -> int:
         """Bytes of a batch with gradients, and of the effects of the gates at its tokens."""
 
-        def measure(session: Session, live: LiveBytes) -> int:
+        def prepare(session: Session) -> Measure:
             how = Estimation(config.sequences_per_pass, config.precision, order=session.order)
-            if gates := gates_of(session.anatomy, gate_width(tracer.anatomy, config)):
-                moments(Task(session, {}, how), [replace(gate, members=tracer.fake(gate.members)) for gate in gates])
-            return live.peak
+            gates = gates_of(session.anatomy, gate_width(tracer.anatomy, config))
+            gates = [replace(gate, members=tracer.fake(gate.members)) for gate in gates]
 
-        return tracer.by_depth(measure)
+            def measure(live: LiveBytes) -> int:
+                if gates:
+                    moments(Task(session, {}, how), gates)
+                return live.peak
+
+            return measure
+
+        return tracer.by_depth(prepare)
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:

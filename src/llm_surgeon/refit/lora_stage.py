@@ -11,7 +11,7 @@ from llm_surgeon.passes.batch_major import Estimation
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Figure
 from llm_surgeon.refit.lora import Corrected, Corrections, correct, require_peft
-from llm_surgeon.refit.stage import Advance, Fitted, LiveBytes, Order, Parts, Shot, Stage, TracedBytes, Tracer
+from llm_surgeon.refit.stage import Advance, Fitted, LiveBytes, Measure, Order, Parts, Shot, Stage, TracedBytes, Tracer
 from llm_surgeon.session.session import Session
 
 
@@ -81,11 +81,14 @@ class CorrectionStage(Stage):
         """Bytes of a batch with gradients."""
         how = Estimation(config.lora_batch_size, config.precision)
 
-        def measure(session: Session, live: LiveBytes) -> int:
-            factors = estimate(session, {}, how)
-            return live.peak - factors.nbytes
+        def prepare(session: Session) -> Measure:
+            def measure(live: LiveBytes) -> int:
+                factors = estimate(session, {}, how)
+                return live.peak - factors.nbytes
 
-        return tracer.by_depth(measure, config.lora_batch_size)
+            return measure
+
+        return tracer.by_depth(prepare, config.lora_batch_size)
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:

@@ -55,6 +55,9 @@ class LiveBytes(Protocol):
     peak: int
 
 
+Measure = Callable[[LiveBytes], int]
+
+
 class Tracer(Protocol):
     """Runs code of a stage on a model whose tensors have shapes and types but no numbers.
 
@@ -67,12 +70,12 @@ class Tracer(Protocol):
     def fake(self, tensor: Tensor) -> Tensor:
         """A tensor without numbers of the same shape and type, which code under the tracer may take."""
 
-    def by_depth(self, measure: Callable[[Session, LiveBytes], int], sequences: int | None = None) -> int:
-        """Bytes that ``measure`` finds on the whole model; a deep one is followed from two shallow ones.
+    def by_depth(self, prepare: Callable[[Session], Measure], sequences: int | None = None) -> int:
+        """Bytes of a pass on the whole model; those of a deep one follow from two shallow ones.
 
         Args:
-            measure: Runs one batch in a session without numbers, and says the bytes it takes beside the weights. The
-                session's tokens are that batch.
+            prepare: Makes the measure of one batch in a session without numbers, whose tokens are that batch. It is
+                called where tensors have numbers; its result runs the batch, and says the bytes beside the weights.
             sequences: Sequences of the batch; None takes those of a pass of the recipe.
         """
 
