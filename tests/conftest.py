@@ -11,8 +11,7 @@ import tiny
 
 def pytest_configure(config):
     """Make one server of fresh Pythons for all processes of the tests: the first makes it, the others find it."""
-    # A fork of a process that has seen a GPU cannot use it.
-    if sys.platform == "linux" and fresh.VARIABLE not in os.environ and not os.path.exists("/dev/nvidiactl"):
+    if fresh.VARIABLE not in os.environ and fresh.possible():
         server = fresh.Server(tempfile.mkdtemp(prefix="fresh-"))
         os.environ[fresh.VARIABLE] = server.program
         config.add_cleanup(lambda: os.environ.pop(fresh.VARIABLE))

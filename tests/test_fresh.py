@@ -11,7 +11,9 @@ import pytest
 
 import fresh
 
-pytestmark = pytest.mark.skipif(fresh.VARIABLE not in os.environ, reason="the tests start real processes only")
+pytestmark = pytest.mark.skipif(
+    os.environ.get(fresh.VARIABLE, fresh.REAL) == fresh.REAL, reason="the tests start real processes only"
+)
 SHOWN = """
 import hashlib, locale, os, signal, sys, tempfile, threading
 streams = (sys.stdin, sys.stdout, sys.stderr)
