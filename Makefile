@@ -30,8 +30,10 @@ setup: $(STAMP)  ## make .venv with pinned dependencies (the other targets do it
 demo: $(STAMP)  ## prune the embedded model and write a report (DEMO_OUT, DEMO_ARGS)
 	$(VENV)/bin/llm-surgeon prune demo --out "$(DEMO_OUT)" $(DEMO_ARGS)
 
+# Two processes with a thread each: the models of the tests are too small for more threads. Each process takes a half of the
+# tests in their order, so that fixtures of a file are made once. PYTEST_ARGS="-n 0" runs all in one process.
 test: $(STAMP)  ## run the tests (PYTEST_ARGS)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # Beyond the bounds of pyproject.toml too, which pip then names: what comes next is to be known before users have it.
 # torch stays as it is pinned, for the reason below.

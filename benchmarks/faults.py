@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from common import circumstances, finished, table, write
@@ -31,12 +32,12 @@ from common import circumstances, finished, table, write
 import llm_surgeon.run.run as run_module
 from llm_surgeon import Comparison, PruneConfig, Setting, compare, prune_checkpoint
 from llm_surgeon.errors import OutputError
-from llm_surgeon.export.verify import ReloadCheck
 from llm_surgeon.pruning.checkpoint import Checkpoints
 from llm_surgeon.run.run_directory import RunDirectory
 from llm_surgeon.system.clock import Clock
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from quick import without_what_has_other_tests
 from tiny import VOCABULARY, llama, tokenizer
 
 # Marks the case whose runs are comparisons; what is compared then is the table's numbers.
@@ -148,8 +149,7 @@ def _prune(place: Place, pipe: int) -> int:
     try:
         _announce(pipe)
         if place.quick:
-            run_module.verify_export = lambda *_: ReloadCheck(0.0, 1.0)
-            run_module._compare_speed = lambda *_: None
+            without_what_has_other_tests(SimpleNamespace(setattr=setattr))
         tempfile.tempdir = str(place.directory / "temporary")
         there = place.out.exists()
         if place.compared:
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=CASES, help="one case")
     parser.add_argument("--more", action="store_true", help="add to an earlier result")
-    parser.add_argument("--quick", action="store_true", help="one case, no reload check, nothing written: for tests")
+    parser.add_argument("--quick", action="store_true", help="one case, runs as in tests, nothing written")
     arguments = parser.parse_args()
     cases = [arguments.only] if arguments.only else list(CASES)[:1] if arguments.quick else list(CASES)
     earlier = finished("faults") if arguments.more else {"runs": [], "command": ""}

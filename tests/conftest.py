@@ -1,8 +1,35 @@
+import os
 import random
+import sys
+import tempfile
 
 import pytest
 
+import fresh
 import tiny
+
+
+def pytest_configure(config):
+    """Make one server of fresh Pythons for all processes of the tests: the first makes it, the others find it."""
+    if fresh.VARIABLE not in os.environ and fresh.possible():
+        server = fresh.Server(tempfile.mkdtemp(prefix="fresh-"))
+        os.environ[fresh.VARIABLE] = server.program
+        config.add_cleanup(lambda: os.environ.pop(fresh.VARIABLE))
+        config.add_cleanup(server.close)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_python():
+    """Have tests, and the package under test, start the program of ``fresh`` where they start a Python."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", os.environ.get(fresh.VARIABLE, fresh.REAL))
+        yield
+
+
+@pytest.fixture
+def real_python(monkeypatch):
+    """Real processes: for tests of how Python starts and ends, and of what a process has from others."""
+    monkeypatch.setattr(sys, "executable", fresh.REAL)
 
 
 @pytest.fixture

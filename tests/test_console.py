@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import fresh
 from llm_surgeon import __version__
 from llm_surgeon.cli import app
 from llm_surgeon.cli.shared import LiteralCommand, LiteralGroup, errors_as_messages, print_error
@@ -54,7 +55,7 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /d
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, real_python):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT, encoding="utf8")
     return path
@@ -125,6 +126,7 @@ def test_a_reader_of_standard_error_that_goes_does_not_end_a_run(script, tmp_pat
 
 
 @needs_full
+@pytest.mark.usefixtures("real_python")
 def test_help_that_cannot_be_written_is_a_message():
     command = f'exec "{sys.executable}" -m llm_surgeon prune --help >/dev/full'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
@@ -142,7 +144,9 @@ def test_every_command_works_where_standard_output_takes_ascii_only(command, che
         "eval": ["--data", text_file, "--window", 32, "--tokens", 128],
         "compare": [*texts, "--out", tmp_path / "out", "--methods", "magnitude"],
     }[command]
-    line = [sys.executable, "-m", "llm_surgeon", command, checkpoint, *arguments]
+    # The whole way of a run in real processes, once.
+    python = fresh.REAL if command == "prune" else sys.executable
+    line = [python, "-m", "llm_surgeon", command, checkpoint, *arguments]
     done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=os.environ | ASCII, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
@@ -177,6 +181,7 @@ def test_a_request_to_end_that_is_ignored_stays_so(script):
     assert run.returncode == 130
 
 
+@pytest.mark.usefixtures("real_python")
 @pytest.mark.parametrize("command", ["prune", "plan", "bench"])
 def test_something_is_said_before_what_takes_seconds_is_imported(command, tmp_path):
     code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {[command, 'x']}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fresh
 import llm_surgeon.models as families
 from llm_surgeon import PruneConfig, load, prune, prune_checkpoint
 from llm_surgeon.benchmark.measuring import bench
@@ -304,10 +305,13 @@ def no_network(tmp_path, monkeypatch):
 
 
 class TestNetwork:
-    def test_the_ban_holds_in_processes_too(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("python", ["played", "real"])
+    def test_the_ban_holds_in_processes_too(self, tmp_path, monkeypatch, python):
         import subprocess
         import sys
 
+        if python == "real":
+            monkeypatch.setattr(sys, "executable", fresh.REAL)
         record = tmp_path / "connections.txt"
         (tmp_path / "sitecustomize.py").write_text(FORBID.format(record=str(record)))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -278,6 +278,7 @@ def test_an_unforeseen_error_keeps_its_stack_trace(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_python")  # what it has from others is not its own
 def test_a_process_of_its_own_measures_the_same(checkpoint):
     task = IsolatedOrder(
         source=str(checkpoint), dtype="auto", device="cpu", threads=1, prompt=6, generate=2, batches=(2,)

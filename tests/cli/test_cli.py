@@ -234,6 +234,7 @@ def test_compare_in_processes_of_its_own(checkpoint, text_file, tmp_path):
     assert cell["measures"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.usefixtures("real_python")
 def test_help_is_quick_because_it_loads_neither_torch_nor_transformers():
     code = "import sys; import llm_surgeon.cli; assert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import fresh
 import llm_surgeon
 from llm_surgeon.records import LayerRecord
 from llm_surgeon.report import plots
@@ -56,6 +57,7 @@ def test_png_shows_something(tmp_path: Path, measured: bool) -> None:
     assert has_line == measured
 
 
+@pytest.mark.usefixtures("real_python")
 def test_plots_leave_pyplot_alone() -> None:
     code = "import sys, llm_surgeon.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -86,7 +88,8 @@ print(os.environ.get("MPLBACKEND"), mpl.rcParams["text.usetex"], mpl.rcParams.ge
 def drawn(tmp_path: Path, **environment: str) -> list[str]:
     """Draw in a fresh process, without a word on standard error; what matplotlib is set to afterwards."""
     path = tmp_path / "drawn.png"
-    command = [sys.executable, "-W", "error", "-c", DRAW, str(path)]
+    # A real one: settings are read when matplotlib is imported.
+    command = [fresh.REAL, "-W", "error", "-c", DRAW, str(path)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment, cwd=tmp_path
     )

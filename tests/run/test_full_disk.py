@@ -116,6 +116,7 @@ def test_a_limit_of_file_size(checkpoint, text_file, tmp_path, monkeypatch, undi
     assert weights(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.usefixtures("real_python")  # a file system of its own is seen by none that was there before
 def test_a_small_file_system(checkpoint, text_file, tmp_path, undisturbed):
     small = tmp_path / "small"
     small.mkdir()

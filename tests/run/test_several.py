@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import fresh
 import several
 from llm_surgeon import load
 from llm_surgeon.cli import app
@@ -36,9 +37,15 @@ SMALL = [
 PATIENCE = 180
 
 
-def started(processes, *command):
+def started(processes, *command, python=None):
     """Several processes by torchrun, a thread each."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [
+        python or sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [*launcher, *map(str, command)],
@@ -90,9 +97,9 @@ def test_several_processes_make_what_one_makes(text, alone, tmp_path, processes)
             assert torch.allclose(value.double(), found[key].double(), rtol=1e-3, atol=1e-4), f"{name}: {key}"
 
 
-def pruning(processes, checkpoint, text, out, *options):
+def pruning(processes, checkpoint, text, out, *options, python=None):
     command = ["-m", "llm_surgeon", "prune", checkpoint, "--out", out, "--calibration", text, "--device", "cpu"]
-    return started(processes, *command, *SMALL, *options)
+    return started(processes, *command, *SMALL, *options, python=python)
 
 
 def test_one_of_them_writes_shows_and_reports(checkpoint, text, tmp_path):
@@ -144,7 +151,8 @@ def test_they_are_planned_together(checkpoint, text, tmp_path):
 
 def test_when_one_is_killed_the_others_end_and_another_number_continues(checkpoint, text, tmp_path):
     out, options = tmp_path / "out", ["--shots", "12", "--sparsity", "0.3", "--eval-tokens", "64"]
-    run = pruning(3, checkpoint, text, out, *options)
+    # Real processes: a kill is to meet one of them, and nobody who stands for it.
+    run = pruning(3, checkpoint, text, out, *options, python=fresh.REAL)
     try:
         for line in run.stderr:
             if "shot 2/" in line:

@@ -164,6 +164,7 @@ assert all(bool((tensor == 1).all()) for tensor in kept)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs an allocator that hands memory back")
+@pytest.mark.usefixtures("real_python")  # memory as nobody has used it
 @pytest.mark.parametrize(("limit", "handed_back"), [(1.1, 10**8), (1.3, 0), (math.inf, 0)])
 def test_near_its_limit_a_process_hands_freed_memory_back(limit, handed_back):
     command = [sys.executable, "-c", FRAGMENTED, str(limit)]

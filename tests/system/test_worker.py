@@ -32,6 +32,7 @@ ask_apart(command, Failure(cause="", remedy=""), "")
 """
 
 
+@pytest.mark.usefixtures("real_python")
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are looked up in /proc")
 def test_a_process_whose_parent_is_killed_ends_and_clears_up(tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
