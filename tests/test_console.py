@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from llm_surgeon import __version__
 from llm_surgeon.cli import app
-from llm_surgeon.cli.shared import LiteralCommand, LiteralGroup, errors_as_messages, print_error
+from llm_surgeon.cli.helping import LiteralCommand, LiteralGroup
+from llm_surgeon.cli.shared import errors_as_messages, print_error
 from llm_surgeon.system.logs import STARTING
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

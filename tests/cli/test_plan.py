@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_surgeon.cli import app
-from llm_surgeon.cli.shared import config_of
+from llm_surgeon.cli.options import config_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Plan
 

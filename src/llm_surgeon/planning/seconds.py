@@ -71,7 +71,7 @@ def _passes(config: PruneConfig) -> int:
     curvature = config.resolved_curvature
     if curvature is None or curvature == "identity":
         return 0
-    how = replace(estimation_of(config), curvature=curvature, iterations=config.kronecker_iterations)
+    how = replace(estimation_of(config), curvature=curvature)
     return passes_needed(how, warm=False)
 
 

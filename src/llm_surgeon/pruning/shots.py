@@ -291,7 +291,6 @@ def _estimation(config: PruneConfig, shot: int, order: Order) -> Estimation:
         precision=config.precision,
         curvature=config.resolved_curvature,
         sampled_labels=config.fisher_samples if config.fisher == "true" else 0,
-        iterations=config.kronecker_iterations,
         gradient_share=config.gradient_share,
         # Each shot draws its own labels and tokens.
         seed=config.seed + shot,
