@@ -35,7 +35,6 @@ def test_sparsity_outside_the_open_interval_is_refused(sparsity):
         ("precision", "int8"),
         ("gradient_share", 0.0),
         ("gradient_share", 1.5),
-        ("eval_stride", 0),
         ("speed", 9),
         ("ignore", ["layers.[0"]),
     ],
@@ -76,7 +75,7 @@ def test_a_pass_is_over_2048_tokens_unless_said_otherwise(options, sequences):
 
 
 def test_a_recipe_survives_the_round_trip():
-    config = PruneConfig(sparsity=0.3, ignore=("lm_head", "layers.0.*"), eval_stride=128)
+    config = PruneConfig(sparsity=0.3, ignore=("lm_head", "layers.0.*"), eval_window=128)
     again = PruneConfig.from_mapping(yaml.safe_load(config.to_yaml()))
     assert again == config.model_copy(update={"batch_size": 4, "curvature": "kfac", "round_to": 1, "min_width": 0.0})
     assert again.to_yaml() == config.to_yaml()
@@ -224,7 +223,7 @@ def test_python_gives_numbers_of_numpy_and_lists(options, value):
         ({"sparsity": "30%"}, "0.3"),
         ({"sparsity": " 12.5 % "}, "0.125"),
         ({"min_width": 5}, "0.05"),
-        ({"lora_share": 50}, "0.5"),
+        ({"reconstruction_share": 50}, "0.5"),
         ({"owl_spread": 8}, "0.08"),
         ({"method": "surgoen"}, "surgeon"),
         ({"structure": "neuron+head"}, "neurons+heads"),
@@ -263,7 +262,7 @@ def test_an_unknown_option_is_not_answered_with_all_that_are_known():
     with pytest.raises(ConfigError, match=r"'sparcity' is no option \(did you mean sparsity\?\)") as caught:
         PruneConfig.from_mapping({"sparcity": 0.3})
     assert len(str(caught.value)) < 150
-    assert caught.value.remedy == "`llm-surgeon prune --help` explains each option."
+    assert caught.value.remedy == "`llm-surgeon prune --help-all` explains each option."
 
 
 def test_options_that_do_not_go_together_come_with_their_spelling_on_the_command_line():
