@@ -5,9 +5,16 @@ from __future__ import annotations
 import random
 
 import tiny
+from llm_surgeon.recipe.switches import SWITCHES
 
 # What makes a run of a second; every option below may replace its entry.
-SMALL = {"samples": 4, "seq_len": 16, "eval_window": 32, "eval_tokens": 128, "lora_steps": 2, "lora_final_steps": 2}
+SMALL = {"samples": 4, "seq_len": 16, "eval_window": 32, "eval_tokens": 128}
+SMALL_CORRECTIONS = {"lora_steps": 2, "lora_final_steps": 2}
+# What turns on what has no effect otherwise, and is refused then.
+ON = {
+    **{"lora": True, "reconstruction": True, "gate_steps": 1},
+    **{"layer_budget": "owl", "refine": "r2-dsnot", "fisher": "true"},
+}
 STRUCTURES = (
     *("rows-columns", "neurons", "heads", "values", "blocks", "neurons+heads", "values+neurons", "blocks+neurons"),
     *("rows-columns+heads", "rows-columns+values", "unstructured", "2:4", "1:2", "4:8", "1:8"),
@@ -30,13 +37,14 @@ DOMAINS: dict[str, tuple[tuple, tuple]] = {
     "fisher": (("empirical", "true"), (True, "exact")),
     "fisher_samples": ((1, 2), (0, -1, 1.5)),
     "gradient_share": ((0.5, 1.0), (0.0, 1.5)),
-    "kronecker_iterations": ((1, 2), (0,)),
     "shots": ((1, 2, 3), (0, -1, 10**12)),
     "steps_per_shot": ((1, 2), (0,)),
     "uniform": ((True, False), ("yes", 2)),
     "round_to": ((1, 3, 8, 32), (0, 64)),
     "min_width": ((0.0, 0.05, 0.5, 0.95), (-0.1, 1.0)),
     "rank_by": (("cost-per-weight", "cost"), ("size",)),
+    "stages": (((),), (("none",), "none")),
+    "formats": ((("hf",),), ((), ("gif",), ("hf", "hf"))),
     "samples": ((1, 2, 3, 8), (0, 10**7)),
     "seq_len": ((2, 5, 16, 32, 128), (1, 129, 10**6)),
     "windows_per_sample": ((1, 2, 4), (0, 3, 16)),
@@ -60,8 +68,6 @@ DOMAINS: dict[str, tuple[tuple, tuple]] = {
     "score_activation": ((True, False), (2,)),
     "sparsegpt_block": ((1, 7, 128), (0,)),
     "refine": (("none", "dsnot", "r2-dsnot"), ("more",)),
-    "refine_cycles": ((1, 50), (0,)),
-    "refine_threshold": ((0.0, 0.1), (-1.0,)),
     "refine_reweight": (("grow", "prune", "both"), ("none",)),
     "permute": ((True, False), ("maybe",)),
     "seed": ((0, 1, 2**31), (-1, 2**80)),
@@ -80,10 +86,8 @@ DOMAINS: dict[str, tuple[tuple, tuple]] = {
     "lora_rank": ((1, 4), (0,)),
     "lora_learning_rate": ((1e-3,), (0.0,)),
     "lora_batch_size": ((1, 2, 9), (0,)),
-    "lora_share": ((0.5, 1.0), (0.0,)),
     "export_shots": (((1,), (1, 2), ()), ((0,), (9,))),
     "eval_window": ((2, 16, 32, 128), (1, 129, 10**6)),
-    "eval_stride": ((1, 8, 32), (0, 10**6)),
     "eval_tokens": ((32, 100, 128), (1, 10**12)),
     "ignore": ((("lm_head",), ("down_proj|fc2|c_proj",), ("q_proj",), (r"\.0\..*",)), ((".*",), ("(",))),
 }
@@ -104,4 +108,12 @@ def random_recipe(seed: int) -> tuple[str, dict]:
         options[name] = chance.choice(outside if outside and (chance.random() < 0.1 or not within) else within)
     if any(name in options for name in ("target_params", "target_bytes")) and chance.random() < 0.9:
         options.pop("sparsity", None)
+    if chance.random() < 0.9:
+        options |= {
+            switch.option: ON[switch.option]
+            for switch in SWITCHES
+            if set(switch.others) & set(options) and switch.option not in options
+        }
+    if options.get("lora") is True:
+        options = SMALL_CORRECTIONS | options
     return family, options

@@ -15,7 +15,7 @@ from llm_surgeon import PruneConfig, prune
 
 # Seven sequences in batches of two: no number of processes gets equal parts, nor batches of the same sequences.
 COMMON = {
-    "samples": 7, "seq_len": 32, "batch_size": 2, "eval_window": 64, "eval_stride": 48, "eval_tokens": 512,
+    "samples": 7, "seq_len": 32, "batch_size": 2, "eval_window": 64, "eval_tokens": 512,
     "preset": "none", "precision": "float32", "sparsity": 0.4,
 }  # fmt: skip
 # Name: model, and options. Conjugate gradients that stop at a tolerance may take another step after any rounding, a

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import fresh
 from llm_surgeon import __version__
 from llm_surgeon.cli import app
-from llm_surgeon.cli.shared import LiteralCommand, LiteralGroup, errors_as_messages, print_error
+from llm_surgeon.cli.helping import LiteralCommand, LiteralGroup
+from llm_surgeon.cli.shared import errors_as_messages, print_error
 from llm_surgeon.system.logs import STARTING
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -238,7 +239,8 @@ def test_every_command_shows_its_help_as_it_is_written():
     # typer has commands and options as they are shown; what was written is at the functions.
     for registered in app.registered_commands:
         name = registered.name or registered.callback.__name__
-        output = CliRunner().invoke(app, [name, "-h"], env={"COLUMNS": "1000", "TERM": "dumb"}).output
+        whole = "-h" if registered.cls is LiteralCommand else "--help-all"
+        output = CliRunner().invoke(app, [name, whole], env={"COLUMNS": "1000", "TERM": "dumb"}).output
         parameters = typer.main.get_params_from_function(registered.callback).values()
         written = [parameter.default.help for parameter in parameters]
         assert len(written) > 5

@@ -4,8 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_surgeon.cli import app
-from llm_surgeon.cli.shared import config_of
+from llm_surgeon.cli.options import config_of
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.wording import flag
 from llm_surgeon.records import Plan
 
 runner = CliRunner()
@@ -71,9 +72,9 @@ def test_mistakes_are_messages(plan, arguments, message):
 
 @pytest.mark.parametrize("command", ["plan", "prune"])
 def test_every_key_of_the_recipe_is_an_option(command):
-    done = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    done = runner.invoke(app, [command, "--help-all"], env={"COLUMNS": "200", "TERM": "dumb"})
     for name in PruneConfig.model_fields:
-        assert f"--{name.replace('_', '-')} " in done.output
+        assert f"{flag(name)} " in done.output
 
 
 def test_the_command_line_overrides_the_recipe(tmp_path):

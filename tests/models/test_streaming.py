@@ -198,7 +198,6 @@ def recipe(text_file):
             "preset": "none",
             "calibration": str(text_file),
             "eval_window": 64,
-            "eval_stride": 48,
             "eval_tokens": 512,
         }
         return PruneConfig.from_mapping(common | options)

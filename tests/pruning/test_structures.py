@@ -172,19 +172,10 @@ def test_a_pattern_says_how_sparse():
 @pytest.mark.parametrize("structure", ["rows-columns", "unstructured"])
 def test_corrections_lower_the_loss_and_leave_the_structure(structure, text_file):
     results = []
-    for lora in (False, True):
+    corrections = {"lora": True, "lora_steps": 8, "lora_final_steps": 16, "lora_learning_rate": 1e-2}
+    for options in ({}, corrections):
         model = build("llama-biased")
-        settings = config(
-            text_file,
-            structure=structure,
-            sparsity=0.5,
-            shots=2,
-            lora=lora,
-            lora_steps=8,
-            lora_final_steps=16,
-            lora_learning_rate=1e-2,
-            evaluation=str(text_file),
-        )
+        settings = config(text_file, structure=structure, sparsity=0.5, shots=2, evaluation=str(text_file), **options)
         report = prune(model, tokenizer(), settings)
         results.append((model, report))
     (_, plain), (model, corrected) = results

@@ -8,8 +8,6 @@ import torch
 import yaml
 
 from llm_surgeon import PruneConfig
-from llm_surgeon.cli.compare import _listed, _variants
-from llm_surgeon.comparison.variants import parse_methods, plan, settings_of
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.recipe.config import differences, read_recipe
 from llm_surgeon.recipe.quantity import shown
@@ -35,7 +33,6 @@ def test_sparsity_outside_the_open_interval_is_refused(sparsity):
         ("precision", "int8"),
         ("gradient_share", 0.0),
         ("gradient_share", 1.5),
-        ("eval_stride", 0),
         ("speed", 9),
         ("ignore", ["layers.[0"]),
     ],
@@ -76,7 +73,7 @@ def test_a_pass_is_over_2048_tokens_unless_said_otherwise(options, sequences):
 
 
 def test_a_recipe_survives_the_round_trip():
-    config = PruneConfig(sparsity=0.3, ignore=("lm_head", "layers.0.*"), eval_stride=128)
+    config = PruneConfig(sparsity=0.3, ignore=("lm_head", "layers.0.*"), eval_window=128)
     again = PruneConfig.from_mapping(yaml.safe_load(config.to_yaml()))
     assert again == config.model_copy(update={"batch_size": 4, "curvature": "kfac", "round_to": 1, "min_width": 0.0})
     assert again.to_yaml() == config.to_yaml()
@@ -224,7 +221,7 @@ def test_python_gives_numbers_of_numpy_and_lists(options, value):
         ({"sparsity": "30%"}, "0.3"),
         ({"sparsity": " 12.5 % "}, "0.125"),
         ({"min_width": 5}, "0.05"),
-        ({"lora_share": 50}, "0.5"),
+        ({"reconstruction_share": 50}, "0.5"),
         ({"owl_spread": 8}, "0.08"),
         ({"method": "surgoen"}, "surgeon"),
         ({"structure": "neuron+head"}, "neurons+heads"),
@@ -263,7 +260,7 @@ def test_an_unknown_option_is_not_answered_with_all_that_are_known():
     with pytest.raises(ConfigError, match=r"'sparcity' is no option \(did you mean sparsity\?\)") as caught:
         PruneConfig.from_mapping({"sparcity": 0.3})
     assert len(str(caught.value)) < 150
-    assert caught.value.remedy == "`llm-surgeon prune --help` explains each option."
+    assert caught.value.remedy == "`llm-surgeon prune --help-all` explains each option."
 
 
 def test_options_that_do_not_go_together_come_with_their_spelling_on_the_command_line():
@@ -357,60 +354,3 @@ def test_recipes_with_what_is_no_count_are_refused(tmp_path, value):
     (tmp_path / "recipe.yaml").write_text(f"samples: {value}")
     with pytest.raises(ConfigError, match="--samples has to be a whole number"):
         PruneConfig.from_mapping(read_recipe(tmp_path / "recipe.yaml"))
-
-
-class TestCompare:
-    def test_settings_of_a_recipe_are_lists_or_single_values(self):
-        options = {"structure": ["2:4", "heads"], "sparsity": 0.3, "seed": 1}
-        assert _listed(options, "structure", "unstructured") == ["2:4", "heads"]
-        assert _listed(options, "sparsity", 0.5) == [0.3]
-        assert options == {"seed": 1}
-        assert _listed(options | {"structure": None}, "structure", "unstructured") == ["unstructured"]
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"structure": ["2:4", 124]}, r"--structure has to be text \(got 124\)"),
-            ({"structure": {"a": 1}}, "--structure has to be text"),
-            ({"structure": ["colums"]}, "did you mean rows-columns"),
-            ({"sparsity": [0.3, 50]}, r"--sparsity has to be less than 1 \(got 50; did you mean 0.5\?\)"),
-            ({"sparsity": ["30%"]}, r"--sparsity has to be a number \(got the text '30%'; did you mean 0.3\?\)"),
-            ({"sparsity": True}, "--sparsity has to be a number"),
-            ({"sparsity": [math.nan]}, "--sparsity has to be a finite number"),
-            ({"sparsity": [[0.5]]}, "--sparsity has to be a number"),
-            ({"sparsity": [0.5, None]}, "sparsity is nothing"),
-        ],
-    )
-    def test_settings_that_cannot_be_are_refused_by_name(self, options, message):
-        (name,) = options
-        with pytest.raises(ConfigError, match=message):
-            _listed(options, name, None)
-
-    def test_variants_are_read_as_recipes_are(self, tmp_path):
-        recipe = "structure: 2:4\nvariants:\n  soft-true: {fisher: true, cross-fit: false}\n  b: {samples: yes}\n"
-        (tmp_path / "recipe.yaml").write_text(recipe)
-        options = read_recipe(tmp_path / "recipe.yaml")
-        variants = _variants("wanda", options["variants"])
-        assert variants == {
-            "wanda": {"method": "wanda"},
-            "soft-true": {"fisher": "true", "cross_fit": False},
-            "b": {"samples": "yes"},
-        }
-        assert settings_of(_listed(options, "structure", None), [0.3])[0].label == "2:4"
-
-    @pytest.mark.parametrize("more", [["a"], {"a": None}, {"a": 3}, "a", 3])
-    def test_variants_that_are_none_are_refused(self, more):
-        with pytest.raises(ConfigError, match="not a mapping of names to options"):
-            _variants(None, more)
-
-    def test_what_is_not_known_is_asked_after_and_cut(self):
-        with pytest.raises(ConfigError, match=r"method 'surgoen' .* is not known \(did you mean surgeon\?\)"):
-            parse_methods("surgoen+lora")
-        with pytest.raises(ConfigError, match=r"suffix 'reconstructoin' .* \(did you mean reconstruction\?\)"):
-            parse_methods("surgeon+reconstructoin")
-        with pytest.raises(ConfigError, match="The method 'xxx") as caught:
-            parse_methods("x" * 100_000)
-        assert len(caught.value.cause) < 250
-        with pytest.raises(ConfigError, match="A variant cannot be named 'xxx") as caught:
-            plan({"x" * 100_000: {}}, settings_of(["heads"], [0.5]), {})
-        assert len(caught.value.cause) < 250

@@ -214,7 +214,7 @@ def test_same_seed_same_result_and_another_seed_another(state):
     for seed in (3, 3, 4):
         model, anatomy, masks = pruned("llama", state)
         torch.manual_seed(len(results))
-        run(model, anatomy, masks, Corrections(rank=4, learning_rate=1e-2, steps=3, share=0.5), seed=seed)
+        run(model, anatomy, masks, Corrections(rank=4, learning_rate=1e-2, steps=3), seed=seed)
         results.append(values(model))
     names = [name for name in results[0] if name.endswith("down_proj.weight") or name.endswith("down_proj.core.weight")]
     assert names
@@ -277,11 +277,10 @@ def test_padding_changes_nothing():
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
-def test_a_share_of_the_sequences_is_gone_through_again_and_again():
-    used = [ids for ids, _ in corrections._batches(TOKENS, Corrections(steps=4, share=0.5), 2, seed=0)]
-    assert torch.equal(used[0], used[2])
-    assert torch.equal(used[1], used[3])
-    assert len(torch.cat(used).unique(dim=0)) == 4
+def test_the_sequences_are_gone_through_again_and_again():
+    used = [ids for ids, _ in corrections._batches(TOKENS, Corrections(steps=8), 2, seed=0)]
+    assert all(torch.equal(used[step], used[step + 4]) for step in range(4))
+    assert len(torch.cat(used[:4]).unique(dim=0)) == TOKENS.n_samples == 8
 
 
 def interrupted(layers):
@@ -333,7 +332,7 @@ def test_without_peft_the_remedy_is_named(monkeypatch):
         run(model, anatomy, None)
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"steps": 0}, {"learning_rate": 0.0}, {"share": 0.0}, {"share": 1.5}])
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"steps": 0}, {"learning_rate": 0.0}])
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="Corrections"):
         Corrections(**wrong)

@@ -39,5 +39,5 @@ def test_a_recipe_is_still_one(tmp_path):
     recipe = PruneConfig(calibration=str(tmp_path / "two words.txt"), evaluation=str(tmp_path / "e.txt"), samples=3)
     text = recipe_without_paths(recipe)
     assert str(tmp_path) not in text
-    assert "calibration: two words.txt\n" in text
-    assert "evaluation: e.txt\n" in text
+    assert "calibration:\n  text: two words.txt\n" in text
+    assert "evaluation:\n  text: e.txt\n" in text

@@ -89,7 +89,6 @@ def test_the_outcome_is_a_right_export_or_a_named_error(seed, checkpoints, text_
         tokenizer,
         str(held_out),
         window=config.eval_window,
-        stride=config.eval_stride,
         max_tokens=config.eval_tokens,
         precision=config.precision,
         bos=config.bos,

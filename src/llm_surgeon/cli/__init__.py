@@ -7,17 +7,13 @@ from typing import Annotated
 import typer
 
 from llm_surgeon import __version__
+from llm_surgeon.cli import compare as comparing
+from llm_surgeon.cli import evaluate as evaluating
+from llm_surgeon.cli import plan as planning
+from llm_surgeon.cli import prune as pruning
 from llm_surgeon.cli.bench import bench
-from llm_surgeon.cli.compare import compare
-from llm_surgeon.cli.evaluate import evaluate
-from llm_surgeon.cli.plan import plan
-from llm_surgeon.cli.prune import prune
-from llm_surgeon.cli.shared import (
-    LiteralCommand,
-    LiteralGroup,
-    faults_reported,
-    interrupt_on_sigterm,
-)
+from llm_surgeon.cli.helping import LiteralCommand, LiteralGroup, briefly, with_help_all
+from llm_surgeon.cli.shared import faults_reported, interrupt_on_sigterm
 from llm_surgeon.system.allocator import keep_freed_memory
 from llm_surgeon.system.streams import standard_streams
 
@@ -27,10 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=LiteralCommand)(plan)
-app.command(cls=LiteralCommand)(prune)
-app.command(name="eval", cls=LiteralCommand)(evaluate)
-app.command(cls=LiteralCommand)(compare)
+app.command(cls=briefly(planning.BRIEF))(with_help_all(planning.plan))
+app.command(cls=briefly(pruning.BRIEF))(with_help_all(pruning.prune))
+app.command(name="eval", cls=briefly(evaluating.BRIEF))(with_help_all(evaluating.evaluate))
+app.command(cls=briefly(comparing.BRIEF))(with_help_all(comparing.compare))
 app.command(cls=LiteralCommand)(bench)
 
 

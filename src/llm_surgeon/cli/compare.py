@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import command_line, console, errors_as_messages, option
+from llm_surgeon.cli.options import COMMON, option
+from llm_surgeon.cli.shared import command_line, console, errors_as_messages
 from llm_surgeon.comparison.variants import SUFFIXES, parse_methods, settings_of
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.recipe.config import PruneConfig, read_recipe
 from llm_surgeon.recipe.file import with_underscores
+from llm_surgeon.recipe.grouping import flat
 from llm_surgeon.recipe.methods import method_names
 from llm_surgeon.recipe.quantity import shown
 from llm_surgeon.system.logs import STARTING, log_to_stderr
@@ -23,6 +25,20 @@ logger = logging.getLogger(__name__)
 _REPEAT = "Repeat for more."
 # What all methods can do.
 _STRUCTURE = "unstructured"
+# Short help.
+BRIEF = {
+    "model": "A Hugging Face directory, a hub id, or the word demo.",
+    "out": "Directory of the comparison: new, or one to go on with.",
+    "methods": f"Separated by commas: {', '.join(method_names())}; with suffixes, e.g. +one-shot (see --help-all).",
+    "recipe": "YAML file of common options, and of more variants under variants:.",
+    "sparsity": "Share of the prunable weights to remove (default: 0.5). Repeat for more.",
+    "structure": f"What is removed as a unit (default: {_STRUCTURE}). Repeat for more.",
+    "shots": "Shots of the global methods (default: 5).",
+    **{name: COMMON[name] for name in ("calibration", "samples", "seq_len")},
+    "evaluation": "Text to measure on (default: held out of the calibration source).",
+    "seed": "Seed of every random choice (default: 0).",
+    **{name: COMMON[name] for name in ("device", "dtype")},
+}
 
 
 def compare(
@@ -55,7 +71,6 @@ def compare(
     trust_remote_code: Annotated[bool | None, option("trust_remote_code")] = None,
     evaluation: Annotated[str | None, option("evaluation")] = None,
     eval_window: Annotated[int | None, option("eval_window")] = None,
-    eval_stride: Annotated[int | None, option("eval_stride")] = None,
     eval_tokens: Annotated[int | None, option("eval_tokens")] = None,
 ) -> None:
     """Run methods on identical tokens and write one table: perplexity, divergence, sparsity, seconds, peak memory.
@@ -98,7 +113,7 @@ def _variants(methods: str | None, more: Any) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             "The recipe's variants are not a mapping of names to options.", "Write name: {option: value}."
         )
-    variants = {str(name): with_underscores(options) for name, options in more.items()}
+    variants = {str(name): flat(with_underscores(options)) for name, options in more.items()}
     both = next((name for name in variants if name in named), None)
     if both is not None:
         raise ConfigError(

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEMO = "demo"
+# Short help.
+BRIEF = {
+    "model": "An export, a Hugging Face directory, a hub id, or the word demo.",
+    "data": "Text to measure perplexity on: hub data set id, a .txt/.jsonl/.parquet file, or demo[:en|fr|es] "
+    "(default: demo; with --tasks: none).",
+    "window": "Tokens per window (default: 1024).",
+    "stride": "Tokens between windows (default: the window).",
+    "tokens": "Tokens of the text, at most (default: 20480).",
+    "tasks": "Tasks of lm-eval, or groups of them, separated by commas.",
+    "few_shot": "Solved examples before each question (default: 0).",
+    "limit": "The first N samples of each task only (default: all).",
+    "out": "JSON file to write the results to; must not exist.",
+    "device": "auto (default), cpu, cuda or cuda:N.",
+    "dtype": "auto (as stored), float32, bfloat16 or float16.",
+}
 
 
 def _task_option(text: str, *names: str, least: int | None = None, most: int | None = None) -> Any:

@@ -8,11 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import config_of, console, errors_as_messages, with_recipe, write_result
+from llm_surgeon.cli.options import COMMON, config_of, with_recipe
+from llm_surgeon.cli.shared import console, errors_as_messages, write_result
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import require_one_process
 
 logger = logging.getLogger(__name__)
+
+# Short help.
+BRIEF = {
+    "model": "A Hugging Face directory, a hub id, or the word demo.",
+    "probe": "Load the model after all, and time and measure one batch.",
+    "processes": "Processes that are to share the run (default: 1).",
+    "out": "JSON file to write the plan to; must not exist.",
+    **COMMON,
+}
 
 
 @with_recipe

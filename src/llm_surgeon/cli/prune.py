@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import command_line, config_of, console, errors_as_messages, with_recipe
+from llm_surgeon.cli.options import COMMON, config_of, with_recipe
+from llm_surgeon.cli.shared import command_line, console, errors_as_messages
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import place
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from llm_surgeon.records import ExportRecord, PruneReport
 
 logger = logging.getLogger(__name__)
+
+# Short help.
+BRIEF = {
+    "model": "A Hugging Face directory, a hub id, or the word demo.",
+    "out": "Directory to make. OUT.run beside it holds checkpoints, from which the same command continues.",
+    **COMMON,
+}
 
 
 @with_recipe

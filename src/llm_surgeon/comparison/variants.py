@@ -12,6 +12,7 @@ from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.recipe.config import PruneConfig, goes_layerwise
 from llm_surgeon.recipe.methods import method_names
 from llm_surgeon.recipe.quantity import closest, shown
+from llm_surgeon.recipe.switches import idle_options
 from llm_surgeon.records import Setting
 
 Options = Mapping[str, Any]
@@ -35,12 +36,12 @@ SUFFIXES: dict[str, dict[str, Any]] = {
 # What all variants have to have in common: the texts, and the dense model that they are compared with.
 SHARED = (
     *("calibration", "samples", "seq_len", "windows_per_sample", "bos", "seed"),
-    *("evaluation", "eval_window", "eval_stride", "eval_tokens"),
+    *("evaluation", "eval_window", "eval_tokens"),
     *("dtype", "device", "precision", "trust_remote_code"),
 )
 _SETTING = ("structure", "sparsity")
 # What only a run from a checkpoint to an export can do; a cell loads a whole model and keeps none.
-_OF_EXPORTS = ("export_shots", "device_memory", "host_memory", "weights")
+_OF_EXPORTS = ("export_shots", "formats", "device_memory", "host_memory", "weights")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
     Args:
         variants: Options of each variant; they go before the common ones.
         settings: What they are run under.
-        common: Options of all; layer-wise methods, which have one shot, take no notice of its shots.
+        common: Options of all; layer-wise methods, which have one shot, take no notice of its shots, and no variant
+            of options whose switch is off in it.
 
     Raises:
         ConfigError: If there is nothing to compare, if an option is none that a comparison or a variant can set, or if
@@ -129,6 +131,9 @@ def _planned(variant: str, setting: Setting, common: Options, own: Options) -> P
     shared = {"preset": "none"} | {
         name: value for name, value in common.items() if name != "shots" or not goes_layerwise(own)
     }
+    # What all have in common is for those whose switch is on.
+    idle = idle_options({**shared, **own})
+    shared = {name: value for name, value in shared.items() if name not in idle}
     try:
         return PlannedCell(variant, setting, PruneConfig.from_mapping({**shared, **own, **setting.model_dump()}))
     except ConfigError as error:

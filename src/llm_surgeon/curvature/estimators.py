@@ -34,7 +34,6 @@ def estimation_of(config: PruneConfig) -> Estimation:
         config.precision,
         config.resolved_curvature or "activations",
         sampled_labels=config.fisher_samples if config.fisher == "true" else 0,
-        iterations=config.kronecker_iterations,
         gradient_share=config.gradient_share,
         seed=config.seed,
     )

@@ -64,7 +64,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Te
         tokenizer,
         spec,
         window=config.eval_window,
-        stride=config.eval_stride,
+        stride=None,
         max_tokens=config.eval_tokens,
         precision=config.precision,
         bos=config.bos,

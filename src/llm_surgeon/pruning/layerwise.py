@@ -322,8 +322,6 @@ class _Blocks:
 
 def _refinement(config: PruneConfig) -> Refinement:
     return Refinement(
-        cycles=config.refine_cycles,
-        threshold=config.refine_threshold,
         reweight=config.refine_reweight if config.refine == "r2-dsnot" else None,
         alpha=config.score_alpha,
     )

@@ -1,1 +1,1 @@
-"""Options of a run: their types, defaults, methods, presets and files."""
+"""Options of a run: their groups, types and defaults, methods, presets and files."""

@@ -1,4 +1,4 @@
-"""The tables of methods: what each is made of, and what it can work with.
+"""The tables of methods and curvatures, one row for each; rows may be added while the program runs.
 
 Two kinds exist. *Global* methods need every layer's costs before one threshold; a method is one row that says which
 curvature it takes and whether correlations count, and costs, updates and structures are shared by all of them
@@ -9,23 +9,49 @@ already pruned, and take weights of each layer by a score or a solver of their o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from llm_surgeon.mathematics.scores import Score
 
-CurvatureName = Literal["kfac", "nearest-kronecker", "kronecker-sum", "diagonal", "activations", "identity"]
+# A key of ``CURVATURES``.
+CurvatureName = str
 LayerwiseScope = Literal["row", "layer", "global"]
 
-# What estimating each curvature takes, for help texts.
-CURVATURES: dict[CurvatureName, str] = {
-    "kfac": "G (x) A from inputs and gradients taken for independent",
-    "nearest-kronecker": "the Kronecker product nearest to the Fisher",
-    "kronecker-sum": "the nearest sum of two Kronecker products",
-    "diagonal": "the Fisher's exact diagonal",
-    "activations": "G = I: the inputs alone, no gradients",
-    "identity": "F = I: no data",
+
+@dataclass(frozen=True)
+class Curvature:
+    """One row of the table of curvatures.
+
+    Attributes:
+        summary: Form of the approximation, in a few words.
+        reads: Kind of data that an estimate takes from the calibration text.
+        divisible: Whether the curvature of the weights that are left follows from the one that is there, so that a
+            shot can be divided into steps.
+        joint: Whether there are joint costs of many rows or columns, which heads, values and blocks need.
+        subsets: Whether updates can be limited to so many removed structures at a time (``max_correlations``).
+        samples_gradients: Whether gradient factors can be summed over a share of the tokens (``gradient_share``).
+    """
+
+    summary: str
+    reads: Literal["nothing", "inputs", "gradients"] = "gradients"
+    divisible: bool = False
+    joint: bool = True
+    subsets: bool = True
+    samples_gradients: bool = False
+
+
+CURVATURES: dict[CurvatureName, Curvature] = {
+    "kfac": Curvature(
+        "G (x) A from inputs and gradients taken for independent", divisible=True, samples_gradients=True
+    ),
+    "nearest-kronecker": Curvature("the Kronecker product nearest to the Fisher"),
+    "kronecker-sum": Curvature("the nearest sum of two Kronecker products", joint=False, subsets=False),
+    "diagonal": Curvature("the Fisher's exact diagonal"),
+    "activations": Curvature("G = I: the inputs alone, no gradients", reads="inputs", divisible=True),
+    "identity": Curvature("F = I: no data", reads="nothing", divisible=True),
 }
 
 
@@ -38,11 +64,13 @@ class Method:
         correlated: Optimal brain surgeon (costs and updates know of correlations) or optimal brain damage (costs of
             independent weights, and no update).
         summary: What it is, in a few words.
+        loop: Name of the loop that runs it.
     """
 
     curvatures: tuple[CurvatureName, ...]
     correlated: bool
     summary: str
+    loop: str = "shots"
 
 
 @dataclass(frozen=True)
@@ -55,12 +83,14 @@ class LayerwiseMethod:
         summary: What it is, in a few words.
         data: Whether it looks at calibration tokens.
         source: Where it comes from.
+        loop: Name of the loop that runs it.
     """
 
     scope: LayerwiseScope | None
     summary: str
     data: bool = True
     source: str = ""
+    loop: str = "layerwise"
 
 
 # All work with every structure: rows and columns, single weights, N:M.
@@ -114,6 +144,28 @@ def resolve_curvature(method: str, curvature: CurvatureName | None) -> Curvature
     if curvature not in row.curvatures:
         raise ValueError(f"method {method!r} does not work with curvature {curvature!r}; valid are {valid}")
     return curvature
+
+
+def register_curvature(name: CurvatureName, row: Curvature, methods: Iterable[str]) -> None:
+    """Make a curvature of one's own one that recipes can name, within this process.
+
+    Args:
+        name: Its name in a recipe (``curvature``).
+        row: Its row in the table.
+        methods: Global methods that can work with it.
+
+    Raises:
+        ValueError: If the name is taken, or a method is none of the global ones.
+    """
+    methods = tuple(methods)
+    if name in CURVATURES or not name:
+        raise ValueError(f"the name {name!r} is taken; taken are {', '.join(CURVATURES)}")
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no global method; these are {', '.join(METHODS)}")
+    CURVATURES[name] = row
+    for method in methods:
+        METHODS[method] = replace(METHODS[method], curvatures=(*METHODS[method].curvatures, name))
 
 
 def register_score(name: str, score: Score, scope: LayerwiseScope = "row", summary: str = "") -> None:

@@ -33,13 +33,11 @@ class Corrections:
         rank: Rank of each layer's adapter.
         learning_rate: Highest learning rate of AdamW; it rises over the first tenth of the steps and falls to zero.
         steps: Optimizer steps, one batch each.
-        share: Share of the calibration sequences to use, drawn by the seed; they are gone through again and again.
     """
 
     rank: int = 16
     learning_rate: float = 1e-3
     steps: int = 32
-    share: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -47,10 +45,10 @@ class Corrections:
         Raises:
             ConfigError: If a value makes no sense.
         """
-        if self.rank < 1 or self.steps < 1 or not self.learning_rate > 0 or not 0 < self.share <= 1:
+        if self.rank < 1 or self.steps < 1 or not self.learning_rate > 0:
             raise ConfigError(
                 f"Corrections cannot be made with {self}.",
-                "Rank and steps are at least 1, the learning rate is above 0, the share is above 0 and at most 1.",
+                "Rank and steps are at least 1, the learning rate is above 0.",
             )
 
 
@@ -100,7 +98,7 @@ def correct(
         masks: For layers with single weights removed, by name: ``[rows, columns]`` bool, True = kept. None if only
             rows and columns are removed.
         tokens: Calibration tokens.
-        how: Rank, learning rate, steps and share of the tokens.
+        how: Rank, learning rate and steps.
         batch_size: Sequences per step.
         precision: ``bfloat16`` or ``float32`` arithmetic; adapters and optimizer are float32 in any case.
         seed: Of the adapters' random factors and of the order of the sequences.
@@ -154,9 +152,8 @@ def _targets(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Tenso
 def _batches(
     tokens: CalibrationTokens, how: Corrections, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """One batch per step from a shuffled share of the sequences, over and over."""
+    """One batch per step from the shuffled sequences, over and over."""
     order = torch.randperm(tokens.n_samples, generator=torch.Generator().manual_seed(seed))
-    order = order[: max(1, round(how.share * tokens.n_samples))]
     for step in range(how.steps):
         rows = order[torch.arange(step * batch_size, (step + 1) * batch_size) % len(order)]
         yield tokens.input_ids[rows], None if tokens.attention_mask is None else tokens.attention_mask[rows]

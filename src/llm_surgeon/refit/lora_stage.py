@@ -73,7 +73,6 @@ class CorrectionStage(Stage):
             rank=config.lora_rank,
             learning_rate=config.lora_learning_rate,
             steps=config.lora_final_steps if shot.number == config.shots else config.lora_steps,
-            share=config.lora_share,
         )
 
     @classmethod

@@ -1,0 +1,137 @@
+"""Command-line options made from the recipe's, and the recipe that they make together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.recipe.config import PruneConfig, read_recipe
+from llm_surgeon.recipe.groups import GROUP_OF
+from llm_surgeon.recipe.presets import OPTIONS as PRESET_OPTIONS
+from llm_surgeon.recipe.switches import why_idle
+from llm_surgeon.recipe.wording import flag, spelling
+
+# Short help of the options that most people use, for plan and prune.
+COMMON = {
+    "sparsity": "Share of the prunable weights to remove (default: 0.5).",
+    "target_params": "Instead of --sparsity: parameters to keep, e.g. 90M.",
+    "target_bytes": "Instead: bytes of the weight files, e.g. 300MiB.",
+    "target_latency": "Instead: milliseconds of a pass over 512 tokens.",
+    "structure": "Smaller: rows-columns (default), neurons, heads, values, blocks or several joined by +. "
+    "Zeros: unstructured, or N:M.",
+    "preset": "best (default), fast (half the time) or none.",
+    "method": "surgeon (default), or another of --help-all.",
+    "calibration": "Hub data set id, a .txt/.jsonl/.parquet file, or demo[:en|fr|es] (default: demo).",
+    "samples": "Calibration sequences (default: 128).",
+    "seq_len": "Tokens of each sequence (default: 512).",
+    "recipe": "YAML file of options; the command line overrides.",
+    "device": "auto (default), cpu, cuda or cuda:N.",
+    "dtype": "auto (as stored), float32, bfloat16 or float16.",
+    "device_memory": "GPU memory to use at most, e.g. 24GiB.",
+    "host_memory": "Main memory to use at most, e.g. 16GiB.",
+}
+
+
+def option(name: str, more: str = "", default: Any = None) -> Any:
+    """The command-line option of a recipe's key, with its help, and more of it, and the default that the recipe gives.
+
+    Args:
+        name: The key.
+        more: To be added to the help.
+        default: Default of the command, if it is not that of the recipe.
+    """
+    field = PruneConfig.model_fields[name]
+    if default is None:
+        own = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        default = f"the preset's; {own} without one" if name in PRESET_OPTIONS else own
+    text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
+    # Typer makes both words of a truth value from the name.
+    words = () if field.annotation is bool else (flag(name),)
+    panel = GROUP_OF[name].title
+    parser = _PARSERS.get(_kind(field.annotation))
+    return typer.Option(*words, help=f"{text} {more}".rstrip(), rich_help_panel=panel, parser=parser)
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--recipe`` and an option for each of the recipe's keys, in place of its ``**given``.
+
+    What it is then called with is for ``config_of``.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    recipe = typer.Option(help="YAML file of these options; the command line overrides.")
+    options = {"recipe": Annotated[Path | None, recipe]} | {
+        name: Annotated[_typed(field.annotation) | None, option(name)]
+        for name, field in PruneConfig.model_fields.items()
+    }
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in options.items()
+    ]
+    # Typer asks the function for its signature, and this attribute is what it is told.
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return command
+
+
+def integer(text: str) -> Any:
+    """A whole number; any other text stays as it is, and is for the recipe to refuse in its own words."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def number(text: str) -> Any:
+    """A number; any other text stays as it is, and is for the recipe to refuse in its own words."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: integer, float: number}
+
+
+def _kind(annotation: Any) -> Any:
+    """The type of a key's value, or of each of its values: None and lists taken away."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return arguments[0]
+    if NoneType in arguments:
+        return _kind(next(argument for argument in arguments if argument is not NoneType))
+    return annotation
+
+
+def _typed(annotation: Any) -> Any:
+    """The type of a key as the command line has it: the recipe checks choices itself, and lists them in its message."""
+    kind = _kind(annotation)
+    # What has a form of its own (90M) is read by the recipe as well.
+    if get_origin(kind) in (Literal, Annotated):
+        return str
+    return list[kind] if get_origin(annotation) is tuple else kind  # type: ignore[valid-type]
+
+
+def config_of(given: Mapping[str, Any]) -> PruneConfig:
+    """The recipe that the options of ``with_recipe`` make together.
+
+    Raises:
+        ConfigError: If the file cannot be read, a key is unknown or a value is out of range, or an option of the
+            command line has no effect.
+    """
+    options: dict[str, Any] = read_recipe(given["recipe"]) if given["recipe"] else {}
+    typed = {name: value for name, value in given.items() if name != "recipe" and value not in (None, [])}
+    config = PruneConfig.from_mapping(options | typed)
+    # A recipe may have every option, each with its default; what is typed is meant to have an effect.
+    idle = next((name for name in typed if name in config.without_effect), None)
+    if idle is not None:
+        raise ConfigError(
+            f"The recipe is not valid: {why_idle(idle, vars(config))}.",
+            f"On the command line: {spelling(idle, PruneConfig.model_fields)}.",
+        )
+    return config

@@ -1,0 +1,27 @@
+"""Options of the export."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from llm_surgeon.recipe.formats import FORMATS
+from llm_surgeon.recipe.groups.base import Options, check_names
+
+
+class ExportOptions(Options):
+    """Shots that are exported, and the formats of the export."""
+
+    export_shots: tuple[int, ...] = Field(
+        (), strict=False, description="Shots to export as well, each into OUT/shot-N; repeat for more."
+    )
+    formats: tuple[str, ...] = Field(
+        ("hf",),
+        strict=False,
+        min_length=1,
+        description="Formats of the export: hf, a directory that transformers loads; repeat for more.",
+    )
+
+    @field_validator("formats")
+    @classmethod
+    def _check_formats(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        return check_names(formats, FORMATS)

@@ -1,0 +1,20 @@
+"""The table of further stages after a shot, which a recipe names in ``stages``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One row of the table of further stages.
+
+    Attributes:
+        summary: Purpose of the stage, in a few words.
+    """
+
+    summary: str
+
+
+# Extensions add rows of their own; the stages of the package have options instead (reconstruction, gates, lora).
+STAGES_KNOWN: dict[str, StageRow] = {}

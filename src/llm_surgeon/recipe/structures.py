@@ -1,0 +1,78 @@
+"""The table of structures that shrink matrices, and the rules that follow from its rows.
+
+Everything that the recipe has to know of a structure is in its row: a structure of one's own is another row. Structures
+joined by + obey the rules of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT, UNSTRUCTURED = "rows-columns", "unstructured"
+# Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
+ROUND_TO = 32
+# Least width of coupled structures, of which no layer loses everything unless asked.
+_MIN_WIDTH = 0.05
+
+
+@dataclass(frozen=True)
+class StructureRow:
+    """One row of the table of structures that shrink matrices.
+
+    Attributes:
+        words: Explanation behind the name in the help, in brackets there; may be empty.
+        coupled: Whether all matrices of a block that share the structure lose it together, so that the block keeps
+            one width of it.
+        uniform: Whether all blocks can be given the same width.
+        whole: Whether ``uniform`` takes whole parts of a block, which leaves nothing for another structure to remove.
+        multiple: Default multiple of what is left in each block; None if it cannot be rounded.
+        min_width: Default of the share of the dense width that each block keeps at least.
+        joint: Whether the structure is removed by joint costs of many rows or columns, which not every curvature has.
+    """
+
+    words: str = ""
+    coupled: bool = True
+    uniform: bool = False
+    whole: bool = False
+    multiple: int | None = None
+    min_width: float = 0.0
+    joint: bool = False
+
+
+STRUCTURES: dict[str, StructureRow] = {
+    "rows-columns": StructureRow("of each matrix", coupled=False),
+    "neurons": StructureRow(uniform=True, multiple=ROUND_TO, min_width=_MIN_WIDTH),
+    "heads": StructureRow(uniform=True, min_width=_MIN_WIDTH, joint=True),
+    "values": StructureRow("single value dimensions", min_width=_MIN_WIDTH, joint=True),
+    "blocks": StructureRow("attention or feed-forward parts; costly", uniform=True, whole=True, joint=True),
+}
+
+
+def parts_of(structure: Any) -> tuple[str, ...]:
+    """Names of the structures that shrink matrices and are joined by + in another; none for zeros in old shapes."""
+    parts = tuple(structure.split("+")) if isinstance(structure, str) else ()
+    return parts if parts and parts[0] in STRUCTURES else ()
+
+
+def multiple_of(parts: Iterable[str]) -> int | None:
+    """Default multiple of what is left in each block; None where no width can be rounded."""
+    rows = [STRUCTURES[part] for part in parts]
+    multiples = [row.multiple for row in rows if row.multiple is not None]
+    return max(multiples) if multiples and all(row.coupled for row in rows) else None
+
+
+def min_width_of(parts: Iterable[str]) -> float:
+    """Default of the share of its dense width that each block keeps at least."""
+    return min((STRUCTURES[part].min_width for part in parts), default=0.0)
+
+
+def uniform_structures() -> list[str]:
+    """Names of the structures that can have the same width in every block."""
+    return [name for name, row in STRUCTURES.items() if row.uniform]
+
+
+def explained() -> str:
+    """Names of the structures that shrink matrices, each with its words."""
+    return ", ".join(f"{name} ({row.words})" if row.words else name for name, row in STRUCTURES.items())
