@@ -11,7 +11,7 @@ from llm_surgeon.curvature.factors import Curvature, KroneckerFactors
 from llm_surgeon.curvature.kfac import estimate_kfac
 from llm_surgeon.curvature.nearest import TERMS, NearestCurvature, WarmStart, estimate_nearest, passes_needed
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.passes.batch_major import Advance, Estimation
 from llm_surgeon.passes.task import Task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm_surgeon.mathematics.structured_selection import KeepMask, count_weights
+from llm_surgeon.mathematics.keep_masks import KeepMask, count_weights
 from llm_surgeon.models.anatomy import Anatomy, present_heads
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llm_surgeon.export.companions import GENERATION_FILE, copy_companions
 from llm_surgeon.export.form import Form, emptied, form_of, renamed
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.modeling_text import MODELING_FILE, auto_map, export_type, modeling_text
 from llm_surgeon.models.weights import quietly

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.mathematics.costs import column_costs, element_costs, row_costs, row_set_costs
+from llm_surgeon.mathematics.keep_masks import Axis
 from llm_surgeon.mathematics.kronecker_sum import kronecker_sum
 from llm_surgeon.mathematics.linalg import damped_cholesky, damping_of, inverse, inverse_diagonal
-from llm_surgeon.mathematics.structured_selection import Axis
 from llm_surgeon.mathematics.updates import (
     remove_columns,
     remove_elements,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm_surgeon.mathematics.structured_selection import Group
+from llm_surgeon.mathematics.candidates import Group
 
 INFINITY = float("inf")
 

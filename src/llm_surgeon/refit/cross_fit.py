@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature import Estimation
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.passes.batch_major import Order

@@ -18,7 +18,7 @@ from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import verify_export
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.classes import check_class
 from llm_surgeon.models.loading import (
