@@ -33,7 +33,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.loading import resolve_device
 from llm_surgeon.models.matrix import cut_out
-from llm_surgeon.pruning.result import ShotResult, Standing
+from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.shapes import Shapes
 from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.system.progress import SilentProgress
@@ -81,7 +81,7 @@ def shot_at(size: float, order: str, arguments: argparse.Namespace, device: torc
         masks = Shapes(config, anatomy).random_masks(1 - size, seed=0)
         cut_out(model, anatomy, masks)
         done = min(SHOTS - 1, round((1 - size) / config.sparsity * SHOTS))
-        since = Standing(done, masks, None)
+        since = RunState(done, masks, None)
     shape = arguments.samples, arguments.seq_len
     tokens = torch.randint(VOCABULARY[arguments.shape], shape, generator=torch.Generator().manual_seed(1))
     store = TensorStore(device) if order == "layer-major" else None

@@ -95,7 +95,7 @@ def measure(point: Point) -> dict[str, float]:
     return {**seconds, "memory": max(shots[0].peaks.values()) - before}
 
 
-def measure_apart(point: Point) -> dict[str, float]:
+def measure_in_process(point: Point) -> dict[str, float]:
     """A measurement in a process of its own."""
     command = [sys.executable, __file__, "--point", json.dumps(asdict(point))]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -190,7 +190,7 @@ def main() -> None:
     known: dict[Point, dict[str, float]] = {}
     for point in (point for points in AXES.values() for point in points):
         if point not in known:
-            known[point] = measure_apart(point)
+            known[point] = measure_in_process(point)
     points = {axis: [known[point] for point in AXES[axis]] for axis in AXES}
     exponents = {
         axis: {line: slope(sizes_of(axis), [point[line] for point in points[axis]]) for line in LINES} for axis in AXES

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llm_surgeon.records import Failure, Record
 from llm_surgeon.records.bench import OwnMeasures
-from llm_surgeon.system.worker import answer_apart, ask_apart, failure_of, module_command
+from llm_surgeon.system.worker import answer_worker, ask_worker, failure_of, module_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +40,9 @@ class IsolatedAnswer(Record):
     failure: Failure | None = None
 
 
-def measure_apart(task: IsolatedOrder) -> IsolatedAnswer:
+def measure_in_process(task: IsolatedOrder) -> IsolatedAnswer:
     """Measure a model in a fresh process; whatever becomes of the process is an answer."""
-    answer = ask_apart(command, task, "Lower --batch or --prompt")
+    answer = ask_worker(command, task, "Lower --batch or --prompt")
     return IsolatedAnswer(failure=answer) if isinstance(answer, Failure) else IsolatedAnswer.model_validate_json(answer)
 
 
@@ -117,7 +117,7 @@ def _count_linear(model: PreTrainedModel) -> tuple[int, int]:
 
 def main(order: str, answer: str) -> None:
     """Entry point of the process."""
-    answer_apart(lambda task: measure(IsolatedOrder.model_validate_json(task)), order, answer)
+    answer_worker(lambda task: measure(IsolatedOrder.model_validate_json(task)), order, answer)
 
 
 if __name__ == "__main__":

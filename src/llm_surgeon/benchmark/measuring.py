@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llm_surgeon.benchmark.isolated import IsolatedOrder, measure_apart
+from llm_surgeon.benchmark.isolated import IsolatedOrder, measure_in_process
 from llm_surgeon.benchmark.pairs import time_pair
 from llm_surgeon.errors import ConfigError, ModelError
 from llm_surgeon.evaluation.speed import Workload, describe
@@ -154,7 +154,7 @@ def _names(given: Sequence[str]) -> list[str]:
 def _measure_own(name: str, source: Path, setting: _Setting) -> OwnMeasures:
     logger.info("%s: loading time and memory, in a process of its own", name)
     work = setting.works[0]
-    answer = measure_apart(
+    answer = measure_in_process(
         IsolatedOrder(
             source=str(source),
             dtype=setting.dtype,

@@ -9,7 +9,7 @@ from typing import Any
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import CellMeasures, DenseRecord, Failure, Record
 from llm_surgeon.system.allocator import keep_freed_memory
-from llm_surgeon.system.worker import answer_apart, ask_apart, failure_of, module_command
+from llm_surgeon.system.worker import answer_worker, ask_worker, failure_of, module_command
 
 
 class CellOrder(Record):
@@ -40,9 +40,9 @@ class CellAnswer(Record):
     failure: Failure | None = None
 
 
-def work_apart(task: CellOrder) -> CellAnswer:
+def work_in_process(task: CellOrder) -> CellAnswer:
     """Do the work in a fresh process and wait for it; whatever becomes of the process is an answer."""
-    answer = ask_apart(command, task, "Lower batch_size or samples")
+    answer = ask_worker(command, task, "Lower batch_size or samples")
     return CellAnswer(failure=answer) if isinstance(answer, Failure) else CellAnswer.model_validate_json(answer)
 
 
@@ -73,7 +73,7 @@ def _work(task: CellOrder) -> CellAnswer:
 def main(order: str, answer: str) -> None:
     """Entry point of the process."""
     keep_freed_memory()
-    answer_apart(lambda task: work(CellOrder.model_validate_json(task)), order, answer)
+    answer_worker(lambda task: work(CellOrder.model_validate_json(task)), order, answer)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_surgeon.comparison.cell_process import CellOrder, work_apart
-from llm_surgeon.comparison.directory import Folder
+from llm_surgeon.comparison.cell_process import CellOrder, work_in_process
+from llm_surgeon.comparison.directory import ComparisonDirectory
 from llm_surgeon.comparison.variants import SHARED, Options, PlannedCell, plan
 from llm_surgeon.errors import ComparisonError
 from llm_surgeon.recipe.config import PruneConfig
@@ -31,7 +31,7 @@ class _Work:
     """What the processes have in common."""
 
     model: str
-    folder: Folder
+    directory: ComparisonDirectory
     show: bool
     command: str | None
 
@@ -72,12 +72,12 @@ def compare(
     cells = plan(variants, settings, common or {})
     recipe = next(cell.config.resolved() for cell in cells if cell.config is not None)
     shared = {name: recipe[name] for name in SHARED}
-    work = _Work(model, Folder(out), show_progress, command)
-    former = work.folder.former(model, shared)
-    results = work.folder.finished(model, cells)
+    work = _Work(model, ComparisonDirectory(out), show_progress, command)
+    former = work.directory.former(model, shared)
+    results = work.directory.finished(model, cells)
     due = [(cell, cell.config) for cell in cells if cell.config is not None and cell.name not in results]
     dense = former.dense if former else None
-    if dense is None or (due and not work.folder.reference.exists()):
+    if dense is None or (due and not work.directory.reference.exists()):
         dense = _measure_dense(work, recipe, dense)
     comparison = Comparison(model=model, shared=shared, dense=dense, cells=(), date="", command=command)
     for cell in cells:
@@ -90,7 +90,7 @@ def compare(
         results[cell.name] = _run(work, cell, config, dense)
         comparison = _publish(work, comparison, cells, results)
     if all(results[cell.name].status == "finished" for cell in cells if cell.config is not None):
-        work.folder.drop_reference()
+        work.directory.drop_reference()
     return comparison
 
 
@@ -99,18 +99,18 @@ def _measure_dense(work: _Work, recipe: Options, former: DenseRecord | None) -> 
 
     A comparison that goes on needs the hidden states again, and keeps the record that its cells were compared with.
     """
-    made = not work.folder.path.exists()
-    work.folder.path.mkdir(parents=True, exist_ok=True)
+    made = not work.directory.path.exists()
+    work.directory.path.mkdir(parents=True, exist_ok=True)
     measured = None
     try:
-        answer = work_apart(_task(work, recipe, former, dense=True))
+        answer = work_in_process(_task(work, recipe, former, dense=True))
         measured = answer.dense
     finally:
         if measured is None:
-            work.folder.drop_reference()
+            work.directory.drop_reference()
             if made:
                 with contextlib.suppress(OSError):
-                    work.folder.path.rmdir()
+                    work.directory.path.rmdir()
     if measured is None:
         raise _dense_error(answer.failure)
     return former or measured
@@ -129,7 +129,7 @@ def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, den
     return CellOrder(
         model=work.model,
         recipe=dict(recipe),
-        reference=str(work.folder.reference.absolute()),
+        reference=str(work.directory.reference.absolute()),
         texts=dense_record.texts if dense_record else None,
         dense=dense,
         show=work.show,
@@ -139,7 +139,7 @@ def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, den
 def _run(work: _Work, planned: PlannedCell, config: PruneConfig, dense: DenseRecord) -> Cell:
     """Run one cell and keep what became of it."""
     recipe = config.resolved()
-    answer = work_apart(_task(work, recipe, dense))
+    answer = work_in_process(_task(work, recipe, dense))
     if answer.failure is not None:
         logger.error("%s, %s failed: %s", planned.variant, planned.setting.label, answer.failure.cause)
         return _kept(work, planned, recipe=recipe, status="failed", failure=answer.failure)
@@ -149,7 +149,7 @@ def _run(work: _Work, planned: PlannedCell, config: PruneConfig, dense: DenseRec
 def _kept(work: _Work, planned: PlannedCell, **outcome: Any) -> Cell:
     """The record of a cell, after it has been written."""
     cell = Cell(name=planned.name, variant=planned.variant, setting=planned.setting, model=work.model, **outcome)
-    work.folder.write_cell(cell)
+    work.directory.write_cell(cell)
     return cell
 
 
@@ -158,11 +158,11 @@ def _publish(
 ) -> Comparison:
     """Write record, table and picture of what there is, so that a long comparison can be read while it runs."""
     names = [cell.name for cell in cells]
-    shown = [results[name] for name in names if name in results] + work.folder.finished_before(names)
+    shown = [results[name] for name in names if name in results] + work.directory.finished_before(names)
     comparison = comparison.model_copy(update={"cells": tuple(shown), "date": f"{datetime.date.today()}"})
-    work.folder.write_record(comparison)
-    with in_place(work.folder.table) as path:
+    work.directory.write_record(comparison)
+    with in_place(work.directory.table) as path:
         path.write_text(comparison_markdown(comparison), encoding="utf8")
-    with in_place(work.folder.picture) as path:
+    with in_place(work.directory.picture) as path:
         comparison_png(comparison, path)
     return comparison

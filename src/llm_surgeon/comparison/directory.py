@@ -16,7 +16,7 @@ _OTHER = "Give another --out for this comparison."
 _Kind = TypeVar("_Kind", bound=Record)
 
 
-class Folder:
+class ComparisonDirectory:
     """The files of one comparison.
 
     Args:

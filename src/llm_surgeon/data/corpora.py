@@ -189,26 +189,26 @@ def _read_jsonl(path: Path) -> Iterator[str | None]:
                 yield _json_text(content, f"{path}, line {number}")
 
 
-def _json_text(line: bytes, place: str) -> str | None:
+def _json_text(line: bytes, location: str) -> str | None:
     """The text of a line of JSON; None if it is null."""
-    content = _decode(line, place)
+    content = _decode(line, location)
     if content.lstrip().startswith("["):
-        raise DataError(f"{place} begins a JSON array.", "Write one JSON value per line, e.g. with jq -c '.[]'.")
+        raise DataError(f"{location} begins a JSON array.", "Write one JSON value per line, e.g. with jq -c '.[]'.")
     try:
         # No number is of use, and Python refuses to read those of thousands of digits.
         value = json.loads(content, parse_int=lambda _: 0)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON: {error}.", "Write one JSON value per line.") from None
+        raise DataError(f"{location} is not JSON: {error}.", "Write one JSON value per line.") from None
     except RecursionError:
-        raise DataError(f"{place} is nested too deeply.", "Leave out what is not the text.") from None
+        raise DataError(f"{location} is nested too deeply.", "Leave out what is not the text.") from None
     if isinstance(value, dict):
         if "text" not in value:
             raise DataError(
-                f"{place} has no key `text`; its keys are {_names(value)}.",
+                f"{location} has no key `text`; its keys are {_names(value)}.",
                 "Rename the key that holds the text to `text`.",
             )
         value = value["text"]
-    return None if value is None else _checked_text(value, place)
+    return None if value is None else _checked_text(value, location)
 
 
 def _read_parquet(path: Path) -> Iterator[str | None]:
@@ -314,24 +314,25 @@ def _cut_position(text: str, held_out: float) -> int:
     return target
 
 
-def _decode(content: bytes, place: str) -> str:
+def _decode(content: bytes, location: str) -> str:
     try:
         return content.decode("utf8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{place} is not UTF-8 text: {error}.", "Save it as UTF-8.") from None
+        raise DataError(f"{location} is not UTF-8 text: {error}.", "Save it as UTF-8.") from None
 
 
-def _checked_text(value: Any, place: str) -> str:
+def _checked_text(value: Any, location: str) -> str:
     """Return ``value`` if it is text that a tokenizer can take."""
     if not isinstance(value, str):
         raise DataError(
-            f"{place} holds no text but {type(value).__name__}.", "Each entry needs a string, in a field called `text`."
+            f"{location} holds no text but {type(value).__name__}.",
+            "Each entry needs a string, in a field called `text`.",
         )
     try:
         value.encode("utf8")
     except UnicodeEncodeError:
         # JSON can spell half of a surrogate pair, which is no character; tokenizers fail on it.
-        raise DataError(f"{place} holds a broken character (half a surrogate pair).", "Remove it.") from None
+        raise DataError(f"{location} holds a broken character (half a surrogate pair).", "Remove it.") from None
     return value
 
 

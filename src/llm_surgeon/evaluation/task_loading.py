@@ -115,13 +115,13 @@ def _existing(chosen: SingleTask, key: str, paths: Any) -> Any:
         return [_existing(chosen, key, path) for path in paths]
     if "://" in str(paths):
         return paths
-    place = chosen.file.resolve().parent / Path(paths).expanduser()
-    if not place.exists() and not glob.glob(str(place), recursive=True):
+    absolute = chosen.file.resolve().parent / Path(paths).expanduser()
+    if not absolute.exists() and not glob.glob(str(absolute), recursive=True):
         raise DataError(
-            f"The data of the task {chosen.name} is not there: {place} does not exist.",
+            f"The data of the task {chosen.name} is not there: {absolute} does not exist.",
             f"Put it there, or correct {key} in {chosen.file}; a relative path begins at the directory of that file.",
         )
-    return str(place)
+    return str(absolute)
 
 
 def _check_kind(name: str, task: Any) -> None:

@@ -43,8 +43,8 @@ def outlier_weighted(ratios: Sequence[float], weights: Sequence[int], sparsity: 
         return [sparsity] * len(ratios)
     spared = [2 * spread * (ratio - low) / (high - low) for ratio in ratios]
     mean = sum(part * count for part, count in zip(spared, weights, strict=True)) / sum(weights)
-    budgets = [sparsity + mean - part for part in spared]
-    for block, budget in enumerate(budgets):
-        if not 0 <= budget <= 1:
-            raise ValueError(f"block {block} would have a sparsity of {budget:.3g}")
-    return budgets
+    sparsities = [sparsity + mean - part for part in spared]
+    for block, own in enumerate(sparsities):
+        if not 0 <= own <= 1:
+            raise ValueError(f"block {block} would have a sparsity of {own:.3g}")
+    return sparsities

@@ -138,7 +138,7 @@ class Sweep:
 
     def last_states(self, batch: Batch, hidden: Tensor) -> Tensor:
         """What the model makes of what leaves its last block: last hidden states, flat, ``[batch * length, width]``."""
-        with self._stand_in.in_place(hidden), arithmetic(self._device, self._precision):
+        with self._stand_in.installed(hidden), arithmetic(self._device, self._precision):
             return last_states(self._model, batch.input_ids, batch.attention_mask)
 
     @contextmanager
@@ -162,7 +162,7 @@ class Sweep:
             real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             ids = input_ids.to(self._device)
             mask = None if attention_mask is None else attention_mask.to(self._device)
-            with self._stand_in.in_place(), arithmetic(self._device, self._precision):
+            with self._stand_in.installed(), arithmetic(self._device, self._precision):
                 last_states(self._model, ids, mask)
             positions = real.flatten().nonzero().flatten().to(self._device)
             yield Batch(ids, mask, self.store.put(self._stand_in.entered), positions, self._stand_in.calls)
@@ -196,7 +196,7 @@ class _StandIn:
         return (handed,) if self._tuples else handed
 
     @contextmanager
-    def in_place(self, handed: Tensor | None = None) -> Iterator[None]:
+    def installed(self, handed: Tensor | None = None) -> Iterator[None]:
         """Be the ``forward`` of every block for one batch.
 
         Args:

@@ -77,7 +77,7 @@ from llm_surgeon.system.allocator import hand_back_freed_memory
 from llm_surgeon.system.files import PARTIAL, check_disk_space, flush, readable_as_others, writing
 from llm_surgeon.system.processes import Processes, joined, own_device
 from llm_surgeon.system.progress import Progress, SilentProgress, expect
-from llm_surgeon.system.torchrun import place
+from llm_surgeon.system.torchrun import own_place
 from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -342,7 +342,7 @@ def _loaded_job(
     # What a latency comes to is only known once the model has been timed.
     if config.target is None:
         _announce(processes, "planning the run")
-        foreseen = processes.from_first(lambda: foresee(model, skeleton, config, device, texts, place=place()))
+        foreseen = processes.from_first(lambda: foresee(model, skeleton, config, device, texts, place=own_place()))
         if processes.first:
             warn_if_short(foreseen)
     streamed = foreseen.streamed if foreseen else config.weights == "streamed"

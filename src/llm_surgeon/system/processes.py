@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from llm_surgeon.errors import ConfigError, ProcessError
-from llm_surgeon.system.torchrun import place
+from llm_surgeon.system.torchrun import own_place
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -208,7 +208,7 @@ def own_device(device: str) -> str:
     Raises:
         ConfigError: If there are not enough GPUs, or one is named for all.
     """
-    here = place()
+    here = own_place()
     if here.count == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return device
     if device not in ("auto", "cuda"):
@@ -236,7 +236,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     Raises:
         ProcessError: If the others cannot be reached.
     """
-    here = place()
+    here = own_place()
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
         return

@@ -150,7 +150,7 @@ class Forecast:
 
     def __init__(self, planned: Mapping[str, float]) -> None:
         self._planned = dict(planned)
-        self._places = {description: place for place, description in enumerate(planned)}
+        self._positions = {description: position for position, description in enumerate(planned)}
         self._taken: dict[str, float] = {}
 
     def finish(self, description: str, seconds: float) -> None:
@@ -167,13 +167,13 @@ class Forecast:
             seconds: How long that has taken.
         """
         done = {name: (taken, self._planned[name]) for name, taken in self._taken.items()}
-        after = 1 + max((self._places[name] for name in self._taken), default=-1)
-        place = self._places.get(description, after)
+        after = 1 + max((self._positions[name] for name in self._taken), default=-1)
+        position = self._positions.get(description, after)
         if share and description in self._planned:
             done[description] = seconds, share * self._planned[description]
         overall = _ratio(done.values(), 1.0)
         total = 0.0
-        for name, planned in list(self._planned.items())[place:]:
+        for name, planned in list(self._planned.items())[position:]:
             alike = [pair for other, pair in done.items() if _kind(other) == _kind(name)]
             total += planned * (1 - share if name == description else 1.0) * _ratio(alike, overall)
         return total

@@ -136,15 +136,15 @@ class TensorStore:
             DiskSpaceError: If this or an earlier one has to go to disk, and the disk is full; ``get`` says so as well.
         """
         tensor, size = tensor.detach(), tensor.nbytes
-        place = next((name for name, free in self._free.items() if size <= free), None)
-        if place is None:
+        level = next((name for name, free in self._free.items() if size <= free), None)
+        if level is None:
             start = self._disk.reserve(size)
             written = self._leave(lambda: self._disk.write(start, tensor))
             read = partial(self._from_disk, written, start, tensor.shape, tensor.dtype)
             return Stored(read, partial(self._disk.free, start, size), self._transfers)
-        self._free[place] -= size
-        released = partial(self._give_back, place, size)
-        if place == "host" and tensor.device.type != "cpu":
+        self._free[level] -= size
+        released = partial(self._give_back, level, size)
+        if level == "host" and tensor.device.type != "cpu":
             kept = self._leave(lambda: _pinned(tensor))
             return Stored(lambda: kept().to(self.device, non_blocking=True), released, self._transfers)
         return Stored(lambda: tensor, released)
@@ -161,8 +161,8 @@ class TensorStore:
         written()
         return self._disk.read(start, shape, dtype).to(self.device, non_blocking=True)
 
-    def _give_back(self, place: str, size: int) -> None:
-        self._free[place] += size
+    def _give_back(self, level: str, size: int) -> None:
+        self._free[level] += size
 
 
 class _ScratchFile:
@@ -242,8 +242,8 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 def not_kept(directory: Path | None, size: int, error: OSError) -> DiskSpaceError:
     """What to say when a scratch file cannot take so many bytes; None is the system's directory for such files."""
-    place = directory or Path(tempfile.gettempdir())
+    used = directory or Path(tempfile.gettempdir())
     return DiskSpaceError(
-        f"{size / 2**20:.0f} MiB that do not fit into memory cannot be kept in {place}: {error.strerror}.",
+        f"{size / 2**20:.0f} MiB that do not fit into memory cannot be kept in {used}: {error.strerror}.",
         "Free some space there, set TMPDIR to a directory with more, or raise --host-memory.",
     )

@@ -18,7 +18,7 @@ class Place:
     local_count: int = 1
 
 
-def place() -> Place:
+def own_place() -> Place:
     """Where this process stands; alone if torchrun has not started it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Place()
@@ -31,7 +31,7 @@ def require_one_process(command: str) -> None:
     Raises:
         ConfigError: If torchrun has started more.
     """
-    if (count := place().count) > 1:
+    if (count := own_place().count) > 1:
         raise ConfigError(
             f"`llm-surgeon {command}` works in one process, and torchrun has started {count}.",
             "Start it without torchrun; `llm-surgeon prune` can use several processes.",

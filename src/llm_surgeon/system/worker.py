@@ -27,7 +27,7 @@ from llm_surgeon.system.streams import standard_streams
 _STANDARD_ERROR = 2
 
 
-def ask_apart(command: Callable[[Path, Path], list[str]], task: Record, saving: str) -> str | Failure:
+def ask_worker(command: Callable[[Path, Path], list[str]], task: Record, saving: str) -> str | Failure:
     """Have the work done in a fresh process and wait for it; whatever becomes of the process is an answer.
 
     Its standard error is passed on, and so is what it prints: standard output stays for results.
@@ -63,7 +63,7 @@ def module_command(module: str, order: Path, answer: Path) -> list[str]:
     return [sys.executable, "-P", "-m", module, str(order), str(answer)]
 
 
-def answer_apart(work: Callable[[str], Record], order: str, answer: str) -> None:
+def answer_worker(work: Callable[[str], Record], order: str, answer: str) -> None:
     """The whole of the process, which ends here: ``work`` is given the task as JSON, and raises nothing."""
     # The parent gets the interrupt too, and ends this process; two stack traces would help nobody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
