@@ -1,4 +1,4 @@
-"""What a comparison consists of: variants of the recipe, the settings they are run under, and what is possible."""
+"""The plan of a comparison: variants of the recipe, settings that they are run under, and the cells of these."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_surgeon.records import Setting
 
 Options = Mapping[str, Any]
 
-# What a suffix of a method stands for: wanda+owl is the method wanda with the layers' sparsities of OWL.
+# Options that a suffix of a method stands for: wanda+owl is the method wanda with the layers' sparsities of OWL.
 SUFFIXES: dict[str, dict[str, Any]] = {
     "one-shot": {"shots": 1},
     "reconstruction": {"reconstruction": True},
@@ -32,20 +32,20 @@ SUFFIXES: dict[str, dict[str, Any]] = {
     "permute": {"permute": True},
 }
 
-# What all variants have to have in common: the texts, and the dense model that they are compared with.
+# Options that all variants share: the texts, and the dense model that they are compared with.
 SHARED = (
     *("calibration", "samples", "seq_len", "windows_per_sample", "bos", "seed"),
     *("evaluation", "eval_window", "eval_stride", "eval_tokens"),
     *("dtype", "device", "precision", "trust_remote_code"),
 )
 _SETTING = ("structure", "sparsity")
-# What only a run from a checkpoint to an export can do; a cell loads a whole model and keeps none.
+# Options of a run from a checkpoint to an export only; a cell loads a whole model and exports none.
 _OF_EXPORTS = ("export_shots", "device_memory", "host_memory", "weights")
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """One variant under one setting: its recipe, or why there is none."""
+    """One variant under one setting: its recipe, or the reason why there is none."""
 
     variant: str
     setting: Setting
@@ -54,7 +54,7 @@ class PlannedCell:
 
     @property
     def name(self) -> str:
-        """Name of its file: that of the variant and the setting, with characters that every file system takes."""
+        """Name of the cell's file, from variant and setting, with characters that every file system takes."""
         structure, sparsity = self.setting.structure.replace(":", "-"), f"-{self.setting.sparsity}"
         return f"{self.variant}@{structure}{'' if Pattern.parse(self.setting.structure) else sparsity}"
 
@@ -63,7 +63,7 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
     """Options of each variant in a list like ``surgeon,k-obd,surgeon+one-shot``.
 
     Raises:
-        ConfigError: If a method or a suffix is not known; lists those that are.
+        ConfigError: If a method or a suffix is not known; lists the known ones.
     """
     specs = [spec.strip() for spec in text.split(",")]
     return {spec: _parse_spec(spec) for spec in specs if spec}
@@ -90,7 +90,7 @@ def _not_known(kind: str, word: str, spec: str, known: Iterable[str]) -> ConfigE
 
 
 def settings_of(structures: Iterable[str], sparsities: Iterable[float]) -> list[Setting]:
-    """Every structure with every sparsity, but N:M once, with the sparsity that it makes."""
+    """Settings for every structure with every sparsity; N:M comes once, with the sparsity of the pattern."""
     sparsities, settings = list(sparsities), []
     for structure in structures:
         pattern = Pattern.parse(structure)
@@ -100,16 +100,16 @@ def settings_of(structures: Iterable[str], sparsities: Iterable[float]) -> list[
 
 
 def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: Options) -> list[PlannedCell]:
-    """Every variant under every setting, setting by setting.
+    """Plan a cell for every variant under every setting, setting by setting.
 
     Args:
         variants: Options of each variant; they go before the common ones.
-        settings: What they are run under.
-        common: Options of all; layer-wise methods, which have one shot, take no notice of its shots.
+        settings: Settings that the variants are run under.
+        common: Options of all variants; layer-wise methods, which have one shot, ignore its ``shots``.
 
     Raises:
-        ConfigError: If there is nothing to compare, if an option is none that a comparison or a variant can set, or if
-            a variant or a setting is possible in no cell at all.
+        ConfigError: If there is nothing to compare, if a comparison or a variant cannot set an option, or if a variant
+            or a setting is possible in no cell at all.
     """
     if not variants or not settings:
         raise ConfigError("There is nothing to compare.", "Name methods, and at least one structure and sparsity.")
@@ -125,7 +125,7 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
 
 
 def _planned(variant: str, setting: Setting, common: Options, own: Options) -> PlannedCell:
-    # Methods are compared as such; what a preset adds to one is named by its suffixes, or in a variant of the recipe.
+    # Methods are compared without presets. Suffixes, or options of a variant, name the stages that a preset would add.
     shared = {"preset": "none"} | {
         name: value for name, value in common.items() if name != "shots" or not goes_layerwise(own)
     }
