@@ -1,4 +1,4 @@
-"""What an estimator works on, and the pass that it asks for, in either order."""
+"""Task of an estimator: the model and tokens that it works on, and the pass that it asks for, in either order."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PUT_AWAY = ("kfac", "activations", "diagonal")
 
 @dataclass(frozen=True)
 class Task:
-    """What an estimator works on.
+    """Task of an estimator: the model, tokens and options that it works on.
 
     Attributes:
         model: The model, as pruned so far.
-        anatomy: Its prunable layers.
+        anatomy: Prunable layers of the model.
         keep: Rows and columns that are left of them; agrees with the model.
-        tokens: Calibration tokens.
-        how: Which approximation, and how.
+        tokens: Calibration tokens of this process.
+        how: Approximation of the curvature, and options of the pass.
         advance: Called with the number of tokens after each batch.
-        store: Where a layer-major pass keeps what would not fit otherwise.
-        processes: Who reads the other tokens; sums are to be added up with theirs.
+        store: Store of a layer-major pass, for tensors that would not fit otherwise.
+        processes: Processes that read the other tokens; sums are to be added up over them.
     """
 
     model: PreTrainedModel
@@ -47,14 +47,14 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs; the weights of its blocks may be elsewhere."""
+        """Device on which the model runs; the weights of its blocks may be elsewhere."""
         return next(self.model.parameters()).device
 
     def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None] = lambda _block: None) -> PassResult:
         """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
 
         Args:
-            hooks: What is looked at.
+            hooks: Hooks that look on.
             backward: Whether gradients are taken.
             finished: Called with the number of each block once hooks will see nothing more of it; in a batch-major
                 pass at its end.
