@@ -4,7 +4,7 @@ A CPU with VNNI and without matrix units multiplies 8-bit integers much faster t
 AMD EPYC), and adds the products up in 32-bit integers without any rounding. Each channel of ``x [tokens, size]`` is
 rounded to 255 steps between its largest values; the product of what was rounded is a Gram matrix, so it is positive
 semi-definite like the exact one. If ``s`` is a channel's step, rounding adds about ``s^2 / 12`` to the mean square of
-the channel, whatever the others.
+the channel, independently of the other channels.
 
 A few tokens with very large values (the first of a text, mostly) would make the steps too coarse for all others. A sum
 over tokens can be taken in two parts, so these tokens are left to float32 products. In the rest no value is above
@@ -43,7 +43,7 @@ class FixedPoint:
 
 
 def is_fast(device: torch.device) -> bool:
-    """Whether a device multiplies 8-bit integers much faster than float32 numbers, and torch lets it.
+    """Tell whether a device multiplies 8-bit integers much faster than float32 numbers, and torch lets it.
 
     CPUs with matrix units do not count: these multiply bfloat16 numbers fast and add them up in float32, without steps.
     """

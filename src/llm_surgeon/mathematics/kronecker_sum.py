@@ -330,7 +330,7 @@ def kronecker_sum_bytes(rows: int, columns: int, element_size: int) -> int:
 
 
 def _is_positive(spectrum_g: Tensor, spectrum_a: Tensor) -> bool:
-    """Whether ``1 + s_G s_A^T`` is positive throughout, by more than the rounding of its spectra."""
+    """Tell whether ``1 + s_G s_A^T`` is positive throughout, by more than the rounding of its spectra."""
     products = torch.outer(spectrum_g, spectrum_a)
     return bool((1 + products > torch.finfo(DTYPE).eps * products.norm()).all())
 

@@ -13,7 +13,7 @@ the error of the kept rows with a matrix, such as their block of the factor G, w
 own least-squares problem with the same ``A``. The error in rows that the layer has lost is left alone: G would let the
 kept rows make up for part of it.
 
-What is fitted to few tokens promises more than it keeps. Least squares answers noise with a smaller stream, but the
+A fit to few tokens promises more than it keeps. Least squares answers noise with a smaller stream, but the
 last norm makes that as large as any other, so that predictions come out surer than they are right: their logits ``u``
 have to be scaled. The mean negative log-likelihood of the text ``f(s) = mean(log sum_v exp(s u_v) - s u_label)`` is
 convex in the scale, with

@@ -3,7 +3,7 @@
 The layer's squared output error is ``tr(D A D^T)`` for a change D of its weights ``[R, C]`` and the Gram matrix
 ``A [C, C]`` of its inputs, so rows are independent and optimal brain surgeon gives, for one row, the cost
 ``w_c^2 / [A^-1]_cc`` of removing weight c and the change of all others that makes up for it. SparseGPT goes through the
-columns from left to right and lets only the columns to the right make up for a loss. What is to the left is fixed, so
+columns from left to right and lets only the columns to the right make up for a loss. Columns to the left are fixed, so
 all rows share one sequence of inverses, of ``A`` restricted to the columns not yet passed. All of them are in one
 triangular factor: with ``A^-1 = U^T U`` and U upper triangular, the first row of the inverse of ``A_{c:,c:}`` is
 ``U_cc U_c,c:``.

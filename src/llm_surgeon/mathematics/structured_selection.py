@@ -72,7 +72,7 @@ def close(
         causes: Per coupling ``[groups]``, the side that killed each group; ``ALIVE`` where none did yet, written in
             place. If several sides are found dead at once, the cause is the cheapest of those whose members went for
             their own cost.
-        chosen: Rows and columns that went for their own cost (True = removed); None if nobody asks for causes.
+        chosen: Rows and columns that went for their own cost (True = removed); None if the causes do not matter.
     """
     changed = True
     while changed:
@@ -114,9 +114,9 @@ def select(
         groups: Couplings with their scores.
         target_weights: Number of weights that must be left.
         per_weight: Rank single rows and columns by cost per weight freed; False ranks by raw cost, as the paper does.
-        fill: Whether whatever still fits goes, whatever its score: for few, large candidates, the first of which to
-            exceed the target may leave much to remove.
-        some: Whether the same goes for a line of which not even the first fits.
+        fill: Whether every later candidate that still fits goes too. This is for few, large candidates, the first of
+            which to exceed the target may leave much to remove.
+        some: Whether to do so at least for a line of which not even the first candidate fits.
 
     Returns:
         The selection; it removes nothing if every candidate frees too much.
@@ -140,7 +140,7 @@ def select(
     for _ in range(_PASSED_OVER):
         if len(rest) < 2:
             break
-        # The first of the rest does not fit, nor does whatever frees more alone than there is room for.
+        # The first of the rest does not fit, nor does a candidate that alone frees more than there is room for.
         rest = rest[1:][line.freed[rest[1:]] <= left(going) - target_weights]
         more = _how_many_fit(going, rest, fits)
         going[rest[:more]] = True

@@ -49,7 +49,7 @@ class Skeleton:
 
     @property
     def converts(self) -> bool:
-        """Whether loading converts the stored weights to another type, which makes a copy."""
+        """True if loading converts the stored weights to another type, which makes a copy."""
         return self.stored != self.dtype
 
     @property

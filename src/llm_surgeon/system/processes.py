@@ -49,7 +49,7 @@ class _Blank:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run; by default the only one.
+    """Position of this process among those of its run; by default it is the only one.
 
     All processes have to call the same methods in the same order. With one process, each method returns its input.
 
@@ -65,7 +65,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the first process, which writes, shows and measures all that is not shared out."""
+        """True in the first process, which writes, shows and measures all that is not shared out."""
         return self.rank == 0
 
     def part(self, items: int) -> slice:
