@@ -1,6 +1,6 @@
 """Text to calibrate and evaluate on: corpora, the embedded demo assets, and blocks of tokens with their provenance.
 
-This package knows tokenizers and no models.
+This package knows tokenizers and no models, but for the demo model, which is only fetched and converted here.
 """
 
 from llm_surgeon.data.corpora import Corpus, load_corpus

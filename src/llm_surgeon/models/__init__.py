@@ -1,6 +1,6 @@
 """Models: the families that are supported, loading, and the linear layers of a model as prunable matrices.
 
-This package knows how a model is built and stored. It knows neither text nor curvature.
+This package knows how a model is built and stored. It reads no text and estimates no curvature.
 """
 
 from __future__ import annotations
