@@ -1,4 +1,4 @@
-"""Torch-Pruning (github.com/VainF/Torch-Pruning) on the model, tokens and evaluation of the other benchmarks.
+"""Benchmark of Torch-Pruning (github.com/VainF/Torch-Pruning) on the other benchmarks' model, tokens and evaluation.
 
     pip install torch-pruning==1.6.1
     python benchmarks/against_torch_pruning.py CALIBRATION.txt EVALUATION.txt [--ours EXPORT]
@@ -53,11 +53,11 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What Torch-Pruning is asked for.
+    """Options for Torch-Pruning.
 
     Attributes:
         importance: ``magnitude`` or ``taylor``.
-        head_ratio: Its ratio for heads; None: the same as for the rest, as in its published recipe.
+        head_ratio: Ratio for heads; None is that of all other structures, as in its published recipe.
         everywhere: Whether the neurons of all blocks are ranked together.
         hidden: Whether the hidden dimension is narrowed too, with sizes a multiple of 4, as in its published recipe.
     """
@@ -69,7 +69,7 @@ class Recipe:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What a row says of it."""
+        """Columns of the recipe in a row of the result."""
         return {
             "structure": "neurons+heads+hidden (its recipe)" if self.hidden else "neurons+heads",
             "importance": self.importance,
@@ -77,14 +77,15 @@ class Recipe:
         } | ({} if self.head_ratio is None else {"head_pruning_ratio": round(self.head_ratio, 5)})
 
 
-# Its ranking of the heads of all blocks together counts key/value heads as all heads there are, so heads stay there.
+# When Torch-Pruning ranks the heads of all blocks together, it takes the number of key/value heads for that of all
+# heads. The last recipe, which ranks all blocks together, therefore leaves heads alone.
 NEURONS = [Recipe(importance, heads) for importance in ("magnitude", "taylor") for heads in (1 / 3, 0.0)]
 NEURONS.append(Recipe("taylor", 0.0, everywhere=True))
 PUBLISHED = Recipe("magnitude", None, hidden=True)
 
 
 def fresh(gradients: Gradients | None = None, blocks: int | None = None) -> PreTrainedModel:
-    """The dense model, or its first blocks, with gradients if there are any."""
+    """Load the dense model, or its first blocks, with gradients if there are any."""
     model = load_model(resolve_source("demo"), "float32", "cpu")
     model.config.use_cache = False
     model.model.layers = model.model.layers[:blocks]
@@ -94,7 +95,7 @@ def fresh(gradients: Gradients | None = None, blocks: int | None = None) -> PreT
 
 
 def calibrate(tokens: CalibrationTokens) -> Gradients:
-    """Gradient of the dense model's next-token loss, summed over the windows, in float32."""
+    """Gradients of the dense model's next-token loss, summed over the windows, in float32."""
     model = fresh()
     for ids, _mask in tokens.batches(1):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -102,20 +103,20 @@ def calibrate(tokens: CalibrationTokens) -> Gradients:
 
 
 def importance_of(recipe: Recipe) -> Any:
-    """Torch-Pruning's importance, with the settings of its published recipe or else its defaults."""
+    """Importance of Torch-Pruning, with the settings of its published recipe or else its defaults."""
     if recipe.importance == "magnitude":
         return tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
     return tp.importance.GroupTaylorImportance()
 
 
 def cut(model: PreTrainedModel, recipe: Recipe, ratio: float) -> None:
-    """Prune in place by Torch-Pruning in one step."""
+    """Prune a model in place by Torch-Pruning, in one step."""
     config, implementation = model.config, model.config._attn_implementation
     attentions = [block.self_attn for block in model.model.layers]
     heads = {attention.q_proj: config.num_attention_heads for attention in attentions}
     for attention in attentions:
         heads |= dict.fromkeys((attention.k_proj, attention.v_proj), config.num_key_value_heads)
-    # It cannot see through the fused attention which outputs of queries and values belong together.
+    # Through fused attention Torch-Pruning cannot see which outputs of queries and values belong together.
     model.set_attn_implementation("eager")
     pruner = tp.pruner.BasePruner(
         model,
@@ -123,14 +124,14 @@ def cut(model: PreTrainedModel, recipe: Recipe, ratio: float) -> None:
         importance=importance_of(recipe),
         global_pruning=recipe.everywhere,
         pruning_ratio=ratio,
-        # What writes into the stream of hidden states is one group, and an ignored member keeps all of it.
+        # All layers that write into the stream of hidden states are one group, and an ignored member keeps all of it.
         ignored_layers=[model.lm_head] + ([] if recipe.hidden else [model.model.embed_tokens]),
         round_to=4 if recipe.hidden else None,
         num_heads=heads,
         prune_num_heads=True,
         prune_head_dims=False,
         head_pruning_ratio=ratio if recipe.head_ratio is None else recipe.head_ratio,
-        # Its defaults are dictionaries that all pruners of a process would share.
+        # The defaults of these are dictionaries that all pruners of a process would share.
         in_channel_groups={},
         out_channel_groups={},
     )
@@ -149,10 +150,10 @@ def shapes(block: torch.nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def check(model: PreTrainedModel) -> None:
-    """Find out whether the shapes of all blocks fit together.
+    """Make sure that the shapes of all blocks fit together.
 
     Raises:
-        AssertionError: If they do not.
+        AssertionError: If they do not fit.
     """
     hidden, width = model.model.embed_tokens.weight.shape[1], model.config.head_dim
     for block in model.model.layers:
@@ -171,7 +172,7 @@ def kept(model: PreTrainedModel, dense: int) -> float:
 
 
 def search(share: Callable[[float], float], target: float) -> float:
-    """The largest pruning ratio, to within 2 ** -HALVINGS, whose share of kept weights is not below the target."""
+    """Search the largest pruning ratio, to 2 ** -HALVINGS, whose share of kept weights is not below the target."""
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -180,7 +181,7 @@ def search(share: Callable[[float], float], target: float) -> float:
 
 
 def ratio_for(recipe: Recipe, target: float, gradients: Gradients | None) -> float:
-    """Search on one block where all blocks are cut alike, for which importance does not matter; else on the model."""
+    """Pruning ratio for a target, searched on one block if all blocks are cut alike, whatever the importance."""
     uniform = not recipe.everywhere
     trial = Recipe("magnitude", recipe.head_ratio, hidden=recipe.hidden) if uniform else recipe
 
@@ -194,12 +195,12 @@ def ratio_for(recipe: Recipe, target: float, gradients: Gradients | None) -> flo
 
 
 def prunable(model: PreTrainedModel) -> int:
-    """Weights of a dense model that the package calls prunable."""
+    """Number of prunable weights of a dense model, as the package counts them."""
     return examine(model, family_of(model.config.model_type)).prunable_weights
 
 
 def measured(recipe: Recipe, target: float, gradients: Gradients | None, text: EvaluationText) -> dict[str, Any]:
-    """Search, prune and evaluate: one row."""
+    """Search the ratio, prune and evaluate: one row of the result."""
     ratio = ratio_for(recipe, target, gradients)
     model = fresh(gradients)
     dense, start = prunable(model), time.perf_counter()
@@ -225,7 +226,7 @@ def measured(recipe: Recipe, target: float, gradients: Gradients | None, text: E
 
 
 def described(protocol: dict[str, Any], tokens: CalibrationTokens, text: EvaluationText) -> dict[str, Any]:
-    """A result without rows: what is to be measured, and on what."""
+    """Result without rows: protocol, circumstances and dense perplexity."""
     return circumstances("python benchmarks/against_torch_pruning.py CALIBRATION.txt EVALUATION.txt") | {
         "device": "cpu",
         "versions": versions() | {"torch-pruning": VERSION},
@@ -239,7 +240,7 @@ def described(protocol: dict[str, Any], tokens: CalibrationTokens, text: Evaluat
 
 
 def unadjusted(target: float) -> dict[str, Any]:
-    """What one and the same ratio for neurons and heads gives, the hidden dimension left alone."""
+    """Size of the model with one and the same ratio for neurons and heads, the hidden dimension left alone."""
     model = fresh(blocks=1)
     dense = prunable(model)
     cut(model, Recipe("magnitude", None), 1 - target)
@@ -253,7 +254,7 @@ def unadjusted(target: float) -> dict[str, Any]:
 
 
 def our_rows(folders: list[Path]) -> list[dict[str, Any]]:
-    """The shots of our exports whose size is that of a target."""
+    """Rows for the shots of our exports that have the size of a target."""
     rows = []
     for folder in folders:
         report = PruneReport.model_validate_json((folder / "report.json").read_text(encoding="utf8"))
@@ -279,13 +280,13 @@ def our_rows(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def span(row: dict[str, Any], name: str) -> str | None:
-    """Smallest and largest number of a block, or the one number."""
+    """Smallest and largest number of a block, or the one number, in words; None if the row has none."""
     low, high = row.get(name, (None, None))
     return f"{low}" if low == high and low is not None else None if low is None else f"{low} to {high}"
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, and what it was measured on."""
+    """Table of the result, and its circumstances, as Markdown."""
     rows = [
         [
             row["structure"],
@@ -349,7 +350,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run all recipes at all sizes."""
+    """Run all recipes at all sizes, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calibration")
     parser.add_argument("evaluation")

@@ -1,4 +1,4 @@
-"""Quality, time and memory of structured pruning by a fixed protocol, against published code measured the same way.
+"""Benchmark of structured pruning by a fixed protocol: quality, time and memory, against published code.
 
 Protocol: SmolLM2-135M-Instruct (the demo model), 32 windows of 512 tokens of WikiText-2 for calibration, five shots
 to 50 % of the prunable weights, perplexity of 20 windows of 1,024 tokens of held-out WikiText-2. The plain pass that
@@ -6,7 +6,8 @@ a shot's time is compared with is a bfloat16-autocast forward and backward pass 
 tokens, one sequence at a time, without weight gradients, timed before the first shot and after each, in the same
 process. As the speed of a machine changes within minutes, a shot is compared with the mean of the passes around it.
 Before, a process of its own writes to more memory than the run takes: a virtual machine is given each page by its host
-when it first writes there, 9 to 15 instead of 3 microseconds a page, which a first shot would be charged with.
+when it first writes there, 9 to 15 instead of 3 microseconds a page, which a first shot would be charged with. The
+published code was measured in the same way.
 
     python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt [--set option=value ...]
 
@@ -51,7 +52,7 @@ TOUCHED = 10 * 2**30
 
 
 def plain_pass(model: PreTrainedModel, tokens: CalibrationTokens) -> float:
-    """Seconds of a forward and backward pass over all tokens, batch 1, as anyone would write it."""
+    """Seconds of a plain forward and backward pass over all tokens, batch 1, as anyone would write it."""
     handle = model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())
     start = time.perf_counter()
     with frozen(model), arithmetic(torch.device("cpu"), "bfloat16"):
@@ -63,7 +64,7 @@ def plain_pass(model: PreTrainedModel, tokens: CalibrationTokens) -> float:
 
 
 class Between(RichProgress):
-    """Times a plain pass whenever perplexity has been measured: before the first shot, and after each."""
+    """Progress that times a plain pass after each phase of perplexity: before the first shot, and after each shot."""
 
     def __init__(self, source: str, tokens: CalibrationTokens) -> None:
         super().__init__()
@@ -72,16 +73,16 @@ class Between(RichProgress):
 
     @contextlib.contextmanager
     def phase(self, description: str, total_tokens: int) -> Iterator[Phase]:
-        """Show a phase, and time what comes after it."""
+        """Show a phase, and time a plain pass after it if it was of perplexity."""
         with super().phase(description, total_tokens) as phase:
             yield phase
         if description.endswith(": perplexity"):
-            # Loaded anew, so that it takes no memory from the shots.
+            # The model is loaded anew, so that it takes no memory from the shots.
             self.plain.append(plain_pass(load_model(self._source), self._tokens))
 
 
 def rows(report: PruneReport, plain: list[float]) -> list[dict[str, Any]]:
-    """One record per shot, of which the plain passes were timed before and after."""
+    """Rows of the result, one per shot; the shot's plain pass is the mean of those before and after."""
     around = [statistics.mean(pair) for pair in itertools.pairwise(plain)]
     return [
         {
@@ -99,7 +100,7 @@ def rows(report: PruneReport, plain: list[float]) -> list[dict[str, Any]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, with what it was measured on."""
+    """Table of the result, and its circumstances, as Markdown."""
     lines = [
         "# Five shots to 50 %, rows and columns, SmolLM2-135M",
         "",
@@ -137,7 +138,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def command_of(arguments: argparse.Namespace) -> str:
-    """The command again, for whoever has the texts."""
+    """Command line that gives the result again, with placeholders for the texts."""
     named = [] if arguments.name == NAME else ["--name", arguments.name]
     changes = [word for item in arguments.set for word in ("--set", item)]
     return " ".join(["python benchmarks/anchors.py CALIBRATION.txt EVALUATION.txt", *named, *changes])
@@ -172,7 +173,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     tokens = sample_calibration(tokenizer, load_corpus(config.calibration), config.samples, config.seq_len, config.seed)
     dense = load_model(source)
-    # Kernels are compiled, and memory is there.
+    # A first pass compiles kernels and allocates memory.
     plain_pass(dense, CalibrationTokens(tokens.input_ids[:2], None, {}))
     del dense
     between = Between(source, tokens)

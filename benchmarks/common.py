@@ -1,4 +1,4 @@
-"""What the benchmarks share: the protocol, where results go, and what they were measured on."""
+"""Common parts of the benchmarks: the protocol, the files of results, and the circumstances of a measurement."""
 
 from __future__ import annotations
 
@@ -42,9 +42,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 class _Remembered:
-    """A function that computes what ``key`` names once; of what is None it remembers nothing.
+    """A function that remembers its last result by a key, and no result whose key is None.
 
-    ``saved`` is the seconds that the last call would have taken without this.
+    Args:
+        function: The function.
+        key: Makes the key from the arguments.
+
+    Attributes:
+        saved: Seconds that the last call would have taken had its result not been remembered.
     """
 
     def __init__(self, function: Any, key: Any) -> None:
@@ -71,9 +76,9 @@ _one_shot = False
 def share_dense_work() -> None:
     """Estimate the dense model's curvature once per process for all one-shot runs, its perplexity once for all runs.
 
-    Only for processes that use one model, one set of texts and one setting of them throughout. The seconds of
-    curvature are then those of the run that estimated it, and next to nothing in the others: ``seconds_saved`` has
-    what is missing.
+    This is only for processes that use one model, one set of texts and one setting of them throughout. The seconds of
+    curvature are then those of the run that estimated it, and next to none in the others. ``seconds_saved`` returns the
+    missing seconds.
     """
     # The Estimation is the fifth argument of estimate, the description the fourth of measure.
     shots.estimate = _Remembered(shots.estimate, lambda *a: a[4] if _one_shot else None)
@@ -95,7 +100,7 @@ def run(options: dict[str, Any]) -> PruneReport:
 
 
 def circumstances(command: str) -> dict[str, Any]:
-    """Date, machine, versions and the command that gives the result again."""
+    """Circumstances of a result: date, machine, threads and the command that gives it again."""
     return {
         "date": f"{datetime.date.today()}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {processor()}",
@@ -105,7 +110,7 @@ def circumstances(command: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the CPU, as well as it can be found out."""
+    """Name of the CPU; empty where it is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
     except OSError:
@@ -121,19 +126,19 @@ def write(name: str, result: dict[str, Any], markdown: str) -> None:
 
 
 def finished(name: str) -> dict[str, Any]:
-    """An earlier result of the same name, or an empty one."""
+    """Read an earlier result of the same name; empty if there is none."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; None is a dash."""
+    """Format a Markdown table; None is a dash."""
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines)
 
 
 def figure(width: float = 8.0, height: float = 4.6) -> Figure:
-    """An empty figure that can be saved as PNG."""
+    """Make an empty figure, in inches, that can be saved as PNG."""
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     return made

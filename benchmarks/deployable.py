@@ -1,9 +1,9 @@
-"""What each kind of structure gives at the same size: perplexity, parameters, bytes and speed of the exports.
+"""Benchmark of the kinds of structure at the same size: perplexity, parameters, bytes and speed of the exports.
 
     python benchmarks/deployable.py CALIBRATION.txt EVALUATION.txt OUT [--only NAME ...]
 
 Prunes the demo model in five shots to half its prunable weights, exports after the shots to 20, 30 and 50 %, and times
-every export against the dense model in alternating pairs. OUT holds the exports; what is there already is used again.
+every export against the dense model in alternating pairs. OUT holds the exports; exports that are there are used again.
 Writes benchmarks/results/deployable.json, .md and .png.
 """
 
@@ -32,7 +32,7 @@ PROMPT, GENERATED = 512, 32
 
 
 def main() -> None:
-    """Prune what is missing, time everything, write the results."""
+    """Prune the missing exports, time all of them, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
@@ -54,14 +54,14 @@ def main() -> None:
 
 
 def prune_demo(name: str, place: Path, calibration: str, evaluation: str) -> None:
-    """One run with the exports of its shots."""
+    """Prune the demo model by one kind of structure, and export its shots."""
     texts = {"calibration": calibration, "evaluation": evaluation}
     config = PruneConfig.from_mapping({**PROTOCOL, **texts, **STRUCTURES[name], "export_shots": SHOTS[:-1]})
     prune_checkpoint("demo", place, config, progress=RichProgress(), command=f"({name})")
 
 
 def measured(place: Path) -> dict[str, Any]:
-    """What the exports of a run hold, and how fast they are."""
+    """Sizes, perplexities and speeds of the exports of a run."""
     report = PruneReport.model_validate_json((place / "report.json").read_text(encoding="utf8"))
     places = [place / f"shot-{shot}" for shot in SHOTS[:-1]] + [place]
     timed = bench(places, "demo", batches=(1,), prompt=PROMPT, generate=GENERATED, repeats=7)
@@ -90,7 +90,7 @@ def measured(place: Path) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any], where: dict[str, Any]) -> str:
-    """One line for each structure and size."""
+    """Table of the result with one line for each structure and size, as Markdown."""
     lines = [
         (
             name,
@@ -124,7 +124,7 @@ def markdown(rows: dict[str, Any], where: dict[str, Any]) -> str:
 
 
 def draw(rows: dict[str, Any]) -> None:
-    """Perplexity against prefill speed, one line for each structure."""
+    """Draw perplexity against prefill speed, one line for each structure."""
     picture = figure()
     axes = picture.subplots()
     for colour, (name, row) in zip(COLOURS, rows.items(), strict=False):
@@ -138,7 +138,7 @@ def draw(rows: dict[str, Any]) -> None:
         )
     axes.axhline(22.05, color="0.4", linewidth=1, linestyle=":")
     axes.set_yscale("log")
-    # Beyond this a model says nothing any more.
+    # Models of a higher perplexity are of no use.
     axes.set_ylim(20, 1000)
     axes.set_xlabel("prefill, times as fast as the dense model")
     axes.set_ylabel("perplexity (dotted: dense)")

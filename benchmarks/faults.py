@@ -1,12 +1,12 @@
-"""Fault test: a run is killed (SIGKILL) at random moments, begun again until it ends, and its weights are compared.
+"""Fault test: runs are killed (SIGKILL) at random moments, begun again until they end, and their weights compared.
 
-A phase is drawn, then a moment within it. One process imports everything and forks a child for each attempt; it does
-no arithmetic of its own, so that the children have no threads of its to wait for.
+A phase is drawn, then a moment within it. One process imports everything and forks a child for each attempt. It does no
+arithmetic itself, so that the children wait for no threads of their parent.
 
     python benchmarks/faults.py [--kills 50] [--seed 0] [--more] [--only CASE]
 
-``--more`` adds to the kills of an earlier result. Writes benchmarks/results/faults.json and faults.md. Ends with status
-1 if weights differ, a run cannot be continued, or anything is left beside an output.
+``--more`` adds to the kills of an earlier result. Writes benchmarks/results/faults.json and faults.md. The exit status
+is 1 if weights differ, a run cannot be continued, or anything is left beside an output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from quick import without_what_has_other_tests
 from tiny import VOCABULARY, llama, tokenizer
 
-# Marks the case whose runs are comparisons; what is compared then is the table's numbers.
+# Option of the case whose runs are comparisons, of which the numbers of the table are compared.
 COMPARED = "compared"
 COMMON = {
     "preset": "none",
@@ -87,15 +87,15 @@ CASES: dict[str, dict[str, Any]] = {
     "two cells of a comparison": {COMPARED: True, "shots": 1},
 }
 NOT_COMMON = ("preset", "shots", "sparsity")
-# Phases of each shot; the others come once.
+# Phases of each shot; all others come once in a run.
 IN_SHOTS = ("curvature", "selection", "update", "reconstruction", "gates", "correction", "evaluation", "checkpoint")
-# Share of the attempts that nobody kills, so that runs end.
+# Share of the attempts that are not killed, so that runs end.
 SPARED = 0.15
 
 
 @dataclass
 class Place:
-    """Where the runs of one case are made, and what the first, which nobody killed, gave."""
+    """Directory of the runs of one case, with the weights and the seconds of a first run, which is not killed."""
 
     directory: Path
     config: PruneConfig
@@ -106,12 +106,12 @@ class Place:
 
     @property
     def out(self) -> Path:
-        """Where the runs write."""
+        """Output directory of the runs."""
         return self.directory / "results" / "out"
 
 
 class Attempt:
-    """A child process that prunes, and says in which phase it is."""
+    """A child process that prunes, and announces each phase."""
 
     def __init__(self, place: Place) -> None:
         reading, writing = os.pipe()
@@ -124,7 +124,7 @@ class Attempt:
         self.times = [time.monotonic()]
 
     def read(self) -> bool:
-        """Wait for the next phases; False once the process has ended."""
+        """Wait for the next phases; returns False once the process has ended."""
         text = os.read(self._pipe, 4096).decode()
         for phase in text.splitlines():
             self.phases.append(phase)
@@ -132,20 +132,20 @@ class Attempt:
         return bool(text)
 
     def end(self) -> int:
-        """Read what is left and give the exit status, negative for a signal."""
+        """Wait for the end of the process; returns its exit status, negative for a signal."""
         while self.read():
             pass
         os.close(self._pipe)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def kill(self) -> int:
-        """End it as the kernel does when memory runs out."""
+        """Kill the process as the kernel does when memory runs out; returns the exit status."""
         os.kill(self.pid, signal.SIGKILL)
         return self.end()
 
 
 def _prune(place: Place, pipe: int) -> int:
-    """The whole of the child: prune with phases announced; gives the exit status."""
+    """Run the child: prune with phases announced; returns the exit status."""
     try:
         _announce(pipe)
         if place.quick:
@@ -157,7 +157,7 @@ def _prune(place: Place, pipe: int) -> int:
         else:
             prune_checkpoint(place.directory / "model", place.out, place.config)
     except OutputError as error:
-        # What was killed in its last microseconds had done all it had to.
+        # A run that was killed in its last microseconds had already finished.
         return 0 if there and "is not empty" in error.cause else _said(error)
     except BaseException as error:
         return _said(error)
@@ -165,7 +165,7 @@ def _prune(place: Place, pipe: int) -> int:
 
 
 def _compare(place: Place) -> None:
-    """Compare two methods, each in a process of its own."""
+    """Run a comparison of two methods, each in a process of its own."""
     common = {name: getattr(place.config, name) for name in ("calibration", *COMMON) if name not in NOT_COMMON}
     variants = {name: {"method": name} for name in ("magnitude", "wanda")}
     result = compare(place.directory / "model", place.out, variants, [Setting(structure="2:4", sparsity=0.5)], common)
@@ -179,13 +179,13 @@ def _said(error: BaseException) -> int:
 
 
 def _announce(pipe: int) -> None:
-    """Have each phase written to a pipe when it begins."""
+    """Write the name of each phase to a pipe when it begins."""
 
     def announced(holder: Any, attribute: str, name: str | None = None) -> None:
         original = getattr(holder, attribute)
 
         def call(*arguments: Any, **named: Any) -> Any:
-            # The phases of a clock have a name of their own.
+            # A clock's phases are named by their argument.
             os.write(pipe, f"{name or arguments[1]}\n".encode())
             return original(*arguments, **named)
 
@@ -216,7 +216,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def prepared(directory: Path, options: dict[str, Any], quick: bool) -> Place:
-    """A place with a model, a text, and what a run gives that nobody kills."""
+    """Prepare the directory of a case: model, text, and the weights of a run that is not killed."""
     generator = random.Random(0)
     for name in ("results", "temporary"):
         (directory / name).mkdir(parents=True)
@@ -248,7 +248,7 @@ def _clear(place: Place) -> None:
 
 
 def drawn(place: Place, generator: random.Random) -> tuple[str, int]:
-    """A phase that is still to come in the next attempt, and which time it comes."""
+    """Draw a phase that is still to come in the next attempt, and the number of its occurrence."""
     run = place.out.with_name("out.run")
     done = Checkpoints(run).shots()[0] if run.is_dir() and Checkpoints(run).shots() else 0
     left = place.config.shots - done
@@ -258,7 +258,7 @@ def drawn(place: Place, generator: random.Random) -> tuple[str, int]:
 
 
 def run_until_done(place: Place, generator: random.Random, budget: int) -> dict[str, Any]:
-    """Kill a run again and again, at most ``budget`` times; says where, and what came of it."""
+    """Kill a run again and again, at most ``budget`` times; returns the phases of the kills and the outcome."""
     kills: list[str] = []
     while True:
         spared = len(kills) == budget or generator.random() < SPARED
@@ -268,7 +268,7 @@ def run_until_done(place: Place, generator: random.Random, budget: int) -> dict[
             status = attempt.end()
             break
         kills.append(attempt.phases[-1])
-    # A cell's process notices that the one that asked for it is gone, and ends, a moment later.
+    # The process of a cell ends a moment after its parent.
     time.sleep(0.5 if place.compared else 0.0)
     same = status == 0 and digests(place.out) == place.weights
     left = [path.name for path in place.out.parent.iterdir() if path.name != "out"]
@@ -278,7 +278,7 @@ def run_until_done(place: Place, generator: random.Random, budget: int) -> dict[
 
 
 def _killed(attempt: Attempt, phase: str, times: int, delay: float) -> bool:
-    """Kill an attempt a moment after a phase has begun; False if it ends before that."""
+    """Kill an attempt a moment after a phase has begun; returns False if it ends before that."""
     while attempt.phases.count(phase) < times:
         if not attempt.read():
             return False
@@ -290,7 +290,7 @@ def _killed(attempt: Attempt, phase: str, times: int, delay: float) -> bool:
 
 
 def measured(kills: int, seed: int, cases: list[str], quick: bool) -> Iterator[dict[str, Any]]:
-    """Runs of all cases in turn until there were enough kills."""
+    """Run all cases in turn until there were enough kills; yields the outcome of each run."""
     generator, runs = random.Random(seed), cast(list[dict[str, Any]], [])
     with tempfile.TemporaryDirectory() as scratch:
         places = {name: prepared(Path(scratch) / str(n), CASES[name], quick) for n, name in enumerate(cases)}
@@ -302,7 +302,7 @@ def measured(kills: int, seed: int, cases: list[str], quick: bool) -> Iterator[d
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result in words and a table."""
+    """Result in words and a table, as Markdown."""
     runs = result["runs"]
     phases = Counter(phase for run in runs for phase in run["kills"])
     good = [run for run in runs if run["same"] and not run["left"]]
@@ -320,7 +320,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Kill, compare, and write the result."""
+    """Kill runs, compare their weights, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

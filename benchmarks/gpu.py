@@ -1,4 +1,4 @@
-"""What 40 shots cost on one GPU, from single shots of a random model of a Llama-2 shape at 100, 75 and 50 % size.
+"""Cost of 40 shots on one GPU, from single shots of a random model of a Llama-2 shape at 100, 75 and 50 % size.
 
     python benchmarks/gpu.py --shape 7b [--order layer-major] [--samples 8] [--seq-len 2048]
     python benchmarks/gpu.py --shape toy --device cpu       # the same in seconds, to see that it runs
@@ -52,7 +52,7 @@ ORDERS = ("batch-major", "layer-major")
 
 
 def recipe(arguments: argparse.Namespace) -> PruneConfig:
-    """40 shots to 50 %, on the measured number of sequences."""
+    """Recipe of 40 shots to 50 %, on the measured number of sequences."""
     return PruneConfig(
         preset="none",
         sparsity=0.5,
@@ -64,7 +64,7 @@ def recipe(arguments: argparse.Namespace) -> PruneConfig:
 
 
 def random_model(shape: str, length: int, device: torch.device) -> LlamaForCausalLM:
-    """A model of a shape with random weights, made where it is wanted."""
+    """Make a model of a shape with random bfloat16 weights, on a device."""
     settings = LlamaConfig(**SHAPES[shape], vocab_size=VOCABULARY[shape], max_position_embeddings=length)
     torch.manual_seed(0)
     with torch.device(device):
@@ -72,7 +72,7 @@ def random_model(shape: str, length: int, device: torch.device) -> LlamaForCausa
 
 
 def shot_at(size: float, order: str, arguments: argparse.Namespace, device: torch.device) -> ShotResult:
-    """One shot of the run, on a model of which ``size`` is left."""
+    """Make one shot of the run, on a model of which ``size`` is left."""
     config = recipe(arguments)
     model = random_model(arguments.shape, arguments.seq_len, device)
     anatomy = examine(model, family_of("llama"), config.ignore)
@@ -93,11 +93,11 @@ def pass_operations(anatomy: Anatomy, masks: Any, vocabulary: int, width: int, f
     """Operations per token of the model pass and the factor sums.
 
     Args:
-        anatomy: The layers.
-        masks: What is left of them.
+        anatomy: The prunable layers.
+        masks: Keep masks of the layers.
         vocabulary: Rows of the head.
-        width: Its columns.
-        forward: How often the blocks are run forward.
+        width: Columns of the head.
+        forward: Number of forward passes through the blocks.
     """
     shapes = {name: masks[name].shape for name in anatomy.layers}
     blocks = sum(rows * columns for rows, columns in shapes.values())
@@ -107,7 +107,7 @@ def pass_operations(anatomy: Anatomy, masks: Any, vocabulary: int, width: int, f
 
 
 def limits(device: torch.device) -> dict[str, float]:
-    """Operations per second of a large bfloat16 product, and bytes per second of a copy."""
+    """Measure a device's limits: operations per second of a large bfloat16 product, bytes per second of a copy."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     b = torch.empty_like(a)
@@ -116,7 +116,7 @@ def limits(device: torch.device) -> dict[str, float]:
 
 
 def seconds_of(work: Any, device: torch.device) -> float:
-    """Median seconds of some work, which is done before the clock is read."""
+    """Median seconds of some work; the device is waited for before the clock is read."""
     taken = []
     for _ in range(7):
         start = time.perf_counter()
@@ -128,7 +128,7 @@ def seconds_of(work: Any, device: torch.device) -> float:
 
 
 def measured(order: str, size: float, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one shot: one row of the table."""
     if arguments.warm:
         shot_at(size, order, argparse.Namespace(**{**vars(arguments), "samples": arguments.batch_size}), device)
     shot = shot_at(size, order, arguments, device)
@@ -162,7 +162,7 @@ def extrapolated(rows: list[dict[str, Any]], samples: int) -> float:
 
 
 def shares(row: dict[str, Any], arguments: argparse.Namespace, device: torch.device, rate: float) -> float:
-    """Which part of the rate of a large product the pass of a shot has reached."""
+    """Share of the rate of a large product that the pass of a shot has reached."""
     with torch.device("meta"):
         settings = LlamaConfig(**SHAPES[arguments.shape], vocab_size=VOCABULARY[arguments.shape])
         model = LlamaForCausalLM._from_config(settings)
@@ -176,7 +176,7 @@ def shares(row: dict[str, Any], arguments: argparse.Namespace, device: torch.dev
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, with what it was measured on."""
+    """Table of the result, and its circumstances, as Markdown."""
     parts = list(dict.fromkeys(part for row in result["rows"] for part in row["profile"]))
     rows = [
         (
@@ -208,7 +208,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure all orders and sizes, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
     parser.add_argument("--device", default="auto")

@@ -1,4 +1,4 @@
-"""How time and memory of a shot grow with tokens (x8), width (x4) and depth (x4), on random Llama-like models.
+"""Growth of a shot's time and memory with tokens (x8), width (x4) and depth (x4), on random Llama-like models.
 
     python benchmarks/growth.py
 
@@ -48,7 +48,7 @@ AXES: dict[str, list[Point]] = {
     "width": [Point(width=width) for width in (384, 768, 1152, 1536)],
     "depth": [Point(depth=depth) for depth in (2, 4, 6, 8)],
 }
-# What theory says of large sizes; memory is of the peak above that of the process before there is a model.
+# Exponents in theory, for large sizes. Memory is the peak above that of the process before there is a model.
 EXPECTED = {
     "tokens": {"curvature": 1, "selection": 0, "update": 0, "memory": 0},
     "width": {"curvature": 2, "selection": 3, "update": 3, "memory": 2},
@@ -58,7 +58,7 @@ LINES = ("curvature", "selection", "update", "memory")
 
 
 def model_of(point: Point) -> LlamaForCausalLM:
-    """A random model."""
+    """Make a random model of the size of a point."""
     torch.manual_seed(0)
     heads = point.width // HEAD
     return LlamaForCausalLM(
@@ -76,10 +76,10 @@ def model_of(point: Point) -> LlamaForCausalLM:
 
 
 def measure(point: Point) -> dict[str, float]:
-    """Seconds by phase and bytes of a shot, in a process that does nothing else.
+    """Measure seconds by phase and bytes of a shot, in a process that does nothing else.
 
     Of two shots, each on a model of its own, the better time counts: in the first, kernels are chosen for each shape
-    of a product. Memory is that of the first.
+    of a product. Memory is that of the first shot.
     """
     keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
@@ -96,8 +96,8 @@ def measure(point: Point) -> dict[str, float]:
     return {**seconds, "memory": max(stage.peak for stage in shots[0].stages) - before}
 
 
-def measure_apart(point: Point) -> dict[str, float]:
-    """A measurement in a process of its own."""
+def measure_in_process(point: Point) -> dict[str, float]:
+    """Measure a point in a process of its own."""
     command = [sys.executable, __file__, "--point", json.dumps(asdict(point))]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {line: found[line] for line in LINES}
@@ -111,12 +111,12 @@ def slope(sizes: list[int], values: list[float]) -> float:
 
 
 def sizes_of(axis: str) -> list[int]:
-    """What varies along an axis."""
+    """Sizes along an axis."""
     return [getattr(point, axis) for point in AXES[axis]]
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Tables of the exponents and of what was measured."""
+    """Tables of the exponents and of the measurements, as Markdown."""
     exponents = [
         (axis, *(f"{result['exponents'][axis][line]:.2f} ({EXPECTED[axis][line]})" for line in LINES)) for axis in AXES
     ]
@@ -154,7 +154,7 @@ depth."""
 
 
 def draw(result: dict[str, Any]) -> None:
-    """Time above, memory below; dashed, from the last point, the slope of theory."""
+    """Draw time above and memory below; the dashed lines from the last point have the slope of theory."""
     picture = figure(9.0, 5.6)
     grid = picture.subplots(2, len(AXES), sharey="row")
     for column, axis in enumerate(AXES):
@@ -175,13 +175,13 @@ def draw(result: dict[str, Any]) -> None:
             if not column:
                 axes.set_ylabel(what)
         grid[1, column].set_xlabel(axis)
-    # At the end: limits once set stay, whatever is drawn after that.
+    # Set at the end: limits stay once they are set, whatever is drawn after that.
     grid[1, 0].set_ylim(bottom=32)
     save(picture, "growth", dpi=110)
 
 
 def main() -> None:
-    """All points, or one of them for the process that measures it."""
+    """Measure all points and write the result, or one point in the process that measures it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -191,7 +191,7 @@ def main() -> None:
     known: dict[Point, dict[str, float]] = {}
     for point in (point for points in AXES.values() for point in points):
         if point not in known:
-            known[point] = measure_apart(point)
+            known[point] = measure_in_process(point)
     points = {axis: [known[point] for point in AXES[axis]] for axis in AXES}
     exponents = {
         axis: {line: slope(sizes_of(axis), [point[line] for point in points[axis]]) for line in LINES} for axis in AXES

@@ -1,4 +1,4 @@
-"""How well one, two and three Kronecker products approximate the exact Fisher of a layer (paper, Fig. 5).
+"""Error of one, two and three Kronecker products as approximations of a layer's exact Fisher (paper, Fig. 5).
 
 The root mean square error over all elements of the Fisher, in units of the Fisher's own root mean square, for K-FAC
 and for the nearest sums, on layers of the demo model; exact, by inner products, without forming the Fisher.
@@ -31,7 +31,7 @@ LENGTH = 256
 
 
 def samples(arguments: argparse.Namespace, labels: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs and output gradients of all labelled tokens, per layer."""
+    """Collect inputs and output gradients of all labelled tokens, per layer."""
     source = resolve_source("demo")
     model = load_model(source)
     corpus = load_corpus(arguments.calibration)
@@ -52,7 +52,7 @@ def samples(arguments: argparse.Namespace, labels: int) -> dict[str, tuple[Tenso
 
 
 def relative_errors(a: Tensor, g: Tensor) -> dict[str, float]:
-    """Errors in units of the Fisher's root mean square."""
+    """Errors of all approximations in units of the Fisher's root mean square."""
     unit = fisher_rmse(a, g, [])
     kfac = [(g.T @ g / len(g), a.T @ a / len(a))]
     terms = nearest_kronecker_sum(a, g, 3, 8)
@@ -61,7 +61,7 @@ def relative_errors(a: Tensor, g: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure for the empirical Fisher and for the true one (one sampled label per token)."""
+    """Measure the errors for the empirical and the true Fisher (one sampled label per token), and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calibration")
     parser.add_argument("--tokens", type=int, default=2048)
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def draw(errors: dict[str, Any], kinds: tuple[str, ...]) -> None:
-    """Bars by layer, one panel per kind of label."""
+    """Draw bars by layer, one panel per kind of label."""
     picture = figure(11, 4.2)
     for axes, (fisher, layers) in zip(picture.subplots(1, 2, sharey=True), errors.items(), strict=True):
         for number, kind in enumerate(kinds):

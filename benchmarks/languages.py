@@ -30,13 +30,13 @@ EVALUATION_TOKENS = 10_240
 
 
 def zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Removed weights per prunable layer."""
+    """Removed weights per prunable layer, bool ``[R, C]``, True = removed."""
     anatomy = examine(model, family_of(model.config.model_type))
     return {name: core_of(model, layer).weight.detach() == 0 for name, layer in anatomy.layers.items()}
 
 
 def perplexities(model: PreTrainedModel, tokenizer: Any) -> list[float]:
-    """Of the held-out part of each language's text."""
+    """Perplexity on the held-out part of each language's text."""
     return [
         round(evaluate(model, tokenizer, f"demo:{code}", max_tokens=EVALUATION_TOKENS).perplexity, 2)
         for code in LANGUAGES
@@ -44,7 +44,7 @@ def perplexities(model: PreTrainedModel, tokenizer: Any) -> list[float]:
 
 
 def draw(result: dict[str, Any]) -> None:
-    """Two maps: perplexity by calibration and evaluation language, and equivalence of the masks."""
+    """Draw two maps: perplexity by calibration and evaluation language, and equivalence of the masks."""
     picture = figure(10, 3.8)
     names = list(LANGUAGES.values())
     left, right = picture.subplots(1, 2)
@@ -69,7 +69,7 @@ def draw(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Prune once per language, evaluate on all."""
+    """Prune once per language, evaluate on all languages, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=3)
     parser.add_argument("--samples", type=int, default=32)
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Both tables."""
+    """Tables of perplexity and of mask equivalence, as Markdown."""
     names = result["languages"]
     first = table(
         ["calibrated on", *(f"perplexity {name}" for name in names)],

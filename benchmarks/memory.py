@@ -1,12 +1,12 @@
-"""Plan against run: what ``llm-surgeon plan`` predicts, and what the same run then uses, in fresh processes.
+"""Benchmark of the plan: predictions of ``llm-surgeon plan`` against the same runs, in fresh processes.
 
 Two models (the demo, and a random Qwen 2 of other proportions: few wide blocks, biases, an output head of its own) in
-three settings each. Few samples are enough for a peak. To be run without OMP_NUM_THREADS: memory depends on threads.
+three settings each. Few samples are enough for a peak. Run it without OMP_NUM_THREADS: memory depends on threads.
 
     python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt [--again]
 
-``--again`` predicts anew and keeps what was measured before, if it was. Writes benchmarks/results/memory.json and
-memory.md after each.
+``--again`` predicts anew and keeps earlier measurements. Writes benchmarks/results/memory.json and memory.md after each
+run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMMAND = "python benchmarks/memory.py CALIBRATION.txt EVALUATION.txt"
 
 
 def other_model(directory: Path) -> Path:
-    """A random model with the demo's vocabulary, 168M parameters."""
+    """Write a random model with the demo's vocabulary and 168M parameters to a directory."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=49_152,
@@ -54,7 +54,7 @@ def other_model(directory: Path) -> Path:
 
 
 def options_of(setting: dict[str, Any], texts: list[str]) -> list[str]:
-    """The command line of a setting."""
+    """Options of the command line for a setting."""
     recipe = SHORT | setting
     if "preset" in setting:
         del recipe["shots"]
@@ -63,7 +63,7 @@ def options_of(setting: dict[str, Any], texts: list[str]) -> list[str]:
 
 
 def predicted(model: str, options: list[str], out: Path) -> dict[str, Any]:
-    """Plan in a fresh process."""
+    """Plan a run in a fresh process, and read the plan."""
     command = [sys.executable, "-m", "llm_surgeon", "plan", model, "--out", str(out), *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     plan = Plan.model_validate_json(out.read_text(encoding="utf8"))
@@ -92,7 +92,7 @@ def measured(model: str, options: list[str], out: Path) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of the result."""
+    """Tables of the result, as Markdown."""
     rows, parts = [], []
     for found in result["runs"]:
         setting, before, after = found["setting"], found["predicted"], found["measured"]
@@ -122,7 +122,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-# What a shot's seconds are of.
+# Phases that make up the seconds of a shot.
 PHASES = ("curvature", "selection", "update", "reconstruction", "gates")
 PARTS = (
     *("process", "weights", "pruned weights", "weights of the other half", "dense weights to reconstruct"),
@@ -138,7 +138,7 @@ Seconds are of rates of a common machine, without `--probe`."""
 
 
 def main() -> None:
-    """Both models in both settings."""
+    """Predict and measure both models in all settings, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("calibration")
     parser.add_argument("evaluation")

@@ -1,4 +1,4 @@
-"""All methods of the package on the same tokens: half and three fifths of the weights removed anywhere, and 2:4.
+"""Comparison of all methods on the same tokens: half and three fifths of the weights removed anywhere, and 2:4.
 
     python benchmarks/methods.py CALIBRATION.txt EVALUATION.txt OUT
 
@@ -18,7 +18,7 @@ from llm_surgeon import compare
 from llm_surgeon.comparison.variants import parse_methods, settings_of
 from llm_surgeon.report.comparison import comparison_markdown
 
-# What is fast first, so that an interrupted table has most rows.
+# Fast methods come first, so that an interrupted table has most rows.
 METHODS = (
     "magnitude+layer,magnitude+one-shot,wanda,ria,sparsegpt,surgeon+one-shot,stochria,ri,lp-ri,symmetric,owanda,"
     "symwanda,wanda+dsnot,wanda+r2-dsnot,ria+r2-dsnot,wanda+owl,wanda+permute,ria+permute,sparsegpt+permute,"
@@ -27,7 +27,7 @@ METHODS = (
 
 
 def main() -> None:
-    """Run what is missing, and write what there is."""
+    """Run the missing cells, and write the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calibration")
     parser.add_argument("evaluation")

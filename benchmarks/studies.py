@@ -46,7 +46,7 @@ ATTENTION = {"ignore": ("lm_head", r"mlp\..*")}
 
 
 def dampings(structure: str, sparsity: float) -> Variants:
-    """Both dampings at 0.01, and each of them at 0.1, for one structure in one shot."""
+    """Variants of both dampings for one structure in one shot."""
     pairs = [(0.01, 0.1), (0.1, 0.01), (0.01, 0.01), (0.01, 0.5)]
     return {
         f"{structure}, A {a:g}, G {g:g}": ONE_SHOT
@@ -56,7 +56,7 @@ def dampings(structure: str, sparsity: float) -> Variants:
 
 
 def single_weights(structure: str) -> Variants:
-    """All methods in five shots, and this package's in one, with nothing but gates fitted."""
+    """Variants of all methods in five shots, and of this package's in one shot, with nothing but gates fitted."""
     one = ONE_SHOT | {"structure": structure}
     return (
         {name: {"method": name, "structure": structure} for name in METHODS}
@@ -310,7 +310,7 @@ STUDIES: dict[str, tuple[str, Variants]] = {
 
 
 def record(report: PruneReport) -> dict[str, Any]:
-    """What the table needs of the last run; curvature that was estimated for an earlier one counts here too."""
+    """Numbers of the last run for the table; curvature that an earlier run estimated counts here too."""
     return {
         "size": [round(100 * (1 - shot.sparsity), 2) for shot in report.shots],
         "perplexity": [round(shot.perplexity.perplexity, 2) for shot in report.shots if shot.perplexity],
@@ -326,12 +326,12 @@ def record(report: PruneReport) -> dict[str, Any]:
 
 
 def measured(options: dict[str, Any], texts: dict[str, str]) -> tuple[dict[str, Any], float]:
-    """Record and dense perplexity of a variant: of any study that has run the same recipe, else of a run."""
+    """Record and dense perplexity of a variant, from any study that has run the same recipe, or else from a run."""
     recipe = PruneConfig.from_mapping(PROTOCOL | options)
     for study in STUDIES:
         result = finished(study)
         for variant, item in result.get("variants", {}).items():
-            # Some were written when there was no preset unless asked for.
+            # Early results were written when there was no default preset.
             options_then = {"preset": "none"} | result["protocol"] | result["options"][variant]
             if PruneConfig.from_mapping(options_then) == recipe:
                 return item, result["dense_perplexity"]
@@ -341,13 +341,13 @@ def measured(options: dict[str, Any], texts: dict[str, str]) -> tuple[dict[str, 
 
 
 def markdown(title: str, result: dict[str, Any]) -> str:
-    """One row per variant: perplexity after each shot, mean seconds of a shot by phase, and the update's share."""
+    """Table with a row per variant: perplexity after each shot, mean seconds by phase, and the update's share."""
     variants = result["variants"]
     sizes = sorted({size for item in variants.values() for size in _tens(item)}, reverse=True)
     rows = []
     for name, item in variants.items():
         at = _tens(item)
-        # Results from before there was reconstruction say nothing of it.
+        # Results from before a phase existed have no seconds of it.
         phases = [item.get(f"{phase}_s", [0.0]) for phase in PHASES]
         means = [sum(phase) / len(phase) for phase in phases]
         share = f"{100 * means[2] / sum(means):.0f} %"
@@ -364,7 +364,7 @@ def markdown(title: str, result: dict[str, Any]) -> str:
 
 
 def _spread(variants: dict[str, Any], sizes: list[int]) -> str:
-    """A table of mean and standard deviation at each size, of variants that were run with several seeds."""
+    """Table of mean and standard deviation at each size, for variants that were run with several seeds."""
     rows = []
     for name, members in _seeds(variants).items():
         found = [[at[size] for at in map(_tens, members) if size in at] for size in sizes]
@@ -384,7 +384,7 @@ def _mean(values: list[float]) -> str | None:
 
 
 def _seeds(variants: dict[str, Any]) -> dict[str, list[Any]]:
-    """Variants by name, those that differ in nothing but their seed together."""
+    """Group variants that differ only in their seed, by name without the seed."""
     groups: dict[str, list[Any]] = {}
     for name, item in variants.items():
         groups.setdefault(re.sub(r", seed \d+$", "", name), []).append(item)
@@ -392,13 +392,13 @@ def _seeds(variants: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _tens(item: dict[str, Any]) -> dict[int, float]:
-    """Perplexity at the sizes that are multiples of 10 %; the picture has the others."""
+    """Perplexity at sizes that are multiples of 10 %; the picture has all sizes."""
     pairs = zip(item["size"], item["perplexity"], strict=True)
     return {round(size): value for size, value in pairs if abs(size - 10 * round(size / 10)) < 0.5}
 
 
 def draw(name: str, title: str, result: dict[str, Any]) -> None:
-    """Perplexity against size where half have several sizes, else a row per variant, with a point for each seed."""
+    """Draw perplexity against size if half of the variants have several sizes, else a row of points per variant."""
     variants = result["variants"]
     lines = 2 * sum(len(item["size"]) > 1 for item in variants.values()) >= len(variants)
     rows = _seeds(variants)
@@ -435,7 +435,7 @@ def draw(name: str, title: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the missing variants of a study, writing after each."""
+    """Run the missing variants of a study, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("calibration")

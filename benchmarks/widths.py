@@ -1,4 +1,4 @@
-"""How fast a gated feed-forward part is by the widths it has: where rounding the number of neurons pays.
+"""Speed of a gated feed-forward part by its width: where rounding the number of neurons pays.
 
     python benchmarks/widths.py [--device cpu|cuda] [--dtype float32|bfloat16]
 
@@ -23,7 +23,7 @@ AROUND, SPREAD, WIDTHS, REPEATS = 768, 256, 8, 40
 
 
 def main() -> None:
-    """Time every multiple, in turn, and write the medians."""
+    """Time the widths of every multiple in turn, and write the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measure(tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Nanoseconds per neuron of one pass, by multiple."""
+    """Measure nanoseconds per neuron of one pass, by multiple."""
     generator = random.Random(0)
     chosen = {str(multiple): [width_of(multiple, generator) for _ in range(WIDTHS)] for multiple in MULTIPLES}
     chosen["dense"] = [DENSE] * WIDTHS
@@ -58,19 +58,19 @@ def measure(tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, 
             timings.append(perf_counter() - start)
     by_name: dict[str, list[float]] = {}
     for (name, (gate, _, _)), timings in zip(jobs, seconds, strict=True):
-        # The first two choose kernels and allocate.
+        # The first two runs choose kernels and allocate memory.
         by_name.setdefault(name, []).append(1e9 * median(timings[2:]) / len(gate))
     return {name: median(values) for name, values in by_name.items()}
 
 
 def width_of(multiple: int, generator: random.Random) -> int:
-    """A width that is a multiple of this and not of twice as much."""
+    """Draw a width that is a multiple of ``multiple``, and not of twice that."""
     odd = generator.randrange((AROUND - SPREAD) // multiple, (AROUND + SPREAD) // multiple) | 1
     return odd * multiple
 
 
 def weights(width: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random gate, up and down."""
+    """Make random matrices gate, up and down of a feed-forward part."""
     shapes = ((width, HIDDEN), (width, HIDDEN), (HIDDEN, width))
     gate, up, down = (torch.randn(shape, device=device, dtype=dtype) / 30 for shape in shapes)
     return gate, up, down

@@ -2,7 +2,9 @@
 
 import torch
 
-from llm_surgeon.mathematics.structured_selection import StructureCosts, bystanders, score_groups, select
+from llm_surgeon.mathematics.candidates import bystanders, score_groups
+from llm_surgeon.mathematics.keep_masks import StructureCosts
+from llm_surgeon.mathematics.structured_selection import select
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.matrix import cut_out
 from llm_surgeon.pruning.shapes import LayerCosts

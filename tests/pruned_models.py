@@ -3,7 +3,7 @@
 import torch
 
 from choosing import choose, shrink
-from llm_surgeon.mathematics.structured_selection import StructureCosts
+from llm_surgeon.mathematics.keep_masks import StructureCosts
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.refit.reconstruction import dense_copy
 from tiny import build

@@ -18,7 +18,7 @@ from llm_surgeon import PruneConfig, load, prune, prune_checkpoint
 from llm_surgeon.benchmark.measuring import bench
 from llm_surgeon.cli import app
 from llm_surgeon.comparison.cell import measure_cell
-from llm_surgeon.comparison.directory import Folder
+from llm_surgeon.comparison.directory import ComparisonDirectory
 from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.errors import ConfigError, DataError, ModelError, OutputError, SurgeonError
 from llm_surgeon.models.loading import load_model, load_tokenizer
@@ -147,7 +147,7 @@ class TestPickles:
     def test_comparisons(self, checkpoint, text_file, tmp_path, bomb):
         (tmp_path / "comparison.json").write_bytes(bomb)
         with pytest.raises(OutputError, match="cannot be read"):
-            Folder(tmp_path).former("model", {})
+            ComparisonDirectory(tmp_path).former("model", {})
         (tmp_path / "dense.safetensors").write_bytes(bomb)
         with pytest.raises(DataError, match=r"dense\.safetensors cannot be read"):
             measure_cell(str(checkpoint), config(text_file), tmp_path / "dense.safetensors", None, SilentProgress())

@@ -36,7 +36,7 @@ def here(monkeypatch):
         tasks.append(task)
         return alone.measure(task)
 
-    monkeypatch.setattr(bench_module, "measure_apart", measure)
+    monkeypatch.setattr(bench_module, "measure_in_process", measure)
     return tasks
 
 
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_before_any_is_measured(here, 
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copy(checkpoint / "config.json", broken)
-    monkeypatch.setattr("llm_surgeon.benchmark.measuring.measure_apart", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr("llm_surgeon.benchmark.measuring.measure_in_process", lambda _: pytest.fail("measured"))
     with pytest.raises(ModelError, match=r"The model of '.*broken' cannot be loaded: .*model\.safetensors"):
         bench([checkpoint, broken], **SMALL)
 
@@ -284,6 +284,6 @@ def test_a_process_of_its_own_measures_the_same(checkpoint):
         source=str(checkpoint), dtype="auto", device="cpu", threads=1, prompt=6, generate=2, batches=(2,)
     )
     varying = {"load_seconds", "bytes_before", "peaks"}
-    own = alone.measure_apart(task).own
+    own = alone.measure_in_process(task).own
     assert own.model_dump(exclude=varying) == alone.measure(task).own.model_dump(exclude=varying)
     assert own.peaks[2] > own.bytes_before > 0

@@ -19,7 +19,7 @@ def flat(text):
 @pytest.fixture
 def bench(monkeypatch):
     """Runs the command, with all the work done in this process, which is quick."""
-    monkeypatch.setattr("llm_surgeon.benchmark.measuring.measure_apart", alone.measure)
+    monkeypatch.setattr("llm_surgeon.benchmark.measuring.measure_in_process", alone.measure)
     return lambda *arguments: runner.invoke(app, ["bench", *SMALL, *map(str, arguments)])
 
 

@@ -8,7 +8,7 @@ import torch
 from llm_surgeon import Comparison, PruneConfig, Setting, compare, load, prune
 from llm_surgeon.comparison import cell_process as process
 from llm_surgeon.comparison import comparison as comparison_module
-from llm_surgeon.comparison.cell_process import CellAnswer, CellOrder, work, work_apart
+from llm_surgeon.comparison.cell_process import CellAnswer, CellOrder, work, work_in_process
 from llm_surgeon.data.texts import prepare_texts
 from llm_surgeon.errors import ComparisonError, ConfigError, OutputError
 from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
@@ -29,7 +29,7 @@ def tasks(monkeypatch):
         done.append("dense" if task.dense else f"{task.recipe['method']} {task.recipe['structure']}")
         return work(task)
 
-    monkeypatch.setattr(comparison_module, "work_apart", here)
+    monkeypatch.setattr(comparison_module, "work_in_process", here)
     return done
 
 
@@ -158,17 +158,17 @@ def test_an_error_that_nobody_foresaw_is_a_failed_cell_with_its_stack_trace(run,
 
 
 def test_an_interrupt_keeps_what_is_finished(run, tasks, monkeypatch):
-    done = comparison_module.work_apart
+    done = comparison_module.work_in_process
 
     def interrupted(task):
         if task.recipe["method"] == "magnitude":
             raise KeyboardInterrupt
         return done(task)
 
-    monkeypatch.setattr(comparison_module, "work_apart", interrupted)
+    monkeypatch.setattr(comparison_module, "work_in_process", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(SURGEON | MAGNITUDE)
-    monkeypatch.setattr(comparison_module, "work_apart", done)
+    monkeypatch.setattr(comparison_module, "work_in_process", done)
     tasks.clear()
     assert [cell.status for cell in run(SURGEON | MAGNITUDE).cells] == ["finished", "finished"]
     assert tasks == ["magnitude unstructured"]
@@ -256,14 +256,14 @@ class TestProcess:
 
     def run_instead(self, monkeypatch, code):
         monkeypatch.setattr(process, "command", lambda _order, answer: [sys.executable, "-c", code, str(answer)])
-        return work_apart(self.TASK).failure
+        return work_in_process(self.TASK).failure
 
     def test_it_answers_as_the_work_here_does(self, checkpoint, text_file, tmp_path):
         config = PruneConfig.from_mapping({**SMALL, "calibration": str(text_file)})
         recipe = config.resolved()
         task = CellOrder(model=str(checkpoint), recipe=recipe, reference=str(tmp_path / "apart"), dense=True)
         here = work(task.model_copy(update={"reference": str(tmp_path / "here")}))
-        assert work_apart(task) == here
+        assert work_in_process(task) == here
         assert here.dense is not None
         assert (tmp_path / "apart").stat().st_size == (tmp_path / "here").stat().st_size > 0
 

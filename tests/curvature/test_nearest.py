@@ -8,8 +8,8 @@ from llm_surgeon.curvature import Estimation, estimate, passes_needed
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.mathematics.fisher import Damping, Diagonal, KroneckerProduct, SumOfTwo
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.nearest_kronecker import nearest_kronecker_sum
-from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.passes.hooks import with_bias
 from llm_surgeon.session.session import Session

@@ -6,15 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from choosing import choose
-from llm_surgeon.mathematics.structured_selection import (
-    Coupling,
-    KeepMask,
-    Side,
-    StructureCosts,
-    count_weights,
-    joint_group,
-    select,
-)
+from llm_surgeon.mathematics.candidates import joint_group
+from llm_surgeon.mathematics.keep_masks import Coupling, KeepMask, Side, StructureCosts, count_weights
+from llm_surgeon.mathematics.structured_selection import select
 from llm_surgeon.mathematics.widths import Widths, bundle
 
 ROWS, COLUMNS, NEURONS = 4, 3, 5

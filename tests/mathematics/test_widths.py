@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llm_surgeon.mathematics.structured_selection import Coupling, Group, KeepMask, Side, joint_group
+from llm_surgeon.mathematics.candidates import Group, joint_group
+from llm_surgeon.mathematics.keep_masks import Coupling, KeepMask, Side
 from llm_surgeon.mathematics.widths import Widths, bundle, merge
 
 BLOCKS, NEURONS, HEADS = 3, 22, 6

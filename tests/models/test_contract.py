@@ -8,14 +8,9 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.export.save import save_model
 from llm_surgeon.export.verify import verify_export
-from llm_surgeon.mathematics.structured_selection import (
-    ALIVE,
-    KeepMask,
-    StructureCosts,
-    close,
-    count_weights,
-    score_groups,
-)
+from llm_surgeon.mathematics.candidates import score_groups
+from llm_surgeon.mathematics.keep_masks import KeepMask, StructureCosts, count_weights
+from llm_surgeon.mathematics.structured_selection import ALIVE, close
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.modeling_pruned import PrunedLinear

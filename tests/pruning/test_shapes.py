@@ -10,7 +10,7 @@ from llm_surgeon import PruneConfig, prune
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.mathematics.fisher import Damping, KroneckerProduct
-from llm_surgeon.mathematics.structured_selection import count_weights
+from llm_surgeon.mathematics.keep_masks import count_weights
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import present_heads
 from llm_surgeon.models.matrix import read_matrix

@@ -8,7 +8,7 @@ from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.mathematics.fisher import Damping
-from llm_surgeon.mathematics.structured_selection import KeepMask, count_weights
+from llm_surgeon.mathematics.keep_masks import KeepMask, count_weights
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.pruning import shots

@@ -9,7 +9,7 @@ from choosing import choose, shrink
 from llm_surgeon import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, NonFiniteError
-from llm_surgeon.mathematics.structured_selection import StructureCosts
+from llm_surgeon.mathematics.keep_masks import StructureCosts
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.models.modeling_pruned import PrunedLinear

@@ -14,21 +14,21 @@ import pytest
 PARENT = """
 import sys
 from pathlib import Path
-from llm_surgeon.system.worker import ask_apart
+from llm_surgeon.system.worker import ask_worker
 from llm_surgeon.records import Failure
 def command(order, answer):
     return [sys.executable, "-c", CHILD, str(order), str(answer)]
 CHILD = '''
 import sys, time
 from pathlib import Path
-from llm_surgeon.system.worker import answer_apart
+from llm_surgeon.system.worker import answer_worker
 from llm_surgeon.records import Failure
 def work(task):
     Path(sys.argv[1]).with_name("busy").touch()
     time.sleep(60)
-answer_apart(work, *sys.argv[1:])
+answer_worker(work, *sys.argv[1:])
 '''
-ask_apart(command, Failure(cause="", remedy=""), "")
+ask_worker(command, Failure(cause="", remedy=""), "")
 """
 
 

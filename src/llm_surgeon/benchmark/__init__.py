@@ -1,1 +1,1 @@
-"""Benchmark of dense and pruned models in isolated processes."""
+"""Benchmark of dense and pruned models: loading time and memory of isolated processes, and speed in pairs."""

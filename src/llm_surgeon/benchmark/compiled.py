@@ -1,4 +1,4 @@
-"""A model compiled with ``torch.compile``, to be timed: no timed run compiles anything."""
+"""Runs of a model compiled with ``torch.compile``, for timing: no timed run compiles anything."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def compiled_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> tu
         generate: Tokens per sequence decoded.
 
     Returns:
-        The run, and the seconds of the first one, in which it was compiled. What torch has in its cache on disk from
-        an earlier compilation is faster.
+        The run, and the seconds of the first one, in which the model was compiled. They are fewer where torch has an
+        earlier compilation in its cache on disk.
 
     Raises:
-        Exception: What the compiler raises, of many kinds; also if the model would be compiled anew in each run.
+        Exception: Any error of the compiler, of many kinds; also if the model would be compiled anew in each run.
     """
     cache = StaticCache(config=model.config, max_cache_len=token_ids.shape[1] + generate)
     options = pass_options(model) | {cache_argument(model): cache}
-    # The first pass with a cache lays it out; compiled, it would be a program of its own.
+    # The first pass lays the cache out; if it were compiled, it would be a program of its own.
     model(input_ids=token_ids, **options)
     # Two models may share their code. Without this, torch would compile the second one for prompts of any length,
     # because it has met two lengths in the first one: prompts and single tokens.
@@ -43,7 +43,8 @@ def compiled_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> tu
         return time_run(forward, token_ids, generate, options)
 
     start = perf_counter()
-    # Else, torch goes on uncompiled once it has compiled a function too often, and remembers earlier processes' sizes.
+    # Without this patch, torch would go on uncompiled once it has compiled a function too often, and would remember the
+    # sizes of earlier processes.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, automatic_dynamic_local_pgo=False):
         run()
     seconds = perf_counter() - start

@@ -1,4 +1,4 @@
-"""What can only be measured of a model that is alone in a fresh process: how long it loads, and its peak memory.
+"""Loading time and peak memory of a model, which can only be measured when it is alone in a fresh process.
 
 The process is ``python -m llm_surgeon.benchmark.isolated TASK ANSWER``, see ``llm_surgeon.system.worker``.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llm_surgeon.records import Failure, Record
 from llm_surgeon.records.bench import OwnMeasures
-from llm_surgeon.system.worker import answer_apart, ask_apart, failure_of, module_command
+from llm_surgeon.system.worker import answer_worker, ask_worker, failure_of, module_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ _CHUNK = 1 << 24
 
 
 class IsolatedOrder(Record):
-    """What the process is to do: load the directory ``source``, and run each of the batches, once it is warm."""
+    """Task of the process: load the directory ``source``, and run each of the batches once it is warm."""
 
     source: str
     dtype: str
@@ -34,20 +34,20 @@ class IsolatedOrder(Record):
 
 
 class IsolatedAnswer(Record):
-    """What came of it: one of the two."""
+    """Answer of the process: the measures, or the failure."""
 
     own: OwnMeasures | None = None
     failure: Failure | None = None
 
 
-def measure_apart(task: IsolatedOrder) -> IsolatedAnswer:
-    """Measure a model in a fresh process; whatever becomes of the process is an answer."""
-    answer = ask_apart(command, task, "Lower --batch or --prompt")
+def measure_in_process(task: IsolatedOrder) -> IsolatedAnswer:
+    """Measure a model in a fresh process; a process that ends without an answer is a failure, not an error."""
+    answer = ask_worker(command, task, "Lower --batch or --prompt")
     return IsolatedAnswer(failure=answer) if isinstance(answer, Failure) else IsolatedAnswer.model_validate_json(answer)
 
 
 def command(order: Path, answer: Path) -> list[str]:
-    """The command of the process."""
+    """Command of the process, with the files of its task and answer."""
     return module_command("llm_surgeon.benchmark.isolated", order, answer)
 
 
@@ -106,7 +106,7 @@ def _read_into_page_cache(directory: Path) -> None:
 
 
 def _count_linear(model: PreTrainedModel) -> tuple[int, int]:
-    """Weights stored for linear layers but lm_head, and those of them that are zero."""
+    """Number of weights stored for linear layers but lm_head, and how many of them are zero."""
     from torch import nn
 
     head = model.get_output_embeddings()
@@ -117,7 +117,7 @@ def _count_linear(model: PreTrainedModel) -> tuple[int, int]:
 
 def main(order: str, answer: str) -> None:
     """Entry point of the process."""
-    answer_apart(lambda task: measure(IsolatedOrder.model_validate_json(task)), order, answer)
+    answer_worker(lambda task: measure(IsolatedOrder.model_validate_json(task)), order, answer)
 
 
 if __name__ == "__main__":

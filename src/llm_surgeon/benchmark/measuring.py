@@ -1,4 +1,4 @@
-"""Models measured side by side: loading time and memory each alone in a process, speed in pairs with a reference."""
+"""Models measured side by side: loading time and memory in isolated processes, speed in pairs with a reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llm_surgeon.benchmark.isolated import IsolatedOrder, measure_apart
+from llm_surgeon.benchmark.isolated import IsolatedOrder, measure_in_process
 from llm_surgeon.benchmark.pairs import time_pair
 from llm_surgeon.errors import ConfigError, ModelError
 from llm_surgeon.evaluation.speed import Workload, describe
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Setting:
-    """How everything is measured: one workload for each batch."""
+    """Settings that all models are measured with: one workload for each batch, device and type."""
 
     works: tuple[Workload, ...]
     compiled: bool
@@ -59,7 +59,7 @@ def bench(
 
     Args:
         models: Exports of this package, Hugging Face directories, hub ids, or ``demo``: one or several.
-        against: The reference, of the same kinds; unset: the first of the models.
+        against: The reference, given like a model; unset: the first of the models.
         batches: Sequences side by side; everything is measured for each of these numbers.
         prompt: Tokens per sequence of the prefill.
         generate: Tokens per sequence decoded after it, one at a time.
@@ -67,11 +67,11 @@ def bench(
         compiled: Whether to measure the speed once more with ``torch.compile``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        command: For the record.
+        command: Command line, for the record.
         trust_remote_code: Whether code that a model brings may run, see ``load``.
 
     Returns:
-        What was measured, the reference first. A model that cannot be compiled or timed has a failure in its place.
+        The measures, those of the reference first. A model that cannot be compiled or timed has a failure instead.
 
     Raises:
         ConfigError: If a number, the device or the type cannot be used, there is no model, or one has too few
@@ -121,7 +121,12 @@ def _setting(
 
 
 def _check(model: str, setting: _Setting) -> None:
-    """Find what is wrong with a model before anything expensive, without running its code."""
+    """Check a model before anything expensive, without running its code.
+
+    Raises:
+        ModelError: If there is no checkpoint, or it cannot be loaded.
+        ConfigError: If the model has too few positions.
+    """
     source = resolve_source(model)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(
@@ -138,7 +143,7 @@ def _check(model: str, setting: _Setting) -> None:
 
 
 def _names(given: Sequence[str]) -> list[str]:
-    """Short names: the last part of a directory, numbered if it comes again."""
+    """Short names of models: the last part of a directory, numbered if it comes again."""
     names: list[str] = []
     for model in given:
         path = Path(model)
@@ -154,7 +159,7 @@ def _names(given: Sequence[str]) -> list[str]:
 def _measure_own(name: str, source: Path, setting: _Setting) -> OwnMeasures:
     logger.info("%s: loading time and memory, in a process of its own", name)
     work = setting.works[0]
-    answer = measure_apart(
+    answer = measure_in_process(
         IsolatedOrder(
             source=str(source),
             dtype=setting.dtype,

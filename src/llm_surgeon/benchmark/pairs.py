@@ -1,4 +1,4 @@
-"""A pair of models timed in turn, as they are or compiled; what fails is put on record."""
+"""Pairs of models timed in turn, as they are or compiled; a model that fails is put on record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A model of a pair; ready to be timed, or without a run and with the reason why."""
+    """A model of a pair: ready to be timed, or without a run and with the failure in ``timing``."""
 
     model: PreTrainedModel
     run: Run | None
@@ -35,11 +35,11 @@ def time_pair(
     """Time the reference and another model in alternating pairs, or one model alone.
 
     Args:
-        names: Of the models, for the record.
-        models: One or two, the reference first; if one of them fails, the other is timed alone.
-        work: What is timed.
+        names: Names of the models, for the record.
+        models: One or two models, the reference first; if one of them fails, the other is timed alone.
+        work: The work to time.
         compiled: Whether to compile the models first.
-        device: Where they are.
+        device: Device of the models.
 
     Raises:
         ConfigError: If a model has too few positions.
@@ -66,7 +66,7 @@ def time_pair(
 
 @contextmanager
 def _fresh_compiler() -> Iterator[None]:
-    """What was compiled before does not count towards torch's limits, and what is compiled here does not stay."""
+    """Reset torch's compiler before and after: earlier programs do not count towards its limits, and none stay."""
     torch.compiler.reset()
     try:
         yield
@@ -86,11 +86,11 @@ def _attempt(name: str, model: PreTrainedModel, token_ids: Tensor, generate: int
 
 
 def _failure(error: Exception) -> Failure:
-    """The error in one sentence; torch explains at length."""
+    """Failure with the error in one sentence; torch explains at length."""
     if "No working C++ compiler" in str(error):
         return Failure(cause="There is no C++ compiler.", remedy="Install one, e.g. g++, or measure without --compile.")
     failure = failure_of(error)
     lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
-    # Some begin with a heading, such as "backend='inductor' raised:".
+    # Some errors begin with a heading, such as "backend='inductor' raised:".
     cause = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return failure.model_copy(update={"cause": f"{cause.rstrip('.')}."})

@@ -15,7 +15,7 @@ import typer
 from llm_surgeon.cli.options import COMMON, config_of, with_recipe
 from llm_surgeon.cli.shared import command_line, console, errors_as_messages
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
-from llm_surgeon.system.torchrun import place
+from llm_surgeon.system.torchrun import own_place
 
 if TYPE_CHECKING:
     from llm_surgeon.records import ExportRecord, PruneReport
@@ -46,7 +46,7 @@ def prune(
     with errors_as_messages(partial(_how_to_go_on, out)):
         start = time.perf_counter()
         config = config_of(given)
-        process = place().rank
+        process = own_place().rank
         errors = log_to_stderr(process)
         logger.info(STARTING)
         # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.

@@ -20,7 +20,7 @@ from rich.console import Console
 from llm_surgeon.errors import OutputError, SurgeonError
 from llm_surgeon.records import Record
 from llm_surgeon.system.logs import error_console, print_error
-from llm_surgeon.system.torchrun import place
+from llm_surgeon.system.torchrun import own_place
 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings, if it is no export of ours.")
@@ -78,7 +78,7 @@ def interrupt_on_sigterm() -> None:
         raise Terminated
 
     # Whoever ignores it (trap '' TERM) wants the process to go on.
-    if place().count == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    if own_place().count == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
 
 
@@ -97,7 +97,7 @@ def errors_as_messages(
         _say_once(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as interrupt:
-        if place().rank == 0:
+        if own_place().rank == 0:
             error_console().print(interrupted if isinstance(interrupted, str) else interrupted(), soft_wrap=True)
         number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from None
@@ -105,7 +105,7 @@ def errors_as_messages(
 
 def _say_once(error: SurgeonError) -> None:
     """Print an error; one process does, if several find the same."""
-    if place().count == 1:
+    if own_place().count == 1:
         print_error(error.cause, error.remedy)
         return
     # torchrun ends all processes when one has ended; this one ends by itself, once it has said why.

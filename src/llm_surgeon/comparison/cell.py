@@ -1,4 +1,7 @@
-"""The work of a comparison: the dense model measured once, and one variant pruned in memory and measured against it."""
+"""Measurement of a comparison's cells: the dense model once, and one variant pruned in memory against it.
+
+This is the work within the process of a cell; see ``cell_process.py``.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,17 @@ from llm_surgeon.versions import versions
 def measure_dense(
     model: str, config: PruneConfig, reference: Path, texts: str | None, progress: Progress
 ) -> DenseRecord:
-    """Measure the dense model, and keep what its predictions can be computed from.
+    """Measure the dense model, and keep the hidden states that its predictions can be computed from.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
-        config: The recipe of any cell; what counts is what all cells share.
-        reference: Where the hidden states go, as safetensors.
-        texts: Digest that the tokens must have, if there are results with others already.
-        progress: Where progress is shown.
+        config: The recipe of any cell; only the options that all cells share matter.
+        reference: File for the hidden states, as safetensors.
+        texts: Digest that the tokens must have, if there are results already; None if there are none.
+        progress: Display of the progress.
 
     Raises:
-        DataError: If the texts are not those of the digest.
+        DataError: If the texts do not have the digest.
         OutputError: If the states cannot be written.
         SurgeonError: If the model cannot be loaded or the texts cannot be read.
     """
@@ -77,13 +80,13 @@ def measure_cell(
     Args:
         model: A local directory, a hub id, or ``demo``.
         config: The recipe.
-        reference: What ``measure_dense`` wrote.
-        texts: The digest of the tokens in its record.
-        progress: Where progress is shown.
+        reference: File that ``measure_dense`` wrote.
+        texts: Digest of the tokens in the dense model's record.
+        progress: Display of the progress.
 
     Raises:
         DataError: If the texts have changed since the dense model was measured.
-        SurgeonError: Whatever ``prune`` raises.
+        SurgeonError: Any error of ``prune``.
     """
     opening = open_checkpoint(model, config)
     opened = opening.read_texts(texts)
@@ -123,6 +126,6 @@ def _evaluation(texts: Texts) -> EvaluationText:
 
 
 def _sparsity(model: PreTrainedModel, anatomy: Anatomy) -> float:
-    """Counted in the model itself, not taken from what the run says of itself."""
+    """Sparsity of the prunable layers, counted in the model itself and not taken from the run's report."""
     left = sum(int(torch.count_nonzero(core_of(model, layer).weight)) for layer in anatomy.layers.values())
     return 1 - left / anatomy.prunable_weights

@@ -1,4 +1,7 @@
-"""A process of its own for each piece of a comparison's work, see ``llm_surgeon.system.worker``."""
+"""Processes of a comparison, one for each cell and one for the dense model; see ``llm_surgeon.system.worker``.
+
+This module imports no torch before the work begins.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from typing import Any
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import CellMeasures, DenseRecord, Failure, Record
 from llm_surgeon.system.allocator import keep_freed_memory
-from llm_surgeon.system.worker import answer_apart, ask_apart, failure_of, module_command
+from llm_surgeon.system.worker import answer_worker, ask_worker, failure_of, module_command
 
 
 class CellOrder(Record):
-    """What the process is to do.
+    """Task of the process.
 
     Attributes:
         model: A local directory, a hub id, or ``demo``.
-        recipe: Of the cell; for the dense model, of any cell.
+        recipe: Recipe of the cell; for the dense model, of any cell.
         reference: File of the dense model's hidden states, written for the dense model and read for the others.
         texts: Digest that the tokens must have; None if there is none yet.
         dense: Whether to measure the dense model instead of pruning.
@@ -33,21 +36,21 @@ class CellOrder(Record):
 
 
 class CellAnswer(Record):
-    """What came of it: one of the three."""
+    """Answer of the process: the dense model's record, the measures of a cell, or the failure."""
 
     dense: DenseRecord | None = None
     measures: CellMeasures | None = None
     failure: Failure | None = None
 
 
-def work_apart(task: CellOrder) -> CellAnswer:
-    """Do the work in a fresh process and wait for it; whatever becomes of the process is an answer."""
-    answer = ask_apart(command, task, "Lower batch_size or samples")
+def work_in_process(task: CellOrder) -> CellAnswer:
+    """Do the work in a fresh process; a process that ends without an answer is a failure, not an error."""
+    answer = ask_worker(command, task, "Lower batch_size or samples")
     return CellAnswer(failure=answer) if isinstance(answer, Failure) else CellAnswer.model_validate_json(answer)
 
 
 def command(order: Path, answer: Path) -> list[str]:
-    """The command of the process."""
+    """Command of the process, with the files of its task and answer."""
     return module_command("llm_surgeon.comparison.cell_process", order, answer)
 
 
@@ -73,7 +76,7 @@ def _work(task: CellOrder) -> CellAnswer:
 def main(order: str, answer: str) -> None:
     """Entry point of the process."""
     keep_freed_memory()
-    answer_apart(lambda task: work(CellOrder.model_validate_json(task)), order, answer)
+    answer_worker(lambda task: work(CellOrder.model_validate_json(task)), order, answer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Methods compared: each cell in a process of its own, on the same tokens, measured alike, kept as soon as it is done.
+"""The run of a comparison: each cell in a process of its own, on the same tokens, kept as soon as it is done.
 
-Nothing here needs torch: the work is done in the processes.
+This module needs no torch: the work is done in the processes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_surgeon.comparison.cell_process import CellOrder, work_apart
-from llm_surgeon.comparison.directory import Folder
+from llm_surgeon.comparison.cell_process import CellOrder, work_in_process
+from llm_surgeon.comparison.directory import ComparisonDirectory
 from llm_surgeon.comparison.variants import SHARED, Options, PlannedCell, plan
 from llm_surgeon.errors import ComparisonError
 from llm_surgeon.recipe.config import PruneConfig
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Work:
-    """What the processes have in common."""
+    """Settings that all processes of a comparison share."""
 
     model: str
-    folder: Folder
+    directory: ComparisonDirectory
     show: bool
     command: str | None
 
@@ -48,14 +48,14 @@ def compare(
 ) -> Comparison:
     """Run every variant under every setting on identical tokens, and write one table of them to a directory.
 
-    Cells that the directory holds are not run again, those that failed are. Finished cells of earlier calls stay in
-    the table. A cell that fails is on record as such, and the others go on.
+    Finished cells that the directory holds are not run again; failed ones are. Finished cells of earlier calls stay in
+    the table. A cell that fails is put on record, and the others go on.
 
     Args:
         model: A local directory, a hub id, or ``demo``; a dense model.
-        out: The directory; new, empty, or of an earlier call with the same model, texts and arithmetic.
+        out: Directory of the comparison; new, empty, or of an earlier call with the same model, texts and arithmetic.
         variants: Recipe options by name of the variant, ``{"wide": {"method": "surgeon", "max_correlations": 64}}``.
-        settings: What is removed, and how much of it.
+        settings: Structures that are removed, and the sparsity of each.
         common: Recipe options of all cells: calibration, evaluation, shots and so on.
         show_progress: Whether the processes show their progress on standard error.
         command: The command line, for the record.
@@ -64,7 +64,7 @@ def compare(
         The comparison, as in ``comparison.json``.
 
     Raises:
-        ConfigError: If a variant or a setting is possible in no cell, or an option is none that a comparison can take.
+        ConfigError: If a variant or a setting is possible in no cell, or a comparison cannot take an option.
         OutputError: If ``out`` cannot be used.
         ComparisonError: If ``out`` holds results of other recipes, or the dense model cannot be measured.
     """
@@ -72,12 +72,12 @@ def compare(
     cells = plan(variants, settings, common or {})
     recipe = next(cell.config.resolved() for cell in cells if cell.config is not None)
     shared = {name: recipe[name] for name in SHARED}
-    work = _Work(model, Folder(out), show_progress, command)
-    former = work.folder.former(model, shared)
-    results = work.folder.finished(model, cells)
+    work = _Work(model, ComparisonDirectory(out), show_progress, command)
+    former = work.directory.former(model, shared)
+    results = work.directory.finished(model, cells)
     due = [(cell, cell.config) for cell in cells if cell.config is not None and cell.name not in results]
     dense = former.dense if former else None
-    if dense is None or (due and not work.folder.reference.exists()):
+    if dense is None or (due and not work.directory.reference.exists()):
         dense = _measure_dense(work, recipe, dense)
     comparison = Comparison(model=model, shared=shared, dense=dense, cells=(), date="", command=command)
     for cell in cells:
@@ -90,27 +90,28 @@ def compare(
         results[cell.name] = _run(work, cell, config, dense)
         comparison = _publish(work, comparison, cells, results)
     if all(results[cell.name].status == "finished" for cell in cells if cell.config is not None):
-        work.folder.drop_reference()
+        work.directory.drop_reference()
     return comparison
 
 
 def _measure_dense(work: _Work, recipe: Options, former: DenseRecord | None) -> DenseRecord:
-    """Measure the dense model; if that fails, the directory is as it was.
+    """Measure the dense model; if that fails, the directory is left as it was.
 
-    A comparison that goes on needs the hidden states again, and keeps the record that its cells were compared with.
+    A comparison that is continued needs the hidden states again. It keeps the former record, which its cells were
+    compared with.
     """
-    made = not work.folder.path.exists()
-    work.folder.path.mkdir(parents=True, exist_ok=True)
+    made = not work.directory.path.exists()
+    work.directory.path.mkdir(parents=True, exist_ok=True)
     measured = None
     try:
-        answer = work_apart(_task(work, recipe, former, dense=True))
+        answer = work_in_process(_task(work, recipe, former, dense=True))
         measured = answer.dense
     finally:
         if measured is None:
-            work.folder.drop_reference()
+            work.directory.drop_reference()
             if made:
                 with contextlib.suppress(OSError):
-                    work.folder.path.rmdir()
+                    work.directory.path.rmdir()
     if measured is None:
         raise _dense_error(answer.failure)
     return former or measured
@@ -129,7 +130,7 @@ def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, den
     return CellOrder(
         model=work.model,
         recipe=dict(recipe),
-        reference=str(work.folder.reference.absolute()),
+        reference=str(work.directory.reference.absolute()),
         texts=dense_record.texts if dense_record else None,
         dense=dense,
         show=work.show,
@@ -137,9 +138,9 @@ def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, den
 
 
 def _run(work: _Work, planned: PlannedCell, config: PruneConfig, dense: DenseRecord) -> Cell:
-    """Run one cell and keep what became of it."""
+    """Run one cell and keep its record."""
     recipe = config.resolved()
-    answer = work_apart(_task(work, recipe, dense))
+    answer = work_in_process(_task(work, recipe, dense))
     if answer.failure is not None:
         logger.error("%s, %s failed: %s", planned.variant, planned.setting.label, answer.failure.cause)
         return _kept(work, planned, recipe=recipe, status="failed", failure=answer.failure)
@@ -147,22 +148,22 @@ def _run(work: _Work, planned: PlannedCell, config: PruneConfig, dense: DenseRec
 
 
 def _kept(work: _Work, planned: PlannedCell, **outcome: Any) -> Cell:
-    """The record of a cell, after it has been written."""
+    """Write the record of a cell and return it."""
     cell = Cell(name=planned.name, variant=planned.variant, setting=planned.setting, model=work.model, **outcome)
-    work.folder.write_cell(cell)
+    work.directory.write_cell(cell)
     return cell
 
 
 def _publish(
     work: _Work, comparison: Comparison, cells: Sequence[PlannedCell], results: Mapping[str, Cell]
 ) -> Comparison:
-    """Write record, table and picture of what there is, so that a long comparison can be read while it runs."""
+    """Write record, table and picture of the results so far, so that a long comparison can be read while it runs."""
     names = [cell.name for cell in cells]
-    shown = [results[name] for name in names if name in results] + work.folder.finished_before(names)
+    shown = [results[name] for name in names if name in results] + work.directory.finished_before(names)
     comparison = comparison.model_copy(update={"cells": tuple(shown), "date": f"{datetime.date.today()}"})
-    work.folder.write_record(comparison)
-    with in_place(work.folder.table) as path:
+    work.directory.write_record(comparison)
+    with in_place(work.directory.table) as path:
         path.write_text(comparison_markdown(comparison), encoding="utf8")
-    with in_place(work.folder.picture) as path:
+    with in_place(work.directory.picture) as path:
         comparison_png(comparison, path)
     return comparison

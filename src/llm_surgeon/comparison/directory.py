@@ -1,4 +1,4 @@
-"""The directory of a comparison: what is in it, whether it is one, and which cells are finished."""
+"""The directory of a comparison: its files, a check that it belongs to the comparison, and its finished cells."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _OTHER = "Give another --out for this comparison."
 _Kind = TypeVar("_Kind", bound=Record)
 
 
-class Folder:
+class ComparisonDirectory:
     """The files of one comparison.
 
     Args:
-        path: The directory; need not exist.
+        path: The directory, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,9 +34,13 @@ class Folder:
     def former(self, model: str, shared: Mapping[str, Any]) -> Comparison | None:
         """The comparison so far, or None if the directory is new or empty.
 
+        Args:
+            model: The model of the present comparison.
+            shared: Options that all cells of the present comparison share.
+
         Raises:
-            OutputError: If the directory cannot be written, or holds something else.
-            ComparisonError: If it is a comparison of another model, or with other texts.
+            OutputError: If the directory cannot be written, or holds other files.
+            ComparisonError: If the directory holds a comparison of another model, or with other texts.
         """
         if not self.record.is_file():
             check_output(self.path)
@@ -46,7 +50,7 @@ class Folder:
         return former
 
     def finished(self, model: str, cells: Sequence[PlannedCell]) -> dict[str, Cell]:
-        """Those of the cells that need not be run again, by name.
+        """Finished cells among those planned, by name, which need not be run again.
 
         Raises:
             OutputError: If a cell's file cannot be read.
@@ -65,17 +69,17 @@ class Folder:
         return found
 
     def finished_before(self, names: Container[str]) -> list[Cell]:
-        """Finished cells of other commands with the same directory: all but those with one of the names."""
+        """Finished cells of earlier calls with the same directory: all but those with one of the names."""
         paths = (path for path in sorted(self._cells.glob("*.json")) if path.stem not in names)
         return [cell for cell in (_read(path, Cell) for path in paths) if cell.status == "finished"]
 
     def write_cell(self, cell: Cell) -> None:
-        """Keep what became of a cell."""
+        """Write the record of a cell."""
         self._cells.mkdir(parents=True, exist_ok=True)
         _write(self._cells / f"{cell.name}.json", cell)
 
     def write_record(self, comparison: Comparison) -> None:
-        """Keep the comparison so far."""
+        """Write the comparison so far."""
         _write(self.record, comparison)
 
     def drop_reference(self) -> None:
@@ -85,7 +89,7 @@ class Folder:
 
 
 def _check_same(what: str, old_model: str, old: Mapping[str, Any], new_model: str, new: Mapping[str, Any]) -> None:
-    # An option that did not exist then had its default.
+    # An option that did not exist when the file was written had its default value.
     defaults = PruneConfig.from_mapping({}).resolved()
     before = {"model": old_model} | {name: defaults[name] for name in new} | dict(old)
     now = {"model": new_model, **new}

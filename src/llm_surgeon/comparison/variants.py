@@ -1,4 +1,4 @@
-"""What a comparison consists of: variants of the recipe, the settings they are run under, and what is possible."""
+"""The plan of a comparison: variants of the recipe, settings that they are run under, and the cells of these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_surgeon.records import Setting
 
 Options = Mapping[str, Any]
 
-# What a suffix of a method stands for: wanda+owl is the method wanda with the layers' sparsities of OWL.
+# Options that a suffix of a method stands for: wanda+owl is the method wanda with the layers' sparsities of OWL.
 SUFFIXES: dict[str, dict[str, Any]] = {
     "one-shot": {"shots": 1},
     "reconstruction": {"reconstruction": True},
@@ -33,7 +33,7 @@ SUFFIXES: dict[str, dict[str, Any]] = {
     "permute": {"permute": True},
 }
 
-# What all variants have to have in common: the texts, and the dense model that they are compared with.
+# Options that all variants share: the texts, and the dense model that they are compared with.
 SHARED = (
     *("calibration", "samples", "seq_len", "windows_per_sample", "bos", "seed"),
     *("evaluation", "eval_window", "eval_tokens"),
@@ -46,7 +46,7 @@ _OF_EXPORTS = ("export_shots", "formats", "device_memory", "host_memory", "weigh
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """One variant under one setting: its recipe, or why there is none."""
+    """One variant under one setting: its recipe, or the reason why there is none."""
 
     variant: str
     setting: Setting
@@ -55,7 +55,7 @@ class PlannedCell:
 
     @property
     def name(self) -> str:
-        """Name of its file: that of the variant and the setting, with characters that every file system takes."""
+        """Name of the cell's file, from variant and setting, with characters that every file system takes."""
         structure, sparsity = self.setting.structure.replace(":", "-"), f"-{self.setting.sparsity}"
         return f"{self.variant}@{structure}{'' if Pattern.parse(self.setting.structure) else sparsity}"
 
@@ -64,7 +64,7 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
     """Options of each variant in a list like ``surgeon,k-obd,surgeon+one-shot``.
 
     Raises:
-        ConfigError: If a method or a suffix is not known; lists those that are.
+        ConfigError: If a method or a suffix is not known; lists the known ones.
     """
     specs = [spec.strip() for spec in text.split(",")]
     return {spec: _parse_spec(spec) for spec in specs if spec}
@@ -91,7 +91,7 @@ def _not_known(kind: str, word: str, spec: str, known: Iterable[str]) -> ConfigE
 
 
 def settings_of(structures: Iterable[str], sparsities: Iterable[float]) -> list[Setting]:
-    """Every structure with every sparsity, but N:M once, with the sparsity that it makes."""
+    """Settings for every structure with every sparsity; N:M comes once, with the sparsity of the pattern."""
     sparsities, settings = list(sparsities), []
     for structure in structures:
         pattern = Pattern.parse(structure)
@@ -101,7 +101,7 @@ def settings_of(structures: Iterable[str], sparsities: Iterable[float]) -> list[
 
 
 def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: Options) -> list[PlannedCell]:
-    """Every variant under every setting, setting by setting.
+    """Plan a cell for every variant under every setting, setting by setting.
 
     Args:
         variants: Options of each variant; they go before the common ones.
@@ -110,8 +110,8 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
             of options whose switch is off in it.
 
     Raises:
-        ConfigError: If there is nothing to compare, if an option is none that a comparison or a variant can set, or if
-            a variant or a setting is possible in no cell at all.
+        ConfigError: If there is nothing to compare, if a comparison or a variant cannot set an option, or if a variant
+            or a setting is possible in no cell at all.
     """
     if not variants or not settings:
         raise ConfigError("There is nothing to compare.", "Name methods, and at least one structure and sparsity.")
@@ -127,7 +127,7 @@ def plan(variants: Mapping[str, Options], settings: Sequence[Setting], common: O
 
 
 def _planned(variant: str, setting: Setting, common: Options, own: Options) -> PlannedCell:
-    # Methods are compared as such; what a preset adds to one is named by its suffixes, or in a variant of the recipe.
+    # Methods are compared without presets. Suffixes, or options of a variant, name the stages that a preset would add.
     shared = {"preset": "none"} | {
         name: value for name, value in common.items() if name != "shots" or not goes_layerwise(own)
     }

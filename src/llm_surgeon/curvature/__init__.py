@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from llm_surgeon.curvature.estimator import Curvature, Estimator, WarmStart
 from llm_surgeon.curvature.estimators import ESTIMATORS, estimation_of, estimator_of
 from llm_surgeon.curvature.factors import KroneckerFactors
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.passes.batch_major import Advance, Estimation
 from llm_surgeon.passes.task import Task
 from llm_surgeon.session.session import Session

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_surgeon.curvature.estimator import Curvature, Estimator, WarmStart
 from llm_surgeon.mathematics.fisher import Damping, Diagonal
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.passes.batch_major import PassResult

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.mathematics.fisher import Damping, Fisher
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.passes.batch_major import Estimation, PassResult
 from llm_surgeon.passes.hooks import Hooks

@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_surgeon.curvature.estimator import Curvature
 from llm_surgeon.curvature.gram import GramSum
 from llm_surgeon.mathematics.fisher import Damping, KroneckerProduct
-from llm_surgeon.mathematics.structured_selection import Axis, KeepMask
+from llm_surgeon.mathematics.keep_masks import Axis, KeepMask
 from llm_surgeon.models.anatomy import LinearLayer, to_index
 from llm_surgeon.passes.batch_major import PassResult
 from llm_surgeon.system.processes import Processes

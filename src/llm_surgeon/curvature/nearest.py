@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.curvature.estimator import Curvature, Estimator, WarmStart
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.mathematics.fisher import Damping, Fisher, KroneckerProduct, SumOfTwo
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.kronecker_sum import kronecker_sum_bytes
 from llm_surgeon.mathematics.nearest_kronecker import (
     Pair,
@@ -23,7 +24,6 @@ from llm_surgeon.mathematics.nearest_kronecker import (
     gradient_half_step,
     input_half_step,
 )
-from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.passes.batch_major import Estimation, PassResult

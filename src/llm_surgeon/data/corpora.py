@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded demo, a local file or a data set of the hub."""
+"""Corpora, texts made of documents: from the embedded demo, a local file or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from llm_surgeon.recipe.quantity import shown
 
 log = logging.getLogger(__name__)
 
-# Enough for 1,000 calibration samples of 2,048 tokens in English, and for the whole training split of WikiText-2.
+# Limits of a hub data set. They are enough for 1,000 calibration samples of 2,048 tokens in English, and for the whole
+# training split of WikiText-2.
 HUB_DOCUMENTS = 50_000
 HUB_CHARACTERS = 12_000_000
 
@@ -33,8 +34,8 @@ class Corpus:
 
     Attributes:
         documents: The documents, in order.
-        source: Where they come from, in words; goes into reports.
-        separator: What stands between two documents in ``text``.
+        source: Source of the documents in words, for reports.
+        separator: Text between two documents in ``text``.
     """
 
     documents: tuple[str, ...]
@@ -52,7 +53,7 @@ class Corpus:
 
     @property
     def text(self) -> str:
-        """All documents, joined."""
+        """All documents, joined by the separator."""
         return self.separator.join(self.documents)
 
     @property
@@ -61,9 +62,9 @@ class Corpus:
         return hashlib.sha256(self.text.encode("utf8")).hexdigest()
 
     def split(self, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
-        """Set the last part of the text aside; always at the same place.
+        """Set the last part of the text aside, always with the same cut.
 
-        Several documents are parted between two of them; a single one is cut at a paragraph, a line or a word.
+        Several documents are cut between two of them; a single one is cut at a paragraph, a line or a word.
 
         Args:
             held_out: Fraction to hold out: of the documents, or of the characters of a single one.
@@ -97,14 +98,14 @@ class Corpus:
 
 
 def load_corpus(spec: str) -> Corpus:
-    """Load the text that a specification names. Only a hub data set is looked for on the network.
+    """Load the text that a specification names; only for a hub data set is the network used.
 
     Args:
         spec: ``demo`` or ``demo:en|fr|es``; the path of a .txt (one document, byte-exact but for a byte-order mark),
             .jsonl (one object with the key ``text``, or one string, per line) or .parquet file (column ``text``); else
             a hub data set as ``name``, ``name:config`` or ``name:config:split`` (its first documents, see
             ``HUB_DOCUMENTS`` and ``HUB_CHARACTERS``). A file or folder called ``demo`` is named ``./demo``. Rows whose
-            text is null are passed over; empty texts are documents as others are, as in the usual protocol for
+            text is null are passed over. Empty texts are documents like others, as in the usual protocol for
             WikiText, whose blank lines are rows.
 
     Returns:
@@ -123,7 +124,7 @@ def load_corpus(spec: str) -> Corpus:
 
 
 def _is_path(spec: str) -> bool:
-    """Whether a specification is the path of a file by its looks, there or not; no data set is called so."""
+    """Tell whether a specification looks like the path of a file, existing or not; no data set has such a name."""
     return spec.startswith(("/", "./", "../", "~")) or "\\" in spec or "\0" in spec
 
 
@@ -132,7 +133,7 @@ def _load_demo(spec: str) -> Corpus:
     from llm_surgeon.data.demo import LANGUAGES, demo_corpus
 
     language = spec.partition(":")[2] if ":" in spec else "en"
-    # The loop, and not a membership test, so that the type checker sees one of the literals.
+    # A loop instead of a membership test, so that the type checker sees one of the literals.
     for known in LANGUAGES:
         if language == known:
             return demo_corpus(known)
@@ -163,7 +164,7 @@ def _load_file(path: Path) -> Corpus:
 
 
 def _with_count(source: str, missing: int) -> str:
-    """A source, with the count of its rows that were passed over; also in the log."""
+    """Source in words with the number of rows that were passed over, which is also logged."""
     if not missing:
         return source
     rows = f"{missing:,} row{'s' if missing > 1 else ''} without text"
@@ -172,7 +173,7 @@ def _with_count(source: str, missing: int) -> str:
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    # Bytes, not text mode: that would translate line ends.
+    # Bytes, because text mode would translate line ends.
     text = _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
     if "\0" in text:
         raise DataError(f"{path} holds zero bytes, as UTF-16 and binary files do.", "Save it as UTF-8 text.")
@@ -180,7 +181,7 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str | None]:
-    """Yield the text of each line, None where it is null; lines without content are no rows."""
+    """Yield the text of each line, None where the text is null; lines without content are no rows."""
     with path.open("rb") as file:
         # A binary file splits at \n only; str.splitlines would also split at U+2028, which JSON strings may hold.
         for number, line in enumerate(file, start=1):
@@ -189,31 +190,31 @@ def _read_jsonl(path: Path) -> Iterator[str | None]:
                 yield _json_text(content, f"{path}, line {number}")
 
 
-def _json_text(line: bytes, place: str) -> str | None:
-    """The text of a line of JSON; None if it is null."""
-    content = _decode(line, place)
+def _json_text(line: bytes, location: str) -> str | None:
+    """Text of a line of JSON; None if it is null."""
+    content = _decode(line, location)
     if content.lstrip().startswith("["):
-        raise DataError(f"{place} begins a JSON array.", "Write one JSON value per line, e.g. with jq -c '.[]'.")
+        raise DataError(f"{location} begins a JSON array.", "Write one JSON value per line, e.g. with jq -c '.[]'.")
     try:
-        # No number is of use, and Python refuses to read those of thousands of digits.
+        # Numbers are not used, and Python refuses to read those of thousands of digits.
         value = json.loads(content, parse_int=lambda _: 0)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON: {error}.", "Write one JSON value per line.") from None
+        raise DataError(f"{location} is not JSON: {error}.", "Write one JSON value per line.") from None
     except RecursionError:
-        raise DataError(f"{place} is nested too deeply.", "Leave out what is not the text.") from None
+        raise DataError(f"{location} is nested too deeply.", "Leave out what is not the text.") from None
     if isinstance(value, dict):
         if "text" not in value:
             raise DataError(
-                f"{place} has no key `text`; its keys are {_names(value)}.",
+                f"{location} has no key `text`; its keys are {_names(value)}.",
                 "Rename the key that holds the text to `text`.",
             )
         value = value["text"]
-    return None if value is None else _checked_text(value, place)
+    return None if value is None else _checked_text(value, location)
 
 
 def _read_parquet(path: Path) -> Iterator[str | None]:
-    """Yield the values of the column ``text``."""
-    # Late, because it takes a while and most runs read no parquet.
+    """Yield the values of the column ``text``, None where they are null."""
+    # Imported late: it takes a while, and most runs read no parquet.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -256,7 +257,7 @@ def _load_hub(spec: str) -> Corpus:
         documents, missing, complete = _take(_stream(name, config, split))
     except DataError:
         raise
-    # Loading runs code for many file formats and network clients, which raise errors of every kind.
+    # Loading runs code of many file formats and network clients, which raise errors of every kind.
     except Exception as error:
         raise DataError(
             f"The data set {source} could not be loaded: {type(error).__name__}: {_one_line(error)}.", _USE_LOCAL
@@ -269,7 +270,7 @@ def _load_hub(spec: str) -> Corpus:
 
 def _stream(name: str, config: str | None, split: str) -> Iterator[str | None]:
     """Yield the texts of a hub data set, None where they are null."""
-    # Late, because it takes a while and only hub data sets need it.
+    # Imported late: it takes a while, and only hub data sets need it.
     from datasets import load_dataset
 
     for row in load_dataset(name, config, split=split, streaming=True):
@@ -285,7 +286,7 @@ def _take(texts: Iterable[str | None]) -> tuple[tuple[str, ...], int, bool]:
     """Take texts up to the limits of a hub data set.
 
     Returns:
-        The texts, the number of rows without one among them, and whether those were all.
+        The texts, the number of rows without a text among them, and whether the data set ended there.
     """
     taken: list[str] = []
     missing = characters = 0
@@ -301,7 +302,7 @@ def _take(texts: Iterable[str | None]) -> tuple[tuple[str, ...], int, bool]:
 
 
 def _cut_position(text: str, held_out: float) -> int:
-    """Where the held-out part of a single document starts: after the boundary nearest to its fraction."""
+    """Start of the held-out part of a single document: after the boundary nearest to the fraction."""
     target = len(text) - round(len(text) * held_out)
     # No farther than half of the smaller part, so that a lone blank line near an end is not taken.
     reach = int(len(text) * min(held_out, 1.0 - held_out) / 2)
@@ -314,29 +315,34 @@ def _cut_position(text: str, held_out: float) -> int:
     return target
 
 
-def _decode(content: bytes, place: str) -> str:
+def _decode(content: bytes, location: str) -> str:
     try:
         return content.decode("utf8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{place} is not UTF-8 text: {error}.", "Save it as UTF-8.") from None
+        raise DataError(f"{location} is not UTF-8 text: {error}.", "Save it as UTF-8.") from None
 
 
-def _checked_text(value: Any, place: str) -> str:
-    """Return ``value`` if it is text that a tokenizer can take."""
+def _checked_text(value: Any, location: str) -> str:
+    """Return ``value`` if it is text that a tokenizer can take.
+
+    Raises:
+        DataError: If ``value`` is no string, or holds half a surrogate pair.
+    """
     if not isinstance(value, str):
         raise DataError(
-            f"{place} holds no text but {type(value).__name__}.", "Each entry needs a string, in a field called `text`."
+            f"{location} holds no text but {type(value).__name__}.",
+            "Each entry needs a string, in a field called `text`.",
         )
     try:
         value.encode("utf8")
     except UnicodeEncodeError:
         # JSON can spell half of a surrogate pair, which is no character; tokenizers fail on it.
-        raise DataError(f"{place} holds a broken character (half a surrogate pair).", "Remove it.") from None
+        raise DataError(f"{location} holds a broken character (half a surrogate pair).", "Remove it.") from None
     return value
 
 
 def _one_line(error: BaseException) -> str:
-    """The message of an error on one line, shortened."""
+    """Message of an error on one line, shortened."""
     return _shortened(str(error)).rstrip(".") or "no message"
 
 
@@ -346,5 +352,5 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """A text on one line, of 300 characters at most."""
+    """Text on one line, of 300 characters at most."""
     return " ".join(text.split())[:300]

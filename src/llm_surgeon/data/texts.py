@@ -23,14 +23,14 @@ CALIBRATION, EVALUATION = 0, 1
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens of a run; ``evaluation`` is None if the recipe wants none."""
+    """Tokens of a run; ``evaluation`` is None if the recipe asks for no evaluation."""
 
     calibration: CalibrationTokens
     evaluation: EvaluationText | None
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all tokens."""
+        """SHA-256 of all tokens, as hexadecimal digits."""
         digest = hashlib.sha256(self.calibration.input_ids.numpy().tobytes())
         if self.evaluation is not None:
             digest.update(self.evaluation.tokens.numpy().tobytes())
@@ -44,7 +44,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Te
 
     Raises:
         DataError: If a text cannot be read or is too short.
-        ConfigError: If the windows make no sense.
+        ConfigError: If the windows are refused, see ``check_windows``.
     """
     spec = config.evaluation or config.calibration
     same = spec == config.calibration
@@ -84,7 +84,22 @@ def evaluation_text(
     bos: Bos = "auto",
     split: bool = False,
 ) -> EvaluationText:
-    """Read and tokenise a text to evaluate on; ``split`` takes its held-out part, as is always done of demo texts."""
+    """Read and tokenise a text to evaluate on.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        spec: The text, see ``load_corpus``.
+        window: Tokens per window.
+        stride: Tokens from one window's start to the next one's; None is the window.
+        max_tokens: Tokens to take, at most.
+        precision: ``bfloat16`` or ``float32``.
+        bos: Whether windows begin with the token that begins a text, see ``first_token``.
+        split: Whether to take the held-out part of the text only. Of demo texts it is always taken.
+
+    Raises:
+        DataError: If the text cannot be read or is too short.
+        ConfigError: If the windows are refused, see ``check_windows``.
+    """
     corpus = _part(spec, EVALUATION, split=split)
     name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
     first, stride = first_token(tokenizer, bos), stride or window

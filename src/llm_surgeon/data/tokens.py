@@ -1,4 +1,4 @@
-"""From text to blocks of tokens: calibration windows drawn at random, and one sequence to evaluate on."""
+"""Blocks of tokens made from text: calibration windows drawn at random, and one sequence to evaluate on."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SAMPLING_RULE = (
 
 @dataclass(frozen=True, eq=False)
 class CalibrationTokens:
-    """Token sequences to estimate curvature on, and where they come from.
+    """Token sequences to estimate curvature on, with their provenance.
 
     Attributes:
         input_ids: int64, shape [samples, seq_len].
         attention_mask: bool, shape [samples, seq_len], True where the token is real; None where nothing is padding.
-        provenance: What is needed to draw the same tokens again; holds JSON values only.
-        first: Number of the first sequence in the set that these are a part of.
+        provenance: All that is needed to draw the same tokens again; holds JSON values only.
+        first: Number of the first sequence in the whole set, of which these may be a part.
     """
 
     input_ids: torch.Tensor
@@ -78,7 +78,7 @@ class CalibrationTokens:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def part(self, rows: slice) -> CalibrationTokens:
-        """Some of the sequences that follow one another; the slice names where they begin and end."""
+        """Part of the sequences; the slice has a start and a step of one."""
         mask = None if self.attention_mask is None else self.attention_mask[rows]
         return CalibrationTokens(self.input_ids[rows], mask, self.provenance, self.first + rows.start)
 
@@ -122,7 +122,7 @@ def sample_calibration(
         seq_len: Tokens per sequence.
         seed: Seed of the draw; equal to ``random.seed(seed); random.sample(...)``, without touching the global state.
         windows_per_sample: Windows that make up a sequence.
-        bos: Token to begin each window with, see ``first_token``.
+        bos: Token to begin each window with, see ``first_token``; None for no such token.
 
     Returns:
         The sequences, ``input_ids`` [samples, seq_len], without padding.
@@ -142,7 +142,7 @@ def sample_calibration(
     if not window:
         raise DataError("A window of one token has room for its beginning only.", "Choose a larger seq_len.")
     ids = _tokenise(tokenizer, corpus, bos)
-    # A window needs a first token that no other has, so the smallest requests need a little more than their product.
+    # Each window needs a first token of its own, so the smallest requests need a little more than their product.
     needed = max(windows * window, window + windows)
     if len(ids) < needed:
         raise DataError(
@@ -195,10 +195,10 @@ def windows_with_bos(
     Args:
         tokenizer: Tokenizer of the model.
         corpus: Text to evaluate on.
-        window: Tokens per window, of which the first is not of the text.
+        window: Tokens per window; the first is BOS, the others are of the text.
         stride: Tokens of the text from one window's start to the next one's; one less if it is the window.
         max_tokens: Tokens in all, at most, as if the windows were cut without BOS.
-        bos: The token.
+        bos: The token BOS.
 
     Returns:
         Token ids of all windows one behind the other, int64, shape [windows * window].
@@ -213,15 +213,15 @@ def windows_with_bos(
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
-    """The token that each window has to begin with; None if windows are cut out of the text as they are.
+    """Token that each window has to begin with; None if windows hold tokens of the text only.
 
     Args:
         tokenizer: Tokenizer of the model.
-        bos: ``auto`` (where the tokenizer puts one before a text: models that are trained so are far off without),
-            ``always`` or ``never``.
+        bos: ``always``, ``never``, or ``auto``: wherever the tokenizer puts one before a text, because models that were
+            trained so are far off without it.
 
     Raises:
-        ConfigError: If it has none and one is asked for, or that is none of the three.
+        ConfigError: If the tokenizer has no such token and ``bos`` is ``always``, or ``bos`` is none of the three.
     """
     if bos not in ("auto", "always", "never"):
         raise ConfigError(f"--bos is {bos!r}.", "Use auto, always or never.")
@@ -230,12 +230,12 @@ def first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
         raise ConfigError("The tokenizer has no token that begins a text.", "Leave --bos out.")
     if bos == "never" or not isinstance(token, int):
         return None
-    # Of an empty text, what is added is all there is.
+    # The tokens of an empty text are those that the tokenizer adds.
     return token if bos == "always" or tokenizer("").input_ids[:1] == [token] else None
 
 
 def _begun(windows: list[torch.Tensor], bos: int | None) -> torch.Tensor:
-    """All windows one behind the other, each begun with a token."""
+    """Join windows one behind the other, each begun with the token ``bos``, if there is one."""
     first = [] if bos is None else [torch.tensor([bos])]
     return torch.cat([part for window in windows for part in (*first, window)])
 
@@ -256,6 +256,6 @@ def _enough(ids: torch.Tensor, corpus: Corpus, window: int, max_tokens: int) -> 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, bos: int | None) -> torch.Tensor:
     """Tokenise the whole corpus as one sequence, int64 [tokens]; without special tokens if windows get their own."""
-    # verbose=False: a sequence longer than the model's maximum is on purpose here, windows are cut from it.
+    # verbose=False turns a warning off: the sequence is longer than the model's maximum on purpose.
     ids = tokenizer(corpus.text, verbose=False, add_special_tokens=bos is None).input_ids
     return torch.tensor(ids, dtype=torch.int64)

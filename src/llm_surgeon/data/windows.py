@@ -1,4 +1,4 @@
-"""Windows of a text to evaluate on."""
+"""Windows of a text to evaluate on: their sizes, and which tokens of each are scored."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from llm_surgeon.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text to measure perplexity on, and how.
+    """A text to measure perplexity on, with its windows.
 
     Attributes:
-        tokens: ``[n]`` token ids of the text as one sequence; what does not fill a window is left out. With ``bos``,
-            those of all windows one behind the other.
+        tokens: ``[n]`` token ids of the text as one sequence; tokens at the end that do not fill a window are left out.
+            With ``bos``, the tokens of all windows one behind the other.
         name: Name of the text, for the record.
         window: Tokens per window; the first token of a window is context only.
         stride: Tokens from one window's start to the next one's.
         precision: ``bfloat16`` (autocast) or ``float32``.
-        bos: Whether each window begins with the token that begins a text; the window's other tokens are of the text.
+        bos: Whether each window begins with the token that begins a text. The window's other tokens are of the text.
+
+    Raises:
+        DataError: If the text is shorter than one window.
+        ConfigError: If the windows are refused, see ``check_windows``.
     """
 
     tokens: Tensor
@@ -40,9 +44,9 @@ class EvaluationText:
 
     @property
     def windows(self) -> list[tuple[int, int]]:
-        """Start of each whole window, and its first target that no earlier window scored.
+        """Start of each whole window, and the first target in it that no earlier window scored.
 
-        With a stride below the window, windows overlap, and a later window scores the tokens new to it only.
+        With a stride below the window, windows overlap, and a later window scores its new tokens only.
         """
         between = self.window if self.bos else self.stride
         starts = range(0, len(self.tokens) - self.window + 1, between)
@@ -50,15 +54,15 @@ class EvaluationText:
 
     @property
     def work(self) -> int:
-        """Tokens that ``perplexity`` reports as its progress, all together."""
+        """Number of tokens that ``perplexity`` reports as its progress, all together."""
         return len(self.windows) * self.stride
 
 
 def check_windows(window: int, stride: int, precision: str) -> None:
-    """Make sure that a text can be cut into such windows and run so.
+    """Make sure that a text can be cut into such windows and run in such a precision.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If the precision is unknown, the stride skips tokens, or a window would score no token.
     """
     if precision not in ("bfloat16", "float32"):
         raise ConfigError(f"The precision {precision!r} is not known.", "Use bfloat16 or float32.")

@@ -1,8 +1,8 @@
-"""How far a pruned model's predictions are from the dense model's: the Kullback-Leibler divergence, token by token.
+"""Kullback-Leibler divergence of a pruned model's predictions from the dense model's, token by token.
 
-What the dense model predicts is known from its last hidden states, which are some hundred times smaller than the
-logits and are turned into them a few at a time. The head is never pruned, so it is the pruned model's; only where the
-channels of the residual stream were reordered does the pruned model's head expect them in another order.
+The dense model's predictions are kept as its last hidden states, which are some hundred times smaller than the logits,
+and are turned into logits a few at a time. The head is never pruned, so the pruned model's head serves for both. Only
+where the channels of the residual stream were reordered does it expect them in another order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def kl_divergence(dense_head: ToLogits, head: ToLogits, dense: Tensor, states: T
 
     Args:
         dense_head: Makes logits of the dense model's hidden states.
-        head: The same of the pruned model.
+        head: Makes logits of the pruned model's hidden states.
         dense: ``[n, width]`` last hidden states of the dense model.
-        states: ``[n, width]`` those of the pruned model at the same positions.
+        states: ``[n, width]`` last hidden states of the pruned model at the same positions.
 
     Returns:
         The sum, never negative.
@@ -49,11 +49,11 @@ def kl_divergence(dense_head: ToLogits, head: ToLogits, dense: Tensor, states: T
 def reference_states(
     model: PreTrainedModel, text: EvaluationText, advance: Callable[[int], None] = lambda _tokens: None
 ) -> tuple[Perplexity, Tensor]:
-    """Perplexity of the dense model, and what its predictions can be computed from.
+    """Perplexity of the dense model, and the hidden states that its predictions can be computed from.
 
     Args:
         model: The dense model.
-        text: What to measure on.
+        text: The text to measure on.
         advance: Called with the number of tokens after each window.
 
     Returns:
@@ -79,8 +79,8 @@ def perplexity_and_divergence(
 
     Args:
         model: The pruned model.
-        text: What ``dense`` was computed of.
-        dense: The states that ``reference_states`` gave.
+        text: The text that ``dense`` was computed on.
+        dense: ``[tokens, width]``, the states from ``reference_states``.
         advance: Called with the number of tokens after each window.
         dense_head: The dense model's head; the pruned model's own if None.
 
@@ -89,7 +89,7 @@ def perplexity_and_divergence(
 
     Raises:
         NonFiniteError: If the model's loss is not finite.
-        ValueError: If the dense states are of another number of positions.
+        ValueError: If ``dense`` has another number of positions than the text scores.
     """
     sizes = [text.window - first for _, first in text.windows]
     if len(dense) != sum(sizes):

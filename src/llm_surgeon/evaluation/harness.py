@@ -1,6 +1,6 @@
-"""One task of ``lm-eval`` on a model in memory.
+"""Measurement of one task of ``lm-eval`` on a model in memory.
 
-``lm_eval`` is optional: import this file, and those on tasks that it imports, only where tasks are wanted.
+``lm_eval`` is optional: import this file, and the files on tasks that it imports, only where tasks are wanted.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def measure(
     Args:
         model: The model.
         chosen: The task.
-        limit: The first so many samples; all if None.
+        limit: Number of samples to measure, from the first; all if None.
         shots: Solved examples before each question; a task that fixes them at none keeps that.
-        seed: Seed of what the task draws.
+        seed: Seed of all that the task draws.
         chat_template: Whether questions and examples are put into the tokenizer's chat template.
 
     Raises:
-        NonFiniteError: If a log-likelihood is not a number: the error is the model's.
-        SurgeonError: If the task cannot be loaded, fails, or does not give what its file asks for.
+        NonFiniteError: If a log-likelihood is not a number, which is an error of the model.
+        SurgeonError: If the task cannot be loaded, fails, or does not give the metrics that its file asks for.
     """
     with _seeded(seed):
         task, examples, examples_measured = load_task(chosen, shots, seed)
@@ -71,20 +71,20 @@ def measure(
 
 
 def _run(model: MeasuredModel, name: str, task: Any, limit: int | None, chat_template: bool) -> Any:
-    """lm-eval's results of a task."""
+    """Results of a task, as lm-eval returns them."""
     model.task = name
     try:
-        # Not simple_evaluate, which collects the machine's particulars for seconds. Its bootstrap is of no use for
+        # simple_evaluate would collect particulars of the machine for seconds. The bootstrap is of no use for
         # accuracies, and starts processes.
         return evaluate(
             lm=model,
-            # Not the task's own name: asking for it draws a random number.
+            # The name that was asked for: reading the task's own name draws a random number.
             task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
             limit=limit,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=chat_template,
-            # As lm-eval's command: each example is a turn of the conversation.
+            # As in lm-eval's command, each example is a turn of the conversation.
             fewshot_as_multiturn=chat_template,
         )
     except SurgeonError:
@@ -99,7 +99,7 @@ def _run(model: MeasuredModel, name: str, task: Any, limit: int | None, chat_tem
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed every global generator that the code of a task may use, and put back the state they were in."""
+    """Seed every global generator that the code of a task may use, and restore their states afterwards."""
     plain, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(seed)
@@ -113,14 +113,14 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 class MeasuredModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """A model that answers the requests of tasks; it stays as it is except for its mode, see ``frozen``.
+    """Model that answers the requests of tasks, and is not changed by it; to be used under ``frozen``.
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer; a copy is used, because lm-eval gives it a padding token.
+        tokenizer: Tokenizer of the model; a copy is used, because lm-eval gives it a padding token.
         batch_size: Requests per pass.
         precision: ``bfloat16`` (autocast) or ``float32``.
-        progress: Where progress is shown.
+        progress: Display of the progress.
 
     Attributes:
         task: Name of the task that is measured.
@@ -152,11 +152,11 @@ class MeasuredModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends generated text, also where only the model's configuration has one."""
+        """Token that ends generated text, also where only the model's configuration has one."""
         return _token_of_text(self.model, self.tokenizer, "eos_token_id", "bos_token_id")
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts."""
+        """Log-likelihood of whole texts, in nats."""
         tokens = sum(len(self.tok_encode(request.args[0])) for request in requests)
         with self._progress.phase(self.task, tokens) as self._windows:
             sums: list[float] = super().loglikelihood_rolling(requests)
@@ -165,10 +165,10 @@ class MeasuredModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation after its context, and whether it is the model's own choice."""
+        """Log-likelihood of each continuation after its context, and whether the model itself would choose it."""
         answers: list[tuple[float, bool]]
         if all(text is None for text, _, _ in requests):
-            # The windows of whole texts come one batch a call, without their text.
+            # Windows of whole texts come in one batch per call, without their text.
             answers = super()._loglikelihood_tokens(requests, override_bs=override_bs)
             self._windows.advance(sum(len(continuation) for _, _, continuation in requests))
         else:
@@ -185,7 +185,7 @@ class MeasuredModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that the model writes; progress is in the tokens that it reads."""
+        """Generate a text for each request; progress counts the tokens that the model reads."""
         sizes = {request.args[0]: len(self.tok_encode(request.args[0])) for request in requests}
         with self._counted(lambda request: sizes[request[0]], sum(sizes[request.args[0]] for request in requests)):
             texts: list[str] = super().generate_until(requests)
@@ -193,7 +193,7 @@ class MeasuredModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @contextmanager
     def _counted(self, size: Callable[[Any], int], total: int) -> Iterator[None]:
-        """A phase of so many tokens, which advances by the size of each request that is answered."""
+        """Show a phase of ``total`` tokens, which advances by the size of each request that is answered."""
         with self._progress.phase(self.task, total) as phase:
             self.set_cache_hook(_Answers(lambda request: phase.advance(size(request))))
             try:
@@ -202,7 +202,7 @@ class MeasuredModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 self.set_cache_hook(CacheHook(None))
 
     def _say_what_is_cut(self, requests: Sequence[Request]) -> None:
-        # The last token is scored and not read.
+        # The last token is scored but not read, so one token more than the model's length fits.
         long = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         if long:
             logger.warning(
@@ -212,7 +212,7 @@ class MeasuredModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
 
 class _Answers(CacheHook):  # type: ignore[misc]  # lm-eval is not typed
-    """Tells of every request as it is answered."""
+    """Cache of lm-eval that stores nothing and reports every request as it is answered."""
 
     def __init__(self, tell: Callable[[Any], None]) -> None:
         super().__init__(None)
@@ -223,9 +223,12 @@ class _Answers(CacheHook):  # type: ignore[misc]  # lm-eval is not typed
 
 
 def _token_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *names: str) -> int:
-    """The first token that the tokenizer has by one of the names, or else the model's configuration.
+    """First token that the tokenizer, or else the model's configuration, has under one of the names.
 
-    The token before an answer that has no question is the text's first, or else the one that ends texts.
+    An answer without a question is preceded by the token that begins a text, or else by the one that ends it.
+
+    Raises:
+        ModelError: If there is no such token.
     """
     for holder in (tokenizer, model.config):
         for name in names:

@@ -1,15 +1,15 @@
-"""How much faster a smaller model could be at best: by its multiplications, and by the weights that it reads."""
+"""Upper limits of the speed-up of a smaller model, from its multiplications and from the weights that it reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm_surgeon.mathematics.structured_selection import KeepMask, count_weights
+from llm_surgeon.mathematics.keep_masks import KeepMask, count_weights
 from llm_surgeon.models.anatomy import Anatomy, present_heads
 
 
 def speed_limits(anatomy: Anatomy, keep: Mapping[str, KeepMask], head_weights: int, prompt: int) -> tuple[float, float]:
-    """Ratios, dense to pruned, that prefill and decoding cannot exceed unless something else shrinks as well.
+    """Speed-ups of prefill and decoding over the dense model that cannot be exceeded unless something else shrinks.
 
     Prefill is limited by multiplications: each token meets every weight of the blocks once and, causally, half of the
     prompt in each query head, twice; the head sees the last token only. Decoding one sequence is limited by the
@@ -17,8 +17,8 @@ def speed_limits(anatomy: Anatomy, keep: Mapping[str, KeepMask], head_weights: i
 
     Args:
         anatomy: Layers of the model.
-        keep: What is left of them.
-        head_weights: Weights of the head.
+        keep: Rows and columns that are left of them.
+        head_weights: Number of weights of the head.
         prompt: Tokens of the prefill.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How alike two pruned models are in what they lost."""
+"""Likeness of two pruned models by the weights that they lost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ def mask_equivalence(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
     """Share of the removed weights that two models have in common (paper, eq. 29).
 
     Eq. 29 as printed divides by all weights, so that a model at half its size would have an equivalence of one half
-    with itself; the paper's table has ones there. This divides by the weights removed, of which two models of one
-    size have equally many. Two masks that know nothing of each other have an equivalence of their sparsity.
+    with itself; the paper's table has ones there. This function divides by the weights removed, of which two models of
+    one size have equally many. Two masks that know nothing of each other have an equivalence of their sparsity.
 
     Args:
         first: Removed weights per layer, bool ``[R, C]``, True = removed.
-        second: Of the same layers.
+        second: Removed weights of the other model, for the same layers.
 
     Returns:
-        Between 0 and 1; 1 if neither lost anything.
+        A share between 0 and 1; 1 if neither model lost a weight.
 
     Raises:
         ValueError: If the layers are not the same.

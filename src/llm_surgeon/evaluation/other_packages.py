@@ -1,4 +1,4 @@
-"""Other packages while tasks run: their lines and bars are kept out, and a hub that does not answer is asked once."""
+"""Other packages kept quiet while tasks run: no log lines, no bars, and one attempt to reach the hub of data sets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import datasets
 import huggingface_hub
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-# Their lines are on retries, defaults, caches, and a model given as an object, not as a name.
+# Loggers whose lines are on retries, defaults, caches, and a model given as an object, not as a name.
 _LOGS = (
     *("lm_eval", "datasets", "evaluate", "huggingface_hub", "transformers"),
     *("httpx", "httpx2", "httpcore", "urllib3", "fsspec", "filelock"),
 )
 # Each client of the hub keeps a copy of the switch that makes it refuse the network.
 _CLIENTS: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
-# The clients themselves ask six times, with pauses of 23 seconds.
+# Time limit of the one attempt. The clients themselves ask six times, with pauses of 23 seconds.
 _SECONDS_FOR_THE_HUB = 3.0
 # Errors of a connection by the names of their classes: each client of HTTP has its own.
 _CONNECTION_ERRORS = {
@@ -30,11 +30,11 @@ _CONNECTION_ERRORS = {
 
 @contextmanager
 def quiet_packages() -> Iterator[None]:
-    """Keep out the lines of other packages and all bars; afterwards they, and the network, are as they were."""
+    """Turn off log lines of other packages and all bars; afterwards these, and the use of the network, are restored."""
     logs = [logging.getLogger(name) for name in _LOGS]
     levels = [log.level for log in logs]
     switches = [client.HF_HUB_OFFLINE for client in _CLIENTS]
-    # The class of all bars: those of lm-eval have no option, and those of datasets and of tasks' own code one each.
+    # The class of all bars is patched: lm-eval has no option for them, and datasets and the code of tasks one each.
     make = tqdm.__init__
 
     def make_disabled(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ def quiet_packages() -> Iterator[None]:
 
 @cache
 def hub_is_reachable() -> bool:
-    """Whether the hub of data sets answers; if not, its clients refuse the network until ``quiet_packages`` ends."""
+    """Ask once whether the hub of data sets answers; if not, its clients stay offline until ``quiet_packages`` ends."""
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         with suppress(Exception):  # each client of HTTP has its own
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_SECONDS_FOR_THE_HUB)
@@ -67,7 +67,7 @@ def hub_is_reachable() -> bool:
 
 
 def speaks_of_a_connection(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is of a connection."""
+    """Tell whether an error, or one that led to it, is of a connection."""
     while error is not None:
         if {kind.__name__ for kind in type(error).__mro__} & _CONNECTION_ERRORS or "Hugging Face Hub" in str(error):
             return True

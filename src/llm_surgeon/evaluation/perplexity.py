@@ -19,7 +19,7 @@ from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.records import Perplexity
 from llm_surgeon.system.processes import ALONE, Processes
 
-# Tokens that go through the blocks together where weights are streamed.
+# Tokens that go through each block together where weights are streamed.
 _TOGETHER = 2**15
 
 
@@ -31,15 +31,15 @@ def perplexity(
     observe: Callable[[Tensor], None] = lambda _states: None,
     processes: Processes = ALONE,
 ) -> Perplexity:
-    """Exponential of the mean over windows of the windows' mean negative log-likelihood.
+    """Perplexity: the exponential of the mean over windows of the windows' mean negative log-likelihood.
 
     Args:
         model: A causal language model.
-        text: What to measure on.
+        text: The text to measure on.
         advance: Called with the number of tokens after each window.
         observe: Called in each window with the last hidden states ``[n, width]`` of the positions it scores, under the
-            arithmetic in which their logits are computed: for what else is to be measured in the same pass.
-        processes: Who share the windows; each gets the perplexity of all of them.
+            arithmetic in which their logits are computed. Other measurements can so be made in the same pass.
+        processes: Processes that share the windows; each gets the perplexity of all windows.
 
     Raises:
         NonFiniteError: If the model's loss is not finite.
@@ -60,7 +60,7 @@ def perplexity(
     total, counted = processes.total(means, scored)
     nll = total / len(text.windows)
     return Perplexity(
-        # A loss that large is a broken model; what matters is that the table can be printed.
+        # A loss above 700 is of a broken model; it is capped so that the table can be printed.
         perplexity=math.exp(min(nll, 700.0)),
         nll=nll,
         tokens=round(counted),
@@ -75,14 +75,14 @@ def perplexity(
 def _passes(
     model: PreTrainedModel, text: EvaluationText, windows: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """Each window with its tokens ``[n]`` and last hidden states ``[n, width]``, on the model's device."""
+    """Yield each window with its tokens ``[n]`` and last hidden states ``[n, width]``, on the model's device."""
     device, blocks = next(model.parameters()).device, weights_of(model).blocks
     if blocks is None:
         for window in windows:
             ids = text.tokens[window[0] : window[0] + text.window].to(device)
             yield window, ids, last_states(model, ids[None], None)
         return
-    # Weights that come and go are to come once for many windows.
+    # Streamed weights are brought once for many windows.
     together = max(1, _TOGETHER // text.window)
     for start in range(0, len(windows), together):
         part = windows[start : start + together]

@@ -1,4 +1,4 @@
-"""Speed as measured, never inferred from sparsity: prefill and cached decoding, in tokens per second."""
+"""Speed of prefill and cached decoding in tokens per second, as measured and never inferred from sparsity."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from llm_surgeon.records import Speed, SpeedComparison
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: prefill of ``prompt`` tokens, then ``generate`` greedy steps with its cache.
+    """Work that is timed: prefill of ``prompt`` tokens, then ``generate`` greedy steps with its cache.
 
     ``batch`` sequences go side by side. The whole is timed ``repeats`` times, after one run that is not counted.
+
+    Raises:
+        ConfigError: If a number is below 1.
     """
 
     prompt: int = 512
@@ -38,10 +41,10 @@ class Workload:
                 raise ConfigError(f"{name} of the speed measurement is {value}.", "Give a number of at least 1.")
 
     def check_positions(self, positions: int | None) -> None:
-        """Make sure that prompt and generated tokens fit into a model's positions; None: it has no such limit.
+        """Make sure that prompt and generated tokens fit into a model's positions; None is no limit.
 
         Raises:
-            ConfigError: If they do not.
+            ConfigError: If they do not fit.
         """
         if positions is not None and self.prompt + self.generate > positions:
             raise ConfigError(
@@ -81,7 +84,7 @@ def compare_speed(
         generate: Tokens per sequence decoded after it, one at a time.
         batch: Sequences side by side.
         repeats: Pairs of runs.
-        device: Where both models are; unset: where the dense one is.
+        device: Device of both models; unset: that of the dense one.
 
     Returns:
         Medians in tokens per second (of all sequences together), and medians of the ratios pruned to dense.
@@ -102,7 +105,15 @@ def compare_speed(
 
 
 def measure_speed(model: PreTrainedModel, work: Workload | None = None) -> Speed:
-    """Time one model where it lies; to compare two, ``compare_speed`` is fairer. Raises as it does."""
+    """Time one model on its own device; to compare two models, ``compare_speed`` is fairer.
+
+    Args:
+        model: The model.
+        work: The work to time; unset: the default ``Workload``.
+
+    Raises:
+        ConfigError: If the model has too few positions.
+    """
     work = work or Workload()
     (rates,) = _time_in_turn([model], work, model.device)
     return speed_of(model, rates, work)
@@ -110,12 +121,12 @@ def measure_speed(model: PreTrainedModel, work: Workload | None = None) -> Speed
 
 @contextmanager
 def ready_to_time(models: Sequence[PreTrainedModel], work: Workload, device: torch.device) -> Iterator[Tensor]:
-    """Evaluation mode without gradients for the models while they are timed.
+    """Keep models in evaluation mode without gradients while they are timed.
 
     Args:
-        models: All of them, where they are.
-        work: What will be timed.
-        device: Where they have to be.
+        models: All models to be timed.
+        work: The work to time.
+        device: Device on which the models have to be.
 
     Yields:
         The prompts ``[batch, prompt]`` on the device: random, from a fixed seed, the same for all models.
@@ -136,14 +147,14 @@ def ready_to_time(models: Sequence[PreTrainedModel], work: Workload, device: tor
 
 
 def warm_run(model: PreTrainedModel, token_ids: Tensor, generate: int) -> Run:
-    """A run of the model as it is, done once: memory is allocated and kernels are chosen in the first run."""
+    """Run of a model as it is, done once already: memory is allocated and kernels are chosen in the first run."""
     run = partial(time_run, model, token_ids, generate, pass_options(model))
     run()
     return run
 
 
 def in_turn(runs: Sequence[Run], repeats: int) -> list[list[Rates]]:
-    """Do the runs one after the other, ``repeats`` times; one list of rates per run."""
+    """Do the runs one after the other, ``repeats`` times; returns one list of rates per run."""
     rates: list[list[Rates]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, measured in zip(runs, rates, strict=True):
@@ -152,7 +163,7 @@ def in_turn(runs: Sequence[Run], repeats: int) -> list[list[Rates]]:
 
 
 def ratios(before: Sequence[Rates], after: Sequence[Rates]) -> tuple[float, float]:
-    """Medians of the pairs' ratios of ``after`` to ``before``: of prefill and of decoding."""
+    """Medians of the pairs' ratios of ``after`` to ``before``, for prefill and for decoding."""
     pairs = list(zip(before, after, strict=True))
     return (
         median(second.prefill / first.prefill for first, second in pairs),
@@ -161,7 +172,7 @@ def ratios(before: Sequence[Rates], after: Sequence[Rates]) -> tuple[float, floa
 
 
 def pass_options(model: PreTrainedModel) -> dict[str, Any]:
-    """What every pass of the model is called with besides its tokens."""
+    """Options that every pass of the model is called with besides its tokens."""
     options: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1  # generation reads the last position only
@@ -172,10 +183,11 @@ def time_run(forward: Callable[..., Any], token_ids: Tensor, generate: int, opti
     """Time one prefill and the decoding after it.
 
     Args:
-        forward: The model, or what is called in its place.
+        forward: The model, or a function to call instead.
         token_ids: The prompts ``[batch, prompt]``.
         generate: Tokens per sequence decoded.
-        options: Of ``pass_options``; the cache too, see ``cache_argument``, if the prefill is to fill one.
+        options: The options from ``pass_options``, with a cache under the name ``cache_argument`` if the prefill is to
+            fill one.
     """
     synchronise(token_ids.device)
     start = perf_counter()
@@ -193,12 +205,12 @@ def time_run(forward: Callable[..., Any], token_ids: Tensor, generate: int, opti
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Name of the key/value cache among a model's arguments; transformers has renamed it with version 5.24."""
+    """Name of the key/value cache among a model's arguments; transformers renamed it with version 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def speed_of(model: PreTrainedModel, rates: Sequence[Rates], work: Workload) -> Speed:
-    """The medians of a model's runs, and what was timed."""
+    """Record of a model's speed: the medians of its runs, and the work that was timed."""
     return Speed(
         prefill=median(rate.prefill for rate in rates),
         decode=median(rate.decode for rate in rates),
@@ -212,7 +224,7 @@ def speed_of(model: PreTrainedModel, rates: Sequence[Rates], work: Workload) -> 
 
 
 def describe(device: torch.device) -> str:
-    """The device in words: a rate means nothing without the GPU's name or the number of threads."""
+    """Describe a device in words: a rate means nothing without the GPU's name or the number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
@@ -221,14 +233,14 @@ def describe(device: torch.device) -> str:
 
 
 def _time_in_turn(models: Sequence[PreTrainedModel], work: Workload, device: torch.device) -> list[list[Rates]]:
-    """Run the models one after the other, ``repeats`` times; one list of rates per model."""
+    """Run the models one after the other, ``repeats`` times; returns one list of rates per model."""
     with ready_to_time(models, work, device) as token_ids:
         runs = [warm_run(model, token_ids, work.generate) for model in models]
         return in_turn(runs, work.repeats)
 
 
 def _check(model: PreTrainedModel, work: Workload, device: torch.device) -> None:
-    # Compared as places: "cuda" without an index means the current GPU, whichever index its tensors name.
+    # An empty tensor resolves the device: "cuda" without an index means the current GPU, whatever its index.
     if torch.empty(0, device=device).device != model.device:
         raise ModelError(
             f"A model to be timed is on {model.device}, not on {device}.", "Move both models to one device first."
@@ -237,6 +249,6 @@ def _check(model: PreTrainedModel, work: Workload, device: torch.device) -> None
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for a GPU, which computes after the call has returned."""
+    """Wait until a GPU has done its work, which goes on after a call has returned."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

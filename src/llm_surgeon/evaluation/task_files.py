@@ -1,4 +1,4 @@
-"""Task files of lm-eval and of one's own: single tasks by their names, and by those of groups and tags."""
+"""Task files, lm-eval's and the user's own: single tasks looked up by the names of tasks, groups and tags."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.other_packages import one_line, quiet_packages
 
-# The file whose dataset_kwargs hold; kept among the settings, so that it follows the same precedence.
+# Key of the file whose dataset_kwargs hold. It is kept among the settings, so that it follows the same precedence.
 _DATA_FILE = "file of dataset_kwargs"
-# What a file says of groups, and not of what is measured.
+# Keys of a file that are of groups, and not of what is measured.
 _OF_GROUPS = {"group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list"}
 
 
 class UnknownTaskError(ConfigError):
-    """A name that is of no task and of no group."""
+    """A name that belongs to no task and to no group."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class SingleTask:
     """A task to measure.
 
     Attributes:
-        name: Its name; ``group::name`` if a group defines it itself.
-        own_file: Its own file; None if a group defines it.
-        file: The file that says where its data is.
-        changes: What the groups that led to it set differently from its own file.
+        name: Name of the task; ``group::name`` if a group defines it itself.
+        own_file: File of the task; None if a group defines it.
+        file: The file that names the task's data.
+        changes: Settings by the groups that led to the task, which go before those of its own file.
     """
 
     name: str
@@ -43,7 +43,12 @@ class SingleTask:
     changes: Mapping[str, Any]
 
     def settings(self, functions: bool = True) -> dict[str, Any]:
-        """All that is set, with Python functions loaded, for which their code is run, or with their names only."""
+        """All settings of the task.
+
+        Args:
+            functions: Whether to load the Python functions that settings name, which runs their code; else the names
+                are kept.
+        """
         own = {} if self.own_file is None else load_yaml(self.own_file, resolve_func=functions)
         settings = {**own, **self.changes}
         return {key: settings[key] for key in settings if key not in {*_OF_GROUPS, _DATA_FILE}} | {"task": self.name}
@@ -53,18 +58,18 @@ def find(names: Sequence[str], include_path: Path | None) -> dict[str, SingleTas
     """Look up single tasks, groups and tags.
 
     Args:
-        names: Names of any of them.
-        include_path: Directory with task files of one's own.
+        names: Names of tasks, groups or tags.
+        include_path: Directory with task files of the user's own.
 
     Returns:
         The single tasks by name.
 
     Raises:
-        ConfigError: If a name is not known, or a group makes no sense.
+        ConfigError: If a name is not known, or a group is malformed.
     """
     path = None if include_path is None else str(include_path)
     with quiet_packages():
-        # lm-eval has thousands of files, and reading them takes seconds: often one's own are enough.
+        # lm-eval has thousands of files, and reading them takes seconds. Often the user's own are enough.
         with suppress(UnknownTaskError):
             return _single_tasks(TaskManager(include_path=path, include_defaults=False), names)
         return _single_tasks(TaskManager(include_path=path), names)
@@ -85,14 +90,14 @@ def _single_tasks(index: Any, names: Sequence[str]) -> dict[str, SingleTask]:
 def _members(
     index: Any, entry: Any, file: Path, changes: Mapping[str, Any], groups: tuple[str, ...]
 ) -> Iterator[SingleTask]:
-    """Single tasks that an entry in a group's list stands for, in order.
+    """Yield the single tasks that an entry in a group's list stands for, in order.
 
     Args:
         index: lm-eval's index.
-        entry: A name; or settings with a name, of what is known by it or of a group or task that is defined here.
-        file: The group's file; of no use for a name that is asked for.
-        changes: What the groups around the entry set.
-        groups: Names of these groups; none for a name that is asked for.
+        entry: A name; or settings with the name of a known task or group, or of one that is defined here.
+        file: The group's file; not used for a name that the user asked for.
+        changes: Settings by the groups around the entry.
+        groups: Names of these groups; none for a name that the user asked for.
     """
     settings = entry if isinstance(entry, dict) else {"task": entry}
     name = settings.get("group", settings.get("task"))
@@ -119,7 +124,7 @@ def _members(
 def _members_of_group(
     index: Any, group: Mapping[str, Any], file: Path, changes: Mapping[str, Any], groups: tuple[str, ...]
 ) -> Iterator[SingleTask]:
-    """As ``_members``, of a group that ``file`` defines; what it sets holds for all its tasks."""
+    """Yield the single tasks of a group that ``file`` defines; the group's settings hold for all its tasks."""
     name, members = group["group"], group.get("task")
     members = [members] if isinstance(members, str) else members
     if not isinstance(members, list) or not members:
@@ -129,7 +134,7 @@ def _members_of_group(
 
 
 def _of_tasks(settings: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Settings of a group, or of an entry in its list, that are of tasks."""
+    """Settings of tasks among those of a group or of an entry in its list."""
     of_groups = {*_OF_GROUPS, "metadata"} if "group" in settings else _OF_GROUPS
     changes = {key: value for key, value in settings.items() if key not in of_groups}
     return {**changes, _DATA_FILE: file} if "dataset_kwargs" in settings else changes
@@ -151,7 +156,7 @@ def _unknown(index: Any, name: str, groups: Sequence[str]) -> UnknownTaskError:
         try:
             load_yaml(file, resolve_func=False)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            # lm-eval passes over such a file, and most likely it is that of the task.
+            # lm-eval passes over a file that it cannot read, and most likely this one is the task's.
             return UnknownTaskError(
                 f"The task {name!r}{named} is not known, and the task file {file} cannot be read: {one_line(error)}.",
                 "Correct that file, or the name of the task.",

@@ -1,4 +1,4 @@
-"""A task set up with its data: paths beside its file, solved examples, and what is wrong if it cannot be."""
+"""Loading of a task with its data: paths beside its file, solved examples, and errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def load_task(chosen: SingleTask, shots: int, seed: int) -> tuple[Any, int, int]
         seed: Seed of these examples.
 
     Returns:
-        lm-eval's object, how many documents the examples are drawn from, and how many of those are measured themselves.
+        lm-eval's task, the number of documents that examples are drawn from, and how many of those are measured too.
 
     Raises:
-        SurgeonError: If the task's file, its Python code or its data cannot be used; the error is the task's.
+        SurgeonError: If the task's file, its Python code or its data cannot be used.
     """
-    # Until they are read with their functions, which may fail.
+    # Settings for the error, should reading them with their functions fail.
     settings = chosen.settings(functions=False)
     try:
         settings = _with_absolute_paths(chosen, chosen.settings())
@@ -58,7 +58,7 @@ def load_task(chosen: SingleTask, shots: int, seed: int) -> tuple[Any, int, int]
 
 
 def _has_code(settings: Mapping[str, Any]) -> bool:
-    """Whether Python code of the task makes its data, wherever that comes from."""
+    """Tell whether Python code of the task makes its data, wherever that comes from."""
     return bool({"custom_dataset", "class"} & settings.keys())
 
 
@@ -67,7 +67,7 @@ def _is_local(path: Any) -> bool:
 
 
 def _is_on_hub(settings: Mapping[str, Any]) -> bool:
-    """Whether data comes from the hub, as that of lm-eval's own classes does; of other code it is not known."""
+    """Tell whether data comes from the hub, as it does for lm-eval's own classes; for other code this is unknown."""
     if _has_code(settings):
         return "class" in settings
     path = settings.get("dataset_path") or "."
@@ -75,10 +75,10 @@ def _is_on_hub(settings: Mapping[str, Any]) -> bool:
 
 
 def _with_absolute_paths(chosen: SingleTask, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in which a relative path to data begins at the task's file, and not at the working directory.
+    """Settings with absolute paths to data; a relative path begins at the directory of the task's file.
 
     Raises:
-        DataError: If there is nothing at a path.
+        DataError: If a path does not exist.
         ConfigError: If no file is named.
     """
     path, kwargs = settings.get("dataset_path"), settings.get("dataset_kwargs") or {}
@@ -104,10 +104,10 @@ def _with_absolute_paths(chosen: SingleTask, settings: dict[str, Any]) -> dict[s
 
 
 def _existing(chosen: SingleTask, key: str, paths: Any) -> Any:
-    """Absolute paths: of a file, a directory or a pattern of files, a list of them, or several by their split.
+    """Make paths absolute: a file, a directory or a pattern of files, a list of them, or several by their split.
 
     Raises:
-        DataError: If there is nothing at one.
+        DataError: If a path does not exist.
     """
     if isinstance(paths, Mapping):
         return {split: _existing(chosen, key, path) for split, path in paths.items()}
@@ -115,17 +115,21 @@ def _existing(chosen: SingleTask, key: str, paths: Any) -> Any:
         return [_existing(chosen, key, path) for path in paths]
     if "://" in str(paths):
         return paths
-    place = chosen.file.resolve().parent / Path(paths).expanduser()
-    if not place.exists() and not glob.glob(str(place), recursive=True):
+    absolute = chosen.file.resolve().parent / Path(paths).expanduser()
+    if not absolute.exists() and not glob.glob(str(absolute), recursive=True):
         raise DataError(
-            f"The data of the task {chosen.name} is not there: {place} does not exist.",
+            f"The data of the task {chosen.name} is not there: {absolute} does not exist.",
             f"Put it there, or correct {key} in {chosen.file}; a relative path begins at the directory of that file.",
         )
-    return str(place)
+    return str(absolute)
 
 
 def _check_kind(name: str, task: Any) -> None:
-    """Refuse tasks that ask for more than a language model, or for what this package does not do."""
+    """Refuse tasks that need more than a language model of text, or that run code which the model writes.
+
+    Raises:
+        ConfigError: If the task is one of these.
+    """
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"The task {name} shows the model images or sound.", "Leave it out; only text is measured.")
     if getattr(task, "UNSAFE_CODE", False):
@@ -136,12 +140,12 @@ def _check_kind(name: str, task: Any) -> None:
 
 
 def _examples(name: str, task: Any) -> tuple[int, int]:
-    """Documents that solved examples are drawn from, and how many of them are measured themselves.
+    """Number of documents that solved examples are drawn from, and how many of them are measured too.
 
-    Where some are, the measured document is left out of its own examples.
+    Where some are measured too, the measured document is left out of its own examples.
 
     Raises:
-        ConfigError: If there are too few of them.
+        ConfigError: If there are too few documents.
     """
     shots = task.get_config("num_fewshot") or 0
     if not shots:
@@ -155,7 +159,7 @@ def _examples(name: str, task: Any) -> tuple[int, int]:
             "Ask for fewer with --few-shot.",
         )
     if shared and hasattr(task, "fewshot_cfg"):
-        # lm-eval leaves it out only if these two are the same; the documents themselves are long chosen.
+        # lm-eval leaves the measured document out only if these two splits are equal; the documents are chosen by now.
         task.fewshot_cfg.split = task.config.test_split
     return len(drawn_from), shared
 
@@ -165,9 +169,9 @@ def _fingerprint(document: Any) -> str:
 
 
 def _explained(chosen: SingleTask, settings: Mapping[str, Any], error: Exception) -> SurgeonError:
-    """Error that kept a task from being loaded, with the remedy for its kind."""
+    """Error for a task that cannot be loaded, with the remedy for its kind."""
     name, file, data = chosen.name, chosen.file, _data_in_words(settings)
-    # That of datasets says no more than that there was an error.
+    # An error of datasets says no more than that there was one; its cause says which.
     reason = one_line(error.__cause__ or error if isinstance(error, DatasetsError) else error)
     if speaks_of_a_connection(error) and not hub_is_reachable():
         switch = " without HF_HUB_OFFLINE in the environment" if os.environ.get("HF_HUB_OFFLINE") else ""

@@ -1,4 +1,4 @@
-"""Metrics of tasks: which lm-eval cannot measure, which numbers it gave, and which of them enters the mean."""
+"""Metrics of tasks: a check of those asked for, the numbers that lm-eval gave, and the accuracy among them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from llm_surgeon.records import TaskMetric
 
 logger = logging.getLogger(__name__)
 
-# Metrics that are a share of right answers, the preferred one first. Others (a perplexity, a BLEU) are on scales of
-# their own, and no mean over tasks can be taken of them.
+# Metrics that are a share of right answers, the preferred one first. Other metrics (a perplexity, a BLEU) have scales
+# of their own, and no mean over tasks can be taken of them.
 _ACCURACIES = ("acc", "acc_norm", "exact_match")
-# The metric of tasks that only write answers down; its value means nothing.
+# Metric of tasks that only write answers down; its value means nothing.
 _NO_METRIC = "bypass"
 
 
 def check_metrics(chosen: SingleTask, settings: Mapping[str, Any]) -> None:
-    """Refuse metrics that lm-eval can only leave out.
+    """Refuse metrics that lm-eval would silently leave out.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If a metric or an aggregation is missing or unknown.
     """
     for given in settings.get("metric_list") or ():
         metric = given.get("metric") if isinstance(given, dict) else None
@@ -62,10 +62,10 @@ def check_metrics(chosen: SingleTask, settings: Mapping[str, Any]) -> None:
 
 
 def read_metrics(chosen: SingleTask, task: Any, results: Any) -> dict[str, TaskMetric]:
-    """The numbers that a task gave, by lm-eval's names; ``,filter`` follows the name where answers are filtered.
+    """Metrics of a measured task, by lm-eval's names; ``,filter`` follows the name where answers are filtered.
 
     Raises:
-        ConfigError: If one that the task's file asks for is missing, or there is none.
+        ConfigError: If a metric that the task's file asks for is missing, or there is no metric at all.
     """
     metrics: dict[str, TaskMetric] = {}
     for key, value in results["results"][chosen.name].items():
@@ -85,7 +85,7 @@ def read_metrics(chosen: SingleTask, task: Any, results: Any) -> dict[str, TaskM
 
 
 def _standard_error(value: float, samples: Sequence[Any]) -> float | None:
-    """Standard error of a metric that is the mean of what each sample gave; None if it is something else."""
+    """Standard error of a metric that is the mean of its samples' values; None for any other metric."""
     if len(samples) < 2 or not all(isinstance(sample, int | float | np.number) for sample in samples):
         return None
     numbers = [float(sample) for sample in samples]
@@ -97,7 +97,7 @@ def _check_complete(chosen: SingleTask, task: Any, metrics: Mapping[str, TaskMet
         raise ConfigError(
             f"The task {chosen.name} gives no number.", f"Check the metric_list and process_results in {chosen.file}."
         )
-    # A task's own code may rename its metrics, and so do some that generate text.
+    # The code of a task may rename its metrics, and so do some tasks that generate text.
     if task.get_config("process_results") is not None or task.OUTPUT_TYPE == "generate_until":
         return
     given = {key.partition(",")[0] for key in metrics}

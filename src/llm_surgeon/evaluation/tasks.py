@@ -1,4 +1,7 @@
-"""Accuracy on tasks, measured with ``lm-eval``, which is optional."""
+"""Accuracy on tasks, measured with ``lm-eval``.
+
+``lm-eval`` is optional, and is imported only when tasks are wanted.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def require_lm_eval() -> None:
-    """Find out early whether tasks can be measured.
+    """Make sure, before anything expensive, that tasks can be measured.
 
     Raises:
         ConfigError: If the optional package ``lm-eval`` is not installed.
@@ -34,19 +37,19 @@ def require_lm_eval() -> None:
 
 
 def find_tasks(tasks: Iterable[str], include_path: Path | None = None) -> dict[str, SingleTask]:
-    """Look tasks up, before anything is loaded.
+    """Look tasks up by name, before anything is loaded.
 
     Args:
-        tasks: Names of tasks, or of groups (or tags) of tasks, which stand for their tasks in their order; one named
-            twice is taken once, since it would count twice in the mean.
-        include_path: Directory with task files (YAML) of one's own; a task there hides one of lm-eval of that name.
+        tasks: Names of tasks, or of groups (or tags) of tasks, which stand for their tasks in their order. A task that
+            is named twice is taken once, since it would count twice in the mean.
+        include_path: Directory with task files (YAML) of the user's own; a task there hides lm-eval's of that name.
 
     Returns:
         The single tasks that were found, by name, to give to ``evaluate_tasks``.
 
     Raises:
         ConfigError: If lm-eval is not installed, there is no such directory, no task is named, a name is not known, or
-            a group makes no sense.
+            a group is malformed.
     """
     require_lm_eval()
     names = tuple(dict.fromkeys(name.strip() for name in tasks if name.strip()))
@@ -60,10 +63,10 @@ def find_tasks(tasks: Iterable[str], include_path: Path | None = None) -> dict[s
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Find out early whether a tokenizer can put questions into its chat template.
+    """Make sure, before anything expensive, that a tokenizer has a chat template to put questions into.
 
     Raises:
-        ConfigError: If it has none.
+        ConfigError: If the tokenizer has none.
     """
     try:
         tokenizer.get_chat_template()
@@ -90,23 +93,22 @@ def evaluate_tasks(
 ) -> TaskScores:
     """Accuracy of a model in memory on tasks of lm-eval, and the plain mean of the accuracies.
 
-    What enters the mean is ``acc``, the share of samples for which the right answer is the most likely one, also
-    where a task reports ``acc_norm``, for which the log-likelihoods are divided by the answers' lengths in
-    characters; ``acc_norm`` or ``exact_match`` enter it for tasks that have no ``acc``. All metrics are in the result.
-    Task files may bring Python code, which is run.
+    The mean is taken of ``acc``, the share of samples for which the right answer is the most likely one. For tasks that
+    have no ``acc`` it takes ``acc_norm``, for which log-likelihoods are divided by the answers' lengths in characters,
+    or else ``exact_match``. All metrics are in the result. Task files may bring Python code, which is run.
 
-    A task that cannot be measured, because its data set cannot be had, for example, does not stop the others. Other
-    packages' lines and progress bars are off while tasks run; if the hub cannot be reached, it is not asked again.
+    A task that cannot be measured, for example because its data set cannot be had, does not stop the others. Other
+    packages' lines and progress bars are off while tasks run. If the hub cannot be reached, it is not asked again.
 
     Args:
-        model: Dense or pruned.
-        tokenizer: Its tokenizer.
-        tasks: Names of tasks or groups of tasks, or what ``find_tasks`` found.
-        limit: The first so many samples of each task; all if None. An estimate, not the task's result.
+        model: The model, dense or pruned.
+        tokenizer: Tokenizer of the model.
+        tasks: Names of tasks or groups of tasks, or the result of ``find_tasks``.
+        limit: Number of samples of each task, from the first; all if None. A limit gives an estimate only.
         shots: Solved examples before each question; tasks that fix theirs at none keep that.
         batch_size: Requests per pass.
-        include_path: Directory with task files of one's own, see ``find_tasks``.
-        progress: Where progress is shown; nowhere if None.
+        include_path: Directory with task files of the user's own, see ``find_tasks``.
+        progress: Display of the progress; none if None.
         seed: Seed of the solved examples and of all else that a task draws.
         apply_chat_template: Whether questions, and solved examples as turns of the conversation before them, are put
             into the tokenizer's chat template.
@@ -116,7 +118,7 @@ def evaluate_tasks(
         The scores in the order asked for, the failures, and the mean.
 
     Raises:
-        ConfigError: If an option makes no sense, the tokenizer has no chat template, or ``find_tasks`` refuses the
+        ConfigError: If an option is out of range, the tokenizer has no chat template, or ``find_tasks`` refuses the
             tasks.
         NonFiniteError: If a log-likelihood of the model is not a number.
     """
@@ -138,7 +140,7 @@ def evaluate_tasks(
                 )
             except NonFiniteError:
                 raise
-            # Whatever is wrong with a task, and not with the model, is a failure of this task alone.
+            # An error of a task, unlike one of the model, is a failure of this task alone.
             except SurgeonError as error:
                 failures.append(TaskFailure(task=task.name, cause=error.cause, remedy=error.remedy))
     accuracies = [score.metrics[score.accuracy].value for score in scores if score.accuracy is not None]

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that pruning does not change: copied byte for byte, so that nothing of them is lost."""
+"""Companions of a checkpoint's weights, which pruning does not change: tokenizer, templates and licence are copied."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 GENERATION_FILE = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# In small letters: licences are spelt in all ways.
+# Patterns in small letters, as licences are spelt in all ways.
 _TOKENIZERS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "*.spm", "*.tiktoken", "tekken.json"),
@@ -23,18 +23,18 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def copy_companions(source: Path, directory: Path) -> bool:
-    """Copy what a checkpoint has beside weights and configuration.
+    """Copy the files that a checkpoint has beside weights and configuration, byte for byte.
 
     Args:
         source: Directory of the checkpoint.
-        directory: Where to write; exists.
+        directory: Directory to write to, which exists.
 
     Returns:
-        Whether there are files of a tokenizer among them.
+        Whether files of a tokenizer are among them.
     """
     tokenizers = list(_found(source, _TOKENIZERS))
     for path in (*tokenizers, *_found(source, _OTHERS), *_code_of_tokenizer(source)):
-        # The bytes alone: those of a hub's cache are links, and may be read-only.
+        # Only the contents are copied: files of a hub's cache are links, and may be read-only.
         shutil.copyfile(path, directory / path.name)
     for path in sorted((source / _TEMPLATES).glob("*")):
         (directory / _TEMPLATES).mkdir(exist_ok=True)
@@ -49,13 +49,13 @@ def _found(source: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _code_of_tokenizer(source: Path) -> Iterator[Path]:
-    """Files of Python that the tokenizer's configuration names; without them it could not be loaded again."""
+    """Yield the Python files that the tokenizer's configuration names; it could not be loaded without them."""
     try:
         named = json.loads((source / _TOKENIZER_CONFIG).read_text(encoding="utf-8-sig"))["auto_map"]["AutoTokenizer"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     for name in named if isinstance(named, list) else [named]:
-        # Another repository's is before two hyphens.
+        # A name with two hyphens is of code in another repository.
         path = source / f"{str(name).partition('.')[0]}.py"
         if isinstance(name, str) and "--" not in name and path.parent == source and path.is_file():
             yield path

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, present_heads
 from llm_surgeon.models.matrix import attention_output, core_of, layer_shape
 from llm_surgeon.models.modeling_pruned import PrunedLinear

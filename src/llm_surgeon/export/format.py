@@ -11,7 +11,7 @@ from typing import ClassVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.export.verify import ReloadCheck
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import PruneConfig
 

@@ -1,4 +1,7 @@
-"""Writing a pruned model so that plain transformers loads it."""
+"""Writing of a pruned model as a checkpoint that plain transformers loads.
+
+This module decides no form of its own: see ``form.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llm_surgeon.export.companions import GENERATION_FILE, copy_companions
 from llm_surgeon.export.form import Form, emptied, form_of, renamed
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.modeling_text import MODELING_FILE, auto_map, export_type, modeling_text
 from llm_surgeon.models.weights import quietly
@@ -31,18 +34,18 @@ def save_model(
 ) -> Form:
     """Write weights (safetensors), configuration, tokenizer, generation configuration and, if needed, modelling file.
 
-    What the source has of the tokenizer, of generation and of its licence is copied byte for byte.
+    The source's files of tokenizer, generation and licence are copied byte for byte.
 
     Args:
         model: The pruned model.
-        tokenizer: Its tokenizer.
-        anatomy: Its prunable layers.
+        tokenizer: Tokenizer of the model.
+        anatomy: Prunable layers of the model.
         keep: Rows and columns that are left of them; None if all are, and the architecture is the dense one.
-        directory: Where to write; exists.
+        directory: Directory to write to, which exists.
         source: Directory of the dense checkpoint; None for a model that comes from none.
 
     Returns:
-        What the export needs to be loaded.
+        The form of the export, which says what loads it.
 
     Raises:
         DiskSpaceError: If the disk is full.
@@ -51,7 +54,7 @@ def save_model(
     form = form_of(anatomy, keep, model.config)
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
         with _writable(model) as aside, quietly():
-            # The names that a class gives to what it saves are known to its own type only, not to that of an export.
+            # Names in the original format are known to the model's own type only, not to that of an export.
             model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
@@ -66,7 +69,7 @@ def save_model(
 
 @contextlib.contextmanager
 def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
-    """Set settings of generation aside that transformers would refuse to write, and give those of the configuration."""
+    """Set settings of generation aside, which transformers might refuse to write; yields those of the configuration."""
     config: Any = model.config
     generation: Any = getattr(model, "generation_config", None)
     declared = {entry.name for entry in dataclasses.fields(config)}
@@ -81,7 +84,7 @@ def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
 
 
 def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
-    """Parameters under the names and in the layout of the class that will load them; None if they have them."""
+    """Parameters under the names and in the layout of the class that will load them; None if nothing changes."""
     transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
     empty = emptied(model, anatomy)
     if len(form.blocks) == anatomy.blocks and not transposed and not empty:
@@ -100,7 +103,7 @@ def _write_config(
     family, path = anatomy.family, directory / "config.json"
     names = type(model.config).attribute_map
     config = json.loads(path.read_text(encoding="utf8"))
-    # Code that the dense checkpoint brings stays with it.
+    # Code of the dense checkpoint is not part of the export.
     config.pop("auto_map", None)
     config |= {**aside, **{names.get(name, name): value for name, value in form.settings.items()}}
     if not form.plain:
@@ -113,5 +116,5 @@ def _write_config(
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes of the weight files in a directory."""
+    """Total bytes of the weight files in a directory."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

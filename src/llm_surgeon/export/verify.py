@@ -1,4 +1,4 @@
-"""The reload check: a fresh process without this package loads the export, and its logits are compared."""
+"""Reload check of an export: a fresh process without this package loads it, and its logits are compared."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from llm_surgeon.models.probe import probe_logits, probe_tokens
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.system.files import PARTIAL, says_full
 
-# Largest difference allowed, as a fraction of the largest logit: the same arithmetic on the same device, but kernels
-# may be chosen anew, and a cached step takes another path than a full pass.
+# Largest difference allowed, as a fraction of the largest logit. Arithmetic and device are the same, but kernels may be
+# chosen anew, and a cached step takes another path than a full pass.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
 class ReloadCheck:
-    """Largest absolute difference of the reloaded logits, and the largest logit it is measured against."""
+    """Result of the check: largest absolute difference of the reloaded logits, and largest absolute logit."""
 
     difference: float
     scale: float
@@ -38,33 +38,33 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
     """Compare the export with the model in memory.
 
     A fresh process, in which ``llm_surgeon`` cannot be imported and no hub can be asked, loads the directory with
-    ``AutoModelForCausalLM.from_pretrained``, computes the logits of a probe in
-    one pass and with the key/value cache, and generates.
+    ``AutoModelForCausalLM.from_pretrained``. It computes the logits of a probe in one pass and with the key/value
+    cache, and generates.
 
     Args:
         model: The pruned model in memory.
-        directory: The export.
-        plain: Whether it has to load without running code of the checkpoint.
+        directory: Directory of the export.
+        plain: Whether the export has to load without running code of the checkpoint.
 
     Raises:
         ExportMismatchError: If the process fails or its logits differ.
         NonFiniteError: If the model in memory overflows in its own type.
-        OSError: If there is no room for the logits.
+        OSError: If there is no room on the disk for the logits.
     """
     device = next(model.parameters()).device
-    # What does not fit a GPU by blocks only does not fit it reloaded.
+    # A model that fits a GPU only by blocks does not fit it when reloaded as a whole.
     elsewhere = device if weights_of(model).blocks is None else torch.device("cpu")
     ids, expected = probe_tokens(model), probe_logits(model)
     if not bool(expected.isfinite().all()):
         raise loss_not_finite(model, ids.to(device), "a pass in the type of the pruned model's weights")
-    # Beside the export, so that nothing stays elsewhere if this process is killed.
+    # The scratch directory is beside the export, so that nothing stays elsewhere if this process is killed.
     with tempfile.TemporaryDirectory(prefix="check-", suffix=PARTIAL, dir=directory.parent) as scratch:
         reloaded = _reload(directory, ids, elsewhere, plain, Path(scratch))
     scale = float(expected.abs().max())
     difference = _difference(expected, reloaded["logits"])
     cached = _difference(expected[:, -1:], reloaded["step"])
     allowed = TOLERANCE.get(model.dtype, 1e-4) * scale
-    # Written so that a NaN fails.
+    # The comparison is written so that a NaN fails.
     if not (difference <= allowed and cached <= allowed):
         raise ExportMismatchError(
             f"The reloaded export differs from the model in memory by {difference:.3g} in its logits, and by "
@@ -84,7 +84,7 @@ def _reload(directory: Path, ids: Tensor, device: torch.device, plain: bool, scr
     # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
     environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("reload_check.py")
-    # The reading end is the process's standard input, which ends with this process, however that ends.
+    # The fresh process's standard input is the reading end, and so ends with this process, however this process ends.
     reading, writing = os.pipe()
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""An order of input channels in which an N:M pattern costs less: important channels spread over the groups.
+"""Permutation of input channels for N:M patterns: an order that spreads important channels over the groups.
 
 Pure functions of tensors. Shapes: ``scores [R, C]``, non-negative, what keeping each weight is worth; weights of
 several layers that read the same channels are stacked along R. A pattern N:M keeps, in each row, the N best of every
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from llm_surgeon.mathematics.nm_pattern import Pattern
 
-# Numbers in an intermediate result: 2 MiB of float32 stay in a processor's cache, which makes it three times as fast;
-# an accelerator needs more work at a time.
+# Numbers in an intermediate result. On a processor 2 MiB of float32 stay in its cache, which makes the work three times
+# as fast. An accelerator needs more work at a time.
 _AT_ONCE_CPU, _AT_ONCE_ACCELERATOR = 1 << 19, 1 << 26
 
 
 def retained(scores: Tensor, pattern: Pattern) -> float:
-    """What the pattern keeps: the sum over rows and groups of the N largest scores.
+    """Total score that the pattern keeps: the sum over rows and groups of the N largest scores.
 
     Args:
         scores: ``[R, C]``, C a multiple of M.
@@ -31,14 +31,14 @@ def retained(scores: Tensor, pattern: Pattern) -> float:
 
 
 def find_permutation(scores: Tensor, pattern: Pattern, sweeps: int = 1) -> Tensor:
-    """An order of the channels in which the pattern retains more; never less than the order they have.
+    """Find an order of the channels in which the pattern retains more, or at least no less, than in the present order.
 
     One sweep takes each of the M positions of all groups in turn, at the cost of ``R (C / M)^2`` operations each.
 
     Args:
         scores: ``[R, C]``, non-negative, C a multiple of M.
         pattern: N:M.
-        sweeps: Sweeps at most; zero only deals the channels. It ends early if a sweep changes nothing.
+        sweeps: Sweeps at most; zero only deals the channels. The search ends early if a sweep changes nothing.
 
     Returns:
         Long ``[C]``: channel ``i`` of the new order is channel ``permutation[i]`` of the old one, so the new scores
@@ -79,7 +79,7 @@ def deal(totals: Tensor, group: int) -> Tensor:
 
 
 def assignment_benefit(others: Tensor, candidates: Tensor, kept: int) -> Tensor:
-    """What each group would retain, up to a constant of the group, with each candidate as its last member.
+    """Score that each group would retain with each candidate as its last member, up to a constant of the group.
 
     Row r of group i keeps the N best of its M - 1 other channels o and the candidate x, which is
     ``(sum of the N - 1 largest of o) + max(v, x)``, where v is the N-th largest of o: either x is among the best N,
@@ -108,7 +108,7 @@ def assignment_benefit(others: Tensor, candidates: Tensor, kept: int) -> Tensor:
 
 
 def _reassign(channels: Tensor, groups: Tensor, position: int, kept: int) -> Tensor:
-    """``groups [groups, M]`` with the channels at one position reassigned optimally, all others staying put."""
+    """Reassign the channels at one position of ``groups [groups, M]`` optimally; all others stay put."""
     rest = torch.cat([groups[:, :position], groups[:, position + 1 :]], dim=1)
     taken = groups[:, position]
     benefit = assignment_benefit(channels[rest], channels[taken], kept)

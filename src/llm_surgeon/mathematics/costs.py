@@ -1,4 +1,4 @@
-"""What removing a structure costs: pure functions of a weight matrix and its Kronecker factors.
+"""Costs of removing weights, rows and columns: pure functions of a weight matrix and its Kronecker factors.
 
 Shapes: ``weight [R, C]``, a bias being its last column; ``A [C, C]``, ``G [R, R]``, so that the Fisher of the
 row-major weights is ``kron(G, A)``. A factor given as None is the identity. Inverses are of the damped factors,
@@ -23,7 +23,7 @@ def element_costs(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
     Args:
         weight: ``[R, C]``.
         inverse_diagonal: Diagonal of the inverse Fisher as a matrix ``[R, C]``, for one Kronecker product
-            ``[G^-1]_rr [A^-1]_cc``; or what broadcasts to it.
+            ``[G^-1]_rr [A^-1]_cc``; any shape that broadcasts to it will do.
 
     Returns:
         ``[R, C]``, in nats of the loss that the factors were taken of.
@@ -79,7 +79,7 @@ def row_set_costs(
     Rows that could make up for each other cost more together than one by one: by block inversion ``[G^-1]_SS^-1`` is
     what is left of ``G_SS`` once the rows that *stay* have been regressed out. For one row it is ``row_costs``.
 
-    If nothing makes up for a loss (optimal brain damage), ``G_SS`` stands in its place.
+    If nothing makes up for a loss (optimal brain damage), ``G_SS`` stands in place of ``[G^-1]_SS^-1``.
 
     Args:
         weight: ``[R, C]``.
@@ -88,7 +88,7 @@ def row_set_costs(
         g_inverse: Inverse of the damped gradient factor ``[R, R]``; None: nothing makes up for a loss.
         sets: Rows of each set ``[n, members]``.
         valid: Which entries of ``sets`` are meant, ``[n, members]``.
-        name: What the layer is, for error messages.
+        name: Name of the layer, for error messages.
 
     Returns:
         ``[n]``, in nats of the loss that the factors were taken of.

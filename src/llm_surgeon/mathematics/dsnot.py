@@ -1,4 +1,4 @@
-"""Training-free refinement of a mask: swaps of a removed and a kept weight that bring back the expected output.
+"""DSnoT, a refinement of masks without training: swaps of removed and kept weights restore the expected output.
 
 Pure functions of tensors. Shapes: ``weight [R, C]`` without a bias, ``keep [R, C]`` bool (True = kept), and for each
 input c over the calibration tokens its mean ``E[x_c]``, variance ``Var(x_c)`` and L2 norm ``||x_c||``, each ``[C]``.
@@ -36,7 +36,7 @@ _LEAST_VARIANCE = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Refinement:
-    """How to refine.
+    """Options of the refinement of a mask.
 
     R2-DSnoT ("Symmetric Pruning of Large Language Models") is a *reading* of that paper, as its exact constants were
     not available: with ``D_rc = 1 / ||W~_r:||_1 + 1 / ||W~_:c||_1``, where W~ is the masked weight at the start, the
@@ -63,7 +63,7 @@ class Refinement:
 
 
 def expected_error(weight: Tensor, keep: Tensor, mean: Tensor) -> Tensor:
-    """What each output loses in expectation: ``d_r = sum over removed c of W_rc E[x_c]`` (DSnoT).
+    """Expected loss of each output: ``d_r = sum over removed c of W_rc E[x_c]`` (DSnoT).
 
     Args:
         weight: ``[R, C]``.
@@ -85,7 +85,7 @@ def refine(
     how: Refinement,
     group: int | None = None,
 ) -> Tensor:
-    """The mask after the swaps of DSnoT or R2-DSnoT; each row, with N:M each group, keeps as many weights as before.
+    """Refine a mask by the swaps of DSnoT or R2-DSnoT; each row, with N:M each group, keeps as many weights as before.
 
     ``|d_r|`` of no row increases. Ties go to the first position, so equal arguments give equal masks. An input that
     is always zero has no part in d_r and none in any swap. A constant one, of variance zero, has: its metric for
@@ -97,7 +97,7 @@ def refine(
         mean: ``E[x_c]``, ``[C]``, finite.
         variance: ``Var(x_c)``, ``[C]``, finite.
         norm: ``||x_c||``, ``[C]``, finite.
-        how: Which metrics, and when to stop.
+        how: The metrics, and when to stop.
         group: M of a pattern N:M, which divides C; None swaps within the whole row.
 
     Returns:
@@ -119,7 +119,7 @@ def refine(
         rows, error = rows[active], error[active]
         w, kept = weight[rows], keep[rows]
         relative = None if row_share is None or column_share is None else row_share[rows, None] + column_share
-        # What reviving a weight takes off |d_r|, and removing it adds.
+        # Reviving a weight takes this off |d_r|, and removing it adds this to |d_r|.
         benefit = w * mean * error.sign().to(w)[:, None]
         grow = _growing_metric(w, benefit, variance, relative, how)
         prune = _pruning_metric(w, norm, relative, how)
@@ -153,13 +153,13 @@ def _pruning_metric(w: Tensor, norm: Tensor, relative: Tensor | None, how: Refin
 
 
 def _shares(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 / ||W~_r:||_1 [R]`` and ``1 / ||W~_:c||_1 [C]`` of the masked weight, the two terms of D."""
+    """The two terms of D, ``1 / ||W~_r:||_1 [R]`` and ``1 / ||W~_:c||_1 [C]``, of the masked weight."""
     masked = weight.abs().masked_fill(~keep, 0.0)
     return _inverse(masked.sum(1)), _inverse(masked.sum(0))
 
 
 def _inverse(norms: Tensor) -> Tensor:
-    """``1 / norms``; one that is zero counts as the least other one, and none counts if all are zero.
+    """Invert norms; a norm of zero counts as the least positive one, and if all are zero their inverses are zero.
 
     A column without any kept weight is then treated as the weakest of those that have some, instead of as infinitely
     important.
@@ -171,13 +171,13 @@ def _inverse(norms: Tensor) -> Tensor:
 def _swap(
     kept: Tensor, benefit: Tensor, grow: Tensor, prune: Tensor, size: Tensor, how: Refinement, group: int
 ) -> Tensor:
-    """Pair the candidates and do the swaps up to the first that is refused.
+    """Pair the candidates of each row and swap pair after pair, up to the first swap that is refused.
 
     Args:
         kept: ``[r, C]`` bool, the mask of some rows.
-        benefit: ``[r, C]``, what reviving a weight takes off ``|d|``, and removing it adds.
-        grow: ``[r, C]``, how good a candidate for growing each weight is; minus infinity: none.
-        prune: ``[r, C]``, the same for pruning.
+        benefit: ``[r, C]``; reviving a weight takes this off ``|d|``, and removing it adds this to ``|d|``.
+        grow: ``[r, C]``, metric of each weight as a candidate for growing; minus infinity: no candidate.
+        prune: ``[r, C]``, metric of each weight as a candidate for pruning; minus infinity: no candidate.
         size: ``[r]`` float64, ``|d|`` at the start.
         how: When to stop.
         group: Size of the groups within which weights are swapped.
@@ -206,7 +206,7 @@ def _swap(
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest along the last axis in descending order, ties by position, with their positions.
+    """Take the ``count`` largest values along the last axis in descending order, ties by position.
 
     ``topk`` leaves open which of several equal values it takes, and sorting everything for a few is slow (twenty
     times, for 50 of 11008): the least value that is taken comes from ``topk``, and the positions from that.

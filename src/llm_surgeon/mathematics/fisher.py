@@ -1,4 +1,6 @@
-"""The curvature of one layer as costs and updates see it: what each approximation of the Fisher can do.
+"""Approximations of one layer's Fisher behind one interface: the costs of removals, and the updates after them.
+
+An approximation knows tensors and dampings, neither models nor how its factors were estimated.
 
 Shapes: ``weight [R, C]``, a bias being its last column. ``correlated`` chooses optimal brain surgeon (True), which
 knows how the other weights could make up for a loss, or optimal brain damage (False), which does not.
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.mathematics.costs import column_costs, element_costs, row_costs, row_set_costs
+from llm_surgeon.mathematics.keep_masks import Axis
 from llm_surgeon.mathematics.kronecker_sum import kronecker_sum
 from llm_surgeon.mathematics.linalg import damped_cholesky, damping_of, inverse, inverse_diagonal
-from llm_surgeon.mathematics.structured_selection import Axis
 from llm_surgeon.mathematics.updates import (
     remove_columns,
     remove_elements,
@@ -37,7 +39,7 @@ class Damping:
 
 @dataclass(frozen=True)
 class Split:
-    """Positions of rows or columns that stay, and that are compensated for; what is in neither died by implication."""
+    """Positions of kept rows or columns, and of removed ones to compensate for; all others died by implication."""
 
     kept: Tensor
     removed: Tensor
@@ -45,7 +47,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Solver:
-    """How an update is computed.
+    """Options of the computation of an update.
 
     Attributes:
         max_correlations: Structures in a group that know of one another, at most; 0 takes all together.
@@ -59,7 +61,7 @@ class Solver:
 
 
 class Fisher(Protocol):
-    """An approximation of one layer's Fisher."""
+    """An approximation of one layer's Fisher: the interface of costs and updates."""
 
     def element_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
         """Cost of each weight, ``[R, C]``."""
@@ -74,14 +76,14 @@ class Fisher(Protocol):
         """Joint cost of sets of rows or columns ``[n, members]`` as far as they are ``valid``: ``[n]``."""
 
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
-        """The kept rows and columns after the update, ``[kept rows, kept columns]``."""
+        """Weights of the kept rows and columns after the update, ``[kept rows, kept columns]``."""
 
     def remove_elements(self, weight: Tensor, kept: Tensor, solver: Solver) -> Tensor:
-        """The weights after the update, ``[R, C]``, zero where ``kept [R, C]`` is False."""
+        """Weights after the update, ``[R, C]``, zero where ``kept [R, C]`` is False."""
 
 
 class KroneckerProduct:
-    """``F = G (x) A``; a factor that is None is the identity (paper, section 3.1).
+    """One Kronecker product ``F = G (x) A``; a factor that is None is the identity (paper, section 3.1).
 
     Args:
         g: Undamped gradient factor ``[R, R]``.
@@ -96,21 +98,21 @@ class KroneckerProduct:
         self._name = name
 
     def element_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """``1/2 w^2 / ([G^-1]_rr [A^-1]_cc)``, or ``1/2 w^2 G_rr A_cc``."""
+        """Cost of each weight, ``1/2 w^2 / ([G^-1]_rr [A^-1]_cc)``, or ``1/2 w^2 G_rr A_cc``."""
         rows = self._g.inverse_diagonal(weight.shape[0], weight, correlated)
         columns = self._a.inverse_diagonal(weight.shape[1], weight, correlated)
         return element_costs(weight, rows[:, None] * columns)
 
     def row_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """``1/2 w_r^T A w_r / [G^-1]_rr``, or times ``G_rr``."""
+        """Cost of each row, ``1/2 w_r^T A w_r / [G^-1]_rr``, or times ``G_rr``."""
         return row_costs(weight, self._a.matrix, self._g.inverse_diagonal(weight.shape[0], weight, correlated))
 
     def column_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """``1/2 w_c^T G w_c / [A^-1]_cc``, or times ``A_cc``."""
+        """Cost of each column, ``1/2 w_c^T G w_c / [A^-1]_cc``, or times ``A_cc``."""
         return column_costs(weight, self._g.matrix, self._a.inverse_diagonal(weight.shape[1], weight, correlated))
 
     def set_costs(self, weight: Tensor, axis: Axis, sets: Tensor, valid: Tensor, *, correlated: bool) -> Tensor:
-        """``1/2 tr([G^-1]_SS^-1 W_S A W_S^T)`` for rows, and its mirror image for columns."""
+        """Joint cost, ``1/2 tr([G^-1]_SS^-1 W_S A W_S^T)`` for rows, and its mirror image for columns."""
         own, other = (self._g, self._a) if axis == "rows" else (self._a, self._g)
         weight = weight if axis == "rows" else weight.T
         if sets.shape[1] == 1:
@@ -120,7 +122,7 @@ class KroneckerProduct:
         return row_set_costs(weight, other.matrix, own.matrix, inverse, sets, valid, own.name)
 
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
-        """Rows, then columns on the result: exact together. In groups: the sum of what each group alone would do."""
+        """Update for rows, then for columns, which is exact; with groups, the sum of each group's own change."""
         if not solver.max_correlations:
             return self._a.remove_columns(self._g.remove_rows(weight, rows), columns)
         size, kept = solver.max_correlations, weight[rows.kept][:, columns.kept]
@@ -129,7 +131,7 @@ class KroneckerProduct:
         return kept + by_rows + by_columns
 
     def remove_elements(self, weight: Tensor, kept: Tensor, solver: Solver) -> Tensor:
-        """All together by conjugate gradients, or in groups that do not know of one another."""
+        """Update for all weights together by conjugate gradients, or for groups that do not know of one another."""
         if solver.max_correlations:
             g_inverse, a_inverse = self._g.inverse(weight.shape[0], weight), self._a.inverse(weight.shape[1], weight)
             return remove_elements_independently(
@@ -148,14 +150,14 @@ class KroneckerProduct:
 
 
 class SumOfTwo:
-    """``F = G1 (x) A1 + G2 (x) A2`` (paper, appendix I); see ``kronecker_sum.py``.
+    """A sum of two Kronecker products, ``F = G1 (x) A1 + G2 (x) A2`` (paper, appendix I); see ``kronecker_sum.py``.
 
-    Costs of two approximations may not agree on what they damp: here the numerators are damped too.
+    Its costs damp the numerators too, unlike those of one Kronecker product.
 
     Args:
         first: Undamped ``(G1 [R, R], A1 [C, C])``.
         second: ``(G2, A2)``, which may be indefinite.
-        damping: Of the first pair, as fractions of the mean of their diagonals.
+        damping: Damping of the first pair, as fractions of the mean of their diagonals.
         name: The layer, for messages.
     """
 
@@ -166,29 +168,29 @@ class SumOfTwo:
         self._sum = kronecker_sum(first, second, damping_of(g, damping.g), damping_of(a, damping.a), name)
 
     def element_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """Cost of each weight."""
+        """Cost of each weight, ``[R, C]``; see ``KroneckerSum``."""
         return self._sum.element_costs(weight) if correlated else _no_gain(self._sum.independent_element_costs(weight))
 
     def row_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """Cost of each row."""
+        """Cost of each row, ``[R]``."""
         return self._sum.row_costs(weight) if correlated else _no_gain(self._sum.independent_row_costs(weight))
 
     def column_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """Cost of each column."""
+        """Cost of each column, ``[C]``."""
         return self._sum.column_costs(weight) if correlated else _no_gain(self._sum.independent_column_costs(weight))
 
     def set_costs(self, weight: Tensor, axis: Axis, sets: Tensor, valid: Tensor, *, correlated: bool) -> Tensor:
-        """Of sets of one; larger ones are refused with the recipe."""
+        """Cost of sets of one member, ``[n]``; a recipe that needs larger ones is refused before the run."""
         assert sets.shape[1] == 1
         costs = self.row_costs if axis == "rows" else self.column_costs
         return costs(weight, correlated=correlated)[sets[:, 0]] * valid[:, 0]
 
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
-        """All together, exactly; groups are refused with the recipe."""
+        """Exact update for all rows and columns together; a recipe with groups is refused before the run."""
         return self._sum.remove_structures(weight, rows.removed, rows.kept, columns.removed, columns.kept)
 
     def remove_elements(self, weight: Tensor, kept: Tensor, solver: Solver) -> Tensor:
-        """All together by conjugate gradients."""
+        """Update for all weights together by conjugate gradients, in float64."""
         exact = remove_elements(
             weight.double(),
             kept,
@@ -201,12 +203,12 @@ class SumOfTwo:
 
 
 def _no_gain(costs: Tensor) -> Tensor:
-    """Independent costs are negative where the undamped sum is indefinite; removing a weight gains nothing there."""
+    """Raise negative costs to zero: where the undamped sum is indefinite, removing a weight still gains nothing."""
     return costs.clamp(min=0)
 
 
 class Diagonal:
-    """``F = diag(D)``, the exact diagonal of the Fisher: for independent costs only.
+    """The exact diagonal of the Fisher, ``F = diag(D)``: for independent costs only.
 
     Args:
         diagonal: ``[R, C]``.
@@ -216,28 +218,28 @@ class Diagonal:
         self._diagonal = diagonal
 
     def element_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """``1/2 w^2 D`` (paper, eq. 18)."""
+        """Cost of each weight, ``1/2 w^2 D`` (paper, eq. 18)."""
         return element_costs(weight, 1 / self._diagonal)
 
     def row_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """Sum of the row's elements, which are independent too."""
+        """Cost of each row, ``[R]``: the sum over its weights, which are independent."""
         return self.element_costs(weight, correlated=correlated).sum(1)
 
     def column_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
-        """Sum of the column's elements."""
+        """Cost of each column, ``[C]``: the sum over its weights."""
         return self.element_costs(weight, correlated=correlated).sum(0)
 
     def set_costs(self, weight: Tensor, axis: Axis, sets: Tensor, valid: Tensor, *, correlated: bool) -> Tensor:
-        """Sum over the members, which are independent."""
+        """Joint cost of each set, ``[n]``: the sum over its members, which are independent."""
         costs = self.row_costs if axis == "rows" else self.column_costs
         return (costs(weight, correlated=correlated)[sets] * valid).sum(1)
 
     def remove_rows_and_columns(self, weight: Tensor, rows: Split, columns: Split, solver: Solver) -> Tensor:
-        """Independent weights do not make up for one another."""
+        """Weights of the kept rows and columns, unchanged: independent weights do not make up for one another."""
         return weight[rows.kept][:, columns.kept]
 
     def remove_elements(self, weight: Tensor, kept: Tensor, solver: Solver) -> Tensor:
-        """Independent weights do not make up for one another."""
+        """Weights with the removed ones at zero: independent weights do not make up for one another."""
         return weight * kept
 
 
@@ -251,11 +253,11 @@ class _Factor:
 
     @property
     def damping(self) -> float:
-        """Lambda."""
+        """Lambda, which is added to the diagonal; zero for the identity."""
         return 0.0 if self.matrix is None else damping_of(self.matrix, self.fraction)
 
     def damped(self) -> Tensor | None:
-        """The matrix with lambda on its diagonal."""
+        """The matrix with lambda added to its diagonal; None for the identity."""
         if self.matrix is None:
             return None
         damped = self.matrix.clone()
@@ -278,7 +280,7 @@ class _Factor:
             return torch.eye(size, dtype=like.dtype, device=like.device)
         return self._inverse
 
-    # Several structures of a layer may ask for each of these.
+    # Cached, as several structures of a layer may ask for the same decomposition.
 
     @cached_property
     def _cholesky(self) -> Tensor:
@@ -299,19 +301,19 @@ class _Factor:
             return inverse(lower)
 
     def remove_rows(self, weight: Tensor, split: Split) -> Tensor:
-        """Kept rows after an exact update; the identity has nothing to compensate with."""
+        """Kept rows after an exact update; with the identity they do not change."""
         if self.matrix is None:
             return weight[split.kept]
         return remove_rows(weight, self.matrix, split.removed, split.kept, self.damping, self.name)
 
     def remove_columns(self, weight: Tensor, split: Split) -> Tensor:
-        """Kept columns after an exact update."""
+        """Kept columns after an exact update; with the identity they do not change."""
         if self.matrix is None:
             return weight[:, split.kept]
         return remove_columns(weight, self.matrix, split.removed, split.kept, self.damping, self.name)
 
     def change_of_rows(self, weight: Tensor, split: Split, size: int) -> Tensor:
-        """Change of the kept rows when groups of removed ones are independent."""
+        """Change of the kept rows ``[kept, C]`` when groups of ``size`` removed rows are independent."""
         if self.matrix is None or not len(split.removed) or not len(split.kept):
             return torch.zeros_like(weight[split.kept])
         g_inverse = self.inverse(weight.shape[0], weight)

@@ -4,7 +4,7 @@ A CPU with VNNI and without matrix units multiplies 8-bit integers much faster t
 AMD EPYC), and adds the products up in 32-bit integers without any rounding. Each channel of ``x [tokens, size]`` is
 rounded to 255 steps between its largest values; the product of what was rounded is a Gram matrix, so it is positive
 semi-definite like the exact one. If ``s`` is a channel's step, rounding adds about ``s^2 / 12`` to the mean square of
-the channel, whatever the others.
+the channel, independently of the other channels.
 
 A few tokens with very large values (the first of a text, mostly) would make the steps too coarse for all others. A sum
 over tokens can be taken in two parts, so these tokens are left to float32 products. In the rest no value is above
@@ -29,12 +29,12 @@ _AT_ONCE = 512
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """``x [tokens, size]``, in two parts over its tokens.
+    """A matrix ``x [tokens, size]`` in fixed point, in two parts over its tokens.
 
     Attributes:
-        numbers: ``[tokens, size]`` int8, of steps; zero for the tokens that are left.
-        step: ``[size]``, of each channel; not finite if the channel is not, so that no product with it is either.
-        left: ``[some, size]``, the tokens with large values as they were.
+        numbers: ``[tokens, size]`` int8, numbers of steps; zero for the tokens in ``left``.
+        step: ``[size]``, step of each channel; not finite if the channel is not, so that no product with it is either.
+        left: ``[some, size]`` float32, the tokens with large values, not rounded.
     """
 
     numbers: Tensor
@@ -43,9 +43,9 @@ class FixedPoint:
 
 
 def is_fast(device: torch.device) -> bool:
-    """Whether a device multiplies 8-bit integers much faster than float32 numbers, and torch lets it.
+    """Tell whether a device multiplies 8-bit integers much faster than float32 numbers, and torch lets it.
 
-    Not with matrix units: these multiply bfloat16 numbers fast and add them up in float32, without any steps.
+    CPUs with matrix units do not count: these multiply bfloat16 numbers fast and add them up in float32, without steps.
     """
     asked = all(hasattr(torch.cpu, name) for name in ("_is_vnni_supported", "_is_amx_tile_supported"))
     if device.type != "cpu" or not (asked and hasattr(torch, "_int_mm") and torch.backends.mkldnn.is_available()):
@@ -54,7 +54,7 @@ def is_fast(device: torch.device) -> bool:
 
 
 def rounded(x: Tensor) -> FixedPoint:
-    """``x [tokens, size]``, of any floating type, in steps of its channels."""
+    """Round ``x [tokens, size]``, of any floating type, to steps of its channels."""
     # In the type of x: half as many bytes to go through where that is bfloat16.
     magnitude = x.abs()
     # A channel of zeros is at no multiple of its mean.
@@ -70,7 +70,7 @@ def rounded(x: Tensor) -> FixedPoint:
 
 
 def _large(magnitude: Tensor, mean: Tensor, largest: Tensor) -> Tensor:
-    """The tokens of ``magnitude [tokens, size]`` that have a large value, in order; of most inputs none or few."""
+    """Positions of the tokens of ``magnitude [tokens, size]`` with a large value, ascending; mostly none or few."""
     # Counted first: a plan, which has no numbers, takes any count for zero.
     if not int((largest / mean > LARGE).sum()):
         return torch.empty(0, dtype=torch.int64, device=magnitude.device)
@@ -81,7 +81,7 @@ def _large(magnitude: Tensor, mean: Tensor, largest: Tensor) -> Tensor:
 
 
 def _in_steps(x: Tensor, steps_per_one: Tensor) -> Tensor:
-    """Steps of ``x [tokens, size]``, int8 of the same shape."""
+    """Number of steps of each element of ``x [tokens, size]``, int8 of the same shape."""
     numbers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     # A part at a time stays in the cache.
     for part, own in zip(x.split(_AT_ONCE), numbers.split(_AT_ONCE), strict=True):
@@ -90,6 +90,6 @@ def _in_steps(x: Tensor, steps_per_one: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, x: FixedPoint, rows: slice, columns: slice) -> None:
-    """Add what the numbers give of ``x_rows^T x_columns`` to ``total [r, c]`` float32."""
+    """Add the rounded tokens' part of ``x_rows^T x_columns`` to ``total [r, c]`` float32, in place."""
     product = torch._int_mm(x.numbers[:, rows].T, x.numbers[:, columns]).float()
     total.addcmul_(product.mul_(x.step[columns]), x.step[rows, None])

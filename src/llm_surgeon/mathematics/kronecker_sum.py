@@ -1,4 +1,4 @@
-"""Curvature as a sum of two Kronecker products: exact costs and updates (paper, appendix I).
+"""Sums of two Kronecker products as curvature of a layer: exact costs and updates (paper, appendix I).
 
 Shapes: ``weight [R, C]``, a bias being its last column; ``G1, G2 [R, R]`` and ``A1, A2 [C, C]`` symmetric. The Fisher
 of the row-major weights is ``F = kron(G1, A1) + kron(G2, A2)``. The first pair is damped and positive definite; the
@@ -41,7 +41,7 @@ class Pencil:
         damping: Lambda, which is added to the diagonal of ``first`` wherever the damped Fisher is meant.
         basis: K, ``[n, n]``, with ``K^T (first + damping I) K = I``.
         spectrum: s, ``[n]``, with ``K^T second K = diag(s)``.
-        name: What the factors are, for messages.
+        name: Name of the factors, for messages.
     """
 
     first: Tensor
@@ -82,13 +82,13 @@ class Pencil:
         return Pencil.diagonalised(first, second, self.damping, self.name)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """``x K^-T`` for ``x [m, n]``: as K is no orthogonal matrix, ``K^-T = (first + damping I) K``."""
+        """Coordinates ``x K^-T`` of ``x [m, n]``; K is not orthogonal, so ``K^-T = (first + damping I) K``."""
         return (x @ self.first + self.damping * x) @ self.basis
 
 
 @dataclass(frozen=True)
 class KroneckerSum:
-    """``F = kron(G1, A1) + kron(G2, A2)`` of one layer, positive definite; built by ``kronecker_sum``.
+    """The Fisher ``F = kron(G1, A1) + kron(G2, A2)`` of one layer, positive definite; built by ``kronecker_sum``.
 
     OBS costs, updates, ``apply`` and ``diagonal`` are of the damped F throughout. A single Kronecker product lets the
     numerator of a cost keep its undamped factor (``costs.py``); a sum does not come apart into such factors, so here
@@ -191,7 +191,7 @@ class KroneckerSum:
     def remove_structures(
         self, weight: Tensor, rows_removed: Tensor, rows_kept: Tensor, columns_removed: Tensor, columns_kept: Tensor
     ) -> Tensor:
-        """What stays after rows and columns are removed together: the exact joint minimiser.
+        """Kept rows and columns ``[K, M]`` after a joint removal of rows and columns: the exact joint minimiser.
 
         Rows go first. At their minimum the quadratic has no slope in the kept rows, so what is left is a problem of
         the kept rows alone, ``kron([G1]_KK, A1) + kron([G2]_KK, A2)``, with the updated weights: the column step must
@@ -225,7 +225,7 @@ class KroneckerSum:
         return KroneckerSum(gradients, inputs).remove_columns(updated, removed, kept)
 
     def apply(self, x: Tensor) -> Tensor:
-        """``F vec(x)`` as a matrix: ``G1 x A1 + G2 x A2`` with the damped first pair.
+        """Apply the Fisher: ``F vec(x)`` as a matrix, ``G1 x A1 + G2 x A2`` with the damped first pair.
 
         Args:
             x: ``[R, C]``; a solver had better hold it in float64.
@@ -251,15 +251,15 @@ class KroneckerSum:
         )
 
     def _mirrored(self) -> KroneckerSum:
-        """The operator of the transposed weight."""
+        """The Fisher of the transposed weight."""
         return KroneckerSum(self.inputs, self.gradients)
 
     def _eigenvalues(self) -> Tensor:
-        """Those of F in the basis ``K_G (x) K_A``, ``[R, C]``."""
+        """Eigenvalues of F in the basis ``K_G (x) K_A``, ``[R, C]``."""
         return 1 + torch.outer(self.gradients.spectrum, self.inputs.spectrum)
 
     def _remove_rows(self, weight: Tensor, removed: Tensor, kept: Tensor, block: Pencil) -> Tensor:
-        """``remove_rows`` with the pencil of the kept rows at hand."""
+        """Remove rows as ``remove_rows`` does, with the pencil of the kept rows at hand."""
         gone = self.inputs.coordinates(weight[removed].to(DTYPE))
         cross = _block(self.gradients.first, kept, removed) @ gone
         cross += (_block(self.gradients.second, kept, removed) @ gone) * self.inputs.spectrum
@@ -281,7 +281,7 @@ def kronecker_sum(
         second: ``G2 [R, R]`` and ``A2 [C, C]``, symmetric.
         damping_g: Lambda, which is added to the diagonal of ``G1``.
         damping_a: Lambda, which is added to the diagonal of ``A1``.
-        name: What the layer is, for messages.
+        name: Name of the layer, for messages.
 
     Raises:
         NonFiniteError: If a factor holds NaN or infinity.
@@ -330,13 +330,13 @@ def kronecker_sum_bytes(rows: int, columns: int, element_size: int) -> int:
 
 
 def _is_positive(spectrum_g: Tensor, spectrum_a: Tensor) -> bool:
-    """Whether ``1 + s_G s_A^T`` is positive throughout, by more than the rounding of its spectra."""
+    """Tell whether ``1 + s_G s_A^T`` is positive throughout, by more than the rounding of its spectra."""
     products = torch.outer(spectrum_g, spectrum_a)
     return bool((1 + products > torch.finfo(DTYPE).eps * products.norm()).all())
 
 
 def _solve(lower: Tensor, right: Tensor) -> Tensor:
-    """``L^-1 X``."""
+    """Solve ``L Y = X`` for a lower triangular ``L``."""
     result: Tensor = torch.linalg.solve_triangular(lower, right, upper=False)
     return result
 

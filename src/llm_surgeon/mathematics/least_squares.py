@@ -1,7 +1,7 @@
-"""Least squares on what a pruned network really sees: pure functions of sums over tokens.
+"""Least squares on the inputs of a pruned network: pure functions of sums over tokens.
 
 The updates of ``updates.py`` know each layer alone, on inputs of the model as it was before the shot. Errors of the
-layers below add up in the residual stream, and nothing answers for them. Here a linear layer that writes into the
+layers below add up in the residual stream, and no update answers for them. Here a linear layer that writes into the
 stream takes over what is missing there. With its inputs ``x`` in the pruned network ``[C]`` and the error ``e`` of the
 stream behind it, dense minus pruned, in the rows that the layer keeps ``[K]``, its weights change by ``D`` that
 minimises the mean over tokens
@@ -13,7 +13,7 @@ the error of the kept rows with a matrix, such as their block of the factor G, w
 own least-squares problem with the same ``A``. The error in rows that the layer has lost is left alone: G would let the
 kept rows make up for part of it.
 
-What is fitted to few tokens promises more than it keeps. Least squares answers noise with a smaller stream, but the
+A fit to few tokens promises more than it keeps. Least squares answers noise with a smaller stream, but the
 last norm makes that as large as any other, so that predictions come out surer than they are right: their logits ``u``
 have to be scaled. The mean negative log-likelihood of the text ``f(s) = mean(log sum_v exp(s u_v) - s u_label)`` is
 convex in the scale, with
@@ -31,18 +31,18 @@ from torch import Tensor
 
 from llm_surgeon.mathematics.linalg import damped_cholesky, damping_of
 
-# Beyond, a parabola says little of where the minimum is.
+# Beyond this scale a parabola says little of where the minimum is.
 LARGEST_SCALE = 1.25
 
 
 def reconstructing_change(error_by_input: Tensor, a: Tensor, ridge: float, name: str) -> Tensor:
-    """The change ``D [K, C]`` of a layer's weights that takes over the error of the stream behind it.
+    """Change ``D [K, C]`` of a layer's weights that takes over the error of the stream behind the layer.
 
     Args:
         error_by_input: ``E [K, C]``, mean over tokens of error times input.
         a: ``[C, C]``, mean over tokens of ``x x^T``; a bias is a trailing input of 1.
         ridge: Lambda as a fraction of the mean of the diagonal of ``a``.
-        name: What ``a`` is, for error messages.
+        name: Name of ``a``, for error messages.
 
     Raises:
         NonFiniteError: If ``a`` holds NaN or infinity.
@@ -57,7 +57,7 @@ def reconstructing_change(error_by_input: Tensor, a: Tensor, ridge: float, name:
 
 
 def logit_scale(slope: float, curvature: float) -> float:
-    """The scale of the logits after a Newton step from 1, of no more than a factor of ``LARGEST_SCALE`` either way.
+    """Scale of the logits after a Newton step from 1, of no more than a factor of ``LARGEST_SCALE`` either way.
 
     Args:
         slope: Derivative of the mean negative log-likelihood by the scale, at 1, in nats.

@@ -1,4 +1,7 @@
-"""Damped Cholesky decompositions that escalate before they give up, and what is computed from them."""
+"""Linear algebra of symmetric matrices: damped Cholesky decompositions that escalate, inverses, quadratic forms.
+
+Pure functions of tensors. A matrix has a name only for messages.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,30 @@ logger = logging.getLogger(__name__)
 # Each escalation multiplies the damping by ten: 0.01 of the mean diagonal ends at 100 times that mean.
 ESCALATION = 10.0
 MAX_ESCALATIONS = 4
-# The scale of a factor that is zero throughout: of inputs that are never active, of outputs without effect. What it
-# belongs to has to cost next to nothing, and the product of two inverses has to stay within float32.
+# The scale of a factor that is zero throughout, as of inputs that are never active or of outputs without effect. Its
+# structures have to cost next to nothing, and the product of two inverses has to stay within float32.
 NOTHING = 1e-15
 
 
 def damping_of(matrix: Tensor, fraction: float) -> float:
-    """The damping lambda of a factor: ``fraction`` of the mean of its diagonal."""
+    """Damping lambda of a factor: ``fraction`` of the mean of its diagonal."""
     return fraction * (float(matrix.diagonal().mean()) or NOTHING)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass without a temporary, unless the sum itself overflows."""
+    """Tell whether no element is NaN or infinite, in one pass without a temporary unless the sum itself overflows."""
     total = tensor.sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
     # A sum is finite only if every term is, but large terms may make an infinite sum.
     return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
-    """Lower Cholesky factor of a damped factor: as it is, in float64, then with more damping, with a warning.
+    """Lower Cholesky factor of a damped factor; tried as it is, in float64, and with more damping and a warning.
 
     Args:
         matrix: Symmetric ``[n, n]``.
         damping: Lambda, which is added to the diagonal.
-        name: What the matrix is, for messages.
+        name: Name of the matrix, for messages.
 
     Returns:
         Lower triangular ``[n, n]`` in the type of ``matrix``.
@@ -69,21 +72,21 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
 
 
 def inverse(cholesky: Tensor) -> Tensor:
-    """``(L L^T)^-1 [n, n]`` from the lower factor ``L [n, n]``."""
+    """Inverse ``(L L^T)^-1 [n, n]`` from the lower factor ``L [n, n]``."""
     result: Tensor = torch.cholesky_inverse(cholesky)
     return result
 
 
 def inverse_diagonal(cholesky: Tensor) -> Tensor:
-    """The diagonal of ``(L L^T)^-1 [n]`` from the lower factor ``L [n, n]``: the squared columns of ``L^-1``, summed.
+    """Diagonal ``[n]`` of ``(L L^T)^-1`` from the lower factor ``L [n, n]``: the squared columns of ``L^-1``, summed.
 
-    A third of the work of the whole inverse.
+    It takes a third of the work of the whole inverse.
     """
     return triangular_inverse(cholesky).square_().sum(0)
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:
-    """``L^-1`` of a lower triangular ``L``, both ``[n, n]``.
+    """Inverse ``L^-1`` of a lower triangular ``L``, both ``[n, n]``.
 
     By halves, ``[[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]``, so that nearly all of the work is products
     of matrices. LAPACK's routine is not within reach, and solving for the identity does three times the work.
@@ -93,7 +96,7 @@ def triangular_inverse(lower: Tensor) -> Tensor:
     return inverted
 
 
-# Where halving stops; between 64 and 200 it makes no difference.
+# Size at which halving stops; between 64 and 200 it makes no difference.
 _SMALL = 128
 
 
@@ -112,25 +115,25 @@ def _invert_into(lower: Tensor, inverted: Tensor) -> None:
 
 
 def _lower_times(lower: Tensor, matrix: Tensor) -> Tensor:
-    """``L M`` of a lower triangular ``L``, without the quarter of it that is zero."""
+    """Product ``L M`` of a lower triangular ``L``, without the quarter of ``L`` that is zero."""
     half = len(lower) // 2
     return torch.cat([lower[:half, :half] @ matrix[:half], lower[half:] @ matrix])
 
 
 def _times_lower(matrix: Tensor, lower: Tensor) -> Tensor:
-    """``M L``, in the same way."""
+    """Product ``M L`` of a lower triangular ``L``, without the quarter of ``L`` that is zero."""
     half = len(lower) // 2
     return torch.cat([matrix @ lower[:, :half], matrix[:, half:] @ lower[half:, half:]], 1)
 
 
-# Strips of a symmetric matrix whose halves are taken for each other; with eight, 9 of 16 parts of it are used.
+# Strips that a symmetric matrix is cut into, to read one half of it only; with eight, 9 of 16 parts of it are read.
 _STRIPS = 8
 
 
 def quadratic_forms(vectors: Tensor, symmetric: Tensor) -> Tensor:
-    """``x^T M x`` for each row x of ``vectors [n, size]`` and a symmetric ``M [size, size]``: ``[n]``.
+    """Quadratic forms ``x^T M x [n]`` of each row x of ``vectors [n, size]`` with a symmetric ``M [size, size]``.
 
-    What is beside the diagonal counts twice, so that little more than half of ``M`` is multiplied with.
+    Elements beside the diagonal count twice, so that little more than half of ``M`` is multiplied with.
     """
     total, size = vectors.new_zeros(len(vectors)), len(symmetric)
     height = max(1, -(-size // _STRIPS))
@@ -149,7 +152,7 @@ def batched_solve(systems: Tensor, right: Tensor, name: str) -> Tensor:
     Args:
         systems: ``[groups, n, n]``.
         right: ``[groups, n, k]``.
-        name: What they come from, for messages.
+        name: Name of the layer or factor that they come from, for messages.
 
     Returns:
         ``[groups, n, k]``.

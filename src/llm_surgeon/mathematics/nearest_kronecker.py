@@ -1,4 +1,4 @@
-"""The sum of Kronecker products nearest to the Fisher, by power iteration on samples (paper, appendix I, Alg. 4).
+"""Nearest sums of Kronecker products to the Fisher, by power iteration on samples (paper, appendix I, Alg. 4).
 
 Shapes: per position n an input ``a_n [C]`` and an output gradient ``g_n [R]``, so that the exact Fisher of the
 row-major weights is ``F = mean_n kron(g_n g_n^T, a_n a_n^T)``. The nearest ``kron(G, A)`` in the Frobenius norm is the
@@ -30,12 +30,12 @@ GRAM_ELEMENTS = 2**22
 
 
 def gradient_half_step(a: Tensor, g: Tensor, input_factor: Tensor) -> Tensor:
-    """A batch's part of ``R(F) vec(A)``: ``sum_n (a_n^T A a_n) g_n g_n^T`` (paper, Alg. 4).
+    """Part of a batch in ``R(F) vec(A)``: ``sum_n (a_n^T A a_n) g_n g_n^T`` (paper, Alg. 4).
 
     Args:
         a: Inputs ``[n, C]``.
         g: Output gradients ``[n, R]``.
-        input_factor: A, ``[C, C]``, in whose type the sum is taken.
+        input_factor: A, ``[C, C]``; the sum is taken in its type.
 
     Returns:
         ``[R, R]``, to be added over batches.
@@ -45,7 +45,7 @@ def gradient_half_step(a: Tensor, g: Tensor, input_factor: Tensor) -> Tensor:
 
 
 def input_half_step(a: Tensor, g: Tensor, gradient_factor: Tensor) -> Tensor:
-    """A batch's part of ``R(F)^T vec(G)``: ``sum_n (g_n^T G g_n) a_n a_n^T``; mirrors ``gradient_half_step``."""
+    """Part of a batch in ``R(F)^T vec(G)``: ``sum_n (g_n^T G g_n) a_n a_n^T [C, C]``; see ``gradient_half_step``."""
     return gradient_half_step(g, a, gradient_factor)
 
 
@@ -58,13 +58,13 @@ def finished_half_step(
 
     Args:
         total: Sum over all positions of a half step, ``[n, n]``.
-        positions: How many positions that sum has.
+        positions: Number of positions in that sum.
         opposite: The factor that the half step was taken with.
         earlier: The terms found before, each as a pair of the factor on the side of ``total`` and the one on the side
             of ``opposite``.
 
     Returns:
-        The factor with Frobenius norm 1 (0 if nothing is left of F) and the norm that it had.
+        The factor with Frobenius norm 1 (0 if nothing is left of F) and its norm before.
     """
     # The two triangles of a half step differ in rounding.
     mean = (total + total.T) / (2 * positions)
@@ -76,7 +76,7 @@ def finished_half_step(
 
 
 def balanced_pair(gradient_factor: Tensor, input_factor: Tensor, sigma: float) -> Pair:
-    """``sqrt(sigma) G`` and ``sqrt(sigma) A``, with the sign that gives A a trace of at least zero (paper, Alg. 4).
+    """Balance a pair: ``sqrt(sigma) G``, ``sqrt(sigma) A``, signed so that A has a trace of at least 0 (paper, Alg. 4).
 
     Sigma is the norm of the last half step before its normalisation. (Alg. 4 as printed takes it afterwards, where it
     is always 1.)
@@ -93,7 +93,7 @@ def balanced_pair(gradient_factor: Tensor, input_factor: Tensor, sigma: float) -
 def nearest_kronecker_sum(
     a: Tensor, g: Tensor, terms: int, iterations: int, start: Sequence[Pair] | None = None
 ) -> list[Pair]:
-    """The nearest sum of Kronecker products to the Fisher of samples in memory (paper, eq. 31 and Alg. 4).
+    """Nearest sum of Kronecker products to the Fisher of samples in memory (paper, eq. 31 and Alg. 4).
 
     Power iteration starts from ``A = I``: it weights each position by ``|a_n|^2``, so the first term begins and stays
     positive semi-definite, however the inputs are rotated. The paper's vector of ones, ``A = 1 1^T``, weights
@@ -102,9 +102,9 @@ def nearest_kronecker_sum(
     Args:
         a: Inputs ``[n, C]``.
         g: Output gradients ``[n, R]``, of the type of ``a``.
-        terms: How many products.
+        terms: Number of products.
         iterations: Power iterations for each, at least 1.
-        start: Terms of an earlier call, from whose A the first terms set out instead.
+        start: Terms of an earlier call; the first terms start from their A instead of ``I``.
 
     Returns:
         Pairs ``(G [R, R], A [C, C])`` of equal Frobenius norm, the largest product first. Factors of the first are
@@ -120,9 +120,9 @@ def nearest_kronecker_sum(
 def fisher_rmse(a: Tensor, g: Tensor, terms: Sequence[Pair]) -> float:
     """Root mean square, over all ``(RC)^2`` elements, of ``F - sum_t kron(G_t, A_t)`` (paper, figure 5).
 
-    By inner products only: ``|F|^2 = mean_nm (a_n . a_m)^2 (g_n . g_m)^2``, ``<F, G (x) A> = mean_n (a_n^T A a_n)
-    (g_n^T G g_n)`` and ``<G (x) A, G' (x) A'> = <G, G'> <A, A'>``. These cancel, so that even in float64 an error below
-    1e-8 of the root mean square of F is rounding.
+    It is computed from inner products only: ``|F|^2 = mean_nm (a_n . a_m)^2 (g_n . g_m)^2``,
+    ``<F, G (x) A> = mean_n (a_n^T A a_n) (g_n^T G g_n)`` and ``<G (x) A, G' (x) A'> = <G, G'> <A, A'>``. These cancel,
+    so that even in float64 an error below 1e-8 of the root mean square of F is rounding.
 
     Args:
         a: Inputs ``[n, C]``.
@@ -149,12 +149,12 @@ def _nearest_term(a: Tensor, g: Tensor, input_factor: Tensor, iterations: int, e
 
 
 def _fisher_norm_squared(a: Tensor, g: Tensor) -> float:
-    """``|F|^2 = mean_nm (a_n . a_m)^2 (g_n . g_m)^2``, some n at a time."""
+    """Squared norm ``|F|^2 = mean_nm (a_n . a_m)^2 (g_n . g_m)^2``, some n at a time."""
     chunk = max(1, GRAM_ELEMENTS // len(a))
     blocks = zip(a.split(chunk), g.split(chunk), strict=True)
     return sum(float(((x @ a.T) * (y @ g.T)).square().sum()) for x, y in blocks) / len(a) ** 2
 
 
 def _quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x_n^T M x_n`` of each row of ``x [n, m]``, ``[n]``."""
+    """Quadratic forms ``x_n^T M x_n [n]`` of the rows of ``x [n, m]``."""
     return ((x @ matrix) * x).sum(1)

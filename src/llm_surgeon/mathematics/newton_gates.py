@@ -1,9 +1,10 @@
-"""Gates: two numbers for each head and each group of neurons, chosen by the loss; pure functions.
+"""Gates, two numbers for each head and each group of neurons, chosen by a Newton step on the loss; pure functions.
 
-Pruning and reconstruction weigh a part of the network by squared errors of its outputs. How much of it the loss wants
-is another question, and numbers that are few beside the weights answer it. Such a number, a gate, is 1 at first and
+Pruning and reconstruction weigh a part of the network by squared errors of its outputs. How much of that part the loss
+wants is another question, and a few numbers beside the weights answer it. Such a number, a gate, is 1 at first and
 multiplies some of the rows or of the columns of one layer: what a head or a group of neurons adds to the residual
-stream, how sharply a head attends, how sharply a group of neurons switches. In the end it is in the weights.
+stream, how sharply a head attends, how sharply a group of neurons switches. In the end the gates are multiplied into
+the weights.
 
 With ``l`` the loss of the text, summed over its tokens, and ``z`` what a gate multiplies, the relative derivative of
 ``l`` by the gate is a sum over positions of ``c_t = z_t . dl/dz_t``, the *effect* of the gate there. Relative changes
@@ -17,16 +18,16 @@ where effects at different positions are taken for independent, as K-FAC does. A
 
 Damping says how far from 1 gates are expected to be, and the text itself tells (MacKay 1992, "Bayesian interpolation").
 If, before ``n`` tokens are seen, the changes of all ``G`` gates are drawn from a normal distribution around 0 with a
-variance of ``1 / (n lambda)``, the step is their mean once they are seen. The mean of ``exp(-n (L(d) - L(0)))`` over
-what is drawn is the *evidence* of ``lambda``: how many times better models with such gates explain the text than the
-model without. Of Gaussians that integral is
+variance of ``1 / (n lambda)``, the step is their mean once the tokens are seen. The mean of
+``exp(-n (L(d) - L(0)))`` over the changes drawn is the *evidence* of ``lambda``: how many times better models with such
+gates explain the text than the model without. Of Gaussians that integral is
 
     log evidence(lambda) = n s . (F + lambda I)^-1 s / 2 - log det(I + F / lambda) / 2.
 
 The first term is what the step saves, the second how small a share of what might have been drawn saves so much.
 
-As effects do depend on each other, F knows too little of how the loss bends along ``d``. One more pass tells: with the
-loss at ``d``, a parabola through both losses and the slope ``s . d`` has its minimum at a length that is taken.
+As effects do depend on each other, F knows too little of how the loss bends along ``d``. One more pass measures the
+loss at ``d``. A parabola through both losses with the slope ``s . d`` has its minimum at the length that is taken.
 """
 
 from __future__ import annotations
@@ -39,37 +40,37 @@ from torch import Tensor
 from llm_surgeon.mathematics.linalg import damped_cholesky, damping_of
 
 NAME = "the gates"
-# A gate changes by half of what it is at most, and a step is at most so much longer than it was tried.
+# Largest relative change of a gate, and the largest length of a step in units of the step that was tried.
 LARGEST_CHANGE = 0.5
 LONGEST = 1.5
-# Damping is looked for so many times a factor of two from the mean of the Fisher's diagonal at most, which a
-# decomposition in float32 allows.
+# Largest distance, in factors of two, of the damping from the mean of the Fisher's diagonal: a decomposition in float32
+# allows this many.
 MOST_DOUBLINGS = 10
 
 
 def effects(values: Tensor, gradients: Tensor, members: Tensor, gates: int) -> Tensor:
-    """What relative changes of gates do to the loss at each token: ``[tokens, gates]`` float32.
+    """Effects of relative changes of gates on the loss at each token, ``[tokens, gates]`` float32.
 
     Args:
-        values: What gates multiply, ``[tokens, size]``.
-        gradients: Of the loss by these, the same shape.
-        members: The gate of each of them, ``[size]``; -1 for none.
-        gates: How many there are.
+        values: Values that the gates multiply, ``[tokens, size]``.
+        gradients: Gradients of the loss by these values, ``[tokens, size]``.
+        members: Gate of each value, ``[size]``; -1 for none.
+        gates: Number of gates.
     """
     products = values.float() * gradients.float()
     sums = products.new_zeros(len(products), gates + 1)
-    # An index of -1 is none to index_add: what has no gate goes to one that is dropped.
+    # index_add takes no index of -1: values without a gate go to an extra gate, which is dropped.
     return sums.index_add_(1, members.where(members >= 0, gates), products)[:, :gates]
 
 
 def log_evidence(slopes: Tensor, fisher: Tensor, damping: float, tokens: int) -> float:
-    """How much better the text is explained with gates that a damping allows than with none, in nats.
+    """Log evidence of a damping: how much better gates explain the text than no gates do, in nats.
 
     Args:
         slopes: Mean effects, ``[gates]``.
         fisher: Mean products of effects, ``[gates, gates]``.
         damping: Lambda.
-        tokens: How many the means are of.
+        tokens: Number of tokens that the means are of.
 
     Raises:
         NonFiniteError: If ``fisher`` holds NaN or infinity.
@@ -77,15 +78,22 @@ def log_evidence(slopes: Tensor, fisher: Tensor, damping: float, tokens: int) ->
     """
     factor = damped_cholesky(fisher, damping, NAME)
     saved = torch.linalg.solve_triangular(factor, slopes[:, None], upper=False).double().square().sum() / 2
-    # Of the diagonal of the factor, divided by the root of lambda: half of log det(I + F / lambda).
+    # Half of log det(I + F / lambda), from the diagonal of the factor divided by the root of lambda.
     spread = (factor.diagonal().double().log() - math.log(damping) / 2).sum()
     return float(tokens * saved - spread)
 
 
 def evidence_damping(slopes: Tensor, fisher: Tensor, tokens: int) -> float:
-    """The damping with the largest evidence nearest to the mean of the diagonal of ``fisher``, to a factor of two.
+    """Damping of the largest evidence, to a factor of two: the maximum nearest to the mean of the Fisher's diagonal.
 
-    Args, errors: As of ``log_evidence``.
+    Args:
+        slopes: Mean effects, ``[gates]``.
+        fisher: Mean products of effects, ``[gates, gates]``.
+        tokens: Number of tokens that the means are of.
+
+    Raises:
+        NonFiniteError: If ``fisher`` holds NaN or infinity.
+        NotPositiveDefiniteError: If it has no decomposition even with more damping.
     """
     middle = damping_of(fisher, 1.0)
     best, most = 0, log_evidence(slopes, fisher, middle, tokens)
@@ -108,12 +116,12 @@ def newton_step(slopes: Tensor, fisher: Tensor, damping: float) -> Tensor:
         fisher: Mean products of effects, ``[gates, gates]``.
         damping: Lambda.
 
+    Returns:
+        The step; shortened if a gate would change by more than ``LARGEST_CHANGE``.
+
     Raises:
         NonFiniteError: If ``fisher`` holds NaN or infinity.
         NotPositiveDefiniteError: If it has no decomposition even with more damping.
-
-    Returns:
-        The step; shortened if a gate would change by more than ``LARGEST_CHANGE``.
     """
     factor = damped_cholesky(fisher, damping, NAME)
     step = -torch.cholesky_solve(slopes[:, None], factor)[:, 0]
@@ -122,11 +130,11 @@ def newton_step(slopes: Tensor, fisher: Tensor, damping: float) -> Tensor:
 
 
 def step_length(slope: float, rise: float) -> float:
-    """How much of a step to take: where a parabola has its minimum, between 0 and ``LONGEST``.
+    """Length of a step, in units of the step tried: where a parabola has its minimum, between 0 and ``LONGEST``.
 
     Args:
-        slope: Of the loss along the step, at its beginning.
-        rise: Loss at its end, less that at its beginning.
+        slope: Slope of the loss along the step, at its beginning.
+        rise: Loss at the end of the step, less the loss at its beginning.
     """
     bend = 2 * (rise - slope)
     if bend <= 0:
@@ -135,5 +143,5 @@ def step_length(slope: float, rise: float) -> float:
 
 
 def rise_at(length: float, slope: float, rise: float) -> float:
-    """What that parabola says of the loss after so much of a step, less that at its beginning."""
+    """Rise of the loss after ``length`` of a step, by the parabola of ``step_length``."""
     return length * slope + length**2 * (rise - slope)

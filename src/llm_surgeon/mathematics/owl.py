@@ -1,6 +1,6 @@
-"""How much each part of a model loses: outlier-weighted layer budgets (OWL, Yin et al., ICML 2024).
+"""OWL, outlier-weighted sparsities of the blocks of a model (Yin et al., ICML 2024).
 
-Blocks with more outliers among ``|W| ||x||`` keep more. Pure functions.
+Blocks with more outliers among the scores ``|W| ||x||`` lose less. Pure functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def outlier_ratio(scores: Iterable[Tensor], multiple: float) -> float:
 
 
 def outlier_weighted(ratios: Sequence[float], weights: Sequence[int], sparsity: float, spread: float) -> list[float]:
-    """Sparsity of each block: less for more outliers, the target on average.
+    """Sparsity of each block: the lower, the more outliers it has; the target on average.
 
     The ratios are mapped linearly to an interval of width ``2 spread``, which is shifted so that the weights removed
     make the target.
@@ -36,15 +36,15 @@ def outlier_weighted(ratios: Sequence[float], weights: Sequence[int], sparsity: 
         spread: The paper's lambda.
 
     Raises:
-        ValueError: If a block would lose more than all, or less than nothing; says which.
+        ValueError: If the sparsity of a block would not be between 0 and 1; names the block.
     """
     low, high = min(ratios), max(ratios)
     if low == high:
         return [sparsity] * len(ratios)
     spared = [2 * spread * (ratio - low) / (high - low) for ratio in ratios]
     mean = sum(part * count for part, count in zip(spared, weights, strict=True)) / sum(weights)
-    budgets = [sparsity + mean - part for part in spared]
-    for block, budget in enumerate(budgets):
-        if not 0 <= budget <= 1:
-            raise ValueError(f"block {block} would have a sparsity of {budget:.3g}")
-    return budgets
+    sparsities = [sparsity + mean - part for part in spared]
+    for block, own in enumerate(sparsities):
+        if not 0 <= own <= 1:
+            raise ValueError(f"block {block} would have a sparsity of {own:.3g}")
+    return sparsities

@@ -1,4 +1,4 @@
-"""Scores of single weights for layer-wise pruning: pure functions, and the table that a new one joins.
+"""Scores of single weights for layer-wise pruning: pure functions, and the table ``SCORES`` that a new one joins.
 
 Shapes: ``weight [R, C]``, output by input and without the bias; ``input_norm [C]`` is the L2 norm of each input over
 the calibration tokens, ``output_norm [R]`` of each output. A weight of low score goes first.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a score may know of a layer's calibration tokens.
+    """Statistics of a layer's calibration tokens that a score may use.
 
     Attributes:
         input_norm: L2 norm of each input over the tokens, ``[C]``.
@@ -36,10 +36,10 @@ class ScoreOptions:
 
     Attributes:
         alpha: Exponent of the input norm in RIA and stochRIA.
-        p: Which norm of rows and columns lp-RI takes.
+        p: Order of the norm of rows and columns in lp-RI.
         ratio: Share of a row or column that stochRIA takes its norm of.
         activation: Whether stochRIA has RIA's factor of input norms.
-        seed: Of stochRIA's draws.
+        seed: Seed of stochRIA's draws.
     """
 
     alpha: float = 0.5
@@ -53,40 +53,40 @@ Score = Callable[[Tensor, Statistics, ScoreOptions], Tensor]
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """``|W|``, ``[R, C]``."""
+    """Magnitude ``|W|``, ``[R, C]``."""
     return weight.abs()
 
 
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """``|W| ||x_c||``, ``[R, C]`` (Sun et al., 2024)."""
+    """Wanda, ``|W| ||x_c||``, ``[R, C]`` (Sun et al., 2024)."""
     return weight.abs() * input_norm
 
 
 def owanda(weight: Tensor, output_norm: Tensor) -> Tensor:
-    """``|W| ||y_r||``, ``[R, C]``: the output's half of the symmetric objective."""
+    """OWanda, ``|W| ||y_r||``, ``[R, C]``: the output's half of the symmetric objective."""
     return weight.abs() * output_norm[:, None]
 
 
 def symwanda(weight: Tensor, input_norm: Tensor, output_norm: Tensor) -> Tensor:
-    """``|W| (||x_c|| + ||y_r||)``, ``[R, C]``."""
+    """SymWanda, ``|W| (||x_c|| + ||y_r||)``, ``[R, C]``: both halves of the symmetric objective."""
     return weight.abs() * (input_norm + output_norm[:, None])
 
 
 def symmetric(weight: Tensor) -> Tensor:
-    """``|W| sqrt(||W_r:||^2 + ||W_:c||^2)``, ``[R, C]``: the symmetric objective with the weights as X and Y."""
+    """Symmetric score, ``|W| sqrt(||W_r:||^2 + ||W_:c||^2)``, ``[R, C]``: the objective with the weights as X and Y."""
     squares = weight.square()
     return weight.abs() * (squares.sum(1, keepdim=True) + squares.sum(0)).sqrt()
 
 
 def relative_importance(weight: Tensor, p: float = 1.0) -> Tensor:
-    """``|W| (1 / ||W_r:||_p + 1 / ||W_:c||_p)``, ``[R, C]``: RI for p = 1 (Zhang et al., 2024), else lp-RI."""
+    """RI for p = 1 (Zhang et al., 2024), else lp-RI: ``|W| (1 / ||W_r:||_p + 1 / ||W_:c||_p)``, ``[R, C]``."""
     rows = torch.linalg.vector_norm(weight, p, dim=1, keepdim=True)
     columns = torch.linalg.vector_norm(weight, p, dim=0)
     return weight.abs() * (_reciprocal(rows) + _reciprocal(columns))
 
 
 def ria(weight: Tensor, input_norm: Tensor, alpha: float = 0.5) -> Tensor:
-    """``RI ||x_c||^alpha``, ``[R, C]`` (Zhang et al., 2024)."""
+    """RIA, ``RI ||x_c||^alpha``, ``[R, C]`` (Zhang et al., 2024)."""
     return relative_importance(weight) * input_norm**alpha
 
 
@@ -98,7 +98,7 @@ def stochastic_relative_importance(weight: Tensor, ratio: float, seed: int) -> T
     Args:
         weight: ``[R, C]``.
         ratio: Share drawn, above 0 and at most 1; 1 gives RI.
-        seed: Of the draws; the same on every device.
+        seed: Seed of the draws, which are the same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = _sampled_sums(weight.abs(), ratio, generator)[:, None]
@@ -107,7 +107,7 @@ def stochastic_relative_importance(weight: Tensor, ratio: float, seed: int) -> T
 
 
 def stochria(weight: Tensor, input_norm: Tensor | None, alpha: float, ratio: float, seed: int) -> Tensor:
-    """``stochRI ||x_c||^alpha``, ``[R, C]``; without ``input_norm`` no such factor, as in the paper."""
+    """StochRIA, ``stochRI ||x_c||^alpha``, ``[R, C]``; without ``input_norm`` no such factor, as in the paper."""
     scores = stochastic_relative_importance(weight, ratio, seed)
     return scores if input_norm is None else scores * input_norm**alpha
 
@@ -120,7 +120,7 @@ def _sampled_sums(values: Tensor, ratio: float, generator: torch.Generator) -> T
 
 
 def _reciprocal(norms: Tensor) -> Tensor:
-    """``1 / norms``, and 0 where a norm is 0: every weight it belongs to is 0 then, or none of them was drawn."""
+    """Reciprocal norms, 0 where a norm is 0: all weights it belongs to are 0 then, or none of them was drawn."""
     return torch.where(norms > 0, 1 / norms, 0)
 
 

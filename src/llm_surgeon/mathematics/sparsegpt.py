@@ -3,7 +3,7 @@
 The layer's squared output error is ``tr(D A D^T)`` for a change D of its weights ``[R, C]`` and the Gram matrix
 ``A [C, C]`` of its inputs, so rows are independent and optimal brain surgeon gives, for one row, the cost
 ``w_c^2 / [A^-1]_cc`` of removing weight c and the change of all others that makes up for it. SparseGPT goes through the
-columns from left to right and lets only the columns to the right make up for a loss. What is to the left is fixed, so
+columns from left to right and lets only the columns to the right make up for a loss. Columns to the left are fixed, so
 all rows share one sequence of inverses, of ``A`` restricted to the columns not yet passed. All of them are in one
 triangular factor: with ``A^-1 = U^T U`` and U upper triangular, the first row of the inverse of ``A_{c:,c:}`` is
 ``U_cc U_c,c:``.
@@ -23,14 +23,14 @@ from llm_surgeon.mathematics.unstructured_selection import keep_highest
 
 @dataclass(frozen=True)
 class Solution:
-    """Weights ``[R, C]``, zero where ``keep [R, C]`` is False."""
+    """Solution of one layer: weights ``[R, C]``, zero where ``keep [R, C]`` is False."""
 
     weight: Tensor
     keep: Tensor
 
 
 def inverse_factor(a: Tensor, damping: float, name: str) -> Tensor:
-    """The upper triangular U with ``(A + damping I)^-1 = U^T U``, ``[C, C]``.
+    """Upper triangular U with ``(A + damping I)^-1 = U^T U``, ``[C, C]``.
 
     With the order of rows and columns reversed, the lower Cholesky factor of A becomes an upper V with ``A = V V^T``,
     so ``U = V^-1``: one decomposition, and no inverse that would have to be decomposed once more.
@@ -38,7 +38,7 @@ def inverse_factor(a: Tensor, damping: float, name: str) -> Tensor:
     Args:
         a: Symmetric ``[C, C]``.
         damping: Added to the diagonal.
-        name: What ``a`` is, for messages.
+        name: Name of ``a``, for messages.
 
     Raises:
         NotPositiveDefiniteError: If there is no decomposition even with more damping.
@@ -53,7 +53,7 @@ def inverse_factor(a: Tensor, damping: float, name: str) -> Tensor:
 def solve(
     weight: Tensor, factor: Tensor, sparsity: float, pattern: Pattern | None = None, block: int = 128
 ) -> Solution:
-    """Prune one layer.
+    """Prune one layer by SparseGPT.
 
     Columns are taken in blocks. The mask of a block is chosen when the block is reached, on the weights as updated by
     then, by ``w_c^2 / U_cc^2``: among all weights of the block, or for N:M in each group when the group is reached.
@@ -67,7 +67,7 @@ def solve(
         block: Columns in a block; need not divide C. For N:M it is rounded up to whole groups.
 
     Returns:
-        The new weights and what is kept.
+        The new weights and the keep mask.
     """
     rows, columns = weight.shape
     if pattern is not None:
@@ -85,19 +85,19 @@ def solve(
 
 
 class _Block:
-    """Some neighbouring columns; works in place on views of the layer's weights and mask."""
+    """A block of neighbouring columns; works in place on views of the layer's weights and mask."""
 
     def __init__(self, weight: Tensor, factor: Tensor, keep: Tensor) -> None:
         self._weight, self._factor, self._keep = weight, factor, keep
         self._diagonal = factor.diagonal()
 
     def choose(self, count: int) -> None:
-        """Mark the ``count`` weights of least cost."""
+        """Mark the ``count`` weights of least cost as removed."""
         costs = (self._weight / self._diagonal).square()
         self._keep.copy_(keep_highest(costs.flatten()[None], count).view_as(costs))
 
     def sweep(self, pattern: Pattern | None) -> Tensor:
-        """Remove column after column, each made up for by those to its right; returns the errors ``[R, columns]``."""
+        """Remove column after column and let the columns to its right make up; returns the errors ``[R, columns]``."""
         errors = torch.empty_like(self._weight)
         for column in range(self._weight.shape[1]):
             if pattern is not None and column % pattern.group == 0:
@@ -106,6 +106,6 @@ class _Block:
                 self._keep[:, group] = keep_highest(costs, pattern.removed)
             lost = self._weight[:, column] * ~self._keep[:, column]
             errors[:, column] = lost / self._diagonal[column]
-            # Its own column becomes zero where it is removed.
+            # The column itself becomes zero where it is removed.
             self._weight[:, column:].addr_(errors[:, column], self._factor[column, column:], alpha=-1)
         return errors

@@ -1,4 +1,4 @@
-"""Which rows and columns go: one global threshold over all layers, with what a removal implies.
+"""Selection of rows and columns: one global threshold over all layers, with everything that a removal implies.
 
 Pure functions of tensors. Everything is in the coordinates of the dense model; what earlier shots removed is False
 in the keep masks and costs nothing.
@@ -7,93 +7,27 @@ in the keep masks and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Axis = Literal["rows", "columns"]
-AXES: tuple[Axis, Axis] = ("rows", "columns")
+from llm_surgeon.mathematics.candidates import Group, Line, line_up, single_scores
+from llm_surgeon.mathematics.keep_masks import (
+    AXES,
+    Coupling,
+    KeepMask,
+    StructureCosts,
+    count_structures,
+    count_weights,
+    dead_sides,
+    write_members,
+)
 
-# Candidates that do not fit are passed over so many times, at most, for others that do.
+# The search goes on behind candidates that do not fit this many times at most.
 _PASSED_OVER = 50
-# What killed a group: the number of one of its sides, or one of these.
+# The cause of a group's death is the number of the side that killed it, or one of these.
 ALIVE, DEAD_BEFORE = -1, -2
-
-
-@dataclass(frozen=True)
-class KeepMask:
-    """Kept rows ``[R]`` and columns ``[C]`` of one matrix, True = kept. The bias column is not among them."""
-
-    rows: Tensor
-    columns: Tensor
-
-    def axis(self, axis: Axis) -> Tensor:
-        """The mask along one axis."""
-        return self.rows if axis == "rows" else self.columns
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns that are stored."""
-        return int(self.rows.sum()), int(self.columns.sum())
-
-    @property
-    def weights(self) -> int:
-        """Weights left: kept rows times kept columns."""
-        return int(self.rows.sum()) * int(self.columns.sum())
-
-    def copy(self) -> KeepMask:
-        """A mask that can be written without changing this one."""
-        return KeepMask(self.rows.clone(), self.columns.clone())
-
-    @classmethod
-    def dense(cls, rows: int, columns: int) -> KeepMask:
-        """Everything kept."""
-        return cls(torch.ones(rows, dtype=torch.bool), torch.ones(columns, dtype=torch.bool))
-
-
-@dataclass(frozen=True)
-class StructureCosts:
-    """Loss increase of removing each row ``[R]`` or column ``[C]`` of one matrix alone; zero where already removed."""
-
-    rows: Tensor
-    columns: Tensor
-
-    def axis(self, axis: Axis) -> Tensor:
-        """The costs along one axis."""
-        return self.rows if axis == "rows" else self.columns
-
-
-@dataclass(frozen=True)
-class Side:
-    """For each group of a coupling, some rows or columns of one matrix: ``index [groups, members]``."""
-
-    layer: str
-    axis: Axis
-    index: Tensor
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """Groups of structures that live and die together.
-
-    Once all members of *one* side of a group are dead, the group's other sides and its ``followers`` have no effect
-    on the network any more. Followers do not kill the group in turn.
-
-    Example: neuron j of a gated MLP has the sides row j of ``gate``, row j of ``up`` and column j of ``down``.
-
-    Attributes:
-        kind: What a group is.
-        sides: The sides, with equally many groups each.
-        followers: What dies with a group without being able to kill it.
-        pools: ``[groups]``, numbers of pools that all have to keep equally many of their groups; None: there is one.
-    """
-
-    kind: str
-    sides: tuple[Side, ...]
-    followers: tuple[Side, ...] = ()
-    pools: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,15 +35,16 @@ class Selection:
     """The outcome of one shot's threshold.
 
     Attributes:
-        keep: What is left afterwards, per layer.
+        keep: Masks after the shot, per layer.
         chosen: Rows and columns removed for their own cost or for that of their group (True = removed): the update
             compensates for them.
         threshold: Largest score removed; everything that scored less is gone. Of candidates that score just this, the
             first in a fixed order may be gone and the others left.
-        structures_chosen: How many rows and columns were removed for their cost.
-        structures_implied: How many died because a partner did; they cost nothing and are not compensated for.
+        structures_chosen: Number of rows and columns removed for their cost.
+        structures_implied: Number of rows and columns that died because a partner did. They cost nothing and are not
+            compensated for.
         loss: Sum of the costs of what was chosen, the predicted loss increase if the choices were independent.
-        groups: What was chosen from besides single rows and columns.
+        groups: Couplings with their scores, as the selection was given them.
         next_weights: Weights that the next candidate would have freed, too many for the target; 0 if there is none.
     """
 
@@ -121,34 +56,6 @@ class Selection:
     loss: float
     groups: Sequence[Group]
     next_weights: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """The groups of a coupling with what killing them costs and frees.
-
-    Attributes:
-        coupling: What dies together.
-        side_costs: ``[sides, groups]``, of killing each group by each side.
-        freed: ``[groups]``, weights of everything that dies with a group.
-        score: ``[groups]``, what candidates are ranked by; infinite where a group is none.
-        bundle: ``[groups]``, number of the candidate that a group is part of: all groups of a number go together, and
-            have the same score.
-        numbering: What the numbers of ``bundle`` count within: several couplings that have the same object here can
-            share candidates.
-    """
-
-    coupling: Coupling
-    side_costs: Tensor
-    freed: Tensor
-    score: Tensor
-    bundle: Tensor
-    numbering: object = field(default_factory=object)
-
-
-def count_weights(keep: Mapping[str, KeepMask]) -> int:
-    """Weights left in all layers; rows and columns that overlap are counted once by construction."""
-    return sum(mask.weights for mask in keep.values())
 
 
 def close(
@@ -165,13 +72,13 @@ def close(
         causes: Per coupling ``[groups]``, the side that killed each group; ``ALIVE`` where none did yet, written in
             place. If several sides are found dead at once, the cause is the cheapest of those whose members went for
             their own cost.
-        chosen: What went for its own cost (True = removed); None if nobody asks for causes.
+        chosen: Rows and columns that went for their own cost (True = removed); None if the causes do not matter.
     """
     changed = True
     while changed:
         changed = False
         for group, cause in zip(groups, causes, strict=True):
-            sides = _dead_sides(keep, group.coupling)
+            sides = dead_sides(keep, group.coupling)
             newly = sides.any(0) & (cause == ALIVE)
             if newly.any():
                 rank = group.side_costs.masked_fill(~sides, float("inf"))
@@ -196,7 +103,7 @@ def select(
     Every kept row and column is a candidate, scored by its cost over the weights it frees, unless only whole groups
     are; so is every group whose score is finite. Candidates stand in line by their scores, equals in a fixed order:
     groups first, then layer by layer. The first so many are removed together with everything that this implies, and
-    the weights left are counted exactly. As more is removed farther down the line, bisection finds the last place
+    the weights left are counted exactly. As more is removed farther down the line, bisection finds the last position
     that is admissible (paper, section 3.3, with implied structures counted at once).
 
     Beyond the first that does not fit, those of equal score still go as far as they fit.
@@ -204,12 +111,12 @@ def select(
     Args:
         keep: Current masks per layer.
         costs: Costs of single rows and columns per layer, non-negative and finite; None if they are no candidates.
-        groups: What dies together, with its scores.
-        target_weights: Weights that must be left.
+        groups: Couplings with their scores.
+        target_weights: Number of weights that must be left.
         per_weight: Rank single rows and columns by cost per weight freed; False ranks by raw cost, as the paper does.
-        fill: Whether whatever still fits goes, whatever its score: for few, large candidates, the first of which to
-            exceed the target may leave much to remove.
-        some: Whether the same goes for a line of which not even the first fits.
+        fill: Whether every later candidate that still fits goes too. This is for few, large candidates, the first of
+            which to exceed the target may leave much to remove.
+        some: Whether to do so at least for a line of which not even the first candidate fits.
 
     Returns:
         The selection; it removes nothing if every candidate frees too much.
@@ -233,7 +140,7 @@ def select(
     for _ in range(_PASSED_OVER):
         if len(rest) < 2:
             break
-        # The first of the rest does not fit, nor does whatever frees more alone than there is room for.
+        # The first of the rest does not fit, nor does a candidate that alone frees more than there is room for.
         rest = rest[1:][line.freed[rest[1:]] <= left(going) - target_weights]
         more = _how_many_fit(going, rest, fits)
         going[rest[:more]] = True
@@ -245,18 +152,18 @@ def select(
     return _explain(keep, removed, costs, groups, threshold, next_weights)
 
 
-def _how_many_fit(going: Tensor, line: Tensor, fits: Callable[[Tensor], bool]) -> int:
-    """How many of the next places in line can go besides those that go already; bisection, as more only removes more.
+def _how_many_fit(going: Tensor, positions: Tensor, fits: Callable[[Tensor], bool]) -> int:
+    """Number of the next candidates that can go besides those that go already; bisection, as more only removes more.
 
     Args:
-        going: ``[candidates + 1]``, what goes already.
-        line: The places in question, in order.
+        going: bool ``[candidates + 1]``, candidates that go already.
+        positions: Positions in line of the next candidates, in order.
         fits: Whether so much may go.
     """
-    low, high = 0, len(line)
+    low, high = 0, len(positions)
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(going.index_fill(0, line[:middle], True)):
+        if fits(going.index_fill(0, positions[:middle], True)):
             low = middle
         else:
             high = middle - 1
@@ -264,132 +171,14 @@ def _how_many_fit(going: Tensor, line: Tensor, fits: Callable[[Tensor], bool]) -
 
 
 @dataclass(frozen=True)
-class Line:
-    """Candidates in the order in which they go.
+class _Removed:
+    """Masks after a removal, and how each group died.
 
     Attributes:
-        scores: ``[candidates]``, ascending.
-        freed: ``[candidates]``, weights that each frees alone, without what it implies.
-        singles: Place of each row and column in the line, per layer; beyond the end where it is no candidate.
-        groups: Place of each group, per coupling ``[groups]``; beyond the end where it is no candidate.
-    """
-
-    scores: Tensor
-    freed: Tensor
-    singles: Mapping[str, KeepMask]
-    groups: Sequence[Tensor]
-
-
-def line_up(keep: Mapping[str, KeepMask], singles: Mapping[str, StructureCosts], groups: Sequence[Group]) -> Line:
-    """Put all candidates in line by their scores, equals in the order in which they are listed here.
-
-    Args:
-        keep: Current masks per layer.
-        singles: Scores of single rows and columns, of layers that have such candidates.
-        groups: What dies together, with its scores.
-    """
-    numbers, first = _number_bundles(groups)
-    bundled, freed = torch.full((first,), float("inf"), dtype=torch.float64), torch.zeros(first, dtype=torch.float64)
-    for group, number in zip(groups, numbers, strict=True):
-        bundled[number[number >= 0]] = group.score[number >= 0].double()
-        freed.index_add_(0, number[number >= 0], group.freed[number >= 0])
-    lines, gains = [bundled], [freed]
-    for name, score in singles.items():
-        for axis in AXES:
-            lines.append(torch.where(keep[name].axis(axis), score.axis(axis), float("inf")))
-            gains.append(torch.full_like(lines[-1], float(keep[name].axis(_other(axis)).sum())))
-    scores = torch.cat(lines)
-    order = scores.argsort(stable=True)[: int(scores.isfinite().sum())]
-    # One entry more, for what is no candidate.
-    place = torch.full((len(scores) + 1,), len(order))
-    place[order] = torch.arange(len(order))
-    of_singles = iter(place[first : len(scores)].split([len(line) for line in lines[1:]]))
-    return Line(
-        scores[order],
-        torch.cat(gains)[order],
-        {name: KeepMask(next(of_singles), next(of_singles)) for name in singles},
-        [place[number] for number in numbers],
-    )
-
-
-def _number_bundles(groups: Sequence[Group]) -> tuple[list[Tensor], int]:
-    """Numbers of the candidates over all couplings, ``[groups]`` for each, -1 for none; and how many there are."""
-    starts: dict[object, int] = {}
-    end = 0
-    for numbering in dict.fromkeys(group.numbering for group in groups):
-        starts[numbering] = end
-        shared = [group.bundle for group in groups if group.numbering is numbering and len(group.bundle)]
-        end += max((1 + int(bundle.max()) for bundle in shared), default=0)
-    numbers = [group.bundle + starts[group.numbering] for group in groups]
-    pairs = zip(groups, numbers, strict=True)
-    return [torch.where(group.score.isfinite(), number, -1) for group, number in pairs], end
-
-
-def single_scores(keep: KeepMask, costs: StructureCosts, per_weight: bool) -> StructureCosts:
-    """Scores of single rows and columns, in float64: the threshold has to tell a million candidates apart."""
-    rows_free, columns_free = int(keep.columns.sum()), int(keep.rows.sum())
-    return StructureCosts(
-        _score(costs.rows.double(), torch.tensor(float(rows_free)), per_weight),
-        _score(costs.columns.double(), torch.tensor(float(columns_free)), per_weight),
-    )
-
-
-def _score(cost: Tensor, freed: Tensor, per_weight: bool) -> Tensor:
-    """Cost, or cost per weight freed; what frees nothing any more is free to go."""
-    if not per_weight:
-        return cost
-    return torch.where(freed > 0, cost / freed.clamp(min=1), torch.zeros_like(cost))
-
-
-def score_groups(
-    keep: Mapping[str, KeepMask], costs: Mapping[str, StructureCosts], coupling: Coupling, per_weight: bool = True
-) -> Group:
-    """Score each group of a coupling by the cheapest of its sides, each the sum of its members' own costs.
-
-    For few members only: the sum is far below the joint cost of many correlated ones (whole heads scored so made
-    perplexity 40.4 instead of 29.9 on SmolLM2-135M, at 80 % in one shot).
-    """
-    side_costs = torch.stack(
-        [
-            (costs[side.layer].axis(side.axis).double()[side.index] * _alive(keep, side)).sum(1)
-            for side in coupling.sides
-        ]
-    )
-    return joint_group(keep, coupling, side_costs, per_weight)
-
-
-def joint_group(keep: Mapping[str, KeepMask], coupling: Coupling, side_costs: Tensor, per_weight: bool = True) -> Group:
-    """Score each group of a coupling by its cheapest side over all the weights that die with it.
-
-    Killing one side kills the group: the others have no effect any more, so that their removal changes nothing and
-    costs nothing. The group's cost is therefore the least of its sides' costs, not their sum.
-
-    Args:
-        keep: Current masks per layer.
-        coupling: What dies together.
-        side_costs: ``[sides, groups]``, the joint cost of each side's living members.
-        per_weight: Whether to divide by the weights freed.
-    """
-    freed = torch.zeros(coupling.sides[0].index.shape[0], dtype=torch.float64)
-    for part in coupling.sides + coupling.followers:
-        freed += _alive(keep, part).sum(1) * int(keep[part.layer].axis(_other(part.axis)).sum())
-    score = _score(side_costs.amin(dim=0), freed, per_weight)
-    score = score.masked_fill(_dead_sides(keep, coupling).any(0), float("inf"))
-    return Group(coupling, side_costs, freed, score, torch.arange(len(score)))
-
-
-def bystanders(coupling: Coupling) -> Group:
-    """The groups of a coupling that only die because others did."""
-    none = torch.zeros(coupling.sides[0].index.shape[0], dtype=torch.float64)
-    costs, never = none.expand(len(coupling.sides), -1), torch.full_like(none, float("inf"))
-    return Group(coupling, costs, none, never, torch.arange(len(none)))
-
-
-@dataclass(frozen=True)
-class _Removed:
-    """What is left (True = kept), what went for its own cost (True = removed), and how each group died.
-
-    ``marked`` are the groups that went for their own score, ``causes`` the sides that killed groups.
+        keep: Rows and columns that are left (True = kept), per layer.
+        chosen: Rows and columns that went for their own cost (True = removed), per layer.
+        marked: Groups that went for their own score, bool ``[groups]`` per coupling.
+        causes: Side that killed each group, ``[groups]`` per coupling; ``ALIVE`` or ``DEAD_BEFORE`` where none did.
     """
 
     keep: dict[str, KeepMask]
@@ -399,13 +188,13 @@ class _Removed:
 
 
 def _removed(going: Tensor, line: Line, keep: Mapping[str, KeepMask], groups: Sequence[Group]) -> _Removed:
-    """Remove some candidates, and what this implies.
+    """Remove some candidates, and everything that this implies.
 
     Args:
-        going: ``[candidates + 1]``, which places of the line go; the last is that of what is no candidate.
+        going: bool ``[candidates + 1]``, positions of the line that go; the last stands for all that is no candidate.
         line: All candidates.
-        keep: Masks before.
-        groups: What dies together.
+        keep: Masks before the removal.
+        groups: Couplings with their scores.
     """
     after, chosen = {}, {}
     for name, mask in keep.items():
@@ -415,12 +204,12 @@ def _removed(going: Tensor, line: Line, keep: Mapping[str, KeepMask], groups: Se
             rows, columns = torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
         after[name], chosen[name] = KeepMask(mask.rows & ~rows, mask.columns & ~columns), KeepMask(rows, columns)
     everything, causes = [], []
-    for group, places in zip(groups, line.groups, strict=True):
-        cause = torch.where(_dead_sides(keep, group.coupling).any(0), DEAD_BEFORE, ALIVE)
-        marked, killing = going[places], group.side_costs.argmin(0)
+    for group, positions in zip(groups, line.groups, strict=True):
+        cause = torch.where(dead_sides(keep, group.coupling).any(0), DEAD_BEFORE, ALIVE)
+        marked, killing = going[positions], group.side_costs.argmin(0)
         _kill(after, group.coupling, marked, cause, killing)
         for number, side in enumerate(group.coupling.sides):
-            _set(chosen, side, marked & (killing == number), True)
+            write_members(chosen, side, marked & (killing == number), True)
         everything.append(marked)
         causes.append(cause)
     close(after, groups, causes, chosen)
@@ -433,7 +222,7 @@ def _kill(
     """Remove the marked groups in place, and note the side that killed them."""
     cause[groups] = killing_side[groups]
     for part in coupling.sides + coupling.followers:
-        _set(keep, part, groups, False)
+        write_members(keep, part, groups, False)
 
 
 def _explain(
@@ -444,7 +233,7 @@ def _explain(
     threshold: float,
     next_weights: int,
 ) -> Selection:
-    """Tell what was removed for its cost from what merely followed.
+    """Tell rows and columns that were removed for their cost from those that merely followed.
 
     Of a dead group only the killing side is chosen: compensating for two would compensate twice for the same loss.
     """
@@ -455,11 +244,11 @@ def _explain(
     }
     for group, cause in zip(groups, removed.causes, strict=True):
         for number, side in enumerate(group.coupling.sides):
-            _set(chosen, side, (cause >= 0) & (cause != number), False)
+            write_members(chosen, side, (cause >= 0) & (cause != number), False)
         for follower in group.coupling.followers:
-            _set(chosen, follower, cause >= 0, False)
-    count = sum(_count_structures(before[name]) - _count_structures(after[name]) for name in before)
-    own = sum(_count_structures(mask) for mask in chosen.values())
+            write_members(chosen, follower, cause >= 0, False)
+    count = sum(count_structures(before[name]) - count_structures(after[name]) for name in before)
+    own = sum(count_structures(mask) for mask in chosen.values())
     if costs is None:
         loss = sum(
             float(group.side_costs.amin(0)[marked].sum()) for group, marked in zip(groups, removed.marked, strict=True)
@@ -473,29 +262,6 @@ def _explain(
     return Selection(after, chosen, threshold, own, count - own, loss, groups, next_weights)
 
 
-def _count_structures(mask: KeepMask) -> int:
-    return int(mask.rows.sum()) + int(mask.columns.sum())
-
-
-def _other(axis: Axis) -> Axis:
-    return "columns" if axis == "rows" else "rows"
-
-
-def _alive(keep: Mapping[str, KeepMask], side: Side) -> Tensor:
-    """``[groups, members]``: which members are kept."""
-    return keep[side.layer].axis(side.axis)[side.index]
-
-
-def _dead_sides(keep: Mapping[str, KeepMask], coupling: Coupling) -> Tensor:
-    """``[sides, groups]``: which sides have no living member."""
-    return torch.stack([~_alive(keep, side).any(1) for side in coupling.sides])
-
-
 def _chosen_sides(chosen: Mapping[str, KeepMask], coupling: Coupling) -> Tensor:
-    """``[sides, groups]``: which sides have members that went for their own cost."""
+    """Sides with members that went for their own cost, bool ``[sides, groups]``."""
     return torch.stack([chosen[side.layer].axis(side.axis)[side.index].any(1) for side in coupling.sides])
-
-
-def _set(masks: Mapping[str, KeepMask], side: Side, groups: Tensor, value: bool) -> None:
-    """Write the members of the marked groups, in place."""
-    masks[side.layer].axis(side.axis)[side.index[groups].reshape(-1)] = value

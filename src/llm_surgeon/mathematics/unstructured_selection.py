@@ -1,4 +1,4 @@
-"""Which single weights go: one global threshold over all layers, for any weight or for N of every M neighbours.
+"""Selection of single weights: one global threshold over all layers, for any weight or for N of every M neighbours.
 
 Pure functions of tensors. What earlier shots removed is False in the masks, costs nothing and never comes back.
 """
@@ -26,13 +26,13 @@ class ElementMask:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns that are stored."""
+        """Numbers of rows and columns of the matrix."""
         rows, columns = self.elements.shape
         return rows, columns
 
     @property
     def weights(self) -> int:
-        """Weights left."""
+        """Number of weights left."""
         return int(self.elements.sum())
 
 
@@ -41,12 +41,12 @@ class ElementSelection:
     """The outcome of one shot's threshold.
 
     Attributes:
-        keep: What is left afterwards, per layer.
+        keep: Masks after the shot, per layer.
         threshold: Every candidate scored at most this is gone; of those that score next, and equally, the first may be.
-        structures_chosen: Weights removed in this shot.
+        structures_chosen: Number of weights removed in this shot.
         loss: Sum of their costs, the predicted loss increase if they were independent.
         next_weights: Weights that the next candidate would have freed, too many for the target; 0 if there is none.
-        structures_implied: None ever: a weight has no partner that would die with it.
+        structures_implied: Always 0: a weight has no partner that would die with it.
     """
 
     keep: dict[str, ElementMask]
@@ -58,12 +58,12 @@ class ElementSelection:
 
 
 def candidate_scores(keep: ElementMask, costs: Tensor, pattern: Pattern | None) -> Tensor:
-    """Scores of everything that may go: each kept weight, or each group of the pattern that is still whole.
+    """Scores of all candidates: each kept weight, or each group of the pattern that is still whole.
 
     A group's score is the sum of the costs of its cheapest weights.
 
     Args:
-        keep: What is left.
+        keep: Current mask.
         costs: ``[R, C]``, non-negative.
         pattern: N:M, or None for single weights.
 
@@ -77,7 +77,7 @@ def candidate_scores(keep: ElementMask, costs: Tensor, pattern: Pattern | None) 
 
 
 def whole_groups(keep: ElementMask, after: Tensor, pattern: Pattern) -> Tensor:
-    """``[candidates]`` bool: which groups that were whole in ``keep`` are whole in ``after [R, C]``."""
+    """Mark the groups that were whole in ``keep`` and are still whole in ``after [R, C]``, bool ``[candidates]``."""
     return _grouped(after, pattern).all(-1)[_whole(keep, pattern)]
 
 
@@ -93,7 +93,7 @@ def select_elements(
     Args:
         keep: Current masks per layer.
         costs: Costs ``[R, C]`` per layer, non-negative and finite.
-        target_weights: Weights that must be left.
+        target_weights: Number of weights that must be left.
         pattern: N:M; a group then goes from whole to N of M at once. None removes single weights.
     """
     each = 1 if pattern is None else pattern.removed
@@ -120,16 +120,16 @@ def select_elements(
 
 
 def largest_threshold(scores: Iterable[Tensor], removable: int) -> tuple[float, int]:
-    """The largest float32 t for which at most ``removable`` of all scores are at most t, and how many those are.
+    """Largest float32 t for which at most ``removable`` of all scores are at most t, and their number.
 
-    It is -inf if there is none, and else, unless all scores may go, one bit pattern below the next score.
+    The threshold t is -inf if there is none. Unless all scores may go, it is one bit pattern below the next score.
 
-    Two passes of counting by the halves of the bit pattern: exact, ties stay together, and no sort of a hundred
-    million numbers.
+    Two passes count by the halves of the bit pattern. That is exact, ties stay together, and no hundred million numbers
+    have to be sorted.
 
     Args:
         scores: Non-negative, finite float32 tensors; iterated over once, so kept in memory.
-        removable: How many may be removed, at most.
+        removable: Largest number of scores that may be removed.
     """
     # Adding zero turns -0.0, whose pattern is negative, into 0.0.
     patterns = [(score + 0.0).view(torch.int32) for score in scores]
@@ -141,19 +141,19 @@ def largest_threshold(scores: Iterable[Tensor], removable: int) -> tuple[float, 
     inside = [pattern[pattern >> _HALF == bin_] & ((1 << _HALF) - 1) for pattern in patterns]
     lower = _first_bin_over(inside, removable - before)
     assert lower is not None
-    # The smallest pattern that must stay; what is just below it may go.
+    # The smallest pattern that must stay; the threshold is the one just below it.
     stays = (bin_ << _HALF) | lower[0]
     threshold = float(torch.tensor(stays - 1, dtype=torch.int32).view(torch.float32)) if stays else -math.inf
     return threshold, before + lower[1]
 
 
 def _next_float(threshold: float) -> float:
-    """The float32 whose bit pattern follows that of a non-negative one; 0 after -inf."""
+    """The next float32 after a non-negative threshold; 0 after -inf."""
     return max(0.0, float(torch.tensor(threshold).nextafter(torch.tensor(math.inf))))
 
 
 def _first_bin_over(keys: list[Tensor], limit: int) -> tuple[int, int] | None:
-    """The first key at which the running count exceeds ``limit``, and the count before it; None if none does."""
+    """First key at which the running count exceeds ``limit``, and the count before it; None if there is no such key."""
     counts = torch.zeros(1 << _HALF, dtype=torch.int64)
     for key in keys:
         counts += torch.bincount(key.flatten(), minlength=1 << _HALF).cpu()
@@ -170,7 +170,7 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
 
     Args:
         scores: ``[groups, n]``; a comparison group is a row.
-        removed: How many each row loses, at most n.
+        removed: Number of scores that each row loses, at most n.
 
     Returns:
         bool ``[groups, n]``, True = kept.
@@ -190,7 +190,7 @@ def keep_in_scope(scores: Tensor, sparsity: float, rowwise: bool, pattern: Patte
 
     Args:
         scores: ``[R, C]``.
-        sparsity: Fraction to remove; of no concern for N:M.
+        sparsity: Fraction to remove; not used for N:M.
         rowwise: Whether weights are compared within a row, else within the layer.
         pattern: N:M, which is compared within its groups.
 
@@ -205,7 +205,7 @@ def keep_in_scope(scores: Tensor, sparsity: float, rowwise: bool, pattern: Patte
 
 
 def _without(keep: ElementMask, costs: Tensor, goes: Tensor, pattern: Pattern | None) -> ElementMask:
-    """What is left of a layer without the marked ones of its ``candidate_scores``."""
+    """Mask of a layer without the marked ones of its ``candidate_scores``."""
     if pattern is None:
         left = keep.elements.clone()
         left[keep.elements] = ~goes
@@ -220,5 +220,5 @@ def _without(keep: ElementMask, costs: Tensor, goes: Tensor, pattern: Pattern | 
 
 
 def _grouped(values: Tensor, pattern: Pattern) -> Tensor:
-    """``[R, C]`` as ``[R, C / group, group]``: the groups are of consecutive inputs."""
+    """View ``[R, C]`` as ``[R, C / group, group]``: groups are of consecutive inputs."""
     return values.view(len(values), -1, pattern.group)

@@ -1,4 +1,6 @@
-"""How the kept weights change when rows or columns go: pure functions, exact for the whole removed set.
+"""Updates of the kept weights after a removal of rows, columns or single weights, exact for the whole removed set.
+
+Pure functions of tensors.
 
 Shapes: ``weight [R, C]``, a bias being its last column; ``a [C, C]`` and ``g [R, R]``. Sets are long index tensors.
 
@@ -8,13 +10,13 @@ Cholesky decomposition of the kept block and no inverse. Columns are alike (eq. 
 updated weights, is the exact joint minimiser, as the row solution acts from the left and the column solution from
 the right: ``W_KM = [I Q] W [I; P]``.
 
-What is neither removed nor kept (structures that died by implication) takes no part: it has no effect on the
-network, so nothing is gained or lost by compensating with it.
+Structures that are neither removed nor kept, because they died by implication, take no part: they have no effect on
+the network, so nothing is gained or lost by compensating with them.
 
 Single weights: ``remove_elements`` finds the exact minimiser over all kept weights at once. Removing them in groups,
-one after the other, with what is gone held at zero would give the same weights whatever the groups: each step is the
-F-orthogonal projection onto the weights left, and projections onto nested subspaces compose to the last one. A size
-of groups can therefore only mean which correlations are *left out*, those between groups: the ``independent``
+one after the other, with removed weights held at zero, would give the same weights whatever the groups: each step is
+the F-orthogonal projection onto the weights left, and projections onto nested subspaces compose to the last one. A
+size of groups can therefore only mean which correlations are *left out*, those between groups: the ``independent``
 functions compute the update of each group as if the others stayed, and add them (groups of one: the paper's
 independent updates, eq. 17 and 22).
 """
@@ -38,7 +40,7 @@ def remove_rows(weight: Tensor, g: Tensor, removed: Tensor, kept: Tensor, dampin
         removed: Rows to compensate for.
         kept: Rows that stay, in the order wanted.
         damping: Lambda, which is added to the diagonal of ``g``.
-        name: What ``g`` is, for error messages.
+        name: Name of ``g``, for error messages.
 
     Raises:
         NotPositiveDefiniteError: If the kept block has no decomposition even with more damping.
@@ -48,7 +50,7 @@ def remove_rows(weight: Tensor, g: Tensor, removed: Tensor, kept: Tensor, dampin
     own = g[kept]
     factor, cross = damped_cholesky(own[:, kept], damping, name), own[:, removed]
     if len(removed) < weight.shape[1]:
-        # Fewer right-hand sides.
+        # This way there are fewer right-hand sides to solve for.
         return weight[kept] + torch.cholesky_solve(cross, factor) @ weight[removed]
     return weight[kept] + torch.cholesky_solve(cross @ weight[removed], factor)
 
@@ -71,10 +73,10 @@ def remove_rows_independently(
         removed: Rows to compensate for; neighbours in this order form groups.
         kept: Rows that stay, in the order wanted.
         size: Rows in a group, at most.
-        name: What the factor is, for error messages.
+        name: Name of the factor, for error messages.
 
     Returns:
-        What to add to ``weight[kept]``.
+        The change, to be added to ``weight[kept]``.
 
     Raises:
         NotPositiveDefiniteError: If a group's block has no Cholesky decomposition.
@@ -126,7 +128,7 @@ def remove_elements(
         image = fisher(direction) * mask
         curvature = float((direction * image).sum())
         if not curvature:
-            # It underflows: what is left to gain is less than the type can hold.
+            # The curvature underflows: the gain that is left is less than the type can hold.
             break
         length = square / curvature
         x.add_(direction, alpha=length)
@@ -152,7 +154,7 @@ def remove_elements_independently(
         g_inverse: Inverse of the damped gradient factor ``[R, R]``.
         a_inverse: Inverse of the damped input factor ``[C, C]``.
         size: Weights in a group, at most.
-        name: What the layer is, for error messages.
+        name: Name of the layer, for error messages.
 
     Returns:
         ``[R, C]``, zero where not kept.
@@ -179,11 +181,11 @@ def _groups(runs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut positions into groups of at most ``size``; runs of neighbours stay together where they fit.
 
     Args:
-        runs: ``[n]``, how many positions each run has (a row's removed weights); a longer one than ``size`` is cut.
+        runs: ``[n]``, positions in each run (a row's removed weights); a run longer than ``size`` is cut.
         size: Positions in a group, at most.
 
     Yields:
-        Batches of groups: positions ``[groups, longest]``, and which of them are not padding, of the same shape.
+        Batches of groups: positions ``[groups, longest]``, and a mask of the same shape, False where they are padding.
     """
     bounds = [0]
     position = 0
@@ -193,7 +195,7 @@ def _groups(runs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         position += run
         bounds.extend(range(bounds[-1] + size, position, size))
     starts, ends = torch.tensor(bounds), torch.tensor([*bounds[1:], position])
-    # Groups of like lengths together, so that little is padding.
+    # Groups of like lengths go into one batch, so that little is padding.
     order = (ends - starts).argsort(descending=True)
     while len(order):
         longest = int((ends - starts)[order[0]])
@@ -206,7 +208,7 @@ def _groups(runs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _solve_groups(system: Tensor, right: Tensor, valid: Tensor, name: str) -> Tensor:
-    """Solve ``[groups, n, n]`` systems for ``[groups, n, k]``; returns the rows without padding, ``[valid, k]``."""
+    """Solve ``system [groups, n, n]`` for ``right [groups, n, k]``; returns rows without padding, ``[valid, k]``."""
     valid = valid.to(system.device)
     both = valid[:, :, None] & valid[:, None, :]
     eye = torch.eye(system.shape[1], dtype=system.dtype, device=system.device)

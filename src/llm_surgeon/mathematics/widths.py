@@ -1,9 +1,9 @@
-"""Shapes for plain classes and fast kernels: groups that go together for the sake of the widths that are left.
+"""Bundles of groups that go together, so that the widths left suit plain model classes and fast kernels.
 
 Pure functions of scored groups. A bundle is one candidate: its cost is the sum of its groups' costs, its gain all that
-they free, and every group of it carries its score and its number, so that it goes whole or not at all. The costs of
-groups in different layers add up, as the Fisher is block-diagonal; of groups within a layer this is an approximation,
-correct if they are not correlated.
+they free. Every group of a bundle carries its score and its number, so that the bundle goes whole or not at all. The
+costs of groups in different layers add up, as the Fisher is block-diagonal; of groups within a layer this is an
+approximation, correct if they are not correlated.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm_surgeon.mathematics.structured_selection import Group
+from llm_surgeon.mathematics.candidates import Group
 
 INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
 class Widths:
-    """What the groups of a coupling may leave.
+    """Widths that the groups of a coupling may leave.
 
     Attributes:
         multiple: Living groups in a pool are a multiple of this after any removal.
-        least: Groups that stay in each pool, at least.
-        uniform: Whether all couplings keep equally many.
+        least: Smallest number of groups that stay in each pool.
+        uniform: Whether all couplings keep equally many groups.
     """
 
     multiple: int = 1
@@ -35,16 +35,19 @@ class Widths:
 
 
 def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> list[Group]:
-    """Score groups of one kind so that whatever threshold is taken leaves the widths wanted.
+    """Score groups of one kind in bundles, so that any threshold leaves the widths wanted.
 
     Within each pool the candidates are ordered by score. The first bundle holds as many of the cheapest as exceed the
-    multiple, each further one as many as the multiple; the last, those that have to stay, are no candidates. The
+    multiple, each further one as many as the multiple; the last groups, which have to stay, are no candidates. The
     bundles of the same number of all pools go together, with ``uniform`` those of all couplings too.
 
     Args:
         groups: One per block, of the same kind.
-        widths: What may be left.
+        widths: Widths that may be left.
         per_weight: Whether to rank by cost per weight freed.
+
+    Returns:
+        The groups in the same order, with scores, bundle numbers and numberings of the bundles.
     """
     levels = [_levels(group, widths) for group in groups]
     together = [list(range(len(groups)))] if widths.uniform else [[number] for number in range(len(groups))]
@@ -67,7 +70,7 @@ def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> 
 
 
 def _levels(group: Group, widths: Widths) -> Tensor:
-    """``[groups]``: the number of each group's bundle; -1 where it has to stay, or is dead."""
+    """Number of each group's bundle, ``[groups]``; -1 where a group has to stay, or is dead."""
     pools = group.coupling.pools
     pools = torch.zeros(len(group.score), dtype=torch.long) if pools is None else pools
     levels = torch.full_like(pools, -1)
@@ -76,7 +79,7 @@ def _levels(group: Group, widths: Widths) -> Tensor:
         order = alive[group.score[alive].argsort(stable=True)]
         first = len(order) % widths.multiple
         level = (torch.arange(len(order)) - first) // widths.multiple + 1
-        # What has to stay takes the rest of its bundle with it.
+        # A group that has to stay keeps the rest of its bundle too.
         if widths.least and len(order):
             level[level >= level[max(0, len(order) - widths.least)]] = -1
         levels[order] = level
@@ -84,13 +87,16 @@ def _levels(group: Group, widths: Widths) -> Tensor:
 
 
 def merge(groups: Sequence[Group], per_weight: bool = True) -> list[Group]:
-    """One candidate of several: group number g of all of them goes together.
+    """Merge couplings into one set of candidates: group number g of all couplings goes together.
 
-    A group that is dead in one of them needs only the others to go.
+    Where group g is dead in one coupling, the candidate consists of the others.
 
     Args:
-        groups: With equally many groups each.
+        groups: Couplings with equally many groups each.
         per_weight: Whether to rank by cost per weight freed.
+
+    Returns:
+        The groups in the same order, with common scores, bundle numbers and numbering.
     """
     alive = torch.stack([group.score.isfinite() for group in groups])
     cost = (torch.stack([group.side_costs.amin(0).double() for group in groups]) * alive).sum(0)

@@ -1,4 +1,7 @@
-"""Model families, and the linear layers of a model as prunable matrices."""
+"""Models: the families that are supported, loading, and the linear layers of a model as prunable matrices.
+
+This package knows how a model is built and stored. It reads no text and estimates no curvature.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ __all__ = ["FAMILIES", "Anatomy", "Family", "LinearLayer", "examine", "family_of
 
 
 def register_family(family: Family) -> None:
-    """Make an architecture known that the package has no entry for; its ``model_type`` is the key.
+    """Register an architecture that the package has no entry for, under its ``model_type``.
 
     Raises:
-        ValueError: If there is an entry for it already.
+        ValueError: If there is an entry for this ``model_type`` already.
     """
     if family.model_type in FAMILIES:
         raise ValueError(f"there is a family {family.model_type!r} already")
@@ -33,10 +36,10 @@ def register_family(family: Family) -> None:
 
 
 def family_of(model_type: str) -> Family:
-    """The family of ``config.model_type``.
+    """Family of a ``config.model_type``.
 
     Raises:
-        UnsupportedModelError: If there is no entry for its ``model_type``.
+        UnsupportedModelError: If there is no entry for the ``model_type``, or it is that of a pruned model.
     """
     if model_type.startswith("llm_surgeon_"):
         raise UnsupportedModelError(

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
-from llm_surgeon.mathematics.structured_selection import Coupling, KeepMask, Side
+from llm_surgeon.mathematics.keep_masks import Coupling, KeepMask, Side
 from llm_surgeon.models.couplings import attention_couplings, feed_forward_couplings
 from llm_surgeon.models.family import Count, Family
 from llm_surgeon.models.parts import AttentionPart, FeedForwardPart, attention_part, feed_forward_part

@@ -1,4 +1,4 @@
-"""Causal attention for passes in bfloat16 on a CPU.
+"""Causal attention for passes in bfloat16 on a CPU, in place of torch's fused attention.
 
 The fused attention of torch's CPU build forms its products in float32 arithmetic, and takes a third of the time of a
 forward and backward pass over sequences of 512 tokens. Here the same products are formed by the matrix library in
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Queries of one block: fewer save more of the products above the diagonal, more make the products larger.
+# Queries of one block. Fewer queries save more of the products above the diagonal; more make the products larger.
 _QUERIES = 128
-# Length of sequences up to which probabilities are kept for the way back. To compute them once more takes a fifth of
-# the time of both ways, and their room grows with the square of the length.
+# Length of sequences up to which probabilities are kept for the backward pass. To compute them once more takes a fifth
+# of the time of both passes, and their memory grows with the square of the length.
 _KEPT = 512
 _FUSED = "sdpa"
 
 
 @contextmanager
 def attention_by_blocks() -> Iterator[None]:
-    """Let every model whose attention is the fused one use ``CausalAttention`` wherever that can stand in for it."""
+    """Use ``CausalAttention`` in every model with fused attention, wherever it can stand in for that."""
     if ALL_ATTENTION_FUNCTIONS[_FUSED] is _attend:
         yield
         return
@@ -35,7 +35,7 @@ def attention_by_blocks() -> Iterator[None]:
     try:
         yield
     finally:
-        # What was set here hid the entry that all instances share; it shows again.
+        # The entry that was set here hid the one that all instances share, which shows again.
         del ALL_ATTENTION_FUNCTIONS[_FUSED]
 
 
@@ -50,7 +50,22 @@ def _attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function as transformers calls them: ``[batch, heads, length, width]`` in, heads third out."""
+    """Attend in the way that transformers calls attention functions.
+
+    Args:
+        module: The attention module.
+        query: ``[batch, heads, length, width]``.
+        key: ``[batch, key heads, length, width]``.
+        value: ``[batch, key heads, length, value width]``.
+        attention_mask: Mask; None is causal attention to all earlier positions.
+        dropout: Share of probabilities that are dropped.
+        scaling: Factor of the scores; None is ``width ** -0.5``.
+        is_causal: Whether no position sees a later one; None asks the module.
+        others: Further arguments of transformers.
+
+    Returns:
+        ``[batch, length, heads, value width]``, and None for the probabilities.
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     plain = attention_mask is None and causal and not dropout and query.shape[2] == key.shape[2]
@@ -74,16 +89,16 @@ def _attend(
 
 
 class CausalAttention(torch.autograd.Function):
-    """``softmax(scale Q K^T) V`` where no position sees a later one; products and what is stored in the inputs' type.
+    """Causal attention ``softmax(scale Q K^T) V``; products and stored tensors have the type of the inputs.
 
-    Queries ``[batch, heads, length, width]``; keys and values ``[batch, key heads, length, width]``, each shared by
-    as many neighbouring query heads. Of long sequences probabilities are not kept for the backward pass but computed
+    Queries are ``[batch, heads, length, width]``, keys and values ``[batch, key heads, length, width]``, each shared by
+    as many neighbouring query heads. Probabilities of long sequences are not kept for the backward pass but computed
     once more.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """The output, ``[batch, heads, length, value width]``."""
+        """Output of the attention, ``[batch, heads, length, value width]``."""
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         kept = []
         for block in _blocks(query.shape[2]):
@@ -99,8 +114,8 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of queries, keys and values; sums over blocks of queries are float32.
 
-        With P the probabilities and D the gradient of the output O: that of V is ``P^T D``, that of the scores
-        ``scale P * (D V^T - sum(D * O))``, a row's sum standing for the softmax's normalisation.
+        With P the probabilities and D the gradient of the output O, the gradient of V is ``P^T D`` and that of the
+        scores ``scale P * (D V^T - sum(D * O))``, where a row's sum stands for the softmax's normalisation.
         """
         (outer,) = gradients
         query, key, value, output, *kept = ctx.saved_tensors
@@ -125,10 +140,14 @@ def _blocks(length: int) -> Iterator[slice]:
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, block: slice) -> Tensor:
-    """Of a block of queries over the keys up to its end, ``[batch, key heads, queries sharing a key, keys]``."""
+    """Probabilities of a block of queries over the keys up to its end.
+
+    Returns:
+        ``[batch, key heads, queries sharing a key, keys]``.
+    """
     scores = _grouped(query, key, block).mul(scale) @ key[:, :, : block.stop].transpose(-1, -2)
     count = block.stop - block.start
-    # Added, which is three times as fast as filling in.
+    # The mask is added, which is three times as fast as filling it in.
     later = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     scores.unflatten(2, (-1, count))[..., block].add_(later)
     probabilities: Tensor = scores.softmax(-1)
@@ -136,13 +155,13 @@ def _probabilities(query: Tensor, key: Tensor, scale: float, block: slice) -> Te
 
 
 def _grouped(x: Tensor, key: Tensor, block: slice) -> Tensor:
-    """A block of ``[batch, heads, length, width]``, heads that share a key one below the other."""
+    """Take a block of ``x [batch, heads, length, width]``, with heads that share a key one below the other."""
     grouped: Tensor = x[:, :, block].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     return grouped
 
 
 def _ungrouped(x: Tensor, query: Tensor) -> Tensor:
-    """``[batch, key heads, queries sharing a key, width]`` with the query heads apart."""
+    """Separate the query heads of ``x [batch, key heads, queries sharing a key, width]`` again."""
     batch, heads = query.shape[:2]
     apart: Tensor = x.reshape(batch, heads, -1, x.shape[-1])
     return apart

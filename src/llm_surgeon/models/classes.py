@@ -1,4 +1,4 @@
-"""The classes that models of a supported type may have."""
+"""Check of a model's class: only transformers' own classes can be exported."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def check_class(model: PreTrainedModel, model_class: str) -> None:
         model_class: The class in its family's entry.
 
     Raises:
-        UnsupportedModelError: If it is not.
+        UnsupportedModelError: If the model is of another class, or is run by code of its checkpoint.
     """
     if model.config.model_type not in CONFIG_MAPPING:
-        # A type of one's own, whose entry knows what class stands for it.
+        # A type that the user has registered: its entry names the class.
         return
     kinds = type(model).__mro__
     named = next((kind for kind in kinds if kind.__name__ == model_class), None)

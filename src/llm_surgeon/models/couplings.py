@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llm_surgeon.mathematics.structured_selection import Axis, Coupling, Side
+from llm_surgeon.mathematics.keep_masks import Axis, Coupling, Side
 from llm_surgeon.models.parts import AttentionPart, FeedForwardPart, Rows
 
 

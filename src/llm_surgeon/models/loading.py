@@ -1,4 +1,4 @@
-"""Finding and loading models and tokenizers."""
+"""Loading of models, tokenizers and configurations from a directory, a hub id or the word ``demo``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _OTHER_FORMATS = ["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.pt", "*.
 
 
 def resolve_source(model: str) -> str:
-    """``demo`` as the directory of the demo model, fetched if need be; a path with its ``~``, a hub id as it is.
+    """Resolve the name of a model: ``demo`` to its directory, fetched if need be, ``~`` in paths; hub ids stay.
 
     Raises:
-        ModelError: If there is no such directory, and it cannot be a hub id.
+        ModelError: If there is no such directory, and the name cannot be a hub id.
     """
     if model == "demo":
         return str(demo_model())
@@ -38,7 +38,7 @@ def resolve_source(model: str) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` as CUDA where there is one, else the CPU.
+    """Device of a name; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
         ConfigError: If the device does not exist here.
@@ -55,17 +55,17 @@ def resolve_device(device: str) -> torch.device:
 
 
 def check_dtype(dtype: str) -> None:
-    """Make sure that a type has a name of ``DTYPES``.
+    """Make sure that the name of a type is one of ``DTYPES``.
 
     Raises:
-        ConfigError: If it has not.
+        ConfigError: If the name is not known.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"The type {dtype!r} is not known.", f"Use one of {', '.join(DTYPES)}.")
 
 
 def model_type_of(source: str) -> str:
-    """``model_type`` of a local directory or a hub id, read without running code of the checkpoint.
+    """Read the ``model_type`` of a local directory or a hub id, without running code of the checkpoint.
 
     Raises:
         ModelError: If there is no configuration.
@@ -74,7 +74,7 @@ def model_type_of(source: str) -> str:
 
 
 def positions_of(source: str) -> int | None:
-    """Positions of a local directory or a hub id, read without running code of the checkpoint; None: not said.
+    """Read the number of positions of a model, without running code of the checkpoint; None if it is not stated.
 
     Raises:
         ModelError: If there is no configuration.
@@ -85,10 +85,10 @@ def positions_of(source: str) -> int | None:
 
 
 def local_directory(model: str) -> Path:
-    """The directory of a model: as it is, or in the cache, where a hub id or ``demo`` is fetched to if need be.
+    """Directory of a model: its own, or one in the cache, to which a hub id or ``demo`` is fetched if need be.
 
     Raises:
-        ModelError: If it cannot be fetched.
+        ModelError: If the model cannot be fetched.
     """
     path = Path(resolve_source(model))
     if path.is_dir():
@@ -100,11 +100,14 @@ def local_directory(model: str) -> Path:
 
 
 def source_files(source: str, config: Any) -> dict[str, str]:
-    """What changes when a model is written anew: size and time of its files, or its revision on the hub.
+    """Fingerprint of a model's files, which changes when they are written anew.
 
     Args:
         source: A local directory or a hub id.
-        config: Its configuration as ``load_config`` gives it.
+        config: Configuration of the model, from ``load_config``.
+
+    Returns:
+        Size and time of each file by name; for a hub id its revision.
     """
     directory = Path(source)
     if not directory.is_dir():
@@ -120,29 +123,29 @@ def _stamp(path: Path) -> str:
 
 
 def load_config(source: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a local directory or a hub id.
+    """Load the configuration of a local directory or a hub id.
 
     Args:
         source: A local directory or a hub id.
         trust_remote_code: Whether code of the checkpoint may run.
 
     Raises:
-        ModelError: If there is none, or it needs code that may not run.
+        ModelError: If there is no configuration, or it needs code that may not run.
     """
     return settings.load_config(source, _runs_code(source, trust_remote_code))
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory or a hub id.
+    """Load the tokenizer of a local directory or a hub id.
 
     Args:
         source: A local directory or a hub id.
         trust_remote_code: Whether code of the checkpoint may run, if it is not an export of this package.
 
     Raises:
-        ModelError: If there is none, or it needs code that may not run.
+        ModelError: If there is no tokenizer, or it needs code that may not run.
     """
-    # Transformers would read it by itself, and stop at entries that are of no concern here.
+    # Given here, as transformers would read the configuration by itself, and stop at entries that do not matter here.
     trusted = _runs_code(source, trust_remote_code)
     config = settings.load_config(source, trusted)
     try:
@@ -158,23 +161,33 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
 def load_model(
     source: str, dtype: str = "auto", device: str | torch.device = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode.
+    """Load a causal language model, in evaluation mode.
 
     Args:
         source: A local directory or a hub id.
         dtype: A name of ``DTYPES``.
-        device: Where to put it.
+        device: Device to put the model on.
         trust_remote_code: Whether code of the checkpoint may run, if it is not an export of this package.
 
     Raises:
-        ModelError: If it cannot be loaded, needs code that may not run, holds its weights in another format than
+        ModelError: If the model cannot be loaded, needs code that may not run, holds its weights in another format than
             safetensors, or has other weights than its configuration describes.
     """
     return load_checked(source, check_checkpoint(source, trust_remote_code), dtype, device)
 
 
 def load_checked(source: str, runs_code: bool, dtype: str, device: str | torch.device) -> PreTrainedModel:
-    """The same of a checkpoint that has been checked, see ``check_checkpoint``."""
+    """Load a causal language model from a checkpoint that has been checked, in evaluation mode.
+
+    Args:
+        source: A local directory or a hub id.
+        runs_code: Whether code of the checkpoint runs: the result of ``check_checkpoint``.
+        dtype: A name of ``DTYPES``.
+        device: Device to put the model on.
+
+    Raises:
+        ModelError: If the model cannot be loaded.
+    """
     model = read_model(source, settings.load_config(source, runs_code), dtype_of(source, dtype), runs_code)
     cast_layer_norms(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # the decorator hides nn.Module's signature
@@ -212,6 +225,9 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: Whether code of the checkpoint may run. The modelling file of a local export is run in any
             case if it is byte for byte what this version writes.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
 
     Raises:
         ModelError: If there is no model to load, or it needs code that may not run.

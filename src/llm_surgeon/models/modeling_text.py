@@ -1,4 +1,4 @@
-"""The modelling file that an export brings along, and the entries of its configuration that name it."""
+"""Text of the modelling file that an export brings along, and the entries of its configuration that name the file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Pruned$model_class($model_class):
 
 
 def modeling_text(family: Family) -> str:
-    """The self-contained modelling file of an export."""
+    """Text of the self-contained modelling file of an export."""
     common = (Path(__file__).parent / MODELING_FILE).read_text(encoding="utf8")
     classes = _FAMILY_CLASSES.substitute(
         config_class=family.config_class, model_class=family.model_class, model_type=export_type(family)
@@ -45,12 +45,12 @@ def modeling_text(family: Family) -> str:
 
 
 def export_type(family: Family) -> str:
-    """``model_type`` of an export: its own, so that a loader never takes it for a dense model."""
+    """Type of an export for its ``model_type``: a type of its own, so that no loader takes it for a dense model."""
     return f"llm_surgeon_{family.model_type}"
 
 
 def auto_map(family: Family) -> dict[str, str]:
-    """Which classes of the modelling file transformers is to take."""
+    """Entry ``auto_map`` of an export's configuration: the classes of the modelling file that load it."""
     module = Path(MODELING_FILE).stem
     return {
         "AutoConfig": f"{module}.Pruned{family.config_class}",

@@ -1,4 +1,4 @@
-"""How a model is run while it is measured: evaluation mode, no weight gradients, chosen arithmetic; all restored."""
+"""Modes of a model while it is measured: evaluation, no weight gradients, chosen arithmetic; all are restored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_surgeon.models.attention import attention_by_blocks
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; restores both."""
+    """Freeze a model: evaluation mode without parameter gradients. Both are restored."""
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -28,7 +28,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def products(precision: str) -> Iterator[None]:
-    """``bfloat16``: products of float32 matrices may round their inputs; results and sums stay float32."""
+    """Allow products of float32 matrices to round their inputs with ``bfloat16``; results and sums stay float32."""
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else "highest")
@@ -39,7 +39,7 @@ def products(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """Reduced precision for the model pass and inside the factors' products, or full precision for both.
+    """Set the precision of the model pass and of the factors' products: reduced with ``bfloat16``, else full.
 
     The products' results stay float32: a *sum* rounded to bfloat16 would be indefinite, rounded *inputs* are not.
     """
@@ -49,9 +49,9 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reduced_weights(model: nn.Module, precision: str) -> Iterator[None]:
-    """With ``bfloat16``, let linear layers hold their weights in it, as autocast would cast them batch after batch.
+    """Hold the weights of linear layers in bfloat16 with ``bfloat16``: autocast would cast them batch after batch.
 
-    The embedding keeps its own, also where the head shares it. Weights in half precision are left alone.
+    The embedding keeps its own weights, also where the head shares them. Weights in half precision are left alone.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and precision == "bfloat16"]
     before = [(layer, layer.weight) for layer in layers if layer.weight.dtype == torch.float32]
@@ -67,6 +67,6 @@ def reduced_weights(model: nn.Module, precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fast_pass(model: nn.Module, precision: str) -> Iterator[None]:
-    """A model that is only run, not changed: frozen, with weights and attention as the precision allows."""
+    """Make a model ready for passes that do not change it: frozen, with weights and attention for the precision."""
     with frozen(model), reduced_weights(model, precision), attention_by_blocks():
         yield

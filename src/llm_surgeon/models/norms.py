@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class CastingLayerNorm(nn.LayerNorm):
-    """Layer norm whose parameters take the type of its input.
+    """A layer norm whose parameters take the type of its input.
 
     Autocast makes the stream of a float16 model float32, and torch has no layer norm on a CPU for an input of one type
     and float16 parameters. OPT and Pythia are stored so.
@@ -21,7 +21,7 @@ class CastingLayerNorm(nn.LayerNorm):
 
 
 def cast_layer_norms(model: nn.Module) -> list[nn.Module]:
-    """Let the layer norms of a float16 model take the type of their inputs, in place; returns those that it changed."""
+    """Let the layer norms of a float16 model take the type of their inputs, in place; returns the changed modules."""
     changed: list[nn.Module] = [
         module
         for module in model.modules()

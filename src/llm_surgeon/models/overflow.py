@@ -1,4 +1,4 @@
-"""Where NaN or infinity comes from, once a loss has turned out not to be finite."""
+"""Search for the origin of NaN or infinity, once a loss has turned out not to be finite."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llm_surgeon.mathematics.linalg import is_finite
 
 @torch.no_grad()
 def loss_not_finite(model: PreTrainedModel, input_ids: Tensor, of_what: str) -> NonFiniteError:
-    """The error to raise for a loss that is not finite; to be called under the arithmetic in which it was computed.
+    """Error for a loss that is not finite; to be called under the arithmetic in which the loss was computed.
 
-    It names the first parameter that is not finite, or else the first module whose output is not. The model is run
-    once more to find that one.
+    The error names the first parameter that is not finite, or else the first module whose output is not finite. To find
+    the module, the model is run once more.
 
     Args:
         model: A causal language model.
-        input_ids: ``[batch, length]`` of the tokens whose loss is not finite.
-        of_what: What the loss is of, for the message.
+        input_ids: ``[batch, length]``, the tokens whose loss is not finite.
+        of_what: The text or pass that the loss is of, for the message.
     """
     damaged = next((name for name, value in model.named_parameters() if not is_finite(value)), None)
     if damaged is not None:
@@ -41,7 +41,7 @@ def loss_not_finite(model: PreTrainedModel, input_ids: Tensor, of_what: str) -> 
 
 
 def _first_overflow(model: nn.Module, input_ids: Tensor) -> str | None:
-    """The first module without parts whose output is not finite."""
+    """Name of the first module without submodules whose output is not finite; None if there is none."""
     found: list[str] = []
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Tokens that are always the same, and what a model makes of them."""
+"""A probe: tokens that are always the same, and a model's logits of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROBE_TOKENS = 64
 
 
 def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Tokens drawn at random, always the same, ``[1, PROBE_TOKENS]`` or as many as there are positions."""
+    """Tokens of the probe, drawn with a fixed seed, ``[1, PROBE_TOKENS]`` or as many as the model has positions."""
     settings = model.config.get_text_config()
     length = min(PROBE_TOKENS, getattr(settings, "max_position_embeddings", None) or PROBE_TOKENS)
     return torch.randint(settings.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -20,7 +20,7 @@ def probe_tokens(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel) -> Tensor:
-    """Logits ``[1, n, tokens]`` of the probe, float32 on the CPU, in the type of the weights."""
+    """Logits of the probe, ``[1, n, vocabulary]`` float32 on the CPU, computed in the type of the weights."""
     with frozen(model):
         ids = probe_tokens(model).to(next(model.parameters()).device)
         logits: Tensor = model(ids, return_dict=True).logits

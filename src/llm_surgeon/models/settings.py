@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint: read without running code, and without what says how to run the model."""
+"""The configuration of a checkpoint, read without running code and without entries on how to run the model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ DTYPES: dict[str, Any] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Attention that every transformers model can be built with. Others need packages, or native code of a hub repository
-# that would be fetched and run while the model is built.
+# Kinds of attention that every transformers model can be built with. Others need packages, or native code of a hub
+# repository that would be fetched and run while the model is built.
 _ATTENTIONS = ("eager", "sdpa")
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 # Entries that say how to run a model, not what it computes; each can make a model that cannot be built or called.
@@ -34,18 +34,18 @@ _HOW_TO_RUN = (
 )
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# More blocks than any model has: lists as long as that are made before anything is compared with the weights.
+# More blocks than any model has. Without a limit, lists of any length would be made before the weights are compared.
 _MOST_BLOCKS = 10_000
 
 
 def read_settings(source: str) -> dict[str, Any]:
-    """Entries of config.json, as they are.
+    """Read the entries of config.json, unchanged.
 
     Args:
         source: A local directory or a hub id.
 
     Raises:
-        ModelError: If there is no configuration, or it cannot be read.
+        ModelError: If there is no configuration, or the file cannot be read.
     """
     path = Path(source) / "config.json"
     try:
@@ -64,17 +64,17 @@ def read_settings(source: str) -> dict[str, Any]:
 
 
 def load_config(source: str, runs_code: bool = False) -> Any:
-    """The configuration of a local directory or a hub id, for building its model.
+    """Load the configuration of a local directory or a hub id, for building its model.
 
-    Attention that needs more than torch is left out, as are entries that say how to call the model; this package
-    decides on both.
+    Entries on attention that needs more than torch are left out, and so are entries on how to call the model. This
+    package decides on both.
 
     Args:
         source: A local directory or a hub id.
         runs_code: Whether code of the checkpoint may run.
 
     Raises:
-        ModelError: If there is none, it cannot be built, or it needs code that may not run.
+        ModelError: If there is no configuration, it cannot be built, or it needs code that may not run.
     """
     settings = read_settings(source)
     _check_depth(source, settings)
@@ -87,7 +87,7 @@ def load_config(source: str, runs_code: bool = False) -> Any:
         else:
             config = CONFIG_MAPPING[kind].from_dict(_without_how_to_run(settings))
             config._name_or_path = source
-            # Of the hub: what shows later that the model is still the same.
+            # The hub's revision shows later whether the model is still the same.
             config._commit_hash = settings.get("_commit_hash")
     except Exception as error:
         raise not_loaded(source, "configuration", error) from None
@@ -99,12 +99,12 @@ def load_config(source: str, runs_code: bool = False) -> Any:
 
 
 def dtype_of(source: str, asked: str, settings: Mapping[str, Any] | None = None) -> torch.dtype:
-    """The type in which a model is loaded: the one asked for, or else the stored one; float64 becomes float32.
+    """Type in which a model is loaded: the one asked for, or else the stored one; float64 becomes float32.
 
     Args:
         source: A local directory or a hub id.
         asked: A name of ``DTYPES``.
-        settings: Entries of config.json, if they have been read.
+        settings: Entries of config.json, if they have been read already.
 
     Raises:
         ModelError: If the stored type cannot be computed with.
@@ -126,17 +126,25 @@ def dtype_of(source: str, asked: str, settings: Mapping[str, Any] | None = None)
 
 
 def stored_dtype(source: str, settings: Mapping[str, Any] | None = None) -> torch.dtype:
-    """The type of the weights in the files: what config.json declares or, without that, what the first tensor has."""
+    """Type of the weights in the files: as config.json declares, or else that of the first tensor.
+
+    Args:
+        source: A local directory or a hub id.
+        settings: Entries of config.json, if they have been read already.
+
+    Raises:
+        ModelError: If there is no configuration.
+    """
     declared = _declared(read_settings(source) if settings is None else settings)
     return declared or _first_dtype(Path(source)) or torch.float32
 
 
 def not_loaded(source: str, what: str, error: BaseException) -> ModelError:
-    """The error to raise for a part of a checkpoint that cannot be loaded; names the reason.
+    """Error for a part of a checkpoint that cannot be loaded; names the reason.
 
     Args:
         source: A local directory or a hub id.
-        what: Which part, in a word.
+        what: The part, in a word.
         error: The reason.
     """
     if "trust_remote_code" in str(error):
@@ -172,7 +180,7 @@ def _check_depth(source: str, settings: Mapping[str, Any]) -> None:
 
 
 def _declared(settings: Mapping[str, Any]) -> torch.dtype | None:
-    """The type that config.json names; None if it names none."""
+    """Type that config.json names; None if it names none."""
     for key in _DTYPE_KEYS:
         name = str(settings.get(key) or "").removeprefix("torch.")
         if isinstance(found := getattr(torch, name, None), torch.dtype):
@@ -181,7 +189,7 @@ def _declared(settings: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def _first_dtype(directory: Path) -> torch.dtype | None:
-    """Type of the first tensor of floating point in the weight files of a directory."""
+    """Type of the first tensor of floating point in the weight files of a directory; None if there is none."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dictionary
@@ -193,7 +201,7 @@ def _first_dtype(directory: Path) -> torch.dtype | None:
 
 
 def _without_how_to_run(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a configuration, and of those within it, without what this package decides on."""
+    """Entries of a configuration, nested ones included, without those that this package decides on."""
     kept: dict[str, Any] = {}
     for key, value in settings.items():
         if key in _HOW_TO_RUN or key in _DTYPE_KEYS:
@@ -209,7 +217,7 @@ def _without_how_to_run(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_attention_aside(config: Any) -> None:
-    """The same of a configuration that code of the checkpoint has built, as far as it can be undone."""
+    """Undo the entries that this package decides on, in a configuration that code of the checkpoint has built."""
     if getattr(config, "_attn_implementation", None) not in (None, *_ATTENTIONS):
         config._attn_implementation = None
     config.return_dict = True

@@ -1,4 +1,4 @@
-"""A model without its weights: what the configuration alone says of it."""
+"""Skeleton of a model: its architecture without weights, known from the configuration alone."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Skeleton:
     Attributes:
         source: A local directory or a hub id.
         network: The model on the meta device.
-        anatomy: Its prunable layers.
-        stored: Type of the weights in the files, as the configuration says.
-        dtype: Type in which the recipe loads them.
+        anatomy: Prunable layers of the model.
+        stored: Type of the weights in the files, by the configuration.
+        dtype: Type in which the recipe loads the weights.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Skeleton:
 
     @property
     def parameters(self) -> int:
-        """Parameters, tied ones once."""
+        """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @property
@@ -49,20 +49,24 @@ class Skeleton:
 
     @property
     def converts(self) -> bool:
-        """Whether loading makes another type of the stored weights, and so a copy."""
+        """True if loading converts the stored weights to another type, which makes a copy."""
         return self.stored != self.dtype
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the weight files: counted where they lie here, else what the configuration makes of them."""
+        """Bytes of the weight files: counted in a local directory, else computed from the configuration."""
         files = sum(path.stat().st_size for path in Path(self.source).glob("*.safetensors"))
         return files or self.parameters * self.stored.itemsize
 
 
 def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
-    """Find out from the configuration alone whether a model is supported, and what it is like.
+    """Build the skeleton of a model from its configuration, and check that the model is supported.
 
-    Where the weight files lie here, their headers are compared with it.
+    In a local directory, the headers of the weight files are compared with the configuration.
+
+    Args:
+        source: A local directory or a hub id.
+        config: The recipe.
 
     Raises:
         ModelError: If there is no configuration, the weights are not in safetensors, or not those of the model.
@@ -84,12 +88,12 @@ def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
 
 
 def _empty(source: str, settings: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """A model without memory."""
+    """Build a model on the meta device, without memory."""
     try:
         with torch.device("meta"):
             network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
         return network
-    # What a configuration may say wrong is not foreseeable, and neither is what its class makes of it.
+    # A configuration may be wrong in any way, and its class may raise any error.
     except Exception as error:
         raise not_loaded(source, "model", error) from None
 
@@ -97,19 +101,19 @@ def _empty(source: str, settings: Any, trust_remote_code: bool) -> PreTrainedMod
 def loaded(
     skeleton: Skeleton, config: PruneConfig, device: torch.device, *, streamed: bool
 ) -> tuple[PreTrainedModel, Anatomy]:
-    """The model with its weights, and its prunable layers.
+    """Load the model of a skeleton with its weights, and describe its prunable layers.
 
     Args:
-        skeleton: The model.
+        skeleton: Skeleton of the model.
         config: The recipe.
-        device: Where it is to run.
+        device: Device on which the model is to run.
         streamed: Whether the weights of its blocks come one block at a time.
 
     Raises:
-        ModelError: If it cannot be loaded.
+        ModelError: If the model cannot be loaded.
         DiskSpaceError: If weights that are to be streamed do not fit on the disk.
     """
-    # Weights of the type that is stored are mapped, and not read before they are needed.
+    # Weights that keep their stored type are mapped, and not read before they are needed.
     dtype, place = ("auto", torch.device("cpu")) if streamed else (config.dtype, device)
     network = load_model(skeleton.source, dtype, place, config.trust_remote_code)
     anatomy = examine(network, skeleton.anatomy.family, config.ignore)
@@ -119,7 +123,7 @@ def loaded(
 
 
 def weightless(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
-    """The model once more, made of tensors that claim to be on a device; for use under a ``FakeTensorMode``."""
+    """Build the model of a skeleton anew on a device, without its weights; for use under a ``FakeTensorMode``."""
     settings: Any = skeleton.network.config
     with device:
         network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=skeleton.dtype)

@@ -1,4 +1,4 @@
-"""What all structures ask of costs and updates."""
+"""Helpers for costs and updates that all structures share: the solver of a recipe, and checks for finite numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_surgeon.recipe.config import PruneConfig
 
 
 def solver_of(config: PruneConfig) -> Solver:
-    """How the updates of a recipe are computed."""
+    """Solver for the updates of a recipe."""
     return Solver(config.max_correlations, config.update_steps)
 
 
@@ -20,7 +20,7 @@ def check_finite(layer: LinearLayer, *costs: Tensor) -> None:
     """Make sure that a layer's costs can be compared.
 
     Raises:
-        NonFiniteError: If one is NaN or infinite.
+        NonFiniteError: If a cost is NaN or infinite.
     """
     if not all(is_finite(cost) for cost in costs):
         raise NonFiniteError(
@@ -30,7 +30,7 @@ def check_finite(layer: LinearLayer, *costs: Tensor) -> None:
 
 
 def check_written(layer: LinearLayer, core: nn.Linear) -> None:
-    """Make sure that an update has left numbers, in the type that the layer stores them in.
+    """Make sure that an update has left finite weights and bias, in the type that the layer stores.
 
     Raises:
         NonFiniteError: If a weight or the bias is NaN or infinite.

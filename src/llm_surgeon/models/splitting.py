@@ -1,4 +1,4 @@
-"""Whether the tokenizer that transformers makes of a checkpoint splits text as its tokenizer.json does."""
+"""Check that the tokenizer which transformers makes of a checkpoint splits text as its tokenizer.json does."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _PROBES = (
 
 
 def warn_of_splitting(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Log a warning if a tokenizer splits text otherwise than the file that it was made of.
+    """Log a warning if a tokenizer splits text otherwise than the file that it was made from.
 
-    The class that transformers has for a type of model may put its own way of splitting in the place of the file's:
-    text is then split otherwise than in training.
+    The class that transformers has for a type of model may replace the file's way of splitting by its own. Text is then
+    split otherwise than in training.
 
     Args:
-        tokenizer: As transformers has made it.
-        file: The tokenizer.json of the checkpoint; without one there is nothing to compare with.
+        tokenizer: The tokenizer that transformers has made.
+        file: The tokenizer.json of the checkpoint; if it does not exist, nothing is compared.
     """
     if not file.is_file():
         return
     try:
         stored = Tokenizer.from_file(str(file))
-    # The library's errors are of no class of their own; that the tokenizer could be loaded is what counts.
+    # The library has no class of errors of its own. It is enough that transformers could load the tokenizer.
     except Exception:
         logger.debug("%s cannot be read by itself", file, exc_info=True)
         return

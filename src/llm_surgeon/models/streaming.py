@@ -1,11 +1,11 @@
-"""Weights of blocks that wait in mapped files, and are where the model runs only while their block is run.
+"""Streamed weights: those of blocks wait in mapped files, and are on the device only while their block is run.
 
 A model that fits neither a GPU nor main memory may still fit block by block. Each weight of a block is a tensor in a
-file without a name that is mapped into memory: whoever reads or writes it does so as ever, and the kernel brings and
-takes its pages. On a CPU that is all. For a GPU the block that is run is copied there and forgotten again; what is run
-block by block (``passes/sweep.py``) keeps it there for all batches, and the next one arrives meanwhile.
+mapped file without a name: it is read and written as ever, and the kernel brings and takes its pages. On a CPU that is
+all. For a GPU the block that is run is copied there and forgotten again. A sweep block by block (``passes/sweep.py``)
+keeps the block there for all batches, and the next block arrives meanwhile.
 
-What is not in a block (embeddings, last norm, head) stays where the model runs.
+Weights outside the blocks (embeddings, last norm, head) stay on the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llm_surgeon.system.transfers import Transfers
 
 
 class Weights:
-    """Weights that stay where they are: nothing to do.
+    """Resident weights, which stay on the device: every method does nothing.
 
     Attributes:
         blocks: Path of the list of blocks whose weights are streamed; None if none are.
@@ -42,35 +42,35 @@ class Weights:
 
     @contextmanager
     def present(self, _module: nn.Module) -> Iterator[None]:
-        """The weights of a block, or of a layer in one, are where the model runs; there they are not to be changed."""
+        """Have the weights of a block, or of a layer in one, on the device; within, they must not be changed."""
         yield
 
     def expect(self, _module: nn.Module) -> None:
-        """Let the weights of a block come, which are not to be changed before it has been ``present`` next."""
+        """Begin to bring the weights of a block; they must not be changed before its next ``present``."""
 
     def settle(self, _module: nn.Module) -> None:
-        """Put weights away that have been written to a block or a layer while they were not ``present``.
+        """Put weights into files that were written to a block or a layer while it was not ``present``.
 
         Raises:
             DiskSpaceError: If the disk is full.
         """
 
     def forget(self) -> None:
-        """Let go of what was read of the weights in passing: it is read again when it is needed."""
+        """Drop the pages of weights that were read in passing; they are read again when they are needed."""
 
 
 class StreamedWeights(Weights):
-    """Weights that come and go.
+    """Streamed weights, which come to the device for their block and go again.
 
     Args:
-        model: On the CPU, its weights as the checkpoint has them; changed in place.
+        model: A model on the CPU with weights of the type in the checkpoint; changed in place.
         blocks: Path of its list of decoder blocks.
-        device: Where it is to run.
+        device: Device on which the model is to run.
         dtype: Type that its weights are to have.
         scratch: Directory of the files; the system's temporary one if None.
 
     Raises:
-        DiskSpaceError: If the weights do not fit there.
+        DiskSpaceError: If the weights do not fit on the disk.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class StreamedWeights(Weights):
         self.blocks = blocks
         self._device, self._scratch = device, scratch
         self._modules = cast(nn.ModuleList, model.get_submodule(blocks))
-        # Not the model: that would keep it alive for ever, see ``stream``.
+        # The model itself is not kept: that would keep it alive for ever, see ``stream``.
         self._present: set[nn.Module] = set()
         self._transfers = Transfers(device)
         self._coming: dict[nn.Module, list[Callable[[], Tensor]]] = {}
@@ -104,7 +104,7 @@ class StreamedWeights(Weights):
 
     @contextmanager
     def present(self, module: nn.Module) -> Iterator[None]:
-        """Bring the weights of a block or a layer, unless they are there."""
+        """Bring the weights of a block or a layer to the device, unless they are there."""
         if module in self._present:
             yield
             return
@@ -123,13 +123,13 @@ class StreamedWeights(Weights):
                 forget_pages(home)
 
     def expect(self, module: nn.Module) -> None:
-        """Let the weights of a block come; on a CPU they are there already."""
+        """Begin to bring the weights of a block; on a CPU they are there already."""
         if self._moves and module not in self._present:
-            # Those of others are not wanted any more: there is room for two blocks.
+            # Weights of other blocks on their way are dropped: there is room for two blocks only.
             self._coming = {module: [self._transfers.begin(partial(self._arriving, x.data)) for x in _tensors(module)]}
 
     def settle(self, module: nn.Module) -> None:
-        """Put what is not in a file yet into one; what is on its way may be what was there before."""
+        """Put tensors into files that are in none yet, and drop copies on their way, which may be of former weights."""
         self._coming.clear()
         for tensor in _tensors(module):
             if tensor.numel() and not _is_mapped(tensor):
@@ -137,7 +137,7 @@ class StreamedWeights(Weights):
             forget_pages(tensor)
 
     def forget(self) -> None:
-        """The pages of all blocks."""
+        """Drop the pages of all blocks; see ``Weights.forget``."""
         for tensor in _tensors(self._modules):
             forget_pages(tensor)
 
@@ -149,7 +149,7 @@ class StreamedWeights(Weights):
         return home.to(self._device)
 
     def _with_weights(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward function of a block, for which its weights come."""
+        """Wrap the forward function of a block, so that its weights are present while it runs."""
 
         @functools.wraps(forward)
         def run(*arguments: Any, **named: Any) -> Any:
@@ -159,10 +159,10 @@ class StreamedWeights(Weights):
         return run
 
     def _mapped(self, tensor: Tensor) -> Tensor:
-        """A copy in a mapped file of its own, of which nothing is left once nobody holds the tensor."""
+        """Copy a tensor into a mapped file of its own, which is gone once nobody holds the copy."""
         try:
             with tempfile.NamedTemporaryFile(dir=self._scratch, prefix="llm-surgeon-weights-") as file:
-                # A mapped page that the disk has no room for would end the process without a word.
+                # Reserved now: a mapped page without room on the disk would end the process without a message.
                 os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
                 copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
@@ -170,7 +170,7 @@ class StreamedWeights(Weights):
         return copy.view(tensor.shape).copy_(tensor)
 
 
-# Which models' weights are streamed; an entry goes when its model does.
+# Models whose weights are streamed; an entry goes when its model does.
 _STREAMED: WeakKeyDictionary[nn.Module, StreamedWeights] = WeakKeyDictionary()
 _RESIDENT = Weights()
 
@@ -178,7 +178,7 @@ _RESIDENT = Weights()
 def stream(
     model: PreTrainedModel, blocks: str, device: torch.device, dtype: torch.dtype, scratch: Path | None = None
 ) -> None:
-    """Let the weights of a model's blocks come and go from now on, see ``StreamedWeights``.
+    """Stream the weights of a model's blocks from now on, see ``StreamedWeights``.
 
     Raises:
         DiskSpaceError: If the weights do not fit on the disk.
@@ -187,20 +187,20 @@ def stream(
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """How the weights of a model are to be had."""
+    """Weights of a model: streamed if ``stream`` was called for it, else resident."""
     return _STREAMED.get(model, _RESIDENT)
 
 
 def can_stream() -> bool:
-    """Whether this system can reserve the room of a mapped file before it is written."""
+    """Tell whether this system can stream weights: it must reserve room for a mapped file before that is written."""
     return hasattr(os, "posix_fallocate")
 
 
 def require_streaming(wanted: str) -> None:
-    """Find out early whether weights can be streamed, if ``wanted`` is ``streamed``.
+    """Make sure, before anything expensive, that weights can be streamed, if ``wanted`` is ``streamed``.
 
     Raises:
-        ConfigError: If they cannot.
+        ConfigError: If this system cannot stream weights.
     """
     if wanted == "streamed" and not can_stream():
         raise ConfigError("This system cannot stream weights: it has no posix_fallocate.", "Use --weights resident.")

@@ -1,4 +1,4 @@
-"""What a checkpoint may do when it is read: no pickles ever, code of its own only where that is known or allowed."""
+"""Trust in checkpoints: no pickle is ever read, and code of a checkpoint runs only where it is known or allowed."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def check_name(model: str) -> None:
     """Make sure that a model is a directory or can be a hub id, so that no mistyped path is sent to the hub.
 
     Raises:
-        ModelError: If it is neither.
+        ModelError: If the name is neither.
     """
-    # Not pathlib, to which the empty path is the working directory and a name too long an error.
+    # pathlib is not used here: it takes the empty path for the working directory, and a name too long is an error.
     if os.path.lexists(model) and not os.path.isdir(model):
         kind = "a file" if os.path.exists(model) else "a link that leads nowhere"
         raise ModelError(f"{model!r} is {kind}, not a directory.", "Give the directory that holds the checkpoint.")
@@ -53,7 +53,8 @@ def check_format(directory: Path) -> None:
     """Make sure that the weights of a local checkpoint are read from safetensors alone.
 
     Raises:
-        ModelError: If they are pickles, which can run code when they are read, or an adapter without its model.
+        ModelError: If the weights are pickles, which can run code when they are read, or the checkpoint is an adapter
+            without its model.
     """
     if (directory / "adapter_config.json").exists():
         raise ModelError(
@@ -82,7 +83,7 @@ def check_format(directory: Path) -> None:
 
 
 def is_own_export(directory: Path) -> bool:
-    """Whether all code in a checkpoint is, byte for byte, what an export of this version or of a former one brings."""
+    """Tell whether all code in a checkpoint is, byte for byte, that of an export of this or a former version."""
     settings = _json(directory / "config.json")
     family = next((f for f in FAMILIES.values() if export_type(f) == settings.get("model_type")), None)
     if family is None or settings.get("auto_map") != auto_map(family):
@@ -103,7 +104,7 @@ def _digest(path: Path) -> str:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """What a file of JSON says; nothing if there is none, or none that can be read."""
+    """Entries of a file of JSON; none if the file does not exist or cannot be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Whether the weights of a checkpoint are those that its configuration describes: known before any is read."""
+"""Weights of a checkpoint: a check against its configuration before any are read, and the reading itself."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _NAMED = 3
 def check_weights(source: str, config: Any, runs_code: bool) -> None:
     """Make sure that a checkpoint has all tensors of its model, in the right shapes, and no others.
 
-    A model without memory is built and compared with the headers of the files; what transformers renames is.
+    A model without memory is built and compared with the headers of the files. Names that transformers changes when it
+    loads are changed for the comparison too.
 
     Args:
         source: A local directory, or a hub id, whose weights are fetched if need be.
-        config: Its configuration.
+        config: Configuration of the model.
         runs_code: Whether code of the checkpoint may run.
 
     Raises:
-        ModelError: If there are tensors missing, of another shape, or such that nothing takes; names them.
+        ModelError: If tensors are missing, have another shape, or are not part of the model; names them.
     """
-    # What a quantiser makes of names and types is known to itself only.
+    # Only a quantiser itself knows what names and types it makes.
     if getattr(config, "quantization_config", None) is None:
         _check_headers(source, config)
         read_model(source, config, torch.float32, runs_code, torch.device("meta"))
@@ -44,17 +45,17 @@ def check_weights(source: str, config: Any, runs_code: bool) -> None:
 def read_model(
     source: str, config: Any, dtype: torch.dtype, runs_code: bool, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """A causal language model with its weights, all of them from the checkpoint.
+    """Read a causal language model with its weights, all of which have to come from the checkpoint.
 
     Args:
         source: A local directory or a hub id.
-        config: Its configuration.
+        config: Configuration of the model.
         dtype: Type of the weights.
         runs_code: Whether code of the checkpoint may run.
         device: ``meta`` for a model that has shapes and no memory; None reads the weights into main memory.
 
     Raises:
-        ModelError: If it cannot be loaded, or would have weights that the checkpoint does not have.
+        ModelError: If the model cannot be loaded, or has weights that the checkpoint lacks.
     """
     where = {} if device is None else {"device_map": str(device)}
     try:
@@ -79,14 +80,18 @@ def read_model(
 
 
 def _check_headers(source: str, config: Any) -> None:
-    """Make sure that the files hold numbers for weights, and not fewer tensors than there are blocks."""
+    """Make sure that the weights in the files are real numbers, and at least as many tensors as there are blocks.
+
+    Raises:
+        ModelError: If they are not, or a file cannot be read.
+    """
     paths = sorted(Path(source).glob("*.safetensors"))
     try:
         types = {name: dtype for path in paths for name, dtype in _types(path)}
     except (OSError, SafetensorError) as error:
         raise not_loaded(source, "model", error) from None
     blocks = getattr(config, "num_hidden_layers", None)
-    # Building a model of thousands takes minutes.
+    # Checked first, as building a model of thousands of blocks takes minutes.
     if types and isinstance(blocks, int) and blocks > len(types):
         raise ModelError(
             f"The configuration of {source!r} describes {blocks:,} blocks, and its weight files hold {len(types):,} "
@@ -103,7 +108,7 @@ def _check_headers(source: str, config: Any) -> None:
 
 
 def _types(path: Path) -> Iterator[tuple[str, str]]:
-    """Names of the tensors in a file, and their types as its header has them: F32, BF16, I8."""
+    """Yield the names of the tensors in a file with their types, as in its header: F32, BF16, I8."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  # not a dictionary
             yield name, str(file.get_slice(name).get_dtype())
@@ -139,7 +144,7 @@ def _listed(names: Collection[str]) -> str:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep bars of transformers away, and its table of tensors that are missing, which the error names."""
+    """Turn off the bars of transformers, and its table of missing tensors, which the error names instead."""
     before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,1 +1,4 @@
-"""Passes of text through a model, with hooks that look on."""
+"""Passes of text through a model, with hooks that look on.
+
+A pass changes no weights. Estimators and stages say what their hooks collect.
+"""

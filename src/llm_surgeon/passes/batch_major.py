@@ -1,8 +1,8 @@
-"""One pass over the calibration tokens, forward and if need be backward, with hooks taking what they need.
+"""Batch-major pass: each batch of the calibration tokens goes through the whole model, forward and if need be backward.
 
-Gradients are of the *summed* negative log-likelihood, so that costs of all layers are in the same unit. The empirical
-Fisher takes the text's own next tokens as labels; the true Fisher samples them from the model's prediction
-(Martens & Grosse 2015). No weight needs a gradient.
+Hooks look on. Gradients are of the *summed* negative log-likelihood, so that costs of all layers are in the same unit.
+The empirical Fisher takes the text's own next tokens as labels; the true Fisher samples them from the model's
+prediction (Martens & Grosse 2015). No weight needs a gradient.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ Order = Literal["batch-major", "layer-major"]
 
 @dataclass(frozen=True)
 class Estimation:
-    """How curvature is estimated.
+    """Options of a pass and of the curvature that is estimated in it.
 
     Attributes:
-        batch_size: Sequences per pass.
+        batch_size: Sequences per batch.
         precision: ``bfloat16`` or ``float32`` arithmetic; sums are float32 in any case.
-        curvature: Which approximation.
+        curvature: Name of the approximation.
         sampled_labels: Labels drawn from the model per token (true Fisher); 0 takes the text's own (empirical).
         iterations: Power iterations of the nearest Kronecker products.
-        gradient_share: Of the tokens of each sequence that gradient factors are summed over, see ``TokenSample``; 1
+        gradient_share: Share of each sequence's tokens that gradient factors are summed over, see ``TokenSample``; 1
             takes all. For K-FAC only.
         seed: Seed of the sampled labels and tokens.
         order: ``batch-major`` takes each batch through the whole model, ``layer-major`` all batches through one block
@@ -59,7 +59,7 @@ class Estimation:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Mean negative log-likelihood of the text in nats, tokens with a label, and gradients taken of each."""
+    """Result of a pass: mean negative log-likelihood in nats, number of labelled tokens, and gradients of each."""
 
     loss: float
     tokens: int
@@ -78,7 +78,17 @@ def run_pass(
 ) -> PassResult:
     """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
 
-    The result counts the tokens of all processes.
+    Args:
+        model: A causal language model.
+        hooks: Hooks that look on.
+        tokens: Calibration tokens of this process.
+        how: Batches, precision and labels.
+        advance: Called with the number of tokens after each batch.
+        processes: Processes that read the other tokens.
+        backward: Whether gradients are taken.
+
+    Returns:
+        The result, counted over the tokens of all processes.
 
     Raises:
         NonFiniteError: If the loss is not finite.
@@ -93,8 +103,9 @@ def run_pass(
             hooks.positions = batch.positions
             hooks.sample, draws = sample_of(batch, sequence, how), label_draws(batch, sequence, how)
             sequence += len(input_ids)
-            # Until it ends, autocast keeps the rounded inputs of the head. Scattered among the freed logits of earlier
-            # batches they leave no room there for the next ones, and the memory of a pass grows with every batch.
+            # Autocast is entered anew for each batch, as it keeps the rounded inputs of the head until it ends.
+            # Scattered among the freed logits of earlier batches, they would leave no room there for the next logits,
+            # and the memory of a pass would grow with every batch.
             with arithmetic(device, how.precision):
                 loss += _run_batch(model, batch, backward, draws)
                 if not math.isfinite(loss):
@@ -106,12 +117,12 @@ def run_pass(
 
 
 def sample_of(batch: LabelledBatch, first: int, how: Estimation) -> TokenSample | None:
-    """The tokens that gradients are summed over; None takes all that have a label.
+    """Sample of the tokens that gradients are summed over; None takes all that have a label.
 
     Args:
-        batch: Its tokens.
+        batch: The batch.
         first: Number of its first sequence among those of all processes.
-        how: Their share, and the seed.
+        how: Share of the tokens, and the seed.
     """
     if how.gradient_share == 1:
         return None
@@ -119,7 +130,13 @@ def sample_of(batch: LabelledBatch, first: int, how: Estimation) -> TokenSample 
 
 
 def label_draws(batch: LabelledBatch, first: int, how: Estimation) -> Tensor | None:
-    """What labels are sampled by, ``[n, samples]`` for the positions of a batch; None takes the text's own."""
+    """Random numbers to sample labels by, ``[n, samples]`` for the positions of a batch; None for the text's own.
+
+    Args:
+        batch: The batch.
+        first: Number of its first sequence among those of all processes.
+        how: Number of labels per token, and the seed.
+    """
     if not how.sampled_labels:
         return None
     draws = draws_of(batch.input_ids.shape, first, how.sampled_labels, how.seed)
@@ -127,11 +144,11 @@ def label_draws(batch: LabelledBatch, first: int, how: Estimation) -> Tensor | N
 
 
 class LabelledBatch:
-    """Tokens of one batch ``[batch, length]``, and where they have labels.
+    """Tokens of one batch ``[batch, length]`` with their labels.
 
     Attributes:
         positions: Flat positions with a label, ``[n]``.
-        labels: The tokens that follow there, ``[n]``.
+        labels: The tokens that follow these positions, ``[n]``.
     """
 
     def __init__(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -141,13 +158,13 @@ class LabelledBatch:
 
 
 def _run_batch(model: PreTrainedModel, batch: LabelledBatch, backward: bool, draws: Tensor | None) -> float:
-    """Through the blocks and back; returns the summed loss of the text's own labels.
+    """Run a batch through the model and, if wanted, back; returns the summed loss of the text's own labels, in nats.
 
     Args:
         model: The model.
-        batch: Its tokens.
+        batch: The batch.
         backward: Whether gradients are wanted.
-        draws: What labels are to be sampled by, see ``sample_labels``; None takes the text's own.
+        draws: Random numbers to sample labels by, see ``sample_labels``; None takes the text's own labels.
     """
     states = last_states(model, batch.input_ids, batch.attention_mask)
     last = states.detach().index_select(0, batch.positions)

@@ -1,4 +1,4 @@
-"""Random numbers of tokens that depend neither on batches nor on processes, and samples of tokens drawn by them."""
+"""Random numbers for tokens, independent of batches and processes, and samples of tokens that are drawn by them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llm_surgeon.stopwatch import timed
 
 
 def draws_of(shape: Sequence[int], first: int, numbers: int, seed: int | str) -> Tensor:
-    """Numbers in [0, 1) of the tokens of a batch: ``[batch * length, numbers]``.
+    """Draw numbers in [0, 1) for the tokens of a batch: ``[batch * length, numbers]``.
 
     Each sequence has a seed of its own, so that its numbers depend neither on the batch nor on the process it is in.
 
     Args:
         shape: Sequences of the batch, and their length.
         first: Number of its first sequence among those of all processes.
-        numbers: How many for each token.
-        seed: Other ones give other numbers.
+        numbers: Count of numbers for each token.
+        seed: Seed of the numbers.
     """
     sequences, length = shape
     seeds = (random.Random(f"{seed} {first + row}").getrandbits(32) for row in range(sequences))
@@ -30,7 +30,7 @@ def draws_of(shape: Sequence[int], first: int, numbers: int, seed: int | str) ->
 
 
 class TokenSample:
-    """Some tokens of each sequence of a batch, weighted so that sums of outer products stay the same on average.
+    """Sample of tokens of each sequence, weighted so that sums of outer products stay the same on average.
 
     *Priority sampling* (Duffield, Lund and Thorup 2007, "Priority sampling for estimation of arbitrary subset sums"):
     of rows ``x_t`` with weights ``w_t = |x_t|^2`` and numbers ``u_t`` uniform in (0, 1], the ``k`` of largest priority
@@ -42,28 +42,28 @@ class TokenSample:
     Args:
         shape: Sequences of the batch, and their length.
         positions: Flat positions of the tokens that count, ``[n]``; at least one position of each sequence does not.
-        share: Of the tokens of a sequence, below 1; rounded up.
+        share: Share of the tokens of a sequence, below 1; rounded up.
         first: Number of the first sequence among those of all processes.
-        seed: Of the numbers.
+        seed: Seed of the numbers.
     """
 
     def __init__(self, shape: Sequence[int], positions: Tensor, share: float, first: int, seed: int) -> None:
         sequences, length = shape
         self._count = min(math.ceil(share * length), length - 1)
         drawn = 1 - draws_of(shape, first, 1, f"{seed} sample").to(positions.device).flatten()
-        # What does not count has no priority.
+        # Tokens that do not count get no priority.
         chances = torch.full_like(drawn, torch.inf).index_copy_(0, positions, drawn[positions])
         self._chances = chances.view(sequences, length)
 
     def take(self, x: Tensor) -> Tensor:
-        """The sample of rows of ``x [..., size]``: ``[taken, size]`` float32."""
+        """Sample rows of ``x [..., size]``, one row per token: ``[taken, size]`` float32."""
         with timed("factor sums"):
             rows = x.reshape(*self._chances.shape, x.shape[-1])
             weight = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_()
             priority, taken = (weight / self._chances).topk(self._count + 1)
             tau, priority, taken = priority[:, -1:], priority[:, :-1], taken[:, :-1]
             weight = weight.gather(1, taken)
-            # A row of zeros stands for nothing, nor does one that does not count.
+            # A row of zeros stands for nothing, and so does a token that does not count.
             scale = torch.where(priority == 0, 0.0, (weight.maximum(tau) / weight).sqrt_())
             flat = (taken + torch.arange(len(rows), device=x.device)[:, None] * rows.shape[1]).flatten()
             return rows.flatten(0, 1).index_select(0, flat).float().mul_(scale.view(-1, 1))

@@ -1,4 +1,4 @@
-"""The language-model head: labels, summed negative log-likelihood and its gradient, a few logits at a time."""
+"""The language-model head: labels, summed negative log-likelihood and its gradient, with few logits at a time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.mathematics.linalg import is_finite
 
-# Tokens whose logits exist at once: a vocabulary of 50,000 in bfloat16 makes 50 MB of these. With fewer, the head's
-# weights are read too often.
+# Tokens whose logits exist at once: a vocabulary of 50,000 in bfloat16 makes 50 MB of logits. With fewer tokens the
+# head's weights are read too often.
 CHUNK = 512
-# Of these, the logits that are worked on at once in float32, on a CPU: what stays in its cache.
+# Logits that are worked on at once in float32 on a CPU: as many as stay in its cache.
 _AT_ONCE = 2**20
 
 
 def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Flat positions that have a next token to predict, and those next tokens.
+    """Flat positions that have a next token to predict, and these next tokens as labels.
 
     Args:
         input_ids: ``[batch, length]``.
@@ -39,9 +39,9 @@ def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[T
 
 
 class Head:
-    """What turns last hidden states ``[n, width]`` into logits ``[n, vocabulary]`` in float32.
+    """Head of a model, which turns last hidden states ``[n, width]`` into logits ``[n, vocabulary]`` in float32.
 
-    That is the output embedding, and with some families (Gemma 2) a cap on the logits.
+    It is the output embedding, and with some families (Gemma 2) a cap on the logits.
 
     Args:
         model: A causal language model.
@@ -54,7 +54,7 @@ class Head:
         self._cap = getattr(model.config, "final_logit_softcapping", None)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """The logits."""
+        """Logits ``[n, vocabulary]`` of states ``[n, width]``, float32."""
         return self._capped(self._linear(states))
 
     def _capped(self, logits: Tensor) -> Tensor:
@@ -62,16 +62,16 @@ class Head:
         return values if self._cap is None else self._cap * torch.tanh(values / self._cap)
 
     def likelihood(self, states: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
-        """Sum of the negative log-likelihoods of labels ``[n]``, and if asked its gradient at the states.
+        """Sum of the negative log-likelihoods of labels in nats, and if asked its gradient at the states.
 
-        The gradient at the logits is ``softmax(logits) - onehot(labels)``, written down here rather than left to
-        automatic differentiation, which holds three times as many numbers of the size of the logits. Here it takes
-        their place, a few rows at a time.
+        The gradient at the logits is ``softmax(logits) - onehot(labels)``. It is written down here, because automatic
+        differentiation holds three times as many numbers of the size of the logits. Here the gradient overwrites the
+        logits, a few rows at a time.
 
         Args:
             states: ``[n, width]``.
             labels: ``[n]``.
-            gradient: ``[n, width]``, filled with the gradient.
+            gradient: ``[n, width]``, filled with the gradient; None computes none.
         """
         logits = self._linear(states)
         rows = max(1, _AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
@@ -84,7 +84,7 @@ class Head:
         return total
 
     def _likelihood_of(self, logits: Tensor, labels: Tensor, into_gradient: bool) -> float:
-        """The same of some logits ``[n, vocabulary]`` as the head gives them; if asked, they become its gradient."""
+        """Summed negative log-likelihood from uncapped logits ``[n, vocabulary]``; its gradient may overwrite these."""
         values, label = self._capped(logits), labels[:, None]
         # With a cap, ``l = c tanh(z / c)``, so that ``dl/dz = 1 - (l / c)^2``.
         slope = None if self._cap is None or not into_gradient else 1 - (values / self._cap).square_()
@@ -97,7 +97,7 @@ class Head:
         return total
 
     def sharpness(self, states: Tensor, labels: Tensor) -> tuple[float, float]:
-        """First and second derivative, by a scale ``s`` of ``states`` at 1, of what ``likelihood`` gives.
+        """First and second derivative of ``likelihood`` by a scale ``s`` of the states, at 1.
 
         With logits ``s u`` plus a bias and their probabilities ``p``: the sums of ``E_p[u] - u_label`` and of
         ``Var_p[u]`` over the positions. A cap on the logits is not provided for.
@@ -107,7 +107,7 @@ class Head:
         probabilities = logits.softmax(-1)
         mean = (probabilities * scaled).sum(-1, keepdim=True)
         slope = mean - scaled.gather(1, labels[:, None])
-        # Not the difference of two squares, which may be large beside it.
+        # The variance is not taken as a difference of two squares, which may be large beside it.
         variance = (probabilities * (scaled - mean).square_()).sum()
         return float(slope.sum()), float(variance)
 
@@ -134,10 +134,10 @@ def head_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, gradient: 
 
 @torch.no_grad()
 def head_sharpness(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[float, float]:
-    """What ``Head.sharpness`` gives for some positions, a few at a time.
+    """Derivatives of the loss by the scale of the logits, as ``Head.sharpness`` gives them, a few positions at a time.
 
     Args:
-        model: As for ``head_loss``.
+        model: A causal language model, see ``head_loss``.
         hidden: ``[n, width]`` last hidden states.
         labels: ``[n]`` next tokens.
     """
@@ -147,7 +147,7 @@ def head_sharpness(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tu
 
 
 def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The last hidden states of ``input_ids [batch, length]``, flat as ``label_positions`` counts them.
+    """Last hidden states of ``input_ids [batch, length]``, flat as ``label_positions`` counts them.
 
     Args:
         model: A causal language model, see ``head_loss``.
@@ -165,12 +165,12 @@ def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 def backward(
     model: PreTrainedModel, states: Tensor, positions: Tensor, labels: Tensor, keep_graph: bool = False
 ) -> float:
-    """Back-propagate the sum of the negative log-likelihoods to whatever the last hidden states depend on.
+    """Back-propagate the sum of the negative log-likelihoods from the last hidden states to all that they depend on.
 
     Args:
         model: A causal language model, see ``head_loss``.
         states: ``[batch * length, width]`` last hidden states with their graph.
-        positions: ``[n]`` of those that have a label.
+        positions: ``[n]``, flat positions that have a label.
         labels: ``[n]`` next tokens.
         keep_graph: Whether the graph is needed once more.
 
@@ -187,10 +187,10 @@ def backward(
 
 @torch.no_grad()
 def sample_labels(model: PreTrainedModel, hidden: Tensor, draws: Tensor) -> Tensor:
-    """Next tokens drawn from the model's own prediction, by inversion of its distribution function.
+    """Draw next tokens from the model's own prediction, by inversion of its distribution function.
 
     Args:
-        model: As for ``head_loss``.
+        model: A causal language model, see ``head_loss``.
         hidden: ``[n, width]`` last hidden states.
         draws: ``[n, samples]`` numbers uniform in [0, 1), on the device of ``hidden``.
 

@@ -1,4 +1,4 @@
-"""The one owner of hooks on a model: what enters a layer, and the gradient of what leaves it."""
+"""Hooks on a model: they hand over a layer's inputs, outputs and gradients. No other module sets hooks for passes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PairReceive = Callable[[Tensor, Tensor], None]
 
 
 class Hooks:
-    """Hooks that hand over the tokens that count only; removed on exit.
+    """Hooks that hand over only the tokens that count; removed on exit.
 
     Attributes:
         positions: Flat positions of the tokens that count in the batch under way: those with a label where gradients
-            are taken, else those that are no padding. While it is None, nothing is handed over.
-        sample: Of these, the tokens whose gradients are handed over by ``on_gradient``, with their weights; None takes
-            all of them.
+            are taken, else those that are no padding. While this is None, nothing is handed over.
+        sample: Sample of these tokens whose gradients ``on_gradient`` hands over, with their weights; None takes all of
+            them.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Hooks:
         self._handles.append(module.register_forward_hook(hook))
 
     def on_gradient(self, module: nn.Module, receive: Receive) -> None:
-        """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output, of the sample if any."""
+        """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output, for the sample if any."""
 
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and self.positions is not None:
@@ -74,14 +74,15 @@ class Hooks:
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and self.positions is not None:
-                # Selected from when the gradient comes: until then the graph may hold it as well, a copy nobody.
+                # Tokens are selected when the gradient comes: until then the graph may hold the inputs anyway, while a
+                # copy would take memory of its own.
                 inputs = arguments[0].detach()
                 output.register_hook(lambda gradient: receive(self._counted(inputs), self._counted(gradient)))
 
         self._handles.append(module.register_forward_hook(hook))
 
     def on_effect(self, module: nn.Module, side: Side, receive: PairReceive) -> None:
-        """Hand over what enters or leaves a module ``[tokens, size]`` and its gradient together, of the same tokens."""
+        """Hand over the input or output of a module ``[tokens, size]`` with its gradient, for the same tokens."""
 
         def watch(value: Tensor) -> None:
             if value.requires_grad and self.positions is not None:
@@ -95,16 +96,16 @@ class Hooks:
         self._handles.append(handle)
 
     def start_graph_at(self, embedding: nn.Module) -> None:
-        """Let the graph start at the embedded tokens: no parameter requires a gradient."""
+        """Start the graph at the embedded tokens, as no parameter requires a gradient."""
         self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
 
     def _counted(self, x: Tensor) -> Tensor:
-        """The rows of ``[batch, length, size]`` that count, ``[n, size]``."""
+        """Rows of ``x [batch, length, size]`` that count, ``[n, size]``."""
         x = x.flatten(0, -2)
         assert self.positions is not None
         return x if len(self.positions) == len(x) else x.index_select(0, self.positions)
 
 
 def with_bias(inputs: Tensor, bias: bool) -> Tensor:
-    """Inputs ``[tokens, C]`` with the homogeneous coordinate 1 that a bias multiplies, if the layer has one."""
+    """Append the homogeneous coordinate 1, which a bias multiplies, to inputs ``[tokens, C]`` if there is a bias."""
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1) if bias else inputs

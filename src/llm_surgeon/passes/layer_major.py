@@ -1,9 +1,9 @@
-"""The pass of ``passes.py`` in another order: all batches through one block before the next.
+"""Layer-major pass: the pass of ``batch_major.py`` with all batches through one block before the next.
 
-Forward, what enters each block is kept. The head gives the gradient at what leaves the last block. Backward, from the
-last block to the first, a block is run once more on what entered it, now with a graph, and hands the gradient down.
-Only one block's activations and sums exist at a time, for one more forward pass; hidden states and gradients of all
-tokens, ``[tokens, width]`` each, wait in a store.
+Forward, the inputs of each block are kept. The head gives the gradient at the outputs of the last block. Backward, from
+the last block to the first, a block is run once more on its inputs, now with a graph, and hands the gradient down. Only
+one block's activations and sums exist at a time, at the price of one more forward pass. Hidden states and gradients of
+all tokens, ``[tokens, width]`` each, wait in a store.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class _Waiting:
 
     Attributes:
         batch: The batch.
-        labelled: Where it has labels.
+        labelled: Its tokens with their labels.
         first: Number of its first sequence among those of all processes.
         sample: The tokens that gradients are summed over; None takes all that have a label.
-        gradients: At what leaves the block whose turn it is, one for each draw of labels, ``[batch, length, width]``.
+        gradients: Gradients at the outputs of the present block, ``[batch, length, width]``, one per draw of labels.
     """
 
     batch: Batch
@@ -53,11 +53,11 @@ class LayerMajorPass:
     Args:
         model: A causal language model.
         blocks: Path of its list of decoder blocks.
-        tokens: Calibration tokens.
+        tokens: Calibration tokens of this process.
         how: Batches, precision and labels.
-        advance: Told of all tokens once, bit by bit.
-        processes: Who reads the other tokens; the result counts them too.
-        store: Keeps hidden states and gradients.
+        advance: Called with numbers of tokens that add up to all tokens once.
+        processes: Processes that read the other tokens; the result counts these too.
+        store: Store of the hidden states and gradients.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class LayerMajorPass:
         """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
 
         Args:
-            hooks: What is looked at.
+            hooks: Hooks that look on.
             backward: Whether gradients are taken.
-            finished: Called with the number of a block of which hooks will see nothing more.
+            finished: Called with the number of a block once hooks will see nothing more of it.
 
         Raises:
             NonFiniteError: If the loss is not finite.
@@ -97,7 +97,7 @@ class LayerMajorPass:
         entered = []
         for block in range(len(self._sweep)):
             entered.append([batch.hidden for batch in self._sweep.batches])
-            # Hooks look on where there is no way back; else they see the block when it is run again.
+            # Without a backward pass hooks look on now; else they see the block when it is run again.
             hooks.positions = None
             self._sweep.pass_through(block, self._progress.advance, keep=backward, hooks=None if backward else hooks)
             if not backward:
@@ -114,7 +114,11 @@ class LayerMajorPass:
         return PassResult(loss / counted, round(counted), self._how.sampled_labels or 1)
 
     def _through_the_head(self, backward: bool) -> float:
-        """The summed loss of the text's own labels; with ``backward``, gradients at what leaves the last block."""
+        """Summed loss of the text's own labels in nats; with ``backward``, store gradients at the last block's outputs.
+
+        Raises:
+            NonFiniteError: If the loss is not finite.
+        """
         how, loss = self._how, 0.0
         head = self._model.get_output_embeddings()
         with frozen(self._model), reduced_weights(head, how.precision):
@@ -149,7 +153,7 @@ class LayerMajorPass:
         with self._sweep.ready(block, then=block - 1):
             for waiting, hidden in zip(self._waiting, in_turn(entered), strict=True):
                 hooks.positions, hooks.sample = waiting.batch.positions, waiting.sample
-                # It comes while the block is run.
+                # The gradient comes while the block is run.
                 waiting.gradients[0].expect()
                 with torch.enable_grad(), arithmetic(self._device, self._how.precision):
                     entering = hidden.get().detach().requires_grad_()
@@ -168,14 +172,14 @@ class LayerMajorPass:
 
 
 class _Share:
-    """Tells of tokens that are seen ``parts`` times as if they were seen once."""
+    """Progress of tokens that are seen ``parts`` times, reported as if they were seen once."""
 
     def __init__(self, advance: Advance) -> None:
         self.parts = 1
         self._advance, self._seen, self._told = advance, 0, 0
 
     def advance(self, tokens: int) -> None:
-        """More tokens have gone through one of the parts."""
+        """Report that more tokens have gone through one of the parts."""
         self._seen += tokens
         more = self._seen // self.parts - self._told
         self._told += more

@@ -1,8 +1,8 @@
-"""Running a model block by block: what entered a block is recorded once, and replayed as often as is needed.
+"""Sweep through a model block by block: the call of each block is recorded once, and replayed as often as is needed.
 
 The arguments of a block (masks, positions, rotary embeddings) are made by transformers and change with its releases.
-They are not rebuilt here: one pass through the model, with blocks that do nothing, records what each is called with.
-What comes before and after the blocks is run in the same way, by the model itself.
+They are not rebuilt here: one pass through the model, with blocks that do nothing, records the arguments of each call.
+The model itself runs its parts before and after the blocks, in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class _Call:
-    """What one block was called with for one batch, beside the hidden states."""
+    """Arguments of the call of one block for one batch, beside the hidden states."""
 
     arguments: tuple[Any, ...]
     named: dict[str, Any]
@@ -41,8 +41,8 @@ class Batch:
 
     Attributes:
         input_ids: ``[batch, length]``.
-        attention_mask: The same shape, or None where nothing is padding.
-        hidden: Hidden states that enter the block whose turn it is, ``[batch, length, width]``.
+        attention_mask: ``[batch, length]``, or None where nothing is padding.
+        hidden: Hidden states that enter the present block, ``[batch, length, width]``.
         positions: Flat positions of the tokens that hooks see: those that are no padding, unless set otherwise.
         calls: The call of each block.
     """
@@ -55,7 +55,7 @@ class Batch:
 
 
 class Sweep:
-    """All batches of calibration tokens, in front of the first block at first.
+    """All batches of calibration tokens on their way through the blocks; at first they are in front of the first block.
 
     Hidden states of all tokens are kept, ``[tokens, width]`` in the type that the model computes them in.
 
@@ -63,14 +63,14 @@ class Sweep:
         model: A causal language model.
         blocks: Path of its list of decoder blocks.
         tokens: Calibration tokens.
-        batch_size: Sequences per pass.
+        batch_size: Sequences per batch.
         precision: ``bfloat16`` (autocast) or ``float32``.
-        store: Where the hidden states are kept; in the memory of the model's device if None.
+        store: Store of the hidden states; if None, the memory of the model's device.
         fast_attention: Whether ``attention_by_blocks`` may stand in for the model's own attention.
 
     Attributes:
-        batches: In order.
-        store: Where hidden states are kept.
+        batches: The batches, in order.
+        store: Store of the hidden states.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Sweep:
             self.batches = list(self._record(tokens, batch_size))
 
     def __len__(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return len(self._blocks)
 
     def watch(self, block: int, hooks: Hooks, advance: Advance = lambda _tokens: None) -> None:
-        """Run a block for what ``hooks`` see of it; the batches stay in front of it."""
+        """Run a block for its hooks only; the batches stay in front of it."""
         with torch.no_grad(), self.ready(block):
             for batch, entering in self.entering():
                 hooks.positions = batch.positions
@@ -110,10 +110,10 @@ class Sweep:
         """Take the batches through a block, in front of the next one; to be called for each block in turn.
 
         Args:
-            block: Its number.
+            block: Number of the block.
             advance: Called with the number of tokens after each batch.
-            keep: Whether what entered the block stays in the store, as somebody else holds it.
-            hooks: What looks on.
+            keep: Whether the hidden states that entered the block stay in the store, because the caller holds them.
+            hooks: Hooks that look on.
         """
         with torch.no_grad(), self.ready(block, then=block + 1):
             for batch, entering in self.entering():
@@ -125,11 +125,11 @@ class Sweep:
                 advance(batch.input_ids.numel())
 
     def entering(self) -> Iterator[tuple[Batch, Stored]]:
-        """The batches, each with what enters the block whose turn it is: on its way while the batch before is used."""
+        """Go through the batches with the inputs of the present block; the next inputs are on their way meanwhile."""
         return zip(self.batches, in_turn([batch.hidden for batch in self.batches]), strict=True)
 
     def run(self, block: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """What a block makes of hidden states ``[batch, length, width]``; to be called where it is ``ready``."""
+        """Run a block on hidden states ``[batch, length, width]``; to be called within ``ready``."""
         call = batch.calls[block]
         with arithmetic(self._device, self._precision):
             output = self._blocks[block](hidden, *call.arguments, **call.named)
@@ -137,17 +137,17 @@ class Sweep:
         return result
 
     def last_states(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """What the model makes of what leaves its last block: last hidden states, flat, ``[batch * length, width]``."""
-        with self._stand_in.in_place(hidden), arithmetic(self._device, self._precision):
+        """Last hidden states, flat ``[batch * length, width]``, from the outputs ``hidden`` of the last block."""
+        with self._stand_in.installed(hidden), arithmetic(self._device, self._precision):
             return last_states(self._model, batch.input_ids, batch.attention_mask)
 
     @contextmanager
     def ready(self, block: int, then: int | None = None) -> Iterator[None]:
-        """The block as it is run: frozen, with weights and attention as the precision allows.
+        """Make a block ready to run: frozen, with weights and attention as the precision allows.
 
         Args:
-            block: Its number.
-            then: Of the block that comes next, if there is one; its weights are on their way meanwhile.
+            block: Number of the block.
+            then: Number of the block that comes next, if there is one; its weights are on their way meanwhile.
         """
         self.store.keep_within()
         module = self._blocks[block]
@@ -162,14 +162,14 @@ class Sweep:
             real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             ids = input_ids.to(self._device)
             mask = None if attention_mask is None else attention_mask.to(self._device)
-            with self._stand_in.in_place(), arithmetic(self._device, self._precision):
+            with self._stand_in.installed(), arithmetic(self._device, self._precision):
                 last_states(self._model, ids, mask)
             positions = real.flatten().nonzero().flatten().to(self._device)
             yield Batch(ids, mask, self.store.put(self._stand_in.entered), positions, self._stand_in.calls)
 
 
 class _StandIn:
-    """Stands in for the forward functions of all blocks: keeps what they are called with and hands on the input.
+    """Stand-in for the forward functions of all blocks, which records their calls and hands the input on.
 
     Attributes:
         entered: Hidden states that entered the first block.
@@ -185,9 +185,9 @@ class _StandIn:
         self._handed: Tensor | None = None
 
     def __call__(self, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
-        """Take the place of a block's ``forward``."""
+        """Record a call of a block's ``forward``, and return its input or the hidden states handed over."""
         if self._tuples is None:
-            # Some releases of transformers return a tuple, and the model around the block expects what it returns.
+            # In some releases of transformers a block returns a tuple, and the model around it expects one.
             self._tuples = isinstance(self._first(hidden, *arguments, **named), tuple)
         if not self.calls:
             self.entered = hidden
@@ -196,11 +196,11 @@ class _StandIn:
         return (handed,) if self._tuples else handed
 
     @contextmanager
-    def in_place(self, handed: Tensor | None = None) -> Iterator[None]:
-        """Be the ``forward`` of every block for one batch.
+    def installed(self, handed: Tensor | None = None) -> Iterator[None]:
+        """Install the stand-in as the ``forward`` of every block for one batch.
 
         Args:
-            handed: What leaves the blocks, if it is not what entered them.
+            handed: Hidden states that leave the blocks; if None, those that entered them.
         """
         self.calls, self._handed = [], handed
         # An attribute of the instance hides the method of the class; there may be one already.

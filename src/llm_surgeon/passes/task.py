@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.passes.batch_major import Advance, Estimation, PassResult, run_pass
 from llm_surgeon.passes.hooks import Hooks

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature import WarmStart
 from llm_surgeon.errors import OutputError
+from llm_surgeon.mathematics.keep_masks import AXES, KeepMask
 from llm_surgeon.mathematics.linalg import is_finite
-from llm_surgeon.mathematics.structured_selection import AXES, KeepMask
 from llm_surgeon.mathematics.unstructured_selection import ElementMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, narrow_heads, write_matrix

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.mathematics.fisher import Fisher
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.unstructured_selection import (
     ElementMask,
     ElementSelection,

@@ -11,23 +11,10 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.mathematics.candidates import Group, bystanders, joint_group, line_up, score_groups, single_scores
 from llm_surgeon.mathematics.fisher import Fisher, Split
-from llm_surgeon.mathematics.structured_selection import (
-    AXES,
-    Coupling,
-    Group,
-    KeepMask,
-    Selection,
-    Side,
-    StructureCosts,
-    bystanders,
-    count_weights,
-    joint_group,
-    line_up,
-    score_groups,
-    select,
-    single_scores,
-)
+from llm_surgeon.mathematics.keep_masks import AXES, Coupling, KeepMask, Side, StructureCosts, count_weights
+from llm_surgeon.mathematics.structured_selection import Selection, select
 from llm_surgeon.mathematics.widths import Widths, bundle, merge
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.solving import check_finite, solver_of

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llm_surgeon.mathematics.fisher import Fisher
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.unstructured_selection import ElementMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.pruning.elements import Elements, check_pattern

@@ -13,9 +13,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from llm_surgeon.mathematics.keep_masks import Axis
 from llm_surgeon.mathematics.linalg import damping_of
 from llm_surgeon.mathematics.newton_gates import effects, evidence_damping, newton_step, rise_at, step_length
-from llm_surgeon.mathematics.structured_selection import Axis
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
 from llm_surgeon.models.parts import AttentionPart, FeedForwardPart

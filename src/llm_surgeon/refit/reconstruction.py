@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from llm_surgeon.curvature.factors import InputSum
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.least_squares import reconstructing_change
-from llm_surgeon.mathematics.structured_selection import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
 from llm_surgeon.models.modes import products

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.recipe.config import PruneConfig

@@ -10,7 +10,7 @@ from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.format import Exported
 from llm_surgeon.export.formats import FORMATS, formats_of
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.loading import load_model
 from llm_surgeon.planning.sizes import SMALL_FILES
 from llm_surgeon.pruning import targets

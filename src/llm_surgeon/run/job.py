@@ -14,7 +14,7 @@ from llm_surgeon.data.texts import Texts
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.export.form import parameters_of
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models import Anatomy
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.pruning.result import RunState, ShotResult

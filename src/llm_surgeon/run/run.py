@@ -39,8 +39,7 @@ from llm_surgeon.session.preconditions import check_positions, check_stored_type
 from llm_surgeon.system.files import check_disk_space
 from llm_surgeon.system.processes import ALONE, Processes, joined, own_device
 from llm_surgeon.system.progress import Progress, SilentProgress
-from llm_surgeon.system.torchrun import Place
-from llm_surgeon.system.torchrun import place as own_place
+from llm_surgeon.system.torchrun import Place, own_place
 from llm_surgeon.versions import versions
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""One run as its stages see it, and the checks before it."""
+"""Checks before a run: of the model and tokenizer that a caller has given, and of what the recipe needs of them."""

@@ -1,4 +1,4 @@
-"""A model that a caller of the Python API has at hand: what it has to be, and how it is put to use and back."""
+"""Checks of the model, tokenizer and options from a caller of the Python API, and the model's mode during a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from llm_surgeon.recipe.config import PruneConfig
 
 
 def as_recipe(config: Any) -> PruneConfig:
-    """A recipe as it is given: one, or a mapping of its options.
+    """Recipe from a caller's argument: a recipe, or a mapping of its options.
 
     Raises:
-        ConfigError: If it is neither, or not valid.
+        ConfigError: If the argument is neither, or the options are not valid.
     """
     if isinstance(config, PruneConfig):
         return config
@@ -34,10 +34,10 @@ def as_recipe(config: Any) -> PruneConfig:
 
 
 def as_path(out: Any) -> Path:
-    """An output directory as it is given: a path or a string.
+    """Output directory from a caller's argument: a path or a string.
 
     Raises:
-        ConfigError: If it is neither.
+        ConfigError: If the argument is neither.
     """
     if not isinstance(out, str | Path):
         raise ConfigError(f"The output is a {type(out).__name__}, not a path.", "Give out='...', a new directory.")
@@ -48,7 +48,7 @@ def check_model(model: Any) -> None:
     """Make sure that an object is a causal language model of transformers that can be run here.
 
     Raises:
-        UnsupportedModelError: If it is not; says what to give instead.
+        UnsupportedModelError: If the object is not such a model; says what to give instead.
     """
     kind = type(model).__name__
     if isinstance(model, str):
@@ -75,14 +75,15 @@ def check_model(model: Any) -> None:
 
 
 def check_modules(model: PreTrainedModel, exported: bool) -> None:
-    """Make sure that what a model computes is what its modules and weights say.
+    """Make sure that nothing but its modules and weights decides what a model computes.
 
     Args:
         model: The model.
-        exported: Whether it is to be exported: modules and weights are, and hooks are not.
+        exported: Whether the model is to be exported: an export has modules and weights, and no hooks.
 
     Raises:
-        UnsupportedModelError: If something changes it besides; says how to undo that.
+        UnsupportedModelError: If masks, parametrisations or hooks change the model, or its weights are float64; says
+            how to undo that.
     """
     for name, module in model.named_modules():
         if prune.is_pruned(module) and not any(module.children()):
@@ -105,7 +106,7 @@ def check_layers_apart(model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Make sure that no two prunable layers are the same module, or have the same weights.
 
     Raises:
-        UnsupportedModelError: If two have: each is pruned in its own way.
+        UnsupportedModelError: If two layers share their weights: each is pruned in its own way.
     """
     seen: dict[tuple[int, int], str] = {}
     for name in anatomy.layers:
@@ -122,7 +123,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Make sure that an object is a tokenizer of transformers.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If the object is no tokenizer.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         inner = " Of a processor, give its .tokenizer." if hasattr(tokenizer, "tokenizer") else ""
@@ -133,10 +134,10 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def check_surroundings(model: PreTrainedModel) -> None:
-    """Make sure that no mode of torch that is on keeps gradients or float32 away.
+    """Make sure that no mode of torch around the call keeps gradients or float32 sums away.
 
     Raises:
-        ConfigError: If one does.
+        ConfigError: If ``torch.inference_mode`` or ``torch.autocast`` is on, or the model was loaded in the former.
     """
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError(
@@ -153,13 +154,16 @@ def check_surroundings(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def ready(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, results with names, norms for any input; restores all for the modules that are still there."""
+    """Put a model into evaluation mode, with named results and norms for any input; restores it afterwards.
+
+    Modules that are new by then get the mode of the whole model.
+    """
     modes = {module: module.training for module in model.modules()}
     named, norms = model.config.return_dict, cast_layer_norms(model)
     model.eval()
     model.config.return_dict = True
     try:
-        # Under no_grad, where evaluation code tends to be, there would be no curvature.
+        # A caller may be under no_grad, in which there would be no curvature.
         with torch.enable_grad():
             yield
     finally:

@@ -1,4 +1,4 @@
-"""What a model has to be able to do for a run, found out before anything expensive."""
+"""Preconditions of a run, checked before anything expensive: positions, embeddings, tokenizer, stored type."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def check_recipe_fits(config: PruneConfig, settings: Any) -> None:
 def check_positions(settings: Any, lengths: Mapping[str, int]) -> None:
     """Make sure that a model has positions for sequences of some lengths.
 
-    Rotary positions go on for ever, but a model has not seen the later ones in training: that is logged.
+    Rotary positions have no end, but the model has not seen the later ones in training: this is logged.
 
     Args:
         settings: Configuration of the model.
-        lengths: Tokens of the sequences, by the option that says so.
+        lengths: Tokens of the sequences, by the option that sets them.
 
     Raises:
-        ConfigError: If it has learned its positions, and fewer than that.
+        ConfigError: If the model has learned its positions, and has fewer than a length.
     """
     settings = settings.get_text_config()
     positions = getattr(settings, "max_position_embeddings", None)
@@ -85,7 +85,7 @@ def check_texts(settings: Any, texts: Texts) -> None:
 
 
 def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
-    """Log a warning if the tokenizer does not know much of the calibration text."""
+    """Log a warning if much of the calibration text is unknown to the tokenizer."""
     share = float((texts.calibration.input_ids == tokenizer.unk_token_id).float().mean())
     if tokenizer.unk_token_id is not None and share > _MOST_UNKNOWN:
         logger.warning(
@@ -100,10 +100,10 @@ def check_tokens(settings: Any, parts: Iterable[Tensor]) -> None:
 
     Args:
         settings: Configuration of the model.
-        parts: Token ids.
+        parts: Token ids, of any shapes.
 
     Raises:
-        DataError: If it has not: the tokenizer is not that of the model.
+        DataError: If a token has no embedding: the tokenizer is not that of the model.
     """
     largest, rows = max(int(part.max()) for part in parts), settings.get_text_config().vocab_size
     if largest >= rows:
@@ -130,7 +130,7 @@ def check_stored_type(model: PreTrainedModel) -> None:
     Passes compute in bfloat16, which has the range of float32.
 
     Raises:
-        NonFiniteError: If something overflows; names the module.
+        NonFiniteError: If a module overflows; names it.
     """
     if model.dtype != torch.float16:
         return

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.tokens import CalibrationTokens
-from llm_surgeon.mathematics.structured_selection import KeepMask
+from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.recipe.config import PruneConfig

@@ -1,4 +1,4 @@
-"""Settings of the process that make a run on a CPU faster; for whoever owns the process, never made on import."""
+"""Settings of the C allocator that make a run on a CPU faster; made by the owner of the process, never on import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the command line sets up the process before it imports torch
     from torch import Tensor
 
-# glibc's mallopt: requests above the first go to the kernel one by one, free memory above the second goes back.
+# Options of glibc's mallopt. Requests above the first threshold go to the kernel one by one, and free memory above the
+# second goes back to it.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _KEEP = 1 << 30
 _MADV_DONTNEED = 4
@@ -47,7 +48,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def freed_bytes() -> int:
-    """Bytes that the C allocator keeps for the next tensors, 0 where it does not say; only glibc does."""
+    """Bytes of freed memory that the C allocator keeps for the next tensors; 0 without glibc, which alone tells."""
     if not sys.platform.startswith("linux"):
         return 0
     try:
@@ -59,9 +60,9 @@ def freed_bytes() -> int:
 
 
 def hand_back_freed_memory() -> None:
-    """Hand what the C allocator keeps for the next tensors back to the kernel; only glibc can.
+    """Hand the freed memory that the C allocator keeps back to the kernel; only glibc can.
 
-    Their pages are faults again, so this is for when others need the memory more.
+    The next tensors take page faults again, so this is for when others need the memory more.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -70,10 +71,10 @@ def hand_back_freed_memory() -> None:
 
 
 def forget_pages(tensor: Tensor) -> None:
-    """Take the pages of a tensor in a file of its own out of this process's memory; only Linux can.
+    """Drop the pages of a file-backed tensor from this process's memory; only Linux can.
 
-    Nothing is lost: the mapping is shared, so what was written is in the file, and is read again when it is needed.
-    Tensors elsewhere are left alone.
+    Nothing is lost: the mapping is shared, so all that was written is in the file, and is read again when it is needed.
+    Tensors without a file are left alone.
     """
     if tensor.untyped_storage().filename is not None and sys.platform.startswith("linux"):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), _MADV_DONTNEED)

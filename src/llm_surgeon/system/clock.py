@@ -16,9 +16,12 @@ from llm_surgeon.system.memory import peak_bytes, reset_peak
 class Clock:
     """Seconds and peak bytes by phase; a phase that comes again adds to its time.
 
+    Args:
+        device: Device whose work and memory are measured.
+
     Attributes:
-        seconds: By phase.
-        peaks: By phase, bytes of the device if it is a GPU, else resident in the process.
+        seconds: Seconds by phase.
+        peaks: Peak bytes by phase: of the device if it is a GPU, else resident in the process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +32,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure a block."""
+        """Measure a block as a phase of this name."""
         reset_peak(self._device)
         start = time.perf_counter()
         with listening(lambda part, elapsed: self._parts.append((name, part, elapsed))):
@@ -54,7 +57,7 @@ class Clock:
         )
 
     def profile(self) -> dict[str, float]:
-        """Seconds by what was done: what phases consist of, and the rest of each under a name of its own."""
+        """Seconds by kind of work: the parts that phases consist of, and the rest of each phase under its own name."""
         result: dict[str, float] = {}
         rest = dict(self.seconds)
         for phase, part, elapsed in self._parts:

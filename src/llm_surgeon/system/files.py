@@ -1,4 +1,4 @@
-"""Where the results of a run go: what is checked before, and a directory that appears only when it is complete."""
+"""Output files and directories: checks before a run, named errors, and files that appear only when complete."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 
 from llm_surgeon.errors import DiskSpaceError, OutputError
 
-# A full disk, a used up quota, and the largest file that a process may write.
+# Errors of a full disk, of a used up quota, and of a file larger than a process may write.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What ends the name of a file or directory that is not complete.
+# Suffix of a file or directory that is not complete.
 PARTIAL = ".partial"
 
 
@@ -23,7 +23,7 @@ def check_output(out: Path) -> None:
     """Make sure that the export can go to ``out``.
 
     Raises:
-        OutputError: If it is a file, a directory that is not empty, or cannot be written.
+        OutputError: If ``out`` is a file, is a directory that is not empty, or cannot be written.
     """
     _check_possible(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -35,10 +35,10 @@ def check_output(out: Path) -> None:
 
 
 def check_result_file(out: Path) -> None:
-    """Make sure that a file of results can be written, and that none is lost by it.
+    """Make sure that a file of results can be written, and overwrites none.
 
     Raises:
-        OutputError: If there is something of that name, or its directory does not exist or cannot be written.
+        OutputError: If the file exists, or its directory does not exist or cannot be written.
     """
     _check_possible(out)
     if out.exists():
@@ -49,13 +49,13 @@ def check_result_file(out: Path) -> None:
 
 
 def _check_possible(out: Path) -> None:
-    """Make sure that a file system can have such a name.
+    """Make sure that a file system can have a file of this name.
 
     Raises:
-        OutputError: If it is too long, or holds a NUL.
+        OutputError: If the name is too long, or holds a NUL.
     """
     try:
-        # What the locale could not decode becomes half a character, which files of JSON cannot hold.
+        # Bytes that the locale could not decode are half characters here, which files of JSON cannot hold.
         str(out).encode("utf8")
         out.lstat()
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def check_disk_space(out: Path, needed: int) -> None:
     """Make sure that ``needed`` bytes fit where ``out`` will be.
 
     Raises:
-        DiskSpaceError: If they do not.
+        DiskSpaceError: If they do not fit.
     """
     free = shutil.disk_usage(_existing_parent(out)).free
     if free < needed:
@@ -85,15 +85,15 @@ def _existing_parent(out: Path) -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path, needed: int) -> Iterator[None]:
-    """Name what goes wrong while something is written.
+    """Turn errors of writing within a block into errors with cause and remedy.
 
     Args:
-        path: What is written, or the directory that it is in.
-        needed: Bytes of it, about.
+        path: The file or directory that is written.
+        needed: Approximate bytes that are written.
 
     Raises:
         DiskSpaceError: If the disk or a quota is full; says how much is needed.
-        OutputError: If it cannot be written for another reason.
+        OutputError: If the file cannot be written for another reason.
     """
     try:
         yield
@@ -111,10 +111,10 @@ def writing(path: Path, needed: int) -> Iterator[None]:
 
 
 def says_full(error: object) -> bool:
-    """Whether an error, or what another process said of one, is of a full disk, a quota or a limit of file size."""
+    """Tell whether an error, or another process's message, is of a full disk, a quota or a limit of file size."""
     if getattr(error, "errno", None) in _FULL:
         return True
-    # Rust's errors, and those of other processes, have the number in their text only.
+    # Errors of Rust and of other processes have the number in their text only.
     return any(f"(os error {number})" in str(error) or f"[Errno {number}]" in str(error) for number in _FULL)
 
 
@@ -124,9 +124,15 @@ def _mebibytes(count: int) -> str:
 
 @contextlib.contextmanager
 def in_place(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that becomes ``path`` when the block ends well: nobody ever reads half a file.
+    """Write a file beside ``path`` that becomes ``path`` when the block ends well: nobody ever reads half a file.
 
-    Not after a power failure either: it is on the disk before it has its name.
+    This holds after a power failure too: the file is on the disk before it gets its name.
+
+    Args:
+        path: The file in the end.
+
+    Yields:
+        The path to write to.
     """
     beside = path.with_name(f"{path.name}{PARTIAL}")
     # A link that somebody has put there would be written through.
@@ -141,7 +147,7 @@ def in_place(path: Path) -> Iterator[Path]:
 
 
 def readable_as_others(directory: Path) -> None:
-    """Give weight files the mode that files get here: safetensors makes them for their owner alone."""
+    """Give weight files the mode that new files get here: safetensors makes them readable for their owner alone."""
     probe = directory / f"mode{PARTIAL}"
     probe.touch()
     mode = probe.stat().st_mode
@@ -151,7 +157,7 @@ def readable_as_others(directory: Path) -> None:
 
 
 def flush(directory: Path) -> None:
-    """Wait until a directory, with all that is in it, is on the disk."""
+    """Wait until a directory with all its files is on the disk."""
     for path in (*directory.rglob("*"), directory):
         sync(path)
 
@@ -159,7 +165,7 @@ def flush(directory: Path) -> None:
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows has no such thing
+        return  # Windows cannot sync a directory
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)

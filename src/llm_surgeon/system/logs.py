@@ -1,4 +1,4 @@
-"""This package's log at the terminal; for whoever owns the process, never set up on import."""
+"""The log and messages of this package at the terminal; set up by the owner of the process, never on import."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-# What a command says first.
+# The first message of a command.
 STARTING = "loading torch and transformers"
 
 
 def error_console() -> Console:
-    """Standard error, for messages and progress. Text is shown as it is: names may hold brackets and colons."""
+    """A console on standard error, for messages and progress, without markup: names may hold brackets and colons."""
     return Console(stderr=True, markup=False, emoji=False)
 
 
 def print_error(cause: str, remedy: str) -> None:
-    """Say on standard error what went wrong and what to do about it."""
+    """Print an error to standard error: its cause, and the remedy."""
     error_console().print(Text.assemble(("error:", "bold red"), f" {cause}\n{remedy}"), soft_wrap=True)
 
 
@@ -26,10 +26,10 @@ def log_to_stderr(process: int = 0) -> Console:
     """Send this package's log to standard error.
 
     Args:
-        process: Number of this process, if there are several: all but the first say warnings only, and who they are.
+        process: Number of this process, if there are several. All but the first log warnings only, with their number.
 
     Returns:
-        The console that it goes to, for what else is shown there.
+        The console of the log, for progress to be shown there too.
     """
     console = error_console()
     logger = logging.getLogger("llm_surgeon")
@@ -41,7 +41,7 @@ def log_to_stderr(process: int = 0) -> Console:
 
 
 def quiet_transformers() -> None:
-    """Turn off the loading bars of transformers; imports it."""
+    """Turn off the loading bars of transformers. This imports transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Peak memory of the process, in bytes."""
+"""Memory of this process and of its device, in bytes: peaks, and what is available."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-# Linux keeps the high-water mark of the resident set here, and lowers it when asked to.
+# Files in which Linux keeps the peak of the resident memory, and by which it resets that.
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER_MARK = "5"
@@ -29,24 +29,24 @@ def peak_resident_bytes() -> int:
 
 
 def peak_device_bytes(device: torch.device | str) -> int:
-    """Largest memory that tensors held on a CUDA device so far, or since ``reset_peak(device)``, in bytes; else 0."""
+    """Largest memory of tensors on a CUDA device so far, or since ``reset_peak(device)``, in bytes; 0 elsewhere."""
     return torch.cuda.max_memory_allocated(device) if _uses_cuda(device) else 0
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak of the device if it is a GPU, else of the process's resident memory, since the last reset."""
+    """Peak bytes of the device if it is a GPU, else of the process's resident memory, since the last reset."""
     return peak_device_bytes(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def reset_peak(device: torch.device | str = "cpu") -> bool:
-    """Start measuring anew: the peaks become what is held now.
+    """Reset the peaks to the memory that is held now.
 
     Args:
-        device: A CUDA device whose peak starts anew as well.
+        device: A CUDA device whose peak is reset as well.
 
     Returns:
-        Whether the resident peak was reset; only Linux can, and a sandbox may forbid it. If not, later peaks count
-        from the start of the process.
+        Whether the resident peak was reset. Only Linux can, and a sandbox may forbid it. If not, later peaks count from
+        the start of the process.
     """
     if _uses_cuda(device):
         torch.cuda.reset_peak_memory_stats(device)
@@ -58,7 +58,7 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that new tensors on a device may take: free on a CUDA device, available on the host."""
+    """Bytes that new tensors on a device may take: free on a CUDA device, available on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)

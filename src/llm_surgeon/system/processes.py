@@ -1,7 +1,7 @@
-"""Several processes that work on one run: who takes what, and sums over all of them, by ``torch.distributed``.
+"""Processes of one run: their shares of the work, and sums and broadcasts among them, by ``torch.distributed``.
 
-Every process holds the whole model and takes the same steps in the same order. Each reads its own part of the tokens,
-and what needs no tokens (decompositions, costs, updates) is shared out layer by layer.
+Every process holds the whole model and takes the same steps in the same order. Each reads its own part of the tokens.
+Work that needs no tokens (decompositions, costs, updates) is shared out layer by layer.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from llm_surgeon.errors import ConfigError, ProcessError
-from llm_surgeon.system.torchrun import place
+from llm_surgeon.system.torchrun import own_place
 
 if TYPE_CHECKING:
     from types import FrameType
 
 T = TypeVar("T")
 
-# How long a process waits for the others, who may be writing a large export. One that has ended is noticed at once.
+# Time that a process waits for the others, which may be writing a large export. An ended one is noticed at once.
 _PATIENCE = timedelta(hours=6)
 _STORE_PATIENCE = timedelta(seconds=10)
 _CPU = torch.device("cpu")
-# How often this process has joined others: each time needs names of its own in torchrun's store.
+# Counts how often this process has joined others: each time needs keys of its own in torchrun's store.
 _joins = count()
 
 
 @dataclass(frozen=True)
 class _Blank:
-    """A tensor to come."""
+    """Announcement of a tensor that is about to be broadcast."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -49,14 +49,14 @@ class _Blank:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run; as it is made by default, the only one.
+    """Position of this process among those of its run; by default it is the only one.
 
-    All processes have to call the same methods in the same order. With one process, each gives back what it is given.
+    All processes have to call the same methods in the same order. With one process, each method returns its input.
 
     Attributes:
         rank: Number of this process, from 0.
-        count: How many there are.
-        device: Where this process computes.
+        count: Number of processes.
+        device: Device on which this process computes.
     """
 
     rank: int = 0
@@ -65,19 +65,19 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes, shows and measures what is not shared out."""
+        """True in the first process, which writes, shows and measures all that is not shared out."""
         return self.rank == 0
 
     def part(self, items: int) -> slice:
-        """This process's part of a row of items: parts follow one another and differ by one item at most."""
+        """Slice of this process of so many items: slices follow one another and differ by one item at most."""
         return slice(items * self.rank // self.count, items * (self.rank + 1) // self.count)
 
     def own(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of a sequence."""
+        """Part of this process of a sequence."""
         return items[self.part(len(items))]
 
     def check_samples(self, samples: int, each: int = 1) -> None:
-        """Make sure that every process gets a sequence, or several.
+        """Make sure that every process gets at least ``each`` of the calibration sequences.
 
         Raises:
             ConfigError: If there are fewer sequences.
@@ -89,7 +89,7 @@ class Processes:
             )
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by the sum of those that the processes hold in its place, bit for bit the same in all.
+        """Replace each tensor by its sum over the processes, in place, bit for bit the same in all.
 
         Raises:
             ProcessError: If another process is gone.
@@ -128,8 +128,8 @@ class Processes:
         have to be such as can be pickled, and on the CPU.
 
         Args:
-            value: What is handed over; of no matter in the other processes.
-            source: Number of the process that has it.
+            value: The value of the source; ignored in the other processes.
+            source: Number of the process that has the value.
 
         Raises:
             ProcessError: If another process is gone.
@@ -150,19 +150,19 @@ class Processes:
         return cast(T, parts if together else parts[0])
 
     def _room(self, part: Any) -> Any:
-        """A tensor to receive another one in; what is none has arrived already."""
+        """Empty tensor to receive an announced one in; any other object has arrived already, and is returned."""
         if not isinstance(part, _Blank):
             return part
         return torch.empty(part.shape, dtype=part.dtype, device=_CPU if part.on_cpu else self.device)
 
     def share_out(self, work: Mapping[str, float], compute: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-        """Compute something by pieces, each in one process, and give all results to every process.
+        """Compute pieces of work, each in one process, and hand all results to every process.
 
         Results come when each process has one more, so that no more than ``count`` are under way at once.
 
         Args:
-            work: Pieces by name, and what they cost to compute, in any unit.
-            compute: Computes a piece; has to give what ``broadcast`` can hand over.
+            work: Cost of each piece by name, in any unit.
+            compute: Computes a piece; its result has to be one that ``broadcast`` can hand over.
 
         Yields:
             Names and results, in an order that depends on ``work`` and ``count`` only.
@@ -185,8 +185,8 @@ def shares(work: Mapping[str, float], processes: int) -> list[list[str]]:
     """Share pieces of work out: the largest first, each to the process that has least to do so far.
 
     Args:
-        work: Pieces by name, and what they cost.
-        processes: How many share; one alone takes them as they come.
+        work: Cost of each piece by name, in any unit.
+        processes: Number of processes; a single one takes the pieces as they come.
 
     Returns:
         The pieces of each process, in the order in which to do them.
@@ -203,12 +203,12 @@ def shares(work: Mapping[str, float], processes: int) -> list[list[str]]:
 
 
 def own_device(device: str) -> str:
-    """The device of this process, by a recipe's name: of several on one machine, each takes a GPU.
+    """Device of this process, by the recipe's name: of several processes on one machine, each takes a GPU.
 
     Raises:
-        ConfigError: If there are not enough GPUs, or one is named for all.
+        ConfigError: If there are not enough GPUs, or one GPU is named for all processes.
     """
-    here = place()
+    here = own_place()
     if here.count == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return device
     if device not in ("auto", "cuda"):
@@ -226,17 +226,17 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """Join the other processes that torchrun has started; without torchrun, be alone.
+    """Join the other processes that torchrun has started; without torchrun, be the only one.
 
     A process group that the caller has made is used as it is; it needs gloo for tensors on the CPU.
 
     Args:
-        device: Where this process computes.
+        device: Device on which this process computes.
 
     Raises:
         ProcessError: If the others cannot be reached.
     """
-    here = place()
+    here = own_place()
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
         return
@@ -261,9 +261,13 @@ def joined(device: torch.device) -> Iterator[Processes]:
 
 
 def say_once(message: str, say: Callable[[], None]) -> None:
-    """Let one of the processes that torchrun has started say what several of them may find.
+    """Let one of torchrun's processes print a message that several of them may come to.
 
-    The others wait until it is said: torchrun ends all processes as soon as one has ended.
+    The others wait until it is printed: torchrun ends all processes as soon as one has ended.
+
+    Args:
+        message: The message, by which the processes recognise it.
+        say: Prints it.
     """
     begun, done = f"llm_surgeon/saying/{message}", f"llm_surgeon/said/{message}"
     try:
@@ -293,11 +297,11 @@ def _announced(part: Any) -> Any:
 
 @contextmanager
 def _company() -> Iterator[None]:
-    """Name what it means when the others cannot be reached."""
+    """Turn an error of communication into a ``ProcessError``: another process cannot be reached."""
     try:
         yield
     except RuntimeError as error:
-        # The first sentence, without the places in gloo's source and the addresses, which differ between processes.
+        # The first sentence, without gloo's source lines and addresses, which differ between processes.
         reason = re.split(r"\.(?:\s|$)", re.sub(r"\s*\[[^\]]*\](:\d+)?", "", str(error)).strip(), maxsplit=1)[0]
         raise ProcessError(
             f"Another process of this run has ended, or does not answer ({reason}).", "See its own message."
@@ -306,13 +310,13 @@ def _company() -> Iterator[None]:
 
 @contextmanager
 def _end_as_error() -> Iterator[None]:
-    """Turn torchrun's request to end, which follows the end of any process, into an error: what is begun is cleared.
+    """Turn torchrun's request to end (SIGTERM), which follows the end of any process, into an error that cleans up.
 
-    Only the main thread can be told.
+    Only the main thread can receive it.
     """
 
     def end(_number: int, _frame: FrameType | None) -> None:
-        # What follows an error, another process's end perhaps, is not to be cut short: this process ends anyway.
+        # The clean-up after another error is not to be cut short: this process ends anyway.
         if sys.exc_info()[0] is None:
             raise ProcessError(
                 "This process was asked to end: another process of this run has ended, or the run was stopped.",

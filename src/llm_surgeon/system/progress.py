@@ -1,4 +1,7 @@
-"""The one progress display of the library: phases of a known amount of work, mostly tokens."""
+"""Progress of a run: phases of a known amount of work, mostly tokens, and a forecast of the time that is left.
+
+This is the only display of progress in the package.
+"""
 
 from __future__ import annotations
 
@@ -15,53 +18,53 @@ from rich.text import Text
 from llm_surgeon.recipe.quantity import duration
 from llm_surgeon.system.logs import error_console
 
-# Seconds of a plan that a comparison with it needs: how long moments take says nothing of minutes.
+# Seconds of a plan below which it is not compared with the time taken: moments say nothing of minutes.
 _ENOUGH = 1.0
 
 
 class Phase(Protocol):
-    """One phase under way."""
+    """A phase under way."""
 
     def advance(self, count: int) -> None:
-        """Report that ``count`` more tokens, or what else the phase counts, have been processed."""
+        """Report that ``count`` more tokens, or other units of the phase, have been processed."""
 
 
 class Progress(Protocol):
-    """Shows how far a run is. Phases follow one another; they do not nest."""
+    """A display of how far a run is. Phases follow one another; they do not nest."""
 
     def phase(self, description: str, total: int, unit: str = "tokens") -> AbstractContextManager[Phase]:
         """Open a phase.
 
         Args:
-            description: What is being done, a few words; behind a colon, the first is what kind of phase it is.
-            total: Tokens that will be processed, or what else is counted.
-            unit: What is counted, in the plural.
+            description: The work in a few words; the first word behind a colon is the kind of the phase.
+            total: Number of tokens, or of other units, that will be processed.
+            unit: The unit, in the plural.
 
         Returns:
-            A context manager around the phase; it gives the object to advance.
+            A context manager around the phase; it yields the object to advance.
         """
 
 
 @runtime_checkable
 class ForeseeingProgress(Progress, Protocol):
-    """Shows how much time is left of a whole run as well."""
+    """A display that also shows how much time is left of the whole run."""
 
     def expect(self, planned: Mapping[str, float]) -> None:
-        """Take in what is planned.
+        """Take in the plan of the run.
 
         Args:
-            planned: Seconds of each phase of the run, by its description, in their order; what is no phase counts too.
+            planned: Seconds of each phase of the run by its description, in order; work that is no phase counts too.
         """
 
 
 def expect(progress: Progress, planned: Mapping[str, float]) -> None:
-    """Tell a display what is planned, if it has a use for that; see ``ForeseeingProgress.expect``."""
+    """Tell a display the plan of the run, if it has a use for that; see ``ForeseeingProgress.expect``."""
     if isinstance(progress, ForeseeingProgress):
         progress.expect(planned)
 
 
 class SilentProgress:
-    """Shows nothing: the default of the Python API."""
+    """A display that shows nothing: the default of the Python API."""
 
     @contextmanager
     def phase(self, description: str, total: int, unit: str = "tokens") -> Iterator[Phase]:
@@ -73,8 +76,8 @@ class RichProgress:
     """Bars on a terminal; elsewhere (a CI log, a file) one plain line at the start and one at the end of a phase.
 
     Args:
-        console: Where to write; unset: standard error, so that standard output stays for results.
-        clock: Gives the time in seconds.
+        console: Console to write to; unset: standard error, so that standard output stays for results.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -83,7 +86,7 @@ class RichProgress:
         self._forecast: Forecast | None = None
 
     def expect(self, planned: Mapping[str, float]) -> None:
-        """Show how much time is left of all; see ``ForeseeingProgress.expect``."""
+        """Show how much time is left of the whole run from now on; see ``ForeseeingProgress.expect``."""
         self._forecast = Forecast(planned)
 
     @contextmanager
@@ -140,40 +143,40 @@ class RichProgress:
 
 
 class Forecast:
-    """How much time is left of a run: its plan, scaled by how finished phases of the same kind compare with theirs.
+    """Forecast of the time left: the plan, scaled by how long finished phases of the same kind took against theirs.
 
-    Before one of a kind has finished, it is scaled as those of all kinds together.
+    Before a phase of a kind has finished, the kind is scaled as all kinds together.
 
     Args:
-        planned: Seconds of each phase by its description, in their order.
+        planned: Seconds of each phase by its description, in order.
     """
 
     def __init__(self, planned: Mapping[str, float]) -> None:
         self._planned = dict(planned)
-        self._places = {description: place for place, description in enumerate(planned)}
+        self._positions = {description: position for position, description in enumerate(planned)}
         self._taken: dict[str, float] = {}
 
     def finish(self, description: str, seconds: float) -> None:
-        """Take in how long a phase has taken; what was not planned tells nothing."""
+        """Take in how long a phase has taken; a phase that was not planned is ignored."""
         if description in self._planned:
             self._taken[description] = seconds
 
     def left(self, description: str, share: float = 0.0, seconds: float = 0.0) -> float:
-        """Seconds that are left of all.
+        """Seconds that are left of the whole run.
 
         Args:
-            description: Of the phase that is under way; all that was planned before it is over.
-            share: How much of it is done.
-            seconds: How long that has taken.
+            description: Description of the phase under way; all phases planned before it are over.
+            share: Fraction of the phase that is done.
+            seconds: Seconds that this has taken.
         """
         done = {name: (taken, self._planned[name]) for name, taken in self._taken.items()}
-        after = 1 + max((self._places[name] for name in self._taken), default=-1)
-        place = self._places.get(description, after)
+        after = 1 + max((self._positions[name] for name in self._taken), default=-1)
+        position = self._positions.get(description, after)
         if share and description in self._planned:
             done[description] = seconds, share * self._planned[description]
         overall = _ratio(done.values(), 1.0)
         total = 0.0
-        for name, planned in list(self._planned.items())[place:]:
+        for name, planned in list(self._planned.items())[position:]:
             alike = [pair for other, pair in done.items() if _kind(other) == _kind(name)]
             total += planned * (1 - share if name == description else 1.0) * _ratio(alike, overall)
         return total
@@ -184,13 +187,13 @@ def _kind(description: str) -> str:
 
 
 def _ratio(pairs: Collection[tuple[float, float]], otherwise: float) -> float:
-    """Seconds that were taken to those that were planned, if these are enough to tell."""
+    """Ratio of the seconds taken to the seconds planned, or ``otherwise`` if too few were planned to tell."""
     taken, planned = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
     return taken / planned if planned >= _ENOUGH else otherwise
 
 
 class _Counter:
-    """Counts and shows nothing."""
+    """A phase that counts and shows nothing."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -200,7 +203,7 @@ class _Counter:
 
 
 class _Bar:
-    """Moves one bar."""
+    """A phase that moves one bar."""
 
     def __init__(self, bars: Bars, task: TaskID) -> None:
         self._bars = bars
@@ -211,14 +214,14 @@ class _Bar:
 
 
 class _RateColumn(ProgressColumn):
-    """Tokens per second since the start of the phase, as the plain lines say it."""
+    """Column of tokens per second since the start of the phase, in the words of the plain lines."""
 
     def render(self, task: Task) -> Text:
         return Text(_rate(task.completed, task.elapsed or 0.0, task.fields["unit"]), style="progress.data.speed")
 
 
 class _Bars(Bars):
-    """Bars, and below one that moves how much time is left of the whole run: beside it there is no room for that."""
+    """Bars, with a line below a moving bar for the time left of the whole run: beside the bar there is no room."""
 
     forecast: Forecast | None = None
 

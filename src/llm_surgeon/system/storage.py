@@ -1,7 +1,7 @@
-"""Tensors that do not all fit: on the device as far as its budget goes, then in host memory, then on disk.
+"""Storage of tensors that do not all fit: on the device as far as its budget goes, then in host memory, then on disk.
 
-What is not where it is wanted is moved while others are computed with: it leaves as soon as it is put, and whoever
-knows what is wanted next says so (``in_turn``).
+Tensors are moved beside the computation. A tensor leaves the device as soon as it is put, and comes back early if the
+caller says that it is wanted next (``in_turn``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from llm_surgeon.system.transfers import Transfers
 
 T = TypeVar("T")
 
-# Share of what the process may hold from which on it keeps no freed memory; the rest is for what comes until it is
-# looked at again, which is the work of one block.
+# Share of the process's limit from which on it keeps no freed memory. The rest of the limit is for the work of one
+# block, after which the memory is looked at again.
 _NEAR = 0.85
 
 
@@ -36,9 +36,9 @@ class Budgets:
     """Bytes that stored tensors may take of the device (where it is a GPU) and of host memory; the rest is on disk.
 
     Attributes:
-        device: Of the device.
-        host: Of host memory.
-        process: What the whole process may come to hold of host memory, see ``TensorStore.keep_within``.
+        device: Bytes of the device.
+        host: Bytes of host memory.
+        process: Bytes of host memory that the whole process may come to hold, see ``TensorStore.keep_within``.
     """
 
     device: float = math.inf
@@ -50,9 +50,9 @@ class Stored:
     """One tensor of a store; its bytes are given back with ``release``, or when nobody holds it any more.
 
     Args:
-        read: Gives the tensor where it is wanted.
+        read: Returns the tensor on the device.
         released: Called when its bytes are free again.
-        transfers: Who brings it, while others are computed with; None where there is nothing to bring.
+        transfers: Transfers that bring the tensor beside the computation; None where it is on the device.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Stored:
         self._gone.atexit = False
 
     def expect(self) -> None:
-        """Let it come: it will be asked for soon."""
+        """Begin to bring the tensor to the device: it will be asked for soon."""
         assert self._read is not None, "it has been released"
         if self._coming is None:
             self._coming = self._read if self._transfers is None else self._transfers.begin(self._read)
 
     def get(self) -> Tensor:
-        """The tensor, on the device. It may be the stored one itself: not to be changed.
+        """The tensor, on the device. It may be the stored one itself, and must not be changed.
 
         Raises:
-            DiskSpaceError: If it could not be kept.
+            DiskSpaceError: If the tensor could not be written to disk.
         """
         with timed("transfers"):
             self.expect()
@@ -83,13 +83,13 @@ class Stored:
             return coming()
 
     def release(self) -> None:
-        """Give its bytes back."""
+        """Give the bytes of the tensor back."""
         self._read = self._coming = None
-        self._gone()  # the first time only
+        self._gone()  # a finalizer acts the first time only
 
 
 def in_turn(stored: Sequence[Stored]) -> Iterator[Stored]:
-    """Each of several, in order; the one after it is on its way meanwhile."""
+    """Go through stored tensors in order, with the next one on its way meanwhile."""
     for number, this in enumerate(stored, start=1):
         if number < len(stored):
             stored[number].expect()
@@ -97,12 +97,12 @@ def in_turn(stored: Sequence[Stored]) -> Iterator[Stored]:
 
 
 class TensorStore:
-    """Keeps tensors where there is room.
+    """Store of tensors, which keeps each where there is room.
 
     Args:
-        device: Where tensors come from and are wanted.
-        budgets: How much may be kept where.
-        scratch: Directory of what is on disk; the system's temporary one if None.
+        device: Device that tensors come from and return to.
+        budgets: Bytes that may be kept on the device and on the host.
+        scratch: Directory for tensors on disk; the system's temporary one if None.
     """
 
     def __init__(self, device: torch.device, budgets: Budgets | None = None, scratch: Path | None = None) -> None:
@@ -117,14 +117,14 @@ class TensorStore:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes that are on disk now."""
+        """Bytes of the tensors that are on disk now."""
         return self._disk.used
 
     def keep_within(self) -> None:
-        """Hand freed memory back if the process comes near what it may hold; to be called before each block's work.
+        """Hand freed memory back if the process comes near its limit; to be called before each block's work.
 
-        What a pass frees lies in gaps between what it keeps, and the next tensors do not all fit there, least of all
-        those of pruned layers, of which no two have one size.
+        Memory that a pass frees lies in gaps between tensors that it keeps. The next tensors do not all fit there,
+        least of all those of pruned layers, of which no two have the same size.
         """
         if psutil.Process().memory_info().rss > _NEAR * self._process:
             hand_back_freed_memory()
@@ -136,21 +136,21 @@ class TensorStore:
             DiskSpaceError: If this or an earlier one has to go to disk, and the disk is full; ``get`` says so as well.
         """
         tensor, size = tensor.detach(), tensor.nbytes
-        place = next((name for name, free in self._free.items() if size <= free), None)
-        if place is None:
+        level = next((name for name, free in self._free.items() if size <= free), None)
+        if level is None:
             start = self._disk.reserve(size)
             written = self._leave(lambda: self._disk.write(start, tensor))
             read = partial(self._from_disk, written, start, tensor.shape, tensor.dtype)
             return Stored(read, partial(self._disk.free, start, size), self._transfers)
-        self._free[place] -= size
-        released = partial(self._give_back, place, size)
-        if place == "host" and tensor.device.type != "cpu":
+        self._free[level] -= size
+        released = partial(self._give_back, level, size)
+        if level == "host" and tensor.device.type != "cpu":
             kept = self._leave(lambda: _pinned(tensor))
             return Stored(lambda: kept().to(self.device, non_blocking=True), released, self._transfers)
         return Stored(lambda: tensor, released)
 
     def _leave(self, move: Callable[[], T]) -> Callable[[], T]:
-        """Begin to move what was put; one at a time, as it takes the place where it was until it has left."""
+        """Begin to move a tensor away; one at a time, as it takes memory of the device until it has left."""
         with timed("transfers"):
             if self._leaving is not None:
                 self._leaving()
@@ -161,32 +161,32 @@ class TensorStore:
         written()
         return self._disk.read(start, shape, dtype).to(self.device, non_blocking=True)
 
-    def _give_back(self, place: str, size: int) -> None:
-        self._free[place] += size
+    def _give_back(self, level: str, size: int) -> None:
+        self._free[level] += size
 
 
 class _ScratchFile:
     """Tensors in a file without a name, of which nothing is left however the process ends.
 
-    Read and written rather than mapped: mapped pages count as memory of the process. Both by one thread only; places
-    are given and taken back by the others.
+    The file is read and written rather than mapped: mapped pages count as memory of the process. One thread alone reads
+    and writes; other threads reserve and free ranges.
 
     Attributes:
-        used: Bytes of the tensors in it.
+        used: Bytes of the tensors in the file.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._file: IO[bytes] | None = None
         self._end = self.used = 0
-        # Tensors of a pass come in few sizes, so what is given back fits the next one.
+        # Tensors of a pass come in few sizes, so a range that was freed fits a later tensor.
         self._holes: dict[int, list[int]] = {}
 
     def reserve(self, size: int) -> int:
-        """A place for so many bytes; returns where it begins.
+        """Reserve a range of so many bytes; returns its start.
 
         Raises:
-            DiskSpaceError: If there can be no file.
+            DiskSpaceError: If no file can be made.
         """
         if self._file is None:
             try:
@@ -200,7 +200,7 @@ class _ScratchFile:
         return start
 
     def write(self, start: int, tensor: Tensor) -> None:
-        """Write a tensor to its place.
+        """Write a tensor to the range that begins at ``start``.
 
         Raises:
             DiskSpaceError: If the disk is full.
@@ -215,7 +215,7 @@ class _ScratchFile:
             raise not_kept(self._directory, tensor.nbytes, error) from None
 
     def read(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Read a tensor."""
+        """Read a tensor of this shape and type from the range that begins at ``start``, into host memory."""
         assert self._file is not None
         tensor = torch.empty(shape, dtype=dtype)
         self._file.seek(start)
@@ -225,25 +225,25 @@ class _ScratchFile:
         return tensor
 
     def free(self, start: int, size: int) -> None:
-        """Give the place of a tensor to others."""
+        """Free the range of a tensor for others."""
         self._holes.setdefault(size, []).append(start)
         self.used -= size
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, whatever its type."""
+    """Bytes of a contiguous tensor of any type."""
     return tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in host memory that a GPU can read by itself."""
+    """Copy of a tensor in pinned host memory, which a GPU can read by itself."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def not_kept(directory: Path | None, size: int, error: OSError) -> DiskSpaceError:
-    """What to say when a scratch file cannot take so many bytes; None is the system's directory for such files."""
-    place = directory or Path(tempfile.gettempdir())
+    """Error for a scratch file that cannot take ``size`` bytes; the directory None is the system's temporary one."""
+    used = directory or Path(tempfile.gettempdir())
     return DiskSpaceError(
-        f"{size / 2**20:.0f} MiB that do not fit into memory cannot be kept in {place}: {error.strerror}.",
+        f"{size / 2**20:.0f} MiB that do not fit into memory cannot be kept in {used}: {error.strerror}.",
         "Free some space there, set TMPDIR to a directory with more, or raise --host-memory.",
     )

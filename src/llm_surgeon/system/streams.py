@@ -1,4 +1,4 @@
-"""Standard output and error as the shell hands them over: closed, full, without a reader, or for ASCII only."""
+"""Standard streams that never fail, even if the shell hands them over closed, full, unread, or for ASCII only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_surgeon.system.logs import print_error
 
 
 class _Unfailing(io.RawIOBase):
-    """The raw stream of standard output or error, which swallows what cannot be written any more.
+    """Raw stream of standard output or error, which drops the text that cannot be written any more.
 
     Attributes:
         failure: Why the first write failed; None if none did.
@@ -23,9 +23,9 @@ class _Unfailing(io.RawIOBase):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.failure: OSError | None = None
-        # Unbuffered (python -u), it has no other raw stream.
+        # An unbuffered stream (python -u) is its own raw stream.
         self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)
-        # Once it is forgotten, it closes its raw stream.
+        # Kept, because the text stream closes its raw stream once it is garbage.
         self._stream = stream
 
     def write(self, data: Any, /) -> int | None:
@@ -55,8 +55,8 @@ class _Unfailing(io.RawIOBase):
 def standard_streams() -> Iterator[None]:
     """Keep a run from ending because standard output or error is closed, full, without a reader, or ASCII only.
 
-    What is printed comes last, when all files are complete. If it is lost, the exit status is 1; a message says why,
-    unless the reader has gone, who knows.
+    Commands print last, when all files are complete. If that text is lost, the exit status is 1, and a message says why
+    unless the reader itself has gone.
     """
     _open_closed_streams()
     sys.stdout, output = _unfailing(sys.stdout, "replace")
@@ -75,17 +75,17 @@ def standard_streams() -> Iterator[None]:
 
 
 def _open_closed_streams() -> None:
-    """Open standard streams that are closed: else a file of the run would get the number of one."""
+    """Open closed standard streams on the null device: else a file of the run would get the number of one."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # The lowest free number, and so that of the stream.
+            # open() takes the lowest free number, which is that of the closed stream.
             number = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(number, True)
             setattr(sys, name, os.fdopen(number, mode, encoding="utf8"))
 
 
 def _unfailing(stream: TextIO, errors: str) -> tuple[TextIO, _Unfailing]:
-    """A stream that takes all characters and never fails, and where it says so."""
+    """A text stream that takes all characters and never fails, and its raw stream, which records the failure."""
     raw = _Unfailing(stream)
     text = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=errors, line_buffering=True)
     return text, raw

@@ -1,4 +1,4 @@
-"""Moving tensors while others are computed with: one thread, which on a GPU has a stream of its own."""
+"""Transfers of tensors beside the computation: one thread, which on a GPU has a stream of its own."""
 
 from __future__ import annotations
 
@@ -13,31 +13,35 @@ T = TypeVar("T")
 
 
 class Transfers:
-    """Moves that are made one after the other, in the order in which they were begun.
+    """Moves of tensors, made one after the other in the order in which they were begun.
 
     Args:
-        device: Where tensors come from and are wanted.
+        device: Device that computes, from which and to which tensors are moved.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Its thread begins with the first move.
+        # The thread of the pool begins with the first move.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="transfers")
         self._stream: torch.cuda.Stream | None = None
 
     def begin(self, move: Callable[[], T]) -> Callable[[], T]:
-        """Begin a move; returns what waits for its result, and raises what it raised, as often as it is asked.
+        """Begin a move.
 
         Args:
-            move: Moves a tensor, and gives it as it is where it has come, if anybody wants it. On a GPU this is after
-                all that the caller has asked of the device so far, and before all that is asked after waiting for it.
+            move: Moves a tensor and returns the moved one, or None if nobody wants it. On a GPU the move comes after
+                all work that the caller has queued so far, and before all work that is queued after waiting for it.
+
+        Returns:
+            A function that waits for the move and returns its result. It may be called several times. It raises the
+            error of the move, if there was one.
         """
         if self._device.type != "cuda":
             return self._pool.submit(move).result
         return self._begin_beside(move)
 
     def _begin_beside(self, move: Callable[[], T]) -> Callable[[], T]:
-        """On a stream beside that of the computations."""
+        """Begin a move on a stream beside that of the computations; see ``begin``."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         stream, asked = self._stream, torch.cuda.current_stream(self._device).record_event()
@@ -54,7 +58,7 @@ class Transfers:
             here = torch.cuda.current_stream(self._device)
             here.wait_event(done)
             if isinstance(moved, Tensor) and moved.is_cuda:
-                # It was allocated on the other stream, which must not use its memory again too early.
+                # The other stream allocated the tensor, and must not use its memory again too early.
                 moved.record_stream(here)
             return moved
 
