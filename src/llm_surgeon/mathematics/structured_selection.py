@@ -88,12 +88,14 @@ class Coupling:
         sides: The sides, with equally many groups each.
         followers: What dies with a group without being able to kill it.
         pools: ``[groups]``, numbers of pools that all have to keep equally many of their groups; None: there is one.
+        structure: The structure of a recipe that removes such groups; empty if none does, and they only follow.
     """
 
     kind: str
     sides: tuple[Side, ...]
     followers: tuple[Side, ...] = ()
     pools: Tensor | None = None
+    structure: str = ""
 
 
 @dataclass(frozen=True)

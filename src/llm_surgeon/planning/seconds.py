@@ -143,9 +143,9 @@ def _gate_step(skeleton: Skeleton, order: Order, kept: float) -> float:
 
 
 def _feed_forward_weights(skeleton: Skeleton) -> int:
-    """Prunable weights of the feed-forward parts of all blocks."""
+    """Prunable weights of the parts of all blocks behind the attention, or whatever comes first."""
     family = skeleton.anatomy.family
-    kinds = {family.short_name(name) for name in (*family.feed_forward.inputs, family.feed_forward.output)}
+    kinds = {family.short_name(name) for name in family.layers_of(*family.parts[1:])}
     layers = skeleton.anatomy.layers.values()
     return sum(layer.rows * layer.columns for layer in layers if layer.kind in kinds)
 

@@ -160,10 +160,22 @@ def reconstruct(
 
 
 def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
-    """Paths of the layers of a block that write into the stream: of the attention, of the feed-forward part."""
+    """Paths of the two layers of a block that write into the stream: of the attention, of the feed-forward part.
+
+    Raises:
+        UnsupportedModelError: If there are not two.
+    """
     family = anatomy.family
+    writers = [name for part in family.parts for name in part.writers]
+    if len(writers) != 2:
+        raise UnsupportedModelError(
+            f"In a block of {family.model_class} {len(writers)} layers write into the residual stream, and "
+            "reconstruction corrects two.",
+            "Leave it out: --no-reconstruction.",
+        )
+    middle, last = writers
     prefix = f"{family.blocks}.{block}."
-    return prefix + family.attention.output, prefix + family.feed_forward.output
+    return prefix + middle, prefix + last
 
 
 def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: str, advance: Advance) -> list[Stored]:
