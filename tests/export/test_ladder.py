@@ -70,10 +70,8 @@ def random_masks(anatomy, recipe, seed=1):
 
 def possible(name, anatomy):
     """Whether the family's plain class can be built so; everything else is possible with every family."""
-    free, biased = (
-        not any(entry.fixed for entry in anatomy.family.parts),
-        any(layer.bias for layer in anatomy.layers.values()),
-    )
+    free = not any(entry.fixed for entry in anatomy.family.parts)
+    biased = any(layer.bias for layer in anatomy.layers.values())
     return {"uniform neurons+heads": free, "uniform blocks": not biased}.get(name, True)
 
 

@@ -1,5 +1,7 @@
 """Folding an order of channels leaves the function of every family's models as it is."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -72,9 +74,13 @@ def order(size, seed):
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
+def all_orders(model):
+    return [one for part in examine(model, entry(model)).parts for one in part.orders()]
+
+
 def free(model, name):
     """The orders of this name inside the parts of a model, block by block."""
-    return [one for part in examine(model, entry(model)).parts for one in part.orders() if one.name == name]
+    return [one for one in all_orders(model) if one.name == name]
 
 
 def all_of(model, name):
@@ -214,16 +220,17 @@ def test_parameters_that_the_entry_does_not_know_are_refused():
         residual(model)
 
 
-@pytest.mark.parametrize("name", ["neurons", "dimensions of a head", None])
+@pytest.mark.parametrize("name", ["neurons", "dimensions of a head", "residual"])
 def test_layers_that_are_not_linear_are_refused_and_nothing_changes(name):
     model = build("llama")
-    orders = free(model, name)
+    folds = {
+        one.name: partial(fold_order, model, one, order(one.channels, 0).expand(one.sets, -1))
+        for one in all_orders(model)[1::-1]
+    }
+    folds["residual"] = partial(residual, model)
     model.model.layers[0].mlp.up_proj = torch.nn.Identity()
     model.model.layers[0].self_attn.o_proj = torch.nn.Identity()
     before = state(model)
     with pytest.raises(UnsupportedModelError, match=r"(up|o)_proj is a Identity"):
-        if name is None:
-            residual(model)
-        else:
-            fold_order(model, orders[0], torch.arange(orders[0].channels).flip(0).expand(orders[0].sets, -1))
+        folds[name]()
     assert not changed(before, state(model))

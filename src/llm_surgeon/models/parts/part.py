@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -60,8 +61,8 @@ class ChannelOrder:
 class PartEntry(Protocol):
     """A kind of part in a family's entry: the names, within a block, of the part's linear layers.
 
-    Entries are frozen dataclasses that subclass this one. What has a body here need only be said by kinds for which
-    it is otherwise.
+    Entries are frozen dataclasses that subclass this one. A kind overrides what is not abstract where its parts are
+    otherwise.
 
     Attributes:
         structures: Structures of a recipe that remove something inside the part, such as ``neurons``; the part as a
@@ -71,14 +72,17 @@ class PartEntry(Protocol):
     structures: ClassVar[tuple[str, ...]]
 
     @property
+    @abstractmethod
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
         """All layers of the part, grouped by the input that they read, in the order of the forward pass."""
 
     @property
+    @abstractmethod
     def readers(self) -> tuple[str, ...]:
         """Layers that read the residual stream."""
 
     @property
+    @abstractmethod
     def writers(self) -> tuple[str, ...]:
         """Layers whose outputs are added to the residual stream."""
 
@@ -103,7 +107,9 @@ class PartEntry(Protocol):
         Raises:
             UnsupportedModelError: If it is not.
         """
+        return None
 
+    @abstractmethod
     def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> Part:
         """Find the part in a block of a dense model.
 
@@ -118,8 +124,8 @@ class PartEntry(Protocol):
 class Part(Protocol):
     """One part of one block, in the coordinates of the dense model.
 
-    Parts are frozen dataclasses that subclass this one. What has a body here need only be said by kinds for which it
-    is otherwise.
+    Parts are frozen dataclasses that subclass this one. A kind overrides what is not abstract where its parts are
+    otherwise.
 
     Attributes:
         entry: The entry that the part was located by.
@@ -147,6 +153,7 @@ class Part(Protocol):
         """Number of the neurons that share gates in groups."""
         return 0
 
+    @abstractmethod
     def couplings(self) -> Iterator[Coupling]:
         """Rows and columns that live and die together, small groups first."""
 
