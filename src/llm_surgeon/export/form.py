@@ -99,9 +99,9 @@ def _layers_of(anatomy: Anatomy, block: int) -> list[LinearLayer]:
 
 def _is_dead(anatomy: Anatomy, keep: Mapping[str, KeepMask], block: int) -> bool:
     """Whether a block adds nothing to the residual stream: all of it is prunable and gone, and has no biases."""
-    kinds = {kind for group in anatomy.family.shared_inputs for kind in group}
+    names = {name for part in anatomy.located if part.block == block for name in part.layers}
     layers = _layers_of(anatomy, block)
-    return len(layers) == len(kinds) and all(not layer.bias and not keep[layer.name].weights for layer in layers)
+    return len(layers) == len(names) and all(not layer.bias and not keep[layer.name].weights for layer in layers)
 
 
 def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
@@ -121,11 +121,12 @@ def _plain_widths(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[
         return None
     settings: dict[str, int] = {}
     for entry in anatomy.family.parts:
-        parts = [part for part in anatomy.parts if part.entry == entry and part.block in blocks]
+        located = [part for part in anatomy.located if part.entry == entry and part.block in blocks]
+        parts = [part for part in located if anatomy.layers.keys() >= set(part.layers)]
         left = [part.sizes(keep) for part in parts]
         if left == [part.sizes(dense) for part in parts]:
             continue
-        if entry.fixed or len(parts) < len(blocks) or any(sizes != left[0] for sizes in left):
+        if entry.fixed or len(parts) < len(located) or any(sizes != left[0] for sizes in left):
             return None
         settings |= left[0]
     return None if 0 in settings.values() else settings

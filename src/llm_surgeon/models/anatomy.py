@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.mathematics.structured_selection import Coupling, KeepMask, Side
 from llm_surgeon.models.family import Family
-from llm_surgeon.models.parts import Part
+from llm_surgeon.models.parts.part import Part, module_of
 
 # A pattern of the recipe's default; not every model has a head by this name.
 _HEAD = "lm_head"
@@ -52,14 +52,19 @@ class Anatomy:
         blocks: How many decoder blocks there are.
         layers: The prunable linear layers by name, in the order of the forward pass.
         couplings: What dies together.
-        parts: The parts of blocks all of whose layers are prunable, in the order of the forward pass.
+        located: The parts of all blocks, in the order of the forward pass.
     """
 
     family: Family
     blocks: int
     layers: dict[str, LinearLayer]
     couplings: tuple[Coupling, ...]
-    parts: tuple[Part, ...] = ()
+    located: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts all of whose layers are prunable."""
+        return tuple(part for part in self.located if self.layers.keys() >= set(part.layers))
 
     def dense_masks(self) -> dict[str, KeepMask]:
         """Masks that keep everything."""
@@ -109,22 +114,16 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
     """
     blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
     layers: dict[str, LinearLayer] = {}
-    couplings: list[Coupling] = []
-    parts: list[Part] = []
-    for entry in family.parts:
-        entry.check(model.config, family.model_type)
+    parts = _parts_of(model, family)
     _check_patterns(model, ignore)
-    for number, block in enumerate(blocks):
-        prefix = f"{family.blocks}.{number}."
-        for group in family.shared_inputs:
+    for part in parts:
+        for group in part.entry.input_groups:
             for kind in dict.fromkeys(group):
-                name = prefix + kind
+                name = part.prefix + kind
                 if not any(re.search(f"(?:{pattern})$", name) for pattern in ignore):
-                    _straighten(block, kind)
-                    layers[name] = _linear_layer(block, family, kind, number)
-        found = [entry.locate(model.config, block, number, prefix) for entry in family.parts]
-        couplings += (coupling for part in found for coupling in part.couplings())
-        parts += found
+                    _straighten(blocks[part.block], kind)
+                    layers[name] = _linear_layer(blocks[part.block], family, kind, part.block, part.prefix + group[0])
+    couplings = [coupling for part in parts for coupling in part.couplings()]
     if not layers:
         raise ConfigError(
             f"The patterns to ignore ({', '.join(ignore)}) match every layer, so there is nothing to prune.",
@@ -135,13 +134,32 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
         len(blocks),
         layers,
         _restrict(couplings, layers),
-        whole_parts(parts, layers),
+        tuple(parts),
     )
 
 
-def whole_parts(parts: Iterable[Part], layers: Collection[str]) -> tuple[Part, ...]:
-    """The parts all of whose layers are among ``layers``."""
-    return tuple(part for part in parts if set(layers) >= set(part.layers))
+def _parts_of(model: PreTrainedModel, family: Family) -> list[Part]:
+    """The parts of all blocks, in the order of the forward pass.
+
+    Raises:
+        UnsupportedModelError: If the model breaks an assumption of a part's entry, or no block has such a part.
+    """
+    parts: list[Part] = []
+    for entry in family.parts:
+        entry.check(model.config, family.model_type)
+    for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.blocks))):
+        prefix = f"{family.blocks}.{number}."
+        found = (entry.locate(model.config, block, number, prefix) for entry in family.parts)
+        parts += [part for part in found if part is not None]
+    for entry in family.parts:
+        if not any(part.entry == entry for part in parts):
+            names = ", ".join(dict.fromkeys(name for group in entry.input_groups for name in group))
+            raise UnsupportedModelError(
+                f"No block of the model has the {type(entry).__name__} that the entry for {family.model_type!r} "
+                f"describes ({names}).",
+                "Correct the names, or leave the part out of the entry.",
+            )
+    return parts
 
 
 def _check_patterns(model: nn.Module, ignore: Sequence[str]) -> None:
@@ -169,7 +187,7 @@ def straighten(model: nn.Module, anatomy: Anatomy) -> None:
 
 def _straighten(block: nn.Module, kind: str) -> None:
     """Replace a transposed linear layer by a plain one, in place."""
-    module = block.get_submodule(kind)
+    module = module_of(block, kind)
     if isinstance(module, Conv1D):
         parent, _, child = kind.rpartition(".")
         plain = nn.Linear(1, 1, device="meta")
@@ -180,16 +198,15 @@ def _straighten(block: nn.Module, kind: str) -> None:
         setattr(block.get_submodule(parent), child, plain.train(module.training))
 
 
-def _linear_layer(block: nn.Module, family: Family, kind: str, number: int) -> LinearLayer:
-    module, prefix = block.get_submodule(kind), f"{family.blocks}.{number}."
-    name, group = prefix + kind, next(group for group in family.shared_inputs if kind in group)
+def _linear_layer(block: nn.Module, family: Family, kind: str, number: int, group: str) -> LinearLayer:
+    module, name = block.get_submodule(kind), f"{family.blocks}.{number}.{kind}"
     if not isinstance(module, nn.Linear):
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__}, not a dense linear layer.",
             "Give the original checkpoint, neither pruned nor quantised.",
         )
     rows, columns = module.weight.shape
-    return LinearLayer(name, number, family.short_name(kind), rows, columns, module.bias is not None, prefix + group[0])
+    return LinearLayer(name, number, family.short_name(kind), rows, columns, module.bias is not None, group)
 
 
 def _restrict(couplings: list[Coupling], layers: dict[str, LinearLayer]) -> tuple[Coupling, ...]:

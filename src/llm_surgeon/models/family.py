@@ -44,7 +44,8 @@ class Family:
         model_class: The class in transformers that computes the language model's logits.
         config_class: Its configuration class.
         blocks: Path of the list of decoder blocks.
-        parts: The parts of a block, such as ``Attention`` and ``FeedForward``, in the order of the forward pass.
+        parts: The parts of a block, such as ``Attention`` and ``FeedForward``, in the order of the forward pass. A
+            block has those whose layers it has: some may have one kind, and others another in its place.
         residual: What carries the residual stream.
         transposed: Whether its linear layers are ``Conv1D``, whose weights are stored ``[columns, rows]``.
     """
@@ -60,14 +61,9 @@ class Family:
     def short_name(self, kind: str) -> str:
         """The last part of a layer's name within a block, or all of it where two layers would have the same."""
         last = kind.rpartition(".")[2]
-        names = {name for group in self.shared_inputs for name in group}
-        return last if sum(name.rpartition(".")[2] == last for name in names) == 1 else kind
+        return last if sum(name.rpartition(".")[2] == last for name in self.layers) == 1 else kind
 
     @property
-    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
-        """Layers of a block, grouped by the input they read."""
-        return tuple(group for part in self.parts for group in part.input_groups)
-
-    def layers_of(self, *parts: PartEntry) -> tuple[str, ...]:
-        """Names, within a block, of all layers of some parts, each once."""
-        return tuple(dict.fromkeys(name for part in parts for group in part.input_groups for name in group))
+    def layers(self) -> tuple[str, ...]:
+        """Names, within a block, of the layers of all parts, each once."""
+        return tuple(dict.fromkeys(name for part in self.parts for group in part.input_groups for name in group))

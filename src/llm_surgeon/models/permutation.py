@@ -75,9 +75,9 @@ def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -
             says nothing about, which may depend on the order.
     """
     along = check_residual(model, family)
-    width = _linear(model, f"{family.blocks}.0.{family.parts[0].readers[0]}").in_features
-    _check(permutation, width, "channels")
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    name, axis = next(iter(along.items()))
+    _check(permutation, parameters[name].shape[axis], "channels")
     # A tied tensor has several names.
     done: set[int] = set()
     for name, axis in along.items():
@@ -113,9 +113,11 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
             yield from _vectors(model, prefix + name)
         for part in family.parts:
             for name in part.readers:
-                yield from _columns(model, prefix + name)
+                if _optional(model, prefix + name) is not None:
+                    yield from _columns(model, prefix + name)
             for name in part.writers:
-                yield from _rows(model, prefix + name)
+                if _optional(model, prefix + name) is not None:
+                    yield from _rows(model, prefix + name)
     if _optional(model, residual.final_norm) is not None:
         yield from _vectors(model, residual.final_norm)
     yield from _columns(model, _head(model) if project_out is None else cast(str, residual.project_out))
@@ -123,7 +125,7 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
 
 def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int]) -> None:
     """Every parameter carries the stream, or belongs to a layer of which the entry says how it meets the stream."""
-    layers = [*family.layers_of(*family.parts), *(name for part in family.parts for name in part.inside)]
+    layers = [*family.layers, *(name for part in family.parts for name in part.inside)]
     blocks = range(len(cast(nn.ModuleList, model.get_submodule(family.blocks))))
     known = {f"{family.blocks}.{number}.{name}" for number in blocks for name in layers}
     known |= {family.residual.tokens, _head(model)}

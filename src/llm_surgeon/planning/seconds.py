@@ -143,11 +143,11 @@ def _gate_step(skeleton: Skeleton, order: Order, kept: float) -> float:
 
 
 def _feed_forward_weights(skeleton: Skeleton) -> int:
-    """Prunable weights of the parts of all blocks behind the attention, or whatever comes first."""
-    family = skeleton.anatomy.family
-    kinds = {family.short_name(name) for name in family.layers_of(*family.parts[1:])}
-    layers = skeleton.anatomy.layers.values()
-    return sum(layer.rows * layer.columns for layer in layers if layer.kind in kinds)
+    """Prunable weights of all blocks behind the first part of each, which is the attention."""
+    anatomy = skeleton.anatomy
+    first = {part.block: set(part.layers) for part in reversed(anatomy.located)}
+    layers = anatomy.layers.items()
+    return sum(layer.rows * layer.columns for name, layer in layers if name not in first[layer.block])
 
 
 def _corrections(config: PruneConfig) -> int:

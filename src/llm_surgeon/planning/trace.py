@@ -27,7 +27,6 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import Anatomy
-from llm_surgeon.models.anatomy import whole_parts
 from llm_surgeon.passes.batch_major import Order, PassResult
 from llm_surgeon.passes.hooks import Hooks
 from llm_surgeon.passes.sweep import Sweep
@@ -194,7 +193,8 @@ class _Tracer:
         self._blocks.extend(self._all[:depth])
         whole = self._anatomy
         layers = {name: layer for name, layer in whole.layers.items() if layer.block < depth}
-        return replace(whole, blocks=depth, layers=layers, parts=whole_parts(whole.parts, layers))
+        located = tuple(part for part in whole.located if part.block < depth)
+        return replace(whole, blocks=depth, layers=layers, located=located)
 
     @contextmanager
     def _counted(self) -> Iterator[LiveBytes]:

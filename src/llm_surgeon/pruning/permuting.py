@@ -64,7 +64,7 @@ def reorder_block(
     for layer in layers:
         prefix = layer.name.removesuffix(_path_in_block(layer, family))
         block = model.get_submodule(prefix[:-1])
-        parts = [entry.locate(model.config, block, layer.block, prefix) for entry in family.parts]
+        parts = [part for e in family.parts if (part := e.locate(model.config, block, layer.block, prefix))]
         for order in (order for part in parts for order in part.orders() if order.reader.layer == layer.name):
             # Where groups of inputs reach over the edge of a set, no order within sets is of use.
             if order.channels % pattern.group == 0:

@@ -313,8 +313,8 @@ def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:
             "Leave --uniform out: the export then brings a modelling file.",
         )
     for entry in family.parts:
-        found = [part for part in anatomy.parts if part.entry == entry]
-        if parts.intersection((*entry.structures, _WHOLE)) and len(found) < anatomy.blocks:
+        whole, all_of_it = ([part for part in some if part.entry == entry] for some in (anatomy.parts, anatomy.located))
+        if parts.intersection((*entry.structures, _WHOLE)) and len(whole) < len(all_of_it):
             raise ConfigError(
                 "Layers of some blocks are ignored, so that blocks cannot stay equal.",
                 "Ignore fewer layers, or leave --uniform out.",

@@ -165,17 +165,15 @@ def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
     Raises:
         UnsupportedModelError: If there are not two.
     """
-    family = anatomy.family
-    writers = [name for part in family.parts for name in part.writers]
+    writers = [name for part in anatomy.located if part.block == block for name in part.writers]
     if len(writers) != 2:
         raise UnsupportedModelError(
-            f"In a block of {family.model_class} {len(writers)} layers write into the residual stream, and "
+            f"In a block of {anatomy.family.model_class} {len(writers)} layers write into the residual stream, and "
             "reconstruction corrects two.",
             "Leave it out: --no-reconstruction.",
         )
     middle, last = writers
-    prefix = f"{family.blocks}.{block}."
-    return prefix + middle, prefix + last
+    return middle, last
 
 
 def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: str, advance: Advance) -> list[Stored]:

@@ -6,7 +6,16 @@ file, here or in code of one's own; nothing else has to know of it (``docs/famil
 
 from llm_surgeon.models.parts.attention import Attention, AttentionPart
 from llm_surgeon.models.parts.feed_forward import FeedForward, FeedForwardPart
-from llm_surgeon.models.parts.part import ChannelOrder, Part, PartEntry, Rows, channels_in, columns_of, rows_of
+from llm_surgeon.models.parts.part import (
+    ChannelOrder,
+    Part,
+    PartEntry,
+    Rows,
+    channels_in,
+    columns_of,
+    has_module,
+    rows_of,
+)
 
 __all__ = [
     "Attention",
@@ -19,5 +28,6 @@ __all__ = [
     "Rows",
     "channels_in",
     "columns_of",
+    "has_module",
     "rows_of",
 ]

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.mathematics.structured_selection import Axis, Coupling, KeepMask
-from llm_surgeon.models.parts.part import ChannelOrder, Part, PartEntry, Rows, channels_in, columns_of, rows_of
+from llm_surgeon.models.parts.part import (
+    ChannelOrder,
+    Part,
+    PartEntry,
+    Rows,
+    channels_in,
+    columns_of,
+    has_module,
+    rows_of,
+)
 
 # How the rows of queries, keys and values lie: each in a layer of their own; in one layer, all queries first, then
 # all keys, then all values; in one layer, head by head (queries, keys and values of a head together).
@@ -88,8 +97,10 @@ class Attention(PartEntry):
         """The reason why there cannot be fewer heads, if so."""
         return None if self.free_heads else "computes the width of a head from the number of heads"
 
-    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> AttentionPart:
-        """Find the heads of a block."""
+    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> AttentionPart | None:
+        """Find the heads of a block; None if the block has no attention."""
+        if not has_module(block, self.module):
+            return None
         heads = config.num_attention_heads
         kv = getattr(config, "num_key_value_heads", None) or heads
         columns = channels_in(block, self.output)

@@ -12,7 +12,16 @@ from transformers.activations import ACT2FN
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.structured_selection import Axis, Coupling, KeepMask
-from llm_surgeon.models.parts.part import ChannelOrder, Part, PartEntry, Rows, channels_in, columns_of, rows_of
+from llm_surgeon.models.parts.part import (
+    ChannelOrder,
+    Part,
+    PartEntry,
+    Rows,
+    channels_in,
+    columns_of,
+    has_module,
+    rows_of,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class FeedForward(PartEntry):
         inputs: Layers whose outputs are multiplied (gate and up) or the single first layer; each row is a neuron. The
             same name twice is one matrix with the rows of both, one after the other.
         output: The layer that reads the neurons.
-        activation: The configuration's entry that names the activation, which must map 0 to 0.
+        activation: The configuration's entry that names the activation, which must map 0 to 0; None if the class has
+            one of its own, which does.
         width: The configuration's entry with the number of neurons.
     """
 
@@ -31,7 +41,7 @@ class FeedForward(PartEntry):
 
     inputs: tuple[str, ...]
     output: str
-    activation: str
+    activation: str | None
     width: str = "intermediate_size"
 
     @property
@@ -55,6 +65,8 @@ class FeedForward(PartEntry):
         Raises:
             UnsupportedModelError: If the activation does not map 0 to 0.
         """
+        if self.activation is None:
+            return
         name = getattr(config, self.activation)
         zero = float(ACT2FN[name](torch.zeros(1)))
         if zero != 0.0:
@@ -63,8 +75,10 @@ class FeedForward(PartEntry):
                 f"The entry for {model_type!r} in llm_surgeon/models would have to leave its neurons uncoupled.",
             )
 
-    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> FeedForwardPart:
-        """Find the neurons of a block."""
+    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> FeedForwardPart | None:
+        """Find the neurons of a block; None if the block has no feed-forward part."""
+        if not has_module(block, self.output):
+            return None
         count, names = channels_in(block, self.output), self.inputs
         neurons = torch.arange(count)
         # Of one matrix with the rows of several inputs, the rows of the second come after those of the first.

@@ -107,11 +107,11 @@ class PartEntry(Protocol):
         Raises:
             UnsupportedModelError: If it is not.
         """
-        return None
+        return
 
     @abstractmethod
-    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> Part:
-        """Find the part in a block of a dense model.
+    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> Part | None:
+        """Find the part in a block of a dense model; None if the block has no such part.
 
         Args:
             config: Configuration of the model.
@@ -196,13 +196,32 @@ class Part(Protocol):
         return 0
 
 
+def has_module(block: nn.Module, name: str) -> bool:
+    """Whether a block has a module of this name."""
+    return any(found == name for found, _ in block.named_modules())
+
+
+def module_of(block: nn.Module, name: str) -> nn.Module:
+    """The module of a block that has this name.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    if not has_module(block, name):
+        names = ", ".join(found for found, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+        raise UnsupportedModelError(
+            f"A block of the model has no {name}.", f"Correct the family's entry: its linear layers are {names}."
+        )
+    return block.get_submodule(name)
+
+
 def channels_in(block: nn.Module, kind: str) -> int:
     """Inputs of a layer of a block, which may be transposed.
 
     Raises:
         UnsupportedModelError: If it is not a dense linear layer.
     """
-    module = block.get_submodule(kind)
+    module = module_of(block, kind)
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise UnsupportedModelError(
             f"{kind} is a {type(module).__name__}, not a dense linear layer.",
