@@ -7,16 +7,25 @@ from llm_surgeon.mathematics.keep_masks import StructureCosts
 from llm_surgeon.mathematics.structured_selection import select
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.matrix import cut_out
+from llm_surgeon.models.parts import AttentionPart, FeedForwardPart
 from llm_surgeon.pruning.shapes import LayerCosts
 
-# Groups too large to be scored by the sum of their members.
-LARGE = ("query head", "key/value group", "attention", "feed-forward")
+# Structures whose groups are too large to be scored by the sum of their members.
+LARGE = ("heads", "blocks")
+
+
+def attentions(anatomy):
+    return [part for part in anatomy.parts if isinstance(part, AttentionPart)]
+
+
+def feed_forwards(anatomy):
+    return [part for part in anatomy.parts if isinstance(part, FeedForwardPart)]
 
 
 def choose(keep, costs, couplings, target, per_weight=True):
     """As pruning of rows and columns does it: small groups are candidates, large ones only follow."""
     groups = [
-        bystanders(coupling) if coupling.kind in LARGE else score_groups(keep, costs, coupling, per_weight)
+        bystanders(coupling) if coupling.structure in LARGE else score_groups(keep, costs, coupling, per_weight)
         for coupling in couplings
     ]
     return select(keep, costs, groups, target, per_weight)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from llm_surgeon.errors import SurgeonError
     from llm_surgeon.evaluation.tasks import evaluate_tasks
     from llm_surgeon.models import register_family
-    from llm_surgeon.models.family import Attention, Family, FeedForward, Residual
+    from llm_surgeon.models.family import Family, Residual
     from llm_surgeon.models.loading import load
+    from llm_surgeon.models.parts import Attention, FeedForward
     from llm_surgeon.recipe.config import PruneConfig
     from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
     from llm_surgeon.records.bench import Bench
@@ -53,11 +54,11 @@ __all__ = [
 
 # Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
 _HOMES = {
-    "Attention": "models.family",
+    "Attention": "models.parts",
     "Bench": "records.bench",
     "Comparison": "records",
     "Family": "models.family",
-    "FeedForward": "models.family",
+    "FeedForward": "models.parts",
     "Perplexity": "records",
     "Plan": "records",
     "PruneConfig": "recipe.config",

@@ -1,6 +1,6 @@
 import pytest
 
-from choosing import shrink
+from choosing import attentions, feed_forwards, shrink
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.models import examine, family_of
 from tiny import build, tokens
@@ -11,7 +11,7 @@ def test_limits_of_half_the_neurons():
     model = build("llama")
     anatomy = examine(model, family_of("llama"))
     keep = anatomy.dense_masks()
-    for part in anatomy.feed_forwards:
+    for part in feed_forwards(anatomy):
         keep[part.output.layer].columns[20:] = False
         for rows in part.inputs:
             keep[rows.layer].rows[20:] = False
@@ -31,7 +31,7 @@ def test_multiplications_are_those_that_torch_counts():
     dense, pruned = build("llama"), build("llama")
     anatomy = examine(pruned, family_of("llama"))
     keep = anatomy.dense_masks()
-    part = anatomy.attentions[0]
+    part = attentions(anatomy)[0]
     for rows, axis in ((part.query, "rows"), (part.key, "rows"), (part.value, "rows"), (part.output, "columns")):
         keep[rows.layer].axis(axis)[rows.index[0].flatten()] = False
     shrink(pruned, anatomy, keep)

@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from choosing import made_up_costs, masked, shrink
+from choosing import attentions, feed_forwards, made_up_costs, masked, shrink
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.form import form_of
 from llm_surgeon.export.save import save_model
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.anatomy import present_heads
 from llm_surgeon.models.modeling_pruned import EmptyAttention, PrunedLinear
 from llm_surgeon.pruning.shapes import Shapes, check_shapes
 from llm_surgeon.recipe.config import PruneConfig
@@ -71,7 +70,8 @@ def random_masks(anatomy, recipe, seed=1):
 
 def possible(name, anatomy):
     """Whether the family's plain class can be built so; everything else is possible with every family."""
-    free, biased = anatomy.family.attention.free_heads, any(layer.bias for layer in anatomy.layers.values())
+    free = not any(entry.fixed for entry in anatomy.family.parts)
+    biased = any(layer.bias for layer in anatomy.layers.values())
     return {"uniform neurons+heads": free, "uniform blocks": not biased}.get(name, True)
 
 
@@ -119,8 +119,8 @@ def test_uniform_exports_say_in_the_configuration_what_they_are(family, tmp_path
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == model.config.model_type
     assert "auto_map" not in written
-    neurons = {int(keep[part.output.layer].columns.sum()) for part in anatomy.feed_forwards}
-    assert neurons == {written[anatomy.family.feed_forward.width]}
+    neurons = {int(keep[part.output.layer].columns.sum()) for part in feed_forwards(anatomy)}
+    assert neurons == {written[feed_forwards(anatomy)[0].entry.width]}
     assert next(iter(neurons)) % 8 == 0
 
 
@@ -170,20 +170,20 @@ def test_targets_out_of_reach_are_refused_with_what_can_be_had():
 def test_attention_keeps_equally_many_query_heads_for_each_key():
     """Where rows and columns leave unequal numbers, dead heads stay; whole groups go."""
     anatomy = examine(llama(num_attention_heads=6, num_key_value_heads=3), family_of("llama"))
-    part, keep = anatomy.attentions[0], anatomy.dense_masks()
+    part, keep = attentions(anatomy)[0], anatomy.dense_masks()
     columns = part.output.index
     keep[part.output.layer].columns[columns[0].flatten()] = False
     keep[part.output.layer].columns[columns[1, 0]] = False
-    assert present_heads(part, keep).tolist() == [[False, False], [True, True], [True, True]]
+    assert part.present_heads(keep).tolist() == [[False, False], [True, True], [True, True]]
     keep[part.output.layer].columns[columns[2, 1]] = False
-    assert present_heads(part, keep).tolist() == [[False, False], [False, True], [True, False]]
+    assert part.present_heads(keep).tolist() == [[False, False], [False, True], [True, False]]
 
 
 def test_emptied_attention_keeps_count_of_the_cached_text():
     model = build("llama")
     anatomy = examine(model, family_of("llama"))
     keep = anatomy.dense_masks()
-    for name in anatomy.attentions[0].layers:
+    for name in attentions(anatomy)[0].layers:
         keep[name].rows.fill_(False)
         keep[name].columns.fill_(False)
     shrink(model, anatomy, keep)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from choosing import choose, masked, shrink
+from choosing import attentions, choose, masked, shrink
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.export.save import save_model
@@ -165,7 +165,7 @@ def test_an_emptied_attention_still_computes(family):
     anatomy = anatomy_of(model)
     keep = anatomy.dense_masks()
     for name in anatomy.layers:
-        if name.startswith(f"{anatomy.attentions[0].module}."):
+        if name.startswith(f"{attentions(anatomy)[0].module}."):
             keep[name] = KeepMask(torch.zeros_like(keep[name].rows), torch.zeros_like(keep[name].columns))
     masked(reference, anatomy, keep)
     shrink(model, anatomy, keep)

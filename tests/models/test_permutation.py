@@ -1,5 +1,7 @@
 """Folding an order of channels leaves the function of every family's models as it is."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -15,8 +17,7 @@ from llm_surgeon.mathematics.channel_permutation import find_permutation, retain
 from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.models import FAMILIES, family_of
 from llm_surgeon.models.anatomy import examine
-from llm_surgeon.models.parts import attention_part
-from llm_surgeon.models.permutation import fold_neurons, fold_residual, fold_values
+from llm_surgeon.models.permutation import fold_order, fold_residual
 from tiny import BUILDERS, llama, opt, tokens
 
 VARIANTS = {
@@ -60,10 +61,6 @@ def entry(model):
     return family_of(model.config.model_type)
 
 
-def blocks_of(model):
-    return model.get_submodule(entry(model).blocks)
-
-
 def logits(model):
     with torch.no_grad():
         return model(tokens(3, 12, seed=7)).logits
@@ -77,17 +74,26 @@ def order(size, seed):
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
+def all_orders(model):
+    return [one for part in examine(model, entry(model)).parts for one in part.orders()]
+
+
+def free(model, name):
+    """The orders of this name inside the parts of a model, block by block."""
+    return [one for one in all_orders(model) if one.name == name]
+
+
+def all_of(model, name):
+    for number, one in enumerate(free(model, name)):
+        fold_order(model, one, torch.stack([order(one.channels, 10 * number + at) for at in range(one.sets)]))
+
+
 def all_neurons(model):
-    for number, block in enumerate(blocks_of(model)):
-        size = block.get_submodule(entry(model).feed_forward.output).in_features
-        fold_neurons(model, entry(model), number, order(size, number))
+    all_of(model, "neurons")
 
 
 def all_values(model):
-    for number, block in enumerate(blocks_of(model)):
-        part = attention_part(model.config, entry(model).attention, block, number, "")
-        orders = torch.stack([order(part.width, 10 * number + head) for head in range(part.kv)])
-        fold_values(model, entry(model), number, orders)
+    all_of(model, "dimensions of a head")
 
 
 def residual(model):
@@ -130,7 +136,7 @@ def test_what_moves(variant):
         model = build(variant)
         family, before = entry(model), state(model)
         fold(model)
-        attention, feed_forward = family.attention, family.feed_forward
+        attention, feed_forward = family.parts
         inside = {
             "neurons": {*feed_forward.inputs, feed_forward.output},
             "values": {attention.value, attention.output},
@@ -176,7 +182,7 @@ def test_the_order_is_read_as_find_gives_it():
     scores = layer.weight.detach().abs()
     found = find_permutation(scores, pattern)
     promised = retained(scores[:, found], pattern)
-    fold_neurons(model, entry(model), 1, found)
+    fold_order(model, free(model, "neurons")[1], found[None])
     assert torch.equal(layer.weight.abs(), scores[:, found])
     assert retained(layer.weight.detach().abs(), pattern) == promised > 1.001 * retained(scores, pattern)
 
@@ -186,7 +192,7 @@ def test_values_move_within_the_query_heads_that_share_them():
     attention = model.model.layers[0].self_attn
     value, output = attention.v_proj.weight.detach().clone(), attention.o_proj.weight.detach().clone()
     orders = torch.stack([order(8, 1), order(8, 2)])
-    fold_values(model, entry(model), 0, orders)
+    fold_order(model, free(model, "dimensions of a head")[0], orders)
     assert torch.equal(attention.v_proj.weight, torch.cat([value[:8][orders[0]], value[8:][orders[1]]]))
     columns = torch.cat([orders[0], 8 + orders[0], 16 + orders[1], 24 + orders[1]])
     assert torch.equal(attention.o_proj.weight, output[:, columns])
@@ -195,14 +201,15 @@ def test_values_move_within_the_query_heads_that_share_them():
 def test_what_is_no_permutation_is_refused_and_nothing_changes():
     model = build("llama")
     before = state(model)
+    neurons, values = free(model, "neurons")[0], free(model, "dimensions of a head")[0]
     with pytest.raises(ValueError, match="not a permutation of 40 neurons"):
-        fold_neurons(model, entry(model), 0, torch.zeros(40, dtype=torch.long))
+        fold_order(model, neurons, torch.zeros(1, 40, dtype=torch.long))
     with pytest.raises(ValueError, match="not a permutation of 24 channels"):
         fold_residual(model, entry(model), torch.arange(23))
     with pytest.raises(ValueError, match="not a permutation of 8 dimensions"):
-        fold_values(model, entry(model), 0, torch.stack([torch.arange(8), torch.arange(8) + 8]))
-    with pytest.raises(ValueError, match="1 orders of dimensions for 2 key/value heads"):
-        fold_values(model, entry(model), 0, torch.arange(8)[None])
+        fold_order(model, values, torch.stack([torch.arange(8), torch.arange(8) + 8]))
+    with pytest.raises(ValueError, match="1 orders of dimensions of a head for 2 sets"):
+        fold_order(model, values, torch.arange(8)[None])
     assert not changed(before, state(model))
 
 
@@ -213,12 +220,17 @@ def test_parameters_that_the_entry_does_not_know_are_refused():
         residual(model)
 
 
-@pytest.mark.parametrize("fold", [all_neurons, all_values, residual])
-def test_layers_that_are_not_linear_are_refused_and_nothing_changes(fold):
+@pytest.mark.parametrize("name", ["neurons", "dimensions of a head", "residual"])
+def test_layers_that_are_not_linear_are_refused_and_nothing_changes(name):
     model = build("llama")
+    folds = {
+        one.name: partial(fold_order, model, one, order(one.channels, 0).expand(one.sets, -1))
+        for one in all_orders(model)[1::-1]
+    }
+    folds["residual"] = partial(residual, model)
     model.model.layers[0].mlp.up_proj = torch.nn.Identity()
     model.model.layers[0].self_attn.o_proj = torch.nn.Identity()
     before = state(model)
     with pytest.raises(UnsupportedModelError, match=r"(up|o)_proj is a Identity"):
-        fold(model)
+        folds[name]()
     assert not changed(before, state(model))

@@ -5,14 +5,13 @@ import itertools
 import pytest
 import torch
 
-from choosing import made_up_costs
+from choosing import attentions, feed_forwards, made_up_costs
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.mathematics.fisher import Damping, KroneckerProduct
 from llm_surgeon.mathematics.keep_masks import count_weights
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.anatomy import present_heads
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.pruning.shapes import Shapes
 from llm_surgeon.pruning.shots import run_shots
@@ -58,12 +57,12 @@ def test_only_the_structures_asked_for_go(family, structure):
     assert 0 < 1 - count_weights(result.masks) / anatomy.prunable_weights <= sparsity
     assert result.removed > 0
     parts = set(structure.split("+"))
-    for part in anatomy.attentions:
-        heads, dims = present_heads(part, result.masks), result.masks[part.value.layer].rows[part.value.index]
+    for part in attentions(anatomy):
+        heads, dims = part.present_heads(result.masks), result.masks[part.value.layer].rows[part.value.index]
         assert parts & {"heads", "blocks", "values"} or heads.all()
         assert "values" in parts or ((dims.sum(1) == 0) | (dims.sum(1) == part.width)).all()
         assert "blocks" not in parts or heads.all() or not heads.any()
-    for part in anatomy.feed_forwards:
+    for part in feed_forwards(anatomy):
         neurons = result.masks[part.output.layer].columns
         assert parts & {"neurons", "blocks"} or neurons.all()
         assert "blocks" not in parts or neurons.all() or not neurons.any()
@@ -78,10 +77,10 @@ def test_no_block_is_emptied_unless_asked(family):
     recipe = config(structure="neurons+heads", round_to=1, min_width=0.2)
     structure = Shapes(recipe, anatomy)
     keep = structure.select(made_up_costs(structure, anatomy, torch.ones), 0).keep
-    for part in anatomy.feed_forwards:
+    for part in feed_forwards(anatomy):
         assert int(keep[part.output.layer].columns.sum()) == 8
-    for part in anatomy.attentions:
-        assert present_heads(part, keep).any()
+    for part in attentions(anatomy):
+        assert part.present_heads(keep).any()
     emptied = Shapes(config(structure="neurons+heads", round_to=1, min_width=0.0), anatomy)
     assert count_weights(emptied.select(made_up_costs(emptied, anatomy, torch.ones), 0).keep) == 0
 
@@ -89,18 +88,18 @@ def test_no_block_is_emptied_unless_asked(family):
 @pytest.mark.parametrize("structure", ["neurons", "neurons+heads"])
 def test_uniform_widths_are_equal_and_multiples(structure):
     _, anatomy, result = pruned("llama", structure=structure, sparsity=0.4, uniform=True, round_to=8)
-    assert len({int(result.masks[part.output.layer].columns.sum()) for part in anatomy.feed_forwards}) == 1
-    assert {int(result.masks[part.output.layer].columns.sum()) % 8 for part in anatomy.feed_forwards} == {0}
-    assert len({int(present_heads(part, result.masks).sum()) for part in anatomy.attentions}) == 1
+    assert len({int(result.masks[part.output.layer].columns.sum()) for part in feed_forwards(anatomy)}) == 1
+    assert {int(result.masks[part.output.layer].columns.sum()) % 8 for part in feed_forwards(anatomy)} == {0}
+    assert len({int(part.present_heads(result.masks).sum()) for part in attentions(anatomy)}) == 1
 
 
 def test_what_fits_beyond_the_threshold_is_taken_if_candidates_are_large():
     """A head of all blocks is too large at the end; neurons of less worth still fit."""
     _, anatomy, result = pruned("llama", structure="neurons+heads", sparsity=0.4, uniform=True, round_to=2, shots=1)
-    step = 2 * 3 * 24 * len(anatomy.feed_forwards)
+    step = 2 * 3 * 24 * len(feed_forwards(anatomy))
     left = count_weights(result.masks) - 0.6 * anatomy.prunable_weights
     assert 0 <= left < step or all(
-        int(result.masks[part.output.layer].columns.sum()) <= 2 for part in anatomy.feed_forwards
+        int(result.masks[part.output.layer].columns.sum()) <= 2 for part in feed_forwards(anatomy)
     )
 
 
@@ -109,7 +108,7 @@ def test_query_heads_go_one_of_each_key():
     anatomy = examine(model, family_of("llama"))
     recipe = config(structure="heads", sparsity=0.2, shots=1)
     (result,) = run_shots(Session(model, anatomy, TEXT, recipe))
-    counts = [present_heads(part, result.masks).sum(1).tolist() for part in anatomy.attentions]
+    counts = [part.present_heads(result.masks).sum(1).tolist() for part in attentions(anatomy)]
     assert all(len(set(count) - {0}) == 1 for count in counts)
     assert any(0 < max(count) < 4 for count in counts)
 
@@ -119,7 +118,7 @@ def test_costs_of_sides_are_those_of_least_squares():
     model, anatomy = examined("llama")
     structure = Shapes(config(structure="heads+blocks"), anatomy)
     generator = torch.Generator().manual_seed(0)
-    part = anatomy.attentions[0]
+    part = attentions(anatomy)[0]
     layer = anatomy.layers[part.value.layer]
     weight = read_matrix(model, layer).double()
     a, g = random_factor(layer.columns, generator), random_factor(layer.rows, generator)
@@ -142,12 +141,12 @@ def test_a_group_is_killed_by_its_cheapest_side_and_only_that_is_made_up_for():
     _, anatomy = examined("llama")
     structure = Shapes(config(structure="heads"), anatomy)
     costs = made_up_costs(structure, anatomy, lambda count: torch.full((count,), 9.0))
-    keys = {structure._couplings[key.coupling].kind: key for key in costs[anatomy.attentions[0].value.layer].sides}
-    cheap = costs[anatomy.attentions[0].value.layer].sides[keys["key/value group"]]
+    keys = {structure._couplings[key.coupling].kind: key for key in costs[attentions(anatomy)[0].value.layer].sides}
+    cheap = costs[attentions(anatomy)[0].value.layer].sides[keys["key/value group"]]
     cheap[1] = 0.5
     freed = 2 * 8 * 24 + 2 * 16 * 24
     selection = structure.select(costs, anatomy.prunable_weights - freed)
-    part = anatomy.attentions[0]
+    part = attentions(anatomy)[0]
     assert selection.chosen[part.value.layer].rows.nonzero().flatten().tolist() == part.value.index[1].tolist()
     assert not selection.chosen[part.output.layer].columns.any()
     assert not selection.keep[part.output.layer].columns[part.output.index[1]].any()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from choosing import attentions, feed_forwards
 from llm_surgeon import PruneConfig, prune, prune_checkpoint
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.models import examine, family_of
@@ -121,14 +122,13 @@ def test_targets_are_checked_before_the_weights_are_loaded(tmp_path, text_file, 
 
 def test_timed_copies_lose_of_each_kind_its_share():
     """Large groups do not go first only because they are large."""
-    from llm_surgeon.models.anatomy import present_heads
     from llm_surgeon.pruning.shapes import Shapes
     from tiny import llama
 
     model = llama(num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8)
     anatomy = examine(model, family_of("llama"))
     keep = Shapes(config(structure="neurons+heads", min_width=0.0), anatomy).random_masks(0.5, seed=0)
-    heads = torch.stack([present_heads(part, keep) for part in anatomy.attentions]).float().mean()
-    neurons = torch.stack([keep[part.output.layer].columns for part in anatomy.feed_forwards]).float().mean()
+    heads = torch.stack([part.present_heads(keep) for part in attentions(anatomy)]).float().mean()
+    neurons = torch.stack([keep[part.output.layer].columns for part in feed_forwards(anatomy)]).float().mean()
     assert float(heads) == pytest.approx(0.5, abs=0.15)
     assert float(neurons) == pytest.approx(0.5, abs=0.15)

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from choosing import feed_forwards
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
@@ -45,7 +46,7 @@ def run(session, keep):
 def test_the_result_is_the_mean_of_a_model_of_each_half(family, gate_steps, damping):
     model, dense, anatomy, keep = pruned(family)
     width = gate_width(anatomy, PruneConfig.from_mapping(RECIPE))
-    assert width < anatomy.feed_forwards[0].neurons
+    assert width < feed_forwards(anatomy)[0].neurons
     models, records = [deepcopy(model), deepcopy(model)], []
     even, odd = (CalibrationTokens(TEXT.input_ids[first::2], None, {}) for first in (0, 1))
     for one, own, other in zip(models, (even, odd), (odd, even), strict=True):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from choosing import feed_forwards
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
@@ -136,7 +137,7 @@ def test_gates_are_in_the_weights_afterwards(family, width, monkeypatch):
 
 def test_a_group_is_as_wide_as_is_said():
     anatomy = examine(build("llama"), family_of("llama"))
-    (part, _), width = anatomy.feed_forwards, 7
+    (part, _), width = feed_forwards(anatomy), 7
     assert part.neurons % width
     for layer, axis in ((part.output.layer, "columns"), (part.inputs[0].layer, "rows")):
         (gated,) = (x for x in gates_of(anatomy, width) if (x.layer.name, x.axis) == (layer, axis))
@@ -153,7 +154,7 @@ def width_of(**options):
 
 def test_gates_are_as_fine_as_the_text_of_the_other_half_allows(monkeypatch):
     monkeypatch.setattr(module, "NARROWEST", 4)
-    (part, _) = examine(build("llama"), family_of("llama")).feed_forwards
+    (part, _) = feed_forwards(examine(build("llama"), family_of("llama")))
     # Gates of a model with groups so wide: four heads and the groups, two gates each, in two blocks.
     counts = {width: 4 * (4 + -(-part.neurons // width)) for width in (4, 8, 16)}
     for width, count in counts.items():
@@ -166,7 +167,7 @@ def test_gates_are_as_fine_as_the_text_of_the_other_half_allows(monkeypatch):
 
 
 def test_gates_are_one_for_a_part_where_reconstruction_has_seen_the_text():
-    (part, _) = examine(build("llama"), family_of("llama")).feed_forwards
+    (part, _) = feed_forwards(examine(build("llama"), family_of("llama")))
     assert width_of(samples=1000) == part.neurons
     assert width_of(samples=1000, gate_width=3) == width_of(samples=1000, gate_width=3, cross_fit=True) == 3
 

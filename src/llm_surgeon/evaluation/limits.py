@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llm_surgeon.mathematics.keep_masks import KeepMask, count_weights
-from llm_surgeon.models.anatomy import Anatomy, present_heads
+from llm_surgeon.models.anatomy import Anatomy
 
 
 def speed_limits(anatomy: Anatomy, keep: Mapping[str, KeepMask], head_weights: int, prompt: int) -> tuple[float, float]:
@@ -32,5 +32,5 @@ def speed_limits(anatomy: Anatomy, keep: Mapping[str, KeepMask], head_weights: i
 
 
 def _multiplications(anatomy: Anatomy, keep: Mapping[str, KeepMask], head_weights: int, prompt: int) -> int:
-    heads = sum(int(present_heads(part, keep).sum()) * part.width for part in anatomy.attentions)
-    return prompt * count_weights(keep) + prompt * prompt * heads + head_weights
+    pairs = sum(part.products(keep) for part in anatomy.parts)
+    return prompt * count_weights(keep) + prompt * prompt * pairs + head_weights

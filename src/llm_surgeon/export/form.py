@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import KeepMask
-from llm_surgeon.models.anatomy import Anatomy, LinearLayer, present_heads
-from llm_surgeon.models.matrix import attention_output, core_of, layer_shape
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer
+from llm_surgeon.models.matrix import core_of, layer_shape
 from llm_surgeon.models.modeling_pruned import PrunedLinear
 
 
@@ -98,9 +99,9 @@ def _layers_of(anatomy: Anatomy, block: int) -> list[LinearLayer]:
 
 def _is_dead(anatomy: Anatomy, keep: Mapping[str, KeepMask], block: int) -> bool:
     """Whether a block adds nothing to the residual stream: all of it is prunable and gone, and has no biases."""
-    kinds = {kind for group in anatomy.family.shared_inputs for kind in group}
+    names = {name for part in anatomy.located if part.block == block for name in part.layers}
     layers = _layers_of(anatomy, block)
-    return len(layers) == len(kinds) and all(not layer.bias and not keep[layer.name].weights for layer in layers)
+    return len(layers) == len(names) and all(not layer.bias and not keep[layer.name].weights for layer in layers)
 
 
 def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
@@ -114,39 +115,21 @@ def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
 
 def _plain_widths(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, int] | None:
     """The entries with which a plain class has the widths of all blocks; None if there are none."""
-    extents, family = anatomy.extents(keep), anatomy.family
+    extents, dense = anatomy.extents(keep), anatomy.dense_masks()
     layers = [layer for block in blocks for layer in _layers_of(anatomy, block)]
     if any(keep[layer.name].shape != extents[layer.name].shape for layer in layers):
         return None
-    neurons = {block: int(extents[layer].columns.sum()) for block, layer in _outputs(anatomy).items()}
-    heads = {part.block: present_heads(part, keep) for part in anatomy.attentions}
-    left = {block: (int(there.any(1).sum()), int(there.sum())) for block, there in heads.items()}
     settings: dict[str, int] = {}
-    for dense, counts in (
-        ({part.block: part.neurons for part in anatomy.feed_forwards}, neurons),
-        ({part.block: (part.kv, part.kv * part.shared) for part in anatomy.attentions}, left),
-    ):
-        found: set[Any] = {counts[block] for block in blocks if block in counts}
-        if found == {dense[block] for block in blocks if block in dense}:
+    for entry in anatomy.family.parts:
+        located = [part for part in anatomy.located if part.entry == entry and part.block in blocks]
+        parts = [part for part in located if anatomy.layers.keys() >= set(part.layers)]
+        left = [part.sizes(keep) for part in parts]
+        if left == [part.sizes(dense) for part in parts]:
             continue
-        if len(found) > 1 or len([block for block in blocks if block in counts]) < len(blocks):
+        if entry.fixed or len(parts) < len(located) or any(sizes != left[0] for sizes in left):
             return None
-        settings |= _entries(anatomy, found.pop())
-    if settings.get("head_dim") and not family.attention.free_heads:
-        return None
+        settings |= left[0]
     return None if 0 in settings.values() else settings
-
-
-def _outputs(anatomy: Anatomy) -> dict[int, str]:
-    return {part.block: part.output.layer for part in anatomy.feed_forwards}
-
-
-def _entries(anatomy: Anatomy, width: int | tuple[int, int]) -> dict[str, int]:
-    """The entries for a number of neurons, or for key/value heads and query heads."""
-    if isinstance(width, int):
-        return {anatomy.family.feed_forward.width: width}
-    kv, heads = width
-    return {"num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": anatomy.attentions[0].width}
 
 
 def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, Any]:
@@ -156,9 +139,20 @@ def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tupl
         renamed(anatomy, blocks, name): layer_shape(layer, keep[name], extents[name])
         for name, layer in anatomy.layers.items()
     }
-    attentions = {renamed(anatomy, blocks, path): counts for path, counts in anatomy.attention_counts(keep).items()}
+    narrowed = {renamed(anatomy, blocks, path): counts for path, counts in anatomy.counts(keep).items()}
     return {
         "pruned_linears": {name: shape for name, shape in linears.items() if name is not None},
-        "pruned_attention": {path: counts for path, counts in attentions.items() if path is not None},
-        "pruned_attention_output": attention_output(anatomy.family),
+        "pruned_attention": {path: counts for path, counts in narrowed.items() if path is not None},
+        "pruned_attention_output": _emptied_output(anatomy, keep),
     }
+
+
+def _emptied_output(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> str:
+    """Name of the output projection within the modules that are emptied, which the modelling file has one of."""
+    names = dict.fromkeys(part.entry.emptied or "" for part in anatomy.parts if {} in part.counts(keep).values())
+    if len(names) > 1:
+        raise UnsupportedModelError(
+            f"Emptied parts end in layers of different names ({', '.join(names)}), and an export can hold one.",
+            "Keep something of each part: raise --min-width, or choose a structure other than blocks.",
+        )
+    return next(iter(names), next((entry.emptied for entry in anatomy.family.parts if entry.emptied), ""))

@@ -83,12 +83,14 @@ class Coupling:
         sides: The sides, with equally many groups each.
         followers: Rows and columns that die with a group without being able to kill it.
         pools: ``[groups]``, numbers of pools that all have to keep equally many of their groups. None is one pool.
+        structure: Structure of a recipe that removes such groups; empty if none does, and they only follow.
     """
 
     kind: str
     sides: tuple[Side, ...]
     followers: tuple[Side, ...] = ()
     pools: Tensor | None = None
+    structure: str = ""
 
 
 def count_weights(keep: Mapping[str, KeepMask]) -> int:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import Coupling, KeepMask, Side
-from llm_surgeon.models.couplings import attention_couplings, feed_forward_couplings
-from llm_surgeon.models.family import Count, Family
-from llm_surgeon.models.parts import AttentionPart, FeedForwardPart, attention_part, feed_forward_part
+from llm_surgeon.models.family import Family
+from llm_surgeon.models.parts.part import Part, module_of
 
 # A pattern of the recipe's default; not every model has a head by this name.
 _HEAD = "lm_head"
@@ -55,16 +52,19 @@ class Anatomy:
         blocks: How many decoder blocks there are.
         layers: The prunable linear layers by name, in the order of the forward pass.
         couplings: What dies together.
-        attentions: The attentions all of whose layers are prunable.
-        feed_forwards: The feed-forward parts all of whose layers are prunable.
+        located: The parts of all blocks, in the order of the forward pass.
     """
 
     family: Family
     blocks: int
     layers: dict[str, LinearLayer]
     couplings: tuple[Coupling, ...]
-    attentions: tuple[AttentionPart, ...] = ()
-    feed_forwards: tuple[FeedForwardPart, ...] = ()
+    located: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts all of whose layers are prunable."""
+        return tuple(part for part in self.located if self.layers.keys() >= set(part.layers))
 
     def dense_masks(self) -> dict[str, KeepMask]:
         """Masks that keep everything."""
@@ -82,65 +82,19 @@ class Anatomy:
     def extents(self, keep: Mapping[str, KeepMask]) -> dict[str, KeepMask]:
         """Rows and columns that the tensors between the layers still have, per layer.
 
-        Dead neurons narrow the hidden tensor, and dead heads the attention; elsewhere (the residual stream, single
-        dimensions of a head) a tensor keeps its width, and a layer has to know which part of it it reads or writes.
+        Parts say what narrows: dead neurons the hidden tensor, for example, and dead heads the attention. Elsewhere
+        (the residual stream, single dimensions of a head) a tensor keeps its width, and a layer has to know which of
+        its channels it reads or writes.
         """
         extents = self.dense_masks()
-        for feed_forward in self.feed_forwards:
-            _narrow(extents, feed_forward.output, "columns", keep[feed_forward.output.layer].columns)
-            for rows in feed_forward.inputs:
-                _narrow(extents, rows, "rows", keep[rows.layer].rows[rows.index])
-        for part in self.attentions:
-            heads = present_heads(part, keep)
-            groups = heads.any(1)[:, None].expand(-1, part.width)
-            queries = heads[:, :, None].expand(-1, -1, part.width)
-            for rows, axis, present in (
-                (part.query, "rows", queries),
-                (part.key, "rows", groups),
-                (part.value, "rows", groups),
-                (part.output, "columns", queries),
-            ):
-                _narrow(extents, rows, axis, present)
+        for part in self.parts:
+            for rows, axis, present in part.present(keep):
+                extents[rows.layer].axis(axis)[rows.index.reshape(-1)] = present.reshape(-1)
         return extents
 
-    def attention_counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
-        """What the attributes of each narrowed attention have to be, by its path; nothing for an emptied one."""
-        counts: dict[str, dict[str, int]] = {}
-        for part in self.attentions:
-            heads = present_heads(part, keep)
-            if not bool(heads.any()):
-                counts[part.module] = {}
-            elif not bool(heads.all()) and self.family.attention.counts:
-                counts[part.module] = self._counts(part, heads)
-        return counts
-
-    def _counts(self, part: AttentionPart, heads: Tensor) -> dict[str, int]:
-        total, kv = int(heads.sum()), int(heads.any(1).sum())
-        values: dict[Count, int] = {
-            "heads": total,
-            "key/value heads": kv,
-            "shared": total // kv,
-            "width": total * part.width,
-        }
-        return {attribute: values[count] for attribute, count in self.family.attention.counts}
-
-
-def _narrow(extents: dict[str, KeepMask], rows: Any, axis: str, present: Tensor) -> None:
-    extents[rows.layer].axis(axis)[rows.index.reshape(-1)] = present.reshape(-1)  # type: ignore[arg-type]
-
-
-def present_heads(part: AttentionPart, keep: Mapping[str, KeepMask]) -> Tensor:
-    """Query heads that the attention has to have, ``[kv heads, query heads of each]``; none if nothing is read of it.
-
-    Attention needs equally many query heads for each key/value head. Where dead heads leave unequal numbers, some of
-    the dead stay, with outputs that nothing reads.
-    """
-    alive = keep[part.output.layer].columns[part.output.index].any(2)
-    most = int(alive.sum(1).max())
-    # The living come first, and among the dead those that were first.
-    chosen = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    present = torch.zeros_like(alive).scatter_(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
-    return present & alive.any(1, keepdim=True)
+    def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
+        """Attributes of narrowed modules and their new values, by the module's path; nothing for an emptied one."""
+        return {path: attributes for part in self.parts for path, attributes in part.counts(keep).items()}
 
 
 def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) -> Anatomy:
@@ -160,22 +114,16 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
     """
     blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
     layers: dict[str, LinearLayer] = {}
-    couplings: list[Coupling] = []
-    attentions, feed_forwards = [], []
-    _check_activation(model.config, family)
+    parts = _parts_of(model, family)
     _check_patterns(model, ignore)
-    for number, block in enumerate(blocks):
-        prefix = f"{family.blocks}.{number}."
-        for group in family.shared_inputs:
+    for part in parts:
+        for group in part.entry.input_groups:
             for kind in dict.fromkeys(group):
-                name = prefix + kind
+                name = part.prefix + kind
                 if not any(re.search(f"(?:{pattern})$", name) for pattern in ignore):
-                    _straighten(block, kind)
-                    layers[name] = _linear_layer(block, family, kind, number)
-        attentions.append(attention_part(model.config, family.attention, block, number, prefix))
-        feed_forwards.append(feed_forward_part(family.feed_forward, block, number, prefix))
-        couplings += attention_couplings(attentions[-1], bool(family.attention.head_norms))
-        couplings += feed_forward_couplings(feed_forwards[-1])
+                    _straighten(blocks[part.block], kind)
+                    layers[name] = _linear_layer(blocks[part.block], family, kind, part.block, part.prefix + group[0])
+    couplings = [coupling for part in parts for coupling in part.couplings()]
     if not layers:
         raise ConfigError(
             f"The patterns to ignore ({', '.join(ignore)}) match every layer, so there is nothing to prune.",
@@ -186,9 +134,32 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
         len(blocks),
         layers,
         _restrict(couplings, layers),
-        tuple(part for part in attentions if layers.keys() >= set(part.layers)),
-        tuple(part for part in feed_forwards if layers.keys() >= set(part.layers)),
+        tuple(parts),
     )
+
+
+def _parts_of(model: PreTrainedModel, family: Family) -> list[Part]:
+    """The parts of all blocks, in the order of the forward pass.
+
+    Raises:
+        UnsupportedModelError: If the model breaks an assumption of a part's entry, or no block has such a part.
+    """
+    parts: list[Part] = []
+    for entry in family.parts:
+        entry.check(model.config, family.model_type)
+    for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.blocks))):
+        prefix = f"{family.blocks}.{number}."
+        found = (entry.locate(model.config, block, number, prefix) for entry in family.parts)
+        parts += [part for part in found if part is not None]
+    for entry in family.parts:
+        if not any(part.entry == entry for part in parts):
+            names = ", ".join(dict.fromkeys(name for group in entry.input_groups for name in group))
+            raise UnsupportedModelError(
+                f"No block of the model has the {type(entry).__name__} that the entry for {family.model_type!r} "
+                f"describes ({names}).",
+                "Correct the names, or leave the part out of the entry.",
+            )
+    return parts
 
 
 def _check_patterns(model: nn.Module, ignore: Sequence[str]) -> None:
@@ -216,7 +187,7 @@ def straighten(model: nn.Module, anatomy: Anatomy) -> None:
 
 def _straighten(block: nn.Module, kind: str) -> None:
     """Replace a transposed linear layer by a plain one, in place."""
-    module = block.get_submodule(kind)
+    module = module_of(block, kind)
     if isinstance(module, Conv1D):
         parent, _, child = kind.rpartition(".")
         plain = nn.Linear(1, 1, device="meta")
@@ -227,26 +198,15 @@ def _straighten(block: nn.Module, kind: str) -> None:
         setattr(block.get_submodule(parent), child, plain.train(module.training))
 
 
-def _check_activation(config: Any, family: Family) -> None:
-    name = getattr(config, family.feed_forward.activation)
-    zero = float(ACT2FN[name](torch.zeros(1)))
-    if zero != 0.0:
-        raise UnsupportedModelError(
-            f"The activation {name!r} maps 0 to {zero:g}, so a dead neuron still has an output.",
-            f"The entry for {family.model_type!r} in llm_surgeon/models would have to leave its neurons uncoupled.",
-        )
-
-
-def _linear_layer(block: nn.Module, family: Family, kind: str, number: int) -> LinearLayer:
-    module, prefix = block.get_submodule(kind), f"{family.blocks}.{number}."
-    name, group = prefix + kind, next(group for group in family.shared_inputs if kind in group)
+def _linear_layer(block: nn.Module, family: Family, kind: str, number: int, group: str) -> LinearLayer:
+    module, name = block.get_submodule(kind), f"{family.blocks}.{number}.{kind}"
     if not isinstance(module, nn.Linear):
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__}, not a dense linear layer.",
             "Give the original checkpoint, neither pruned nor quantised.",
         )
     rows, columns = module.weight.shape
-    return LinearLayer(name, number, family.short_name(kind), rows, columns, module.bias is not None, prefix + group[0])
+    return LinearLayer(name, number, family.short_name(kind), rows, columns, module.bias is not None, group)
 
 
 def _restrict(couplings: list[Coupling], layers: dict[str, LinearLayer]) -> tuple[Coupling, ...]:

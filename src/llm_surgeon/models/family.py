@@ -8,69 +8,8 @@ write it in code of your own and hand it to ``register_family`` (``docs/families
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-# How the rows of queries, keys and values lie: each in a layer of their own; in one layer, all queries first, then
-# all keys, then all values; in one layer, head by head (queries, keys and values of a head together).
-Layout = Literal["separate", "stacked", "by head"]
-
-# What an attribute of an attention module counts: query heads, key/value heads, query heads that share one of these,
-# or the dimensions of all query heads.
-Count = Literal["heads", "key/value heads", "shared", "width"]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Names, within a block, of the attention and its linear layers.
-
-    Heads are read from the configuration: ``num_attention_heads``, ``num_key_value_heads`` if it has them, and the
-    head dimension from the width of the output matrix.
-
-    Attributes:
-        module: The attention itself, which is called with the hidden states and returns its output and something.
-        query: The query projection.
-        key: The key projection; the same name if it is one matrix with the queries.
-        value: The value projection; the same name if it is one matrix with the queries.
-        output: The output projection.
-        rotary: Whether dimension d of a head is rotated together with d + rotated / 2, which ties the two; the number
-            of rotated dimensions is read from the configuration.
-        layout: How the rows of queries, keys and values lie.
-        head_norms: Norms over the dimensions of each head of queries and keys. A dimension whose partner is dead
-            still counts in the norm's denominator, so with them queries and keys do not die together.
-        counts: Attributes of the module, and what of the heads they count: pruned attention has them set anew.
-            ``config.NAME`` is an entry of the module's own configuration.
-        free_heads: Whether the class builds itself with any number of heads from ``num_attention_heads``,
-            ``num_key_value_heads`` and ``head_dim``, so that it needs no code of ours for fewer of them.
-    """
-
-    module: str
-    query: str
-    key: str
-    value: str
-    output: str
-    rotary: bool
-    layout: Layout = "separate"
-    head_norms: tuple[str, ...] = ()
-    counts: tuple[tuple[str, Count], ...] = ()
-    free_heads: bool = True
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Names, within a block, of the linear layers of its feed-forward part.
-
-    Attributes:
-        inputs: Layers whose outputs are multiplied (gate and up) or the single first layer; each row is a neuron. The
-            same name twice is one matrix with the rows of both, one after the other.
-        output: The layer that reads the neurons.
-        activation: The configuration's entry that names the activation, which must map 0 to 0.
-        width: The configuration's entry with the number of neurons.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    activation: str
-    width: str = "intermediate_size"
+from llm_surgeon.models.parts import PartEntry
 
 
 @dataclass(frozen=True)
@@ -105,8 +44,8 @@ class Family:
         model_class: The class in transformers that computes the language model's logits.
         config_class: Its configuration class.
         blocks: Path of the list of decoder blocks.
-        attention: The attention's layers.
-        feed_forward: The feed-forward layers.
+        parts: The parts of a block, such as ``Attention`` and ``FeedForward``, in the order of the forward pass. A
+            block has those whose layers it has: some may have one kind, and others another in its place.
         residual: What carries the residual stream.
         transposed: Whether its linear layers are ``Conv1D``, whose weights are stored ``[columns, rows]``.
     """
@@ -115,24 +54,16 @@ class Family:
     model_class: str
     config_class: str
     blocks: str
-    attention: Attention
-    feed_forward: FeedForward
+    parts: tuple[PartEntry, ...]
     residual: Residual
     transposed: bool = False
 
     def short_name(self, kind: str) -> str:
         """The last part of a layer's name within a block, or all of it where two layers would have the same."""
         last = kind.rpartition(".")[2]
-        names = {name for group in self.shared_inputs for name in group}
-        return last if sum(name.rpartition(".")[2] == last for name in names) == 1 else kind
+        return last if sum(name.rpartition(".")[2] == last for name in self.layers) == 1 else kind
 
     @property
-    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
-        """Layers of a block, grouped by the input they read."""
-        attention, feed_forward = self.attention, self.feed_forward
-        return (
-            (attention.query, attention.key, attention.value),
-            (attention.output,),
-            feed_forward.inputs,
-            (feed_forward.output,),
-        )
+    def layers(self) -> tuple[str, ...]:
+        """Names, within a block, of the layers of all parts, each once."""
+        return tuple(dict.fromkeys(name for part in self.parts for group in part.input_groups for name in group))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
-from llm_surgeon.models.family import Family
 from llm_surgeon.models.modeling_pruned import PrunedLinear, narrow_attention, shrink_linears
 
 
@@ -88,13 +87,9 @@ def cut_out(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) ->
 
 
 def narrow_heads(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
-    """Tell the attention modules of a model whose matrices have shrunk how many heads they have left."""
-    narrow_attention(model, anatomy.attention_counts(keep), attention_output(anatomy.family))
-
-
-def attention_output(family: Family) -> str:
-    """Name of the output projection within its attention."""
-    return family.attention.output.removeprefix(f"{family.attention.module}.")
+    """Tell the modules of a model whose matrices have shrunk how many heads, or the like, they have left."""
+    for part in anatomy.parts:
+        narrow_attention(model, part.counts(keep), part.entry.emptied or "")
 
 
 def _shape_of(module: nn.Module) -> dict[str, int | None]:

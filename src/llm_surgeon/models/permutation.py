@@ -2,11 +2,11 @@
 
 An N:M pattern keeps N of every M *neighbouring* inputs, so it matters in which order the inputs of a layer come
 (``llm_surgeon.mathematics.channel_permutation`` finds a good one). The order of some channels is free: whoever writes
-them and whoever reads them must agree on it, and nothing else is concerned. Three kinds are folded here:
+them and whoever reads them must agree on it, and nothing else is concerned. Two kinds are folded here:
 
-- the neurons of a feed-forward part: rows of its input layers, columns of its output layer;
-- the dimensions within a value head: rows of the value layer, columns of the output projection in every query head
-  that shares it. Dimensions cannot move between heads, as each head has its own attention weights;
+- channels inside a part, as the part says (``Part.orders``): the neurons of a feed-forward part (rows of its input
+  layers, columns of its output layer), or the dimensions within a value head (rows of the value layer, columns of the
+  output projection in every query head that shares it);
 - the residual stream, with one order for the whole model, as every block adds to it: embeddings, norms, columns of
   the layers that read it, rows of those that write it, columns of the head.
 
@@ -26,57 +26,34 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.family import Family
-from llm_surgeon.models.parts import Rows, attention_part, feed_forward_part
+from llm_surgeon.models.parts import ChannelOrder
 
 
 @torch.no_grad()
-def fold_neurons(model: PreTrainedModel, family: Family, block: int, permutation: Tensor) -> None:
-    """Reorder the neurons of one block.
+def fold_order(model: PreTrainedModel, order: ChannelOrder, permutation: Tensor) -> None:
+    """Reorder channels inside a part, each set among themselves.
 
     Args:
-        model: A model of the family, changed in place.
-        family: Its entry.
-        block: Number of the block.
-        permutation: Long ``[neurons]``.
+        model: The model of the part, changed in place.
+        order: The channels, see ``Part.orders``.
+        permutation: Long ``[sets, channels]``, in each row an order of that set's channels.
 
     Raises:
-        ValueError: If this is no permutation of the neurons.
+        ValueError: If a row is no permutation of a set's channels, or there is not one for each set.
         UnsupportedModelError: If a layer is not a plain linear layer.
     """
-    prefix = f"{family.blocks}.{block}."
-    part = feed_forward_part(family.feed_forward, model.get_submodule(prefix[:-1]), block, prefix)
-    output = _linear(model, part.output.layer)
-    _check(permutation, part.neurons, "neurons")
-    inputs = [(_linear(model, rows.layer), rows) for rows in part.inputs]
-    for layer, rows in inputs:
-        _reorder_rows(layer, rows, permutation)
-    _reorder(output.weight, 1, permutation)
-
-
-@torch.no_grad()
-def fold_values(model: PreTrainedModel, family: Family, block: int, permutation: Tensor) -> None:
-    """Reorder the dimensions within each value head of one block.
-
-    Args:
-        model: A model of the family, changed in place.
-        family: Its entry.
-        block: Number of the block.
-        permutation: Long ``[key/value heads, head dimension]``, in each row an order of that head's dimensions.
-
-    Raises:
-        ValueError: If a row is no permutation of a head's dimensions, or there is not one for each head.
-        UnsupportedModelError: If a layer is not a plain linear layer.
-    """
-    prefix = f"{family.blocks}.{block}."
-    part = attention_part(model.config, family.attention, model.get_submodule(prefix[:-1]), block, prefix)
-    value, output = _linear(model, part.value.layer), _linear(model, part.output.layer)
-    if len(permutation) != part.kv:
-        raise ValueError(f"{len(permutation)} orders of dimensions for {part.kv} key/value heads")
-    for order in permutation:
-        _check(order, part.width, "dimensions of a head")
-    per_query = permutation.repeat_interleave(part.shared, dim=0)
-    _reorder_rows(value, part.value, _within_heads(permutation))
-    _reorder(output.weight, 1, _within_heads(per_query))
+    reader = _linear(model, order.reader.layer)
+    writers = [(_linear(model, rows.layer), rows) for rows in order.writers]
+    if len(permutation) != order.sets:
+        raise ValueError(f"{len(permutation)} orders of {order.name} for {order.sets} sets")
+    for one in permutation:
+        _check(one, order.channels, order.name)
+    for layer, rows in writers:
+        moved = _moved(layer.out_features, rows.index, permutation)
+        _reorder(layer.weight, 0, moved)
+        if layer.bias is not None:
+            _reorder(layer.bias, 0, moved)
+    _reorder(reader.weight, 1, _moved(reader.in_features, order.reader.index, permutation[:, None]))
 
 
 @torch.no_grad()
@@ -98,9 +75,9 @@ def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -
             says nothing about, which may depend on the order.
     """
     along = check_residual(model, family)
-    width = _linear(model, f"{family.blocks}.0.{family.attention.query}").in_features
-    _check(permutation, width, "channels")
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    name, axis = next(iter(along.items()))
+    _check(permutation, parameters[name].shape[axis], "channels")
     # A tied tensor has several names.
     done: set[int] = set()
     for name, axis in along.items():
@@ -134,10 +111,13 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
         prefix = f"{family.blocks}.{number}."
         for name in residual.norms:
             yield from _vectors(model, prefix + name)
-        for name in (family.attention.query, family.attention.key, family.attention.value, *family.feed_forward.inputs):
-            yield from _columns(model, prefix + name)
-        for name in (family.attention.output, family.feed_forward.output):
-            yield from _rows(model, prefix + name)
+        for part in family.parts:
+            for name in part.readers:
+                if _optional(model, prefix + name) is not None:
+                    yield from _columns(model, prefix + name)
+            for name in part.writers:
+                if _optional(model, prefix + name) is not None:
+                    yield from _rows(model, prefix + name)
     if _optional(model, residual.final_norm) is not None:
         yield from _vectors(model, residual.final_norm)
     yield from _columns(model, _head(model) if project_out is None else cast(str, residual.project_out))
@@ -145,7 +125,7 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
 
 def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int]) -> None:
     """Every parameter carries the stream, or belongs to a layer of which the entry says how it meets the stream."""
-    layers = [name for names in family.shared_inputs for name in names] + [*family.attention.head_norms]
+    layers = [*family.layers, *(name for part in family.parts for name in part.inside)]
     blocks = range(len(cast(nn.ModuleList, model.get_submodule(family.blocks))))
     known = {f"{family.blocks}.{number}.{name}" for number in blocks for name in layers}
     known |= {family.residual.tokens, _head(model)}
@@ -202,19 +182,11 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
     return module
 
 
-def _within_heads(permutation: Tensor) -> Tensor:
-    """``[heads, width]`` as positions among all dimensions, ``[heads * width]``."""
-    heads, width = permutation.shape
-    return (permutation + width * torch.arange(heads, device=permutation.device)[:, None]).flatten()
-
-
-def _reorder_rows(layer: nn.Linear, rows: Rows, permutation: Tensor) -> None:
-    """Reorder some rows of a layer among themselves, biases included."""
-    order, places = torch.arange(layer.out_features), rows.index.flatten()
-    order[places] = places[permutation.cpu()]
-    _reorder(layer.weight, 0, order)
-    if layer.bias is not None:
-        _reorder(layer.bias, 0, order)
+def _moved(size: int, index: Tensor, permutation: Tensor) -> Tensor:
+    """The order ``[size]`` of all rows or columns when those of ``index`` move along its last axis."""
+    order, permutation = torch.arange(size), permutation.cpu().expand_as(index)
+    order[index.flatten()] = index.gather(-1, permutation).flatten()
+    return order
 
 
 def _reorder(parameter: Tensor, axis: int, permutation: Tensor) -> None:

@@ -245,9 +245,8 @@ class ShapeTracer:
         self._blocks.extend(self._all[:depth])
         whole = self.anatomy
         layers = {name: layer for name, layer in whole.layers.items() if layer.block < depth}
-        attentions = tuple(part for part in whole.attentions if layers.keys() >= set(part.layers))
-        feed_forwards = tuple(part for part in whole.feed_forwards if layers.keys() >= set(part.layers))
-        return replace(whole, blocks=depth, layers=layers, attentions=attentions, feed_forwards=feed_forwards)
+        located = tuple(part for part in whole.located if part.block < depth)
+        return replace(whole, blocks=depth, layers=layers, located=located)
 
 
 def traced_estimation(config: PruneConfig) -> Estimation:

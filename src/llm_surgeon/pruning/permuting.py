@@ -16,8 +16,7 @@ from llm_surgeon.mathematics.channel_permutation import find_permutation
 from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.family import Family
-from llm_surgeon.models.parts import attention_part
-from llm_surgeon.models.permutation import fold_neurons, fold_residual, fold_values
+from llm_surgeon.models.permutation import fold_order, fold_residual
 
 # Rows of a layer that vote on the order of the residual stream, at most: all layers of the model do, and their scores
 # have to be held at once.
@@ -30,8 +29,7 @@ class StreamOrder:
     """The order of the residual stream, found from the scores of all layers that read it."""
 
     def __init__(self, family: Family, pattern: Pattern) -> None:
-        self._readers = {family.attention.query, family.attention.key, family.attention.value}
-        self._readers |= set(family.feed_forward.inputs)
+        self._readers = {name for part in family.parts for name in part.readers}
         self._family, self._pattern = family, pattern
         self._scores: list[Tensor] = []
 
@@ -54,7 +52,7 @@ class StreamOrder:
 def reorder_block(
     model: PreTrainedModel, family: Family, layers: Iterable[LinearLayer], score: ScoreOf, pattern: Pattern
 ) -> None:
-    """Reorder the neurons and the value dimensions of a block, as far as the layers that read them are pruned.
+    """Reorder the channels inside the parts of a block, as far as the layers that read them are pruned.
 
     Args:
         model: Changed in place; its function is not.
@@ -64,18 +62,15 @@ def reorder_block(
         pattern: N:M.
     """
     for layer in layers:
-        path = _path_in_block(layer, family)
-        if path == family.feed_forward.output:
-            fold_neurons(model, family, layer.block, find_permutation(score(layer), pattern))
-        elif path == family.attention.output:
-            prefix = layer.name.removesuffix(path)
-            block = model.get_submodule(prefix[:-1])
-            part = attention_part(model.config, family.attention, block, layer.block, prefix)
-            # Where groups of inputs reach over the edge of a head, no order within heads is of use.
-            if part.width % pattern.group == 0:
-                scores = score(layer).unflatten(1, (part.kv, part.shared, part.width))
-                orders = [find_permutation(scores[:, head].flatten(0, 1), pattern) for head in range(part.kv)]
-                fold_values(model, family, layer.block, torch.stack(orders))
+        prefix = layer.name.removesuffix(_path_in_block(layer, family))
+        block = model.get_submodule(prefix[:-1])
+        parts = [part for e in family.parts if (part := e.locate(model.config, block, layer.block, prefix))]
+        for order in (order for part in parts for order in part.orders() if order.reader.layer == layer.name):
+            # Where groups of inputs reach over the edge of a set, no order within sets is of use.
+            if order.channels % pattern.group == 0:
+                scores = score(layer)[:, order.reader.index]
+                found = [find_permutation(scores[:, one].flatten(0, 1), pattern) for one in range(order.sets)]
+                fold_order(model, order, torch.stack(found))
 
 
 def _path_in_block(layer: LinearLayer, family: Family) -> str:

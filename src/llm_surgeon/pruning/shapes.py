@@ -20,18 +20,10 @@ from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.solving import check_finite, solver_of
 from llm_surgeon.recipe.config import PruneConfig
 
-# Which groups are candidates of their own, by the name of the structure.
-CANDIDATES: dict[str, tuple[str, ...]] = {
-    "rows-columns": (),
-    "neurons": ("neuron",),
-    "heads": ("key/value group", "query head"),
-    "values": ("value dimension",),
-    "blocks": ("attention", "feed-forward"),
-}
-# With rows and columns, groups of so few members that the sum of these members' costs will do.
-_OF_SINGLES = ("neuron", "value dimension", "query/key pair", "query/key dimension")
-# What only says something where it is a candidate: it follows from smaller groups otherwise.
-_COARSE = ("attention", "feed-forward")
+# With rows and columns, groups of so many members that the sum of these members' costs will not do.
+_LARGE = ("heads", "blocks")
+# Goes whole, and only says something where it is a candidate: it follows from smaller groups otherwise.
+_WHOLE = "blocks"
 
 
 class SideKey(NamedTuple):
@@ -61,15 +53,17 @@ class Shapes:
         self._config, self._anatomy = config, anatomy
         self._per_weight = config.rank_by == "cost-per-weight"
         self._singles = "rows-columns" in config.parts
-        self._kinds = {kind for part in config.parts for kind in CANDIDATES[part]}
-        self._couplings = [c for c in anatomy.couplings if c.kind in self._kinds or c.kind not in _COARSE]
+        self._couplings = [c for c in anatomy.couplings if c.structure in config.parts or c.structure != _WHOLE]
         self.masks: Mapping[str, KeepMask] = anatomy.dense_masks()
         self.score_name = "cost per weight freed" if self._per_weight else "cost"
-        if not self._singles and not any(coupling.kind in self._kinds for coupling in self._couplings):
+        if not self._singles and not any(self._is_candidate(coupling) for coupling in self._couplings):
             raise ConfigError(
                 f"Nothing is left to prune as {config.structure}: what it consists of is ignored.",
                 "Ignore fewer layers, or choose another structure.",
             )
+
+    def _is_candidate(self, coupling: Coupling) -> bool:
+        return coupling.structure in self._config.parts
 
     @property
     def shapes(self) -> Mapping[str, KeepMask]:
@@ -99,7 +93,7 @@ class Shapes:
     def _sides_of(self, layer: LinearLayer) -> Iterator[tuple[SideKey, Side]]:
         """The sides of a layer whose groups have joint costs."""
         for number, coupling in enumerate(self._couplings):
-            if coupling.kind in self._kinds:
+            if self._is_candidate(coupling):
                 for place, side in enumerate(coupling.sides):
                     if side.layer == layer.name:
                         yield SideKey(number, place), side
@@ -137,10 +131,10 @@ class Shapes:
         """Candidates with their scores and, last, what can only follow."""
         groups = []
         for number, coupling in enumerate(self._couplings):
-            if coupling.kind in self._kinds:
+            if self._is_candidate(coupling):
                 parts = [costs[side.layer].sides[SideKey(number, k)] for k, side in enumerate(coupling.sides)]
                 groups.append(joint_group(self.masks, coupling, torch.stack(parts), self._per_weight))
-            elif singles is not None and coupling.kind in _OF_SINGLES:
+            elif singles is not None and coupling.structure not in _LARGE:
                 groups.append(score_groups(self.masks, singles, coupling, self._per_weight))
             else:
                 groups.append(bystanders(coupling))
@@ -154,32 +148,33 @@ class Shapes:
         for group in groups:
             by_kind.setdefault(group.coupling.kind, []).append(group)
         shaped = []
-        for kind, members in by_kind.items():
-            if kind in self._kinds:
+        for members in by_kind.values():
+            if self._is_candidate(members[0].coupling):
                 for alike in [members] if self._config.uniform else [[member] for member in members]:
-                    shaped += bundle(alike, self._widths(kind, alike[0].coupling), self._per_weight)
+                    shaped += bundle(alike, self._widths(alike[0].coupling), self._per_weight)
             else:
                 shaped += members
         return self._whole_blocks(shaped) if self._config.uniform and "blocks" in self._config.parts else shaped
 
-    def _widths(self, kind: str, coupling: Coupling) -> Widths:
+    def _widths(self, coupling: Coupling) -> Widths:
         """What the recipe wants of one kind of group."""
         dense = len(coupling.sides[0].index)
         pools = 1 if coupling.pools is None else int(coupling.pools.max()) + 1
         least = math.ceil(self._config.least_width * dense / pools)
-        if kind in CANDIDATES["blocks"]:
+        if coupling.structure == _WHOLE:
             # Parts of a block go whole, and together if blocks do.
             return Widths()
-        return Widths(self._config.widths_multiple if kind == "neuron" else 1, least, self._config.uniform)
+        multiple = self._config.widths_multiple if coupling.structure == "neurons" else 1
+        return Widths(multiple, least, self._config.uniform)
 
     def _whole_blocks(self, groups: Sequence[Group]) -> list[Group]:
-        """Both parts of a block as one candidate."""
+        """All parts of a block as one candidate."""
         parts: dict[int, list[Group]] = {}
         for group in groups:
-            if group.coupling.kind in CANDIDATES["blocks"]:
+            if group.coupling.structure == _WHOLE:
                 parts.setdefault(self._anatomy.block_of(group.coupling), []).append(group)
         whole = [group for members in parts.values() for group in merge(members, self._per_weight)]
-        return whole + [group for group in groups if group.coupling.kind not in CANDIDATES["blocks"]]
+        return whole + [group for group in groups if group.coupling.structure != _WHOLE]
 
     def scored(self, costs: Mapping[str, LayerCosts], selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and columns one by one, as whole groups are made of them; or the groups."""
@@ -237,7 +232,7 @@ class Shapes:
         groups = []
         for coupling in self._couplings:
             group = bystanders(coupling)
-            if coupling.kind in self._kinds:
+            if self._is_candidate(coupling):
                 freed = joint_group(self.masks, coupling, group.side_costs).freed
                 group = joint_group(self.masks, coupling, costs(freed).expand(len(coupling.sides), -1))
             groups.append(group)
@@ -293,10 +288,9 @@ def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:
         ConfigError: If they cannot.
     """
     family, parts = anatomy.family, set(config.parts)
-    if "heads" in parts and not family.attention.free_heads:
+    for fixed in (entry.fixed for entry in family.parts if entry.fixed and parts.intersection(entry.structures)):
         raise ConfigError(
-            f"{family.model_class} computes the width of a head from the number of heads, so that it cannot be built "
-            "with fewer.",
+            f"{family.model_class} {fixed}, so that it cannot be built with fewer.",
             "Use --structure neurons, or leave --uniform out: the export then brings a modelling file.",
         )
     biased = [layer.name for layer in anatomy.layers.values() if layer.bias]
@@ -305,14 +299,13 @@ def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:
             f"Of a block without weights its biases would be left ({biased[0]}), so that it cannot be left out.",
             "Leave --uniform out: the export then brings a modelling file.",
         )
-    whole = {"neurons": anatomy.feed_forwards, "heads": anatomy.attentions}
-    for part in parts:
-        for found in [whole[part]] if part in whole else whole.values():
-            if len(found) < anatomy.blocks:
-                raise ConfigError(
-                    "Layers of some blocks are ignored, so that blocks cannot stay equal.",
-                    "Ignore fewer layers, or leave --uniform out.",
-                )
+    for entry in family.parts:
+        whole, all_of_it = ([part for part in some if part.entry == entry] for some in (anatomy.parts, anatomy.located))
+        if parts.intersection((*entry.structures, _WHOLE)) and len(whole) < len(all_of_it):
+            raise ConfigError(
+                "Layers of some blocks are ignored, so that blocks cannot stay equal.",
+                "Ignore fewer layers, or leave --uniform out.",
+            )
 
 
 def _to_dense(values: Tensor, mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -18,7 +18,6 @@ from llm_surgeon.mathematics.linalg import damping_of
 from llm_surgeon.mathematics.newton_gates import effects, evidence_damping, newton_step, rise_at, step_length
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
-from llm_surgeon.models.parts import AttentionPart, FeedForwardPart
 from llm_surgeon.models.solving import check_written
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.hooks import Hooks, PairReceive, Side
@@ -68,9 +67,8 @@ def gates_of(anatomy: Anatomy, width: int | None = None) -> list[Gated]:
         anatomy: Its layers.
         width: Neurons in a group, which follow one another; None takes all of a feed-forward part.
     """
-    attention = (gated for part in anatomy.attentions for gated in _of_attention(anatomy, part))
-    feed_forward = (gated for part in anatomy.feed_forwards for gated in _of_feed_forward(anatomy, part, width))
-    return sorted([*attention, *feed_forward], key=lambda gated: gated.layer.block)
+    gates = (gate for part in anatomy.parts for gate in part.gates(width))
+    return [_gated(anatomy, rows.layer, axis, rows.index, members) for rows, axis, members in gates]
 
 
 def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
@@ -83,7 +81,7 @@ def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
         anatomy: The layers of the dense model.
         config: The recipe of the whole run, whatever this process has of it.
     """
-    widest = max((part.neurons for part in anatomy.feed_forwards), default=1)
+    widest = max([1, *(part.neurons for part in anatomy.parts)])
     if config.gate_width is not None or not config.cross_fit:
         return config.gate_width or widest
     most = min(MOST_GATES, tokens_of_gates(config) // CROSSWISE_TOKENS_PER_GATE)
@@ -101,18 +99,6 @@ def tokens_of_gates(config: PruneConfig) -> int:
 def count_gates(gates: Iterable[Gated]) -> int:
     """How many gates there are together."""
     return sum(gated.count for gated in gates)
-
-
-def _of_attention(anatomy: Anatomy, part: AttentionPart) -> Iterator[Gated]:
-    output, query = part.output, part.query
-    yield _gated(anatomy, output.layer, "columns", output.index, part.width)
-    yield _gated(anatomy, query.layer, "rows", query.index, part.width)
-
-
-def _of_feed_forward(anatomy: Anatomy, part: FeedForwardPart, width: int | None) -> Iterator[Gated]:
-    output, switch = part.output, part.inputs[0]
-    yield _gated(anatomy, output.layer, "columns", output.index, width or part.neurons)
-    yield _gated(anatomy, switch.layer, "rows", switch.index, width or part.neurons)
 
 
 def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor, width: int) -> Gated:

@@ -156,10 +156,20 @@ def reconstruct(
 
 
 def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
-    """Paths of the layers of a block that write into the stream: of the attention, of the feed-forward part."""
-    family = anatomy.family
-    prefix = f"{family.blocks}.{block}."
-    return prefix + family.attention.output, prefix + family.feed_forward.output
+    """Paths of the two layers of a block that write into the stream: of the attention, of the feed-forward part.
+
+    Raises:
+        UnsupportedModelError: If there are not two.
+    """
+    writers = [name for part in anatomy.located if part.block == block for name in part.writers]
+    if len(writers) != 2:
+        raise UnsupportedModelError(
+            f"In a block of {anatomy.family.model_class} {len(writers)} layers write into the residual stream, and "
+            "reconstruction corrects two.",
+            "Leave it out: --no-reconstruction.",
+        )
+    middle, last = writers
+    return middle, last
 
 
 def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: str, advance: Advance) -> list[Stored]:

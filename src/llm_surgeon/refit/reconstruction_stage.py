@@ -112,8 +112,8 @@ class ReconstructionStage(Stage):
 
 
 def _feed_forward_weights(skeleton: Skeleton) -> int:
-    """Prunable weights of the feed-forward parts of all blocks."""
-    family = skeleton.anatomy.family
-    kinds = {family.short_name(name) for name in (*family.feed_forward.inputs, family.feed_forward.output)}
-    layers = skeleton.anatomy.layers.values()
-    return sum(layer.rows * layer.columns for layer in layers if layer.kind in kinds)
+    """Prunable weights of all blocks behind the first part of each, which is the attention."""
+    anatomy = skeleton.anatomy
+    first = {part.block: set(part.layers) for part in reversed(anatomy.located)}
+    layers = anatomy.layers.items()
+    return sum(layer.rows * layer.columns for name, layer in layers if name not in first[layer.block])

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from llm_surgeon.models.families.llama import LLAMA
+from llm_surgeon.models.families.llama import ATTENTION, FEED_FORWARD, LLAMA
+
+_FEED_FORWARD = replace(FEED_FORWARD, activation="hidden_activation")
 
 _NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
@@ -14,7 +16,7 @@ GEMMA2 = replace(
     model_type="gemma2",
     model_class="Gemma2ForCausalLM",
     config_class="Gemma2Config",
-    feed_forward=replace(LLAMA.feed_forward, activation="hidden_activation"),
+    parts=(ATTENTION, _FEED_FORWARD),
     residual=replace(LLAMA.residual, norms=_NORMS),
 )
 # The text model; checkpoints with images are of another type.
@@ -23,5 +25,5 @@ GEMMA3 = replace(
     model_type="gemma3_text",
     model_class="Gemma3ForCausalLM",
     config_class="Gemma3TextConfig",
-    attention=replace(LLAMA.attention, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    parts=(replace(ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm")), _FEED_FORWARD),
 )

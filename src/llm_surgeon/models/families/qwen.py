@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from llm_surgeon.models.families.llama import LLAMA
+from llm_surgeon.models.families.llama import ATTENTION, FEED_FORWARD, LLAMA
 
 QWEN2 = replace(LLAMA, model_type="qwen2", model_class="Qwen2ForCausalLM", config_class="Qwen2Config")
 QWEN3 = replace(
@@ -10,5 +10,5 @@ QWEN3 = replace(
     model_type="qwen3",
     model_class="Qwen3ForCausalLM",
     config_class="Qwen3Config",
-    attention=replace(LLAMA.attention, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    parts=(replace(ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm")), FEED_FORWARD),
 )

@@ -1,0 +1,137 @@
+"""Feed-forward parts: a first layer or two that are multiplied, neurons, and the layer that reads these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
+from llm_surgeon.models.parts.part import (
+    ChannelOrder,
+    Part,
+    PartEntry,
+    Rows,
+    channels_in,
+    columns_of,
+    has_module,
+    rows_of,
+)
+
+
+@dataclass(frozen=True)
+class FeedForward(PartEntry):
+    """Names, within a block, of the linear layers of its feed-forward part.
+
+    Attributes:
+        inputs: Layers whose outputs are multiplied (gate and up) or the single first layer; each row is a neuron. The
+            same name twice is one matrix with the rows of both, one after the other.
+        output: The layer that reads the neurons.
+        activation: The configuration's entry that names the activation, which must map 0 to 0; None if the class has
+            one of its own, which does.
+        width: The configuration's entry with the number of neurons.
+    """
+
+    structures: ClassVar[tuple[str, ...]] = ("neurons",)
+
+    inputs: tuple[str, ...]
+    output: str
+    activation: str | None
+    width: str = "intermediate_size"
+
+    @property
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The first layers, and the output."""
+        return self.inputs, (self.output,)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The first layers."""
+        return self.inputs
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The output."""
+        return (self.output,)
+
+    def check(self, config: Any, model_type: str) -> None:
+        """Make sure that a dead neuron has no output.
+
+        Raises:
+            UnsupportedModelError: If the activation does not map 0 to 0.
+        """
+        if self.activation is None:
+            return
+        name = getattr(config, self.activation)
+        zero = float(ACT2FN[name](torch.zeros(1)))
+        if zero != 0.0:
+            raise UnsupportedModelError(
+                f"The activation {name!r} maps 0 to {zero:g}, so a dead neuron still has an output.",
+                f"The entry for {model_type!r} in llm_surgeon/models would have to leave its neurons uncoupled.",
+            )
+
+    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> FeedForwardPart | None:
+        """Find the neurons of a block; None if the block has no feed-forward part."""
+        if not has_module(block, self.output):
+            return None
+        count, names = channels_in(block, self.output), self.inputs
+        neurons = torch.arange(count)
+        # Of one matrix with the rows of several inputs, the rows of the second come after those of the first.
+        inputs = tuple(Rows(prefix + name, neurons + names[:at].count(name) * count) for at, name in enumerate(names))
+        return FeedForwardPart(self, number, prefix, inputs, Rows(prefix + self.output, neurons))
+
+
+@dataclass(frozen=True)
+class FeedForwardPart(Part):
+    """The neurons of one block, in the coordinates of the dense model.
+
+    Attributes:
+        entry: The names of the layers.
+        block: Number of the block.
+        prefix: What the names of the block's modules begin with.
+        inputs: Rows ``[neurons]`` of each input.
+        output: Columns ``[neurons]``.
+    """
+
+    entry: FeedForward
+    block: int
+    prefix: str
+    inputs: tuple[Rows, ...]
+    output: Rows
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons."""
+        return len(self.output.index)
+
+    def couplings(self) -> Iterator[Coupling]:
+        """Neurons, and all of them."""
+        for kind, structure, shape in (("neuron", "neurons", (-1, 1)), ("feed-forward", "blocks", (1, -1))):
+            inputs = (rows_of(rows, rows.index.view(shape)) for rows in self.inputs)
+            sides = columns_of(self.output, self.output.index.view(shape)), *inputs
+            yield Coupling(kind, sides, structure=structure)
+
+    def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
+        """Neurons that are left: dead ones narrow the hidden tensor."""
+        yield self.output, "columns", keep[self.output.layer].columns
+        for rows in self.inputs:
+            yield rows, "rows", keep[rows.layer].rows[rows.index]
+
+    def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
+        """The number of neurons."""
+        return {self.entry.width: int(keep[self.output.layer].columns.sum())}
+
+    def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
+        """Outputs and switches of each group of neurons; the second input has the same effect as the output."""
+        yield self.output, "columns", width or self.neurons
+        yield self.inputs[0], "rows", width or self.neurons
+
+    def orders(self) -> Iterator[ChannelOrder]:
+        """The order of the neurons."""
+        writers = tuple(Rows(rows.layer, rows.index[None]) for rows in self.inputs)
+        yield ChannelOrder("neurons", Rows(self.output.layer, self.output.index[None, None]), writers)

@@ -1,0 +1,230 @@
+"""The socket of parts: what a kind of part says of a block's layers, by names and in one model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask, Side
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows, or columns, of one layer: ``index`` may have any shape."""
+
+    layer: str
+    index: Tensor
+
+
+def rows_of(rows: Rows, index: Tensor) -> Side:
+    """A side of a coupling: rows of the layer, ``index [groups, members]``."""
+    return Side(rows.layer, "rows", index)
+
+
+def columns_of(rows: Rows, index: Tensor) -> Side:
+    """A side of a coupling: columns of the layer, ``index [groups, members]``."""
+    return Side(rows.layer, "columns", index)
+
+
+@dataclass(frozen=True)
+class ChannelOrder:
+    """Channels inside a part whose order is free, as long as the layers that write and read them agree on it.
+
+    Attributes:
+        name: The channels in words, as in "neurons".
+        reader: Columns ``[sets, readings, channels]`` of the layer that reads them, which may read a channel several
+            times. Channels change places within their set only.
+        writers: Rows ``[sets, channels]`` of the layers that write them.
+    """
+
+    name: str
+    reader: Rows
+    writers: tuple[Rows, ...]
+
+    @property
+    def sets(self) -> int:
+        """Number of sets of channels."""
+        return self.reader.index.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of a set."""
+        return self.reader.index.shape[2]
+
+
+class PartEntry(Protocol):
+    """A kind of part in a family's entry: the names, within a block, of the part's linear layers.
+
+    Entries are frozen dataclasses that subclass this one. A kind overrides what is not abstract where its parts are
+    otherwise.
+
+    Attributes:
+        structures: Structures of a recipe that remove something inside the part, such as ``neurons``; the part as a
+            whole goes with ``blocks``.
+    """
+
+    structures: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """All layers of the part, grouped by the input that they read, in the order of the forward pass."""
+
+    @property
+    @abstractmethod
+    def readers(self) -> tuple[str, ...]:
+        """Layers that read the residual stream."""
+
+    @property
+    @abstractmethod
+    def writers(self) -> tuple[str, ...]:
+        """Layers whose outputs are added to the residual stream."""
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Other modules of the part whose parameters do not depend on the order of the residual stream."""
+        return ()
+
+    @property
+    def emptied(self) -> str | None:
+        """The output projection's name within its module, if the module of an emptied part is replaced by it."""
+        return None
+
+    @property
+    def fixed(self) -> str | None:
+        """The reason why the transformers class cannot be built with a smaller part, in words; None if it can."""
+        return None
+
+    def check(self, config: Any, model_type: str) -> None:
+        """Make sure that a model is as the part's couplings assume.
+
+        Raises:
+            UnsupportedModelError: If it is not.
+        """
+        return
+
+    @abstractmethod
+    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> Part | None:
+        """Find the part in a block of a dense model; None if the block has no such part.
+
+        Args:
+            config: Configuration of the model.
+            block: The block, whose layers may be transposed still.
+            number: Number of the block.
+            prefix: What the names of the block's modules begin with, as in ``model.layers.3.``.
+        """
+
+
+class Part(Protocol):
+    """One part of one block, in the coordinates of the dense model.
+
+    Parts are frozen dataclasses that subclass this one. A kind overrides what is not abstract where its parts are
+    otherwise.
+
+    Attributes:
+        entry: The entry that the part was located by.
+        block: Number of the block.
+        prefix: What the names of the block's modules begin with.
+    """
+
+    entry: PartEntry
+    block: int
+    prefix: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of the part's layers, each once."""
+        names = dict.fromkeys(name for group in self.entry.input_groups for name in group)
+        return tuple(self.prefix + name for name in names)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Paths of the layers whose outputs are added to the residual stream."""
+        return tuple(self.prefix + name for name in self.entry.writers)
+
+    @property
+    def neurons(self) -> int:
+        """Number of the neurons that share gates in groups."""
+        return 0
+
+    @abstractmethod
+    def couplings(self) -> Iterator[Coupling]:
+        """Rows and columns that live and die together, small groups first."""
+
+    def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
+        """Channels that the tensors inside the part still have, where these narrow with the matrices.
+
+        Yields:
+            Rows or columns of a layer, which of the two, and whether each is present.
+        """
+        yield from ()
+
+    def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
+        """Attributes of narrowed modules and their new values, by the module's path.
+
+        A module without attributes is emptied, and replaced by its output projection, ``PartEntry.emptied``.
+        """
+        return {}
+
+    def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
+        """Entries of the configuration with which the transformers class has the part as it is left."""
+        return {}
+
+    def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
+        """Rows and columns that gates scale.
+
+        Args:
+            width: Neurons that share a gate; None takes all of a part.
+
+        Yields:
+            Rows or columns of a layer, which of the two, and how many that follow one another share a gate.
+        """
+        yield from ()
+
+    def orders(self) -> Iterator[ChannelOrder]:
+        """Orders of the channels inside the part that are free."""
+        yield from ()
+
+    def products(self, keep: Mapping[str, KeepMask]) -> int:
+        """Multiplications without weights, halved, for each pair of tokens of which one sees the other."""
+        return 0
+
+
+def has_module(block: nn.Module, name: str) -> bool:
+    """Whether a block has a module of this name."""
+    return any(found == name for found, _ in block.named_modules())
+
+
+def module_of(block: nn.Module, name: str) -> nn.Module:
+    """The module of a block that has this name.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    if not has_module(block, name):
+        names = ", ".join(found for found, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+        raise UnsupportedModelError(
+            f"A block of the model has no {name}.", f"Correct the family's entry: its linear layers are {names}."
+        )
+    return block.get_submodule(name)
+
+
+def channels_in(block: nn.Module, kind: str) -> int:
+    """Inputs of a layer of a block, which may be transposed.
+
+    Raises:
+        UnsupportedModelError: If it is not a dense linear layer.
+    """
+    module = module_of(block, kind)
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise UnsupportedModelError(
+            f"{kind} is a {type(module).__name__}, not a dense linear layer.",
+            "Give the original checkpoint, neither pruned nor quantised.",
+        )
+    return module.nx if isinstance(module, Conv1D) else module.in_features
