@@ -125,8 +125,8 @@ def _what_was_done(report: PruneReport) -> str:
     kept = report.shots[-1].size.prunable / report.dense_size.prunable if report.shots else 1.0
     shots = "one shot" if len(report.shots) == 1 else f"{len(report.shots)} shots"
     return (
-        f"{_removed(report.config)} of the linear layers of {escape(title_name(report))} were removed in {shots}, until "
-        f"{100 * kept:.1f} % of the prunable weights were left. {_how(report.config)}\n\n"
+        f"{_removed(report.config)} of the linear layers of {escape(title_name(report))} were removed in {shots}, "
+        f"until {100 * kept:.1f} % of the prunable weights were left. {_how(report.config)}\n\n"
         "More: [recipe.yaml](recipe.yaml) (all options; the same recipe gives this model again), "
         "[report.html](report.html) (all that was measured, in one page), [report.json](report.json) (its numbers).\n"
     )

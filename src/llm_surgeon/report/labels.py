@@ -58,8 +58,8 @@ def write_values(axes: Axes, points: Sequence[Point], others: Iterable[Point] = 
 
 def _extent(axes: Axes) -> tuple[float, float]:
     """Width and height of the axes in points, before the layout makes them fit exactly."""
-    box, (width, height) = axes.get_position(), axes.figure.get_size_inches()
-    return 72 * width * box.width, 72 * height * box.height
+    scale = 72 / axes.figure.dpi
+    return scale * axes.bbox.width, scale * axes.bbox.height
 
 
 def _place(axes: Axes, point: Point) -> Point:

@@ -14,8 +14,8 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) 
         for name, *cells in rows
     )
     return (
-        f'<div class="wide"><table>\n<caption><span>{escape(caption)}</span></caption>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+        f'<div class="wide"><table>\n<caption><span>{escape(caption)}</span></caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 
 

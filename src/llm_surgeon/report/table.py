@@ -95,7 +95,7 @@ def dense_and_pruned(report: PruneReport) -> list[Row]:
     Measures without a number are left out.
     """
     dense, pruned = report.dense_size, report.shots[-1].size if report.shots else report.dense_size
-    rows = [
+    rows: list[Row] = [
         ("prunable weights", scaled(dense.prunable), scaled(pruned.prunable), _share(pruned.prunable, dense.prunable)),
         ("all parameters", scaled(dense.total), scaled(pruned.total), _share(pruned.total, dense.total)),
     ]
