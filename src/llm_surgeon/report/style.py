@@ -51,6 +51,8 @@ summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 560px) {
   main { padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.6rem; }
+  table { font-size: .82rem; }
+  th, td { padding: .35rem .4rem; }
   caption span { display: inline-block; max-width: calc(100vw - 2.7rem); }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .5rem; }
