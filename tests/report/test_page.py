@@ -1,37 +1,23 @@
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from functools import cache
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.patches import StepPatch
+import yaml
 
-from llm_surgeon.records import (
-    CorrectionRecord,
-    CostHistogram,
-    GatesRecord,
-    Memory,
-    PruneReport,
-    ReconstructionRecord,
-    ShotRecord,
-)
+from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.records import CostHistogram, Memory, PruneReport, ShotRecord, StageRecord
+from llm_surgeon.records import Figure as StageFigure
 from llm_surgeon.report.figures import (
     PHASE_COLOURS,
-    draw_costs,
-    draw_loss,
-    draw_memory,
-    draw_times,
-    evenly_spaced,
-    inline_svg,
-    loss_points,
-    peak_phases,
-    power_of_ten,
-    seconds_by_phase,
+    VARIABLES,
+    curves_svg,
 )
+from llm_surgeon.report.loading import loading_lines
 from llm_surgeon.report.page import report_page
 from llm_surgeon.report.table import HEADINGS, footnotes, table_rows
 from report.test_table import layers, perplexity, sample_report, shot
@@ -42,7 +28,13 @@ COSTS = CostHistogram(
     score="cost per weight freed", exponents=(-4.0, -3.0, -2.0, -1.0), kept=(0, 20, 300), removed=(100, 10, 0),
     outside=7, threshold=0.00123,
 )  # fmt: skip
-CORRECTION = CorrectionRecord(steps=17, first_loss=3.456, last_loss=3.123)
+NOTES = {"reconstruction": "Note on reconstruction.", "gates": "Note on gates.", "correction": "Note on correction."}
+FIGURES = {
+    "reconstruction": (("error of the stream", 0.1234, "share"), ("scale of predictions", 0.9321, "number")),
+    "gates": (("number of gates", 42, "count"), ("loss before them", 3.4567, "loss"), ("loss after", 3.3219, "loss")),
+    "correction": (("correction steps", 17, "count"), ("first loss", 3.456, "loss"), ("last loss", 3.123, "loss")),
+}
+SECONDS = {"curvature": 30.0, "selection": 1.0, "update": 9.0, "reconstruction": 2.5, "gates": 1.5, "correction": 12.5}
 
 
 class Page(HTMLParser):
@@ -93,19 +85,21 @@ class Page(HTMLParser):
         return rows
 
 
+def stages(number: int) -> tuple[StageRecord, ...]:
+    """All stages that a shot can have, the evaluation with them."""
+    fitted = (
+        StageRecord(
+            name=name, seconds=seconds, peak=10**9 + number, note=NOTES.get(name, ""),
+            figures=tuple(StageFigure(name=f, value=v, kind=k) for f, v, k in FIGURES.get(name, ())),
+        )
+        for name, seconds in SECONDS.items()
+    )  # fmt: skip
+    return (*fitted, StageRecord(name="evaluation", seconds=5.0, peak=10**9 + number, reports=True))
+
+
 def full_shot(number: int, kept: float) -> ShotRecord:
-    return shot(number, kept, perplexity(15.0 + number)).model_copy(
-        update={
-            "costs": COSTS,
-            "correction": CORRECTION,
-            "correction_seconds": 12.5,
-            "reconstruction": ReconstructionRecord(relative_error=0.1234, scale=0.9321),
-            "reconstruction_seconds": 2.5,
-            "gates": GatesRecord(gates=42, steps=2, first_loss=3.4567, last_loss=3.3219, largest_change=0.123),
-            "gates_seconds": 1.5,
-            "peaks": dict.fromkeys(PHASE_COLOURS, 10**9 + number),
-        }
-    )
+    changes = {"costs": COSTS, "stages": stages(number)}
+    return shot(number, kept, perplexity(15.0 + number)).model_copy(update=changes)
 
 
 def full_report(number: int = 2, **changes: object) -> PruneReport:
@@ -128,8 +122,11 @@ HOSTILE = '<script>alert("x")</script>'
 def hostile_report() -> PruneReport:
     (layer, *_) = layers()
     costs = COSTS.model_copy(update={"score": f"{HOSTILE} $\\frac$"})
-    peaks = {HOSTILE: 5, "$\\frac$": 7}
-    worst = full_shot(1, 0.5).model_copy(update={"costs": costs, "peaks": peaks})
+    figures = (StageFigure(name=HOSTILE, value=1.0),)
+    named = tuple(
+        StageRecord(name=name, seconds=1.0, peak=5, figures=figures, note=HOSTILE) for name in (HOSTILE, "$\\frac$")
+    )
+    worst = full_shot(1, 0.5).model_copy(update={"costs": costs, "stages": named})
     return full_report(
         model=HOSTILE.replace("/", ""), family=HOSTILE, command=f"prune {HOSTILE}", versions={HOSTILE: HOSTILE},
         calibration={"source": HOSTILE}, config={"ignore": [HOSTILE]}, shots=(worst,),
@@ -209,6 +206,7 @@ def test_hostile_names_stay_text() -> None:
     assert "&lt;script&gt;" in text
     page = Page(text)
     assert page.text("h1") == '<script>alert("x")<script>, pruned'
+    assert HOSTILE in page.text("td") + page.text("p")
     for tag in ("code", "dd", "dt", "p", "th", "text"):
         assert HOSTILE in page.text(tag), tag
     assert "$\\frac$" in page.text("text")  # no mathematics either
@@ -236,11 +234,24 @@ def test_first_table_is_that_of_the_other_reports(full: Page) -> None:
 
 def test_shots_are_shown_in_numbers(full: Page) -> None:
     rows = full.rows()
-    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "17", "3.4560", "3.1230", "12.3 %", "0.932",
-            "42", "3.4567", "3.3219"] in rows  # fmt: skip
+    assert ["1", "33.3 %", "99.13M", "16.00", "56 s"] in rows
+    assert ["1", "33.33 %", "33.33 %", "0.1", "100", "3", "3.0000", "12.3 %", "0.932", "42", "3.4567", "3.3219", "17",
+            "3.4560", "3.1230"] in rows  # fmt: skip
     assert ["1", "30.0", "1.0", "9.0", "2.5", "1.5", "12.5", "5.0", "61.5"] in rows
     assert ["1", *["1.000 GB"] * 7] in rows
     assert "all" in full.text("th").split("\n")
+    assert all(note in full.text("p") for note in NOTES.values())
+
+
+def test_inner_workings_of_shots_are_folded() -> None:
+    shots = page_text("full").split('<section id="shots">')[1].split("</section>")[0]
+    open_part, folded = shots.split("<details>")
+    for words in ("parameters", "perplexity", "time"):
+        assert words in open_part
+    for words in ("threshold", "implied", "number of gates", "Note on gates.", "target sparsity"):
+        assert words not in open_part
+        assert words in folded
+    assert folded.rstrip().endswith("</details>")
 
 
 def test_phases_stand_in_the_pictures_and_in_the_tables(full: Page) -> None:
@@ -251,7 +262,7 @@ def test_phases_stand_in_the_pictures_and_in_the_tables(full: Page) -> None:
 
 def test_layers_stand_in_the_details(full: Page) -> None:
     report = REPORTS["full"]
-    assert len(full.named("details")) == 1
+    assert len(full.named("details")) == 3  # the workings of the shots, the layers, the recipe
     assert {layer.name for layer in report.layers} <= set(full.text("th").split("\n"))
     assert "60 of 100" in full.text("td").split("\n")
     assert "48.0 %" in full.text("td").split("\n")
@@ -272,12 +283,51 @@ def test_continued_runs_say_so() -> None:
 
 
 def test_origin_is_exact(full: Page) -> None:
-    command, recipe, calibration = [data for inside, data in full.texts if inside == "code"]
+    _, command, recipe, calibration = [data for inside, data in full.texts if inside == "code"]
     assert command == "llm-surgeon prune demo --sparsity 0.5 --shots 2"
+    assert PruneConfig.from_mapping(yaml.safe_load(recipe)) == PruneConfig.from_mapping(REPORTS["full"].config)
     assert "layers\\.0\\..*" in recipe
     assert "shots: 2" in recipe
     assert calibration == f"source: demo:en\nsha256: {'ab' * 32}"
     assert "2.13.0" in full.text("dd").split("\n")
+
+
+def test_loading_stands_at_the_top(full: Page) -> None:
+    loading = next(data for inside, data in full.texts if inside == "code")
+    ast.parse(loading)
+    assert loading.splitlines()[:3] == loading_lines(REPORTS["full"], "'out'")
+    assert page_text("full").index("from_pretrained") < page_text("full").index("<nav")
+    assert "from_pretrained" not in page_text("minimal")
+
+
+@pytest.mark.parametrize("name", ["one shot", "hostile"])
+def test_one_shot_has_a_table_and_no_curve(name: str) -> None:
+    assert curves_svg(REPORTS[name]) is None
+    assert "Line charts" not in page_text(name)
+    page = Page(page_text(name))
+    cells = [data for inside, data in page.texts if inside in ("th", "td")]
+    place = cells.index("perplexity", cells.index("before"))
+    assert cells[place : place + 3] == ["perplexity", "15.91", "16.00"]
+    if name == "one shot":
+        place = cells.index("loss of the stage gates (nats per token)")
+        assert cells[place + 1 : place + 3] == ["3.4567", "3.3219"]
+
+
+def test_several_shots_have_a_curve(full: Page) -> None:
+    assert "Line charts: perplexity and calibration loss by size kept" in full.attributes("aria-label")
+
+
+def test_figures_take_the_colours_of_the_page(page: Page) -> None:
+    drawn = " ".join(attributes.get("style") or "" for tag, attributes in page.tags if tag not in ("p", "th", "td"))
+    assert not [colour for colour in VARIABLES if colour.lower() in drawn.lower()]
+    assert not re.findall(r"(?:fill|stroke): (?:#000000|#ffffff|black|white)", drawn)
+    css = page.text("style")
+    light, dark = css.split("@media screen and (prefers-color-scheme: dark)")
+    dark = dark[: dark.index("} }")]
+    names = {variable[4:-1] for variable in VARIABLES.values() if variable.startswith("var(")}
+    assert set(re.findall(r"var\((--[a-z]+)\)", drawn)) <= names
+    assert all(f"{name}:" in light for name in names)
+    assert all(f"{name}:" in dark for name in names - {"--orange", "--yellow", "--grey"})
 
 
 def test_what_is_missing_is_said() -> None:
@@ -304,30 +354,12 @@ def test_numbers_of_both_halves_are_said_to_be_means() -> None:
 def test_zero_peaks_and_values_that_are_not_finite_are_survived() -> None:
     infinite = perplexity(float("inf"))
     costs = COSTS.model_copy(update={"threshold": 0.0, "kept": (0, 0, 0), "removed": (0, 0, 0)})
-    changes = {"loss": float("nan"), "peaks": {"curvature": 0}, "costs": costs, "perplexity": infinite}
+    changes = {"loss": float("nan"), "costs": costs, "perplexity": infinite}
     report = sample_report(shots=(shot(1, 0.5, None).model_copy(update=changes),), dense_perplexity=infinite)
     text = Page(report_page(report)).text()
     assert "The peaks of the phases were not measured." in text
     assert "inf \u2192 inf" in text
     assert "shot 1: threshold 0" in text
-
-
-def test_histogram_shows_counts_and_threshold() -> None:
-    axes = Figure().subplots()
-    draw_costs(axes, COSTS)
-    kept, removed = (patch for patch in axes.patches if isinstance(patch, StepPatch))
-    assert list(kept.get_data().values) == [0.5, 20, 300]  # an empty bin lies on the lower edge
-    assert list(removed.get_data().values) == [100, 10, 0.5]
-    assert list(kept.get_data().edges) == list(COSTS.exponents)
-    (line,) = axes.lines
-    assert line.get_xdata() == pytest.approx([-2.910, -2.910], abs=1e-3)
-    assert axes.get_yscale() == "log"
-
-
-def test_histogram_without_a_threshold_has_no_line() -> None:
-    axes = Figure().subplots()
-    draw_costs(axes, COSTS.model_copy(update={"threshold": 0.0}))
-    assert not axes.lines
 
 
 def test_at_most_six_histograms_are_shown_and_the_page_says_so() -> None:
@@ -336,67 +368,3 @@ def test_at_most_six_histograms_are_shown_and_the_page_says_so() -> None:
     assert [int(title.split(":")[0].split()[1]) for title in titles] == [1, 9, 17, 24, 32, 40]
     assert "Shown are 6 of 40 shots" in page.text("figcaption")
     assert "Shown are" not in Page(report_page(full_report(6))).text()
-
-
-@pytest.mark.parametrize(
-    ("number", "most", "expected"), [(0, 6, []), (3, 6, [0, 1, 2]), (7, 2, [0, 6]), (11, 6, [0, 2, 4, 6, 8, 10])]
-)
-def test_evenly_spaced(number: int, most: int, expected: list[int]) -> None:
-    assert evenly_spaced(range(number), most) == expected
-
-
-def test_loss_belongs_to_the_size_before_its_shot() -> None:
-    shots = (full_shot(1, 0.75), full_shot(2, 0.5).model_copy(update={"loss": None}), full_shot(3, 0.25))
-    report = sample_report(shots=shots)
-    assert loss_points(report) == [(100.0, 3.0), (50.0, 3.0)]
-    axes = Figure().subplots()
-    draw_loss(axes, report)
-    before, first, last = axes.lines
-    assert list(before.get_xdata()) == [100, 50]
-    assert list(first.get_xdata()) == list(last.get_xdata()) == [75, 50, 25]
-    assert set(first.get_ydata()) == {3.456}
-    assert set(last.get_ydata()) == {3.123}
-
-
-def test_bars_of_time_end_at_the_sum() -> None:
-    figure = Figure()
-    draw_times(figure, [full_shot(1, 0.75), full_shot(2, 0.5)])
-    (axes,) = figure.axes
-    assert len(axes.patches) == 2 * len(PHASE_COLOURS)
-    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(61.5)
-    assert [text.get_text() for text in axes.texts] == ["61.5", "61.5"]
-    assert sum(seconds_by_phase(full_shot(1, 0.75)).values()) == full_shot(1, 0.75).seconds + 5
-
-
-def test_bars_of_memory_stand_side_by_side_with_the_floor() -> None:
-    figure = Figure()
-    other = full_shot(2, 0.5).model_copy(update={"peaks": {"evaluation": 30, "curvature": 20, "loading": 40}})
-    shots = [shot(1, 0.75, None), other]
-    assert peak_phases(shots) == ["curvature", "evaluation", "loading"]
-    draw_memory(figure, shots, floor=10)
-    (axes,) = figure.axes
-    assert [bar.get_height() for bar in axes.patches] == [0, 20, 0, 30, 0, 40]
-    assert list(axes.lines[0].get_ydata()) == [10, 10]
-    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
-    assert all(after[0] >= before[1] - 1e-9 for before, after in pairwise(edges))
-
-
-@pytest.mark.parametrize(("exponent", "text"), [(-12.0, "10\u207b\u00b9\u00b2"), (3, "10\u00b3"), (0.5, "")])
-def test_power_of_ten(exponent: float, text: str) -> None:
-    assert power_of_ten(exponent) == text
-
-
-def test_inline_svg_keeps_the_text_and_only_ids_in_use() -> None:
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.plot([1, 2], marker="o")
-        axes.set_title('a <b> id="c" & $\\frac$')
-
-    one, two = (inline_svg(name, 'a "label"', (3, 2), draw) for name in ("one", "two"))
-    assert one.startswith('<svg role="img" aria-label="a &quot;label&quot;" ')
-    assert one.endswith("</svg>")
-    pages = Page(one), Page(two)
-    assert 'a <b> id="c" & $\\frac$' in pages[0].text("text")
-    first, second = (set(page.attributes("id")) for page in pages)
-    assert first
-    assert first.isdisjoint(second)

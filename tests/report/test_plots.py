@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,61 @@ def test_numbers_stand_at_all_points_or_at_the_ends_of_a_long_run(number_of_shot
     assert [text.get_text() for text in axes.texts] == numbers
     assert axes.get_yscale() == "log"
     assert axes.xaxis_inverted()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_one_shot_is_drawn_as_bars(dense: bool) -> None:
+    changes = {} if dense else {"dense_perplexity": None}
+    axes = Figure().subplots()
+    plots.draw_perplexity(axes, sample_report(shots=(shot(1, 0.5, perplexity(24.68)),), **changes))
+    assert not axes.lines
+    assert [round(bar.get_height(), 2) for bar in axes.patches] == ([15.91, 24.68] if dense else [24.68])
+    assert [text.get_text() for text in axes.texts] == (["15.91", "24.68"] if dense else ["24.68"])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == (["dense", "pruned"] if dense else ["pruned"])
+
+
+CURVES = {
+    "rising": [16.2, 17.1, 18.9, 22.4, 30.1],
+    "better than dense": [15.1, 14.7, 14.4, 14.9, 15.8],
+    "close to dense": [15.91, 15.9, 15.92, 15.9, 15.91],
+    "ten shots": [16 + number**1.5 for number in range(10)],
+    "back and forth": [40, 900, 20, 1e5, 300],
+    "falling": [15.5, 15.0, 14.0, 13.0, 12.0],
+    "close together": [15.92 + number / 100 for number in range(10)],
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("width", [5.0, 3.5])
+def test_numbers_cover_neither_each_other_nor_markers_nor_the_legend(name: str, width: float) -> None:
+    values = CURVES[name]
+    shots = tuple(
+        shot(number, 1 - 0.3 * number / len(values), perplexity(value)) for number, value in enumerate(values, 1)
+    )
+    with plots.own_style():
+        figure = Figure(figsize=(width, 4.2), layout="constrained")
+        canvas = plots.FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        plots.draw_perplexity(axes, sample_report(shots=shots))
+        canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert {"15.91", f"{values[-1]:.4g}"} <= {text.get_text() for text in axes.texts}
+    assert len(boxes) > len(values) / 3
+    assert not [1 for one, other in combinations(boxes, 2) if one.overlaps(other)]
+    markers = axes.transData.transform(axes.lines[0].get_xydata())
+    assert not [1 for box in boxes for x, y in markers if box.padded(3).contains(x, y)]
+    legend = axes.get_legend().get_window_extent()
+    frame = axes.get_window_extent()
+    assert not legend.overlaps(frame)
+    assert all(frame.contains(*corner) for box in boxes for corner in box.corners())
+
+
+def test_a_nearly_flat_curve_does_not_fill_the_axis() -> None:
+    axes = Figure().subplots()
+    shots = (shot(1, 0.9, perplexity(15.92)), shot(2, 0.8, perplexity(15.9)))
+    plots.draw_perplexity(axes, sample_report(shots=shots))
+    low, high = axes.get_ylim()
+    assert high / low > 1.15
 
 
 DRAW = """

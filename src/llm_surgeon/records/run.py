@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.records.base import Record
 from llm_surgeon.records.evaluation import Perplexity, SpeedComparison
 from llm_surgeon.records.plan import Plan
 from llm_surgeon.records.shot import LayerRecord, ShotRecord, Size
+from llm_surgeon.records.summary import summary_html, summary_text
 
 
 class Memory(Record):
@@ -61,7 +64,11 @@ class TargetRecord(Record):
 
 
 class PruneReport(Record):
-    """Everything a run measured. ``report.json`` is this record; ``continued``: after which shots, if it was ended."""
+    """Everything a run measured. ``report.json`` is this record; ``continued``: after which shots, if it was ended.
+
+    ``origin`` has what the dense model says of itself, as far as it is known: ``base_model``, ``license``,
+    ``license_name``, ``license_link``, ``language``, ``datasets``.
+    """
 
     model: str
     family: str
@@ -80,12 +87,21 @@ class PruneReport(Record):
     plan: Plan | None = None
     continued: tuple[int, ...] = ()
     processes: int = 1
+    origin: dict[str, str | list[str]] = Field(default_factory=dict)
 
     @property
     def smaller(self) -> bool:
         """Whether the matrices have shrunk; otherwise removed weights are zeros in matrices of the old shape."""
         structure = str(self.config.get("structure", "rows-columns"))
         return structure != "unstructured" and Pattern.parse(structure) is None
+
+    def summary(self) -> str:
+        """The result in a few lines of text: what is kept, perplexity, sizes, and speed if it was measured."""
+        return summary_text(self)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, as notebooks show it."""
+        return summary_html(self)
 
 
 class RunRecord(Record):

@@ -5,42 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import yaml
 
+from llm_surgeon.data.corpora import FILE_TYPES
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
 from llm_surgeon.records import PruneReport
-from llm_surgeon.report.table import escape, markdown_table, scaled_bytes
-
-LOADING = """\
-## Loading
-
-Plain `transformers` loads it; `llm-surgeon` is not needed. $why
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-DIR = "path/to/this/directory"
-model = AutoModelForCausalLM.from_pretrained(DIR$trust)
-tokenizer = AutoTokenizer.from_pretrained(DIR$trust)
-```
-"""
-
-SMALLER = """\
-What was removed is gone from the files, layer by layer, so
-the checkpoint brings its own modelling file: hence `trust_remote_code`."""
-
-PLAIN = """\
-What was removed is gone from the files, equally in all
-layers, so that the configuration says it all."""
-
-ZEROS = """\
-The weights that were removed are zeros in matrices
-of the old shape: the files are as large as the dense model's, and it runs no faster, unless what runs it makes use of
-the zeros (2:4 patterns on some GPUs, for example)."""
+from llm_surgeon.report.loading import loading_lines, using_lines, why_so
+from llm_surgeon.report.table import dense_and_pruned, escape, footnotes, markdown_rows, scaled_bytes
 
 _UNITS = {
     "rows-columns": "rows and columns",
@@ -82,13 +56,13 @@ CITATION = """\
 
 
 def model_card(report: PruneReport) -> str:
-    """Write the README.md of the exported checkpoint: how to load it, what was done, measured and left open."""
+    """Write the README.md of the exported checkpoint: what was done, how to load it, what was measured, and limits."""
     sections = [
         f"---\n{to_yaml(_front_matter(report))}---\n",
-        f"# {escape(model_name(report.model))}, pruned\n",
-        _loading(report),
+        f"# {escape(title_name(report))}, pruned\n",
         _what_was_done(report),
-        f"## Measured\n\n{markdown_table(report)}{_checks(report)}",
+        _loading(report),
+        _measured(report),
         LIMITS,
         _origin(report),
         _citation(report),
@@ -110,18 +84,35 @@ def is_hub_id(model: str) -> bool:
 
 
 def _loading(report: PruneReport) -> str:
-    own_code = report.smaller and not (report.export is not None and report.export.plain)
-    why = SMALLER if own_code else PLAIN if report.smaller else ZEROS
-    return Template(LOADING).substitute(why=why, trust=", trust_remote_code=True" if own_code else "")
+    lines = [*loading_lines(report, '"path/to/this/directory"'), "", *using_lines()]
+    return f"## Loading\n\n{_fenced('python', chr(10).join(lines))}\n`llm-surgeon` is not needed. {why_so(report)}\n"
 
 
 def _front_matter(report: PruneReport) -> dict[str, Any]:
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["llm-surgeon", "pruned", report.family],
-    }
-    return front | ({"base_model": report.model} if is_hub_id(report.model) else {})
+    """What the hub reads; of the dense model, what is known of it."""
+    known = {key: value for key, value in report.origin.items() if value}
+    if is_hub_id(report.model):
+        known["base_model"] = report.model
+    data = _hub_data(report)
+    datasets = known.pop("datasets", [])
+    datasets = list(dict.fromkeys([*([datasets] if isinstance(datasets, str) else datasets), *data]))
+    structure = str(report.config.get("structure", "rows-columns"))
+    tags = ["llm-surgeon", "pruned", *structure.split("+"), report.family]
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags} | known
+    return front | ({"datasets": datasets} if datasets else {})
+
+
+def _hub_data(report: PruneReport) -> list[str]:
+    """The calibration text, if it is a data set of the hub."""
+    spec = str(report.config.get("calibration", ""))
+    name = spec.split(":")[0]
+    return [name] if is_hub_id(name) and not spec.lower().endswith(FILE_TYPES) else []
+
+
+def title_name(report: PruneReport) -> str:
+    """The name of the dense model for a heading; of ``demo``, the name of the model that it stands for, if known."""
+    base = report.origin.get("base_model")
+    return model_name(base if report.model == "demo" and isinstance(base, str) else report.model)
 
 
 def model_name(model: str) -> str:
@@ -130,15 +121,14 @@ def model_name(model: str) -> str:
 
 
 def _what_was_done(report: PruneReport) -> str:
+    """What was removed and how, in two sentences, and where there is more."""
     kept = report.shots[-1].size.prunable / report.dense_size.prunable if report.shots else 1.0
-    method = report.config.get("method", "surgeon")
+    shots = "one shot" if len(report.shots) == 1 else f"{len(report.shots)} shots"
     return (
-        "## What was done\n\n"
-        f"{_removed(report.config)} of the linear layers were removed in {len(report.shots)} shot(s)\n"
-        f"by the method `{method}`\n"
-        f"{_how(method, report.config)}\n"
-        f"{100 * kept:.1f} % of the prunable weights were kept. The recipe:\n\n"
-        f"{_fenced('yaml', to_yaml(_plain(report)['config']))}"
+        f"{_removed(report.config)} of the linear layers of {escape(title_name(report))} were removed in {shots}, "
+        f"until {100 * kept:.1f} % of the prunable weights were left. {_how(report.config)}\n\n"
+        "More: [recipe.yaml](recipe.yaml) (all options; the same recipe gives this model again), "
+        "[report.html](report.html) (all that was measured, in one page), [report.json](report.json) (its numbers).\n"
     )
 
 
@@ -149,39 +139,52 @@ def _removed(config: Mapping[str, Any]) -> str:
     return f"Whole {words}" if words else f"Single weights ({recipe.structure})"
 
 
-def _how(method: str, config: Mapping[str, Any]) -> str:
-    """How a method works, in half a sentence."""
-    if not PruneConfig.model_validate(config).layerwise:
-        how = METHODS[method]
-        update = "the remaining weights are updated to make up for the loss" if how.correlated else _UNTOUCHED
-        return f"({how.summary}): a cost ranks them, one threshold over all layers selects them, and {update}."
-    layerwise = LAYERWISE[method]
-    refined = "" if config["refine"] == "none" else f", refined by {config['refine']}"
-    update = "the remaining weights of its layer are updated" if layerwise.scope is None else _UNTOUCHED
+def _how(config: Mapping[str, Any]) -> str:
+    """How the method works, in one sentence."""
+    recipe = PruneConfig.model_validate(config)
+    if not recipe.layerwise:
+        how = METHODS[recipe.method]
+        update = "the remaining weights were updated to make up for the loss" if how.correlated else _UNTOUCHED
+        return (
+            f"The method `{recipe.method}` ({how.summary}) ranked them by a cost, one threshold over all layers "
+            f"selected them, and {update}."
+        )
+    layerwise = LAYERWISE[recipe.method]
+    refined = "" if recipe.refine == "none" else f" refined by `{recipe.refine}`,"
+    update = "the remaining weights of its layer were updated" if layerwise.scope is None else _UNTOUCHED
     return (
-        f"({layerwise.summary}), block after block, each on the outputs of the blocks already\n"
-        f"pruned{refined}; {update}."
+        f"The method `{recipe.method}` ({layerwise.summary}) went from block to block, each on the outputs of the "
+        f"blocks already pruned,{refined} and {update}."
     )
 
 
-def _checks(report: PruneReport) -> str:
+def _measured(report: PruneReport) -> str:
+    """The dense model beside the pruned one, and how that was measured."""
+    headings = ("", "dense", "pruned", "pruned to dense")
+    table = "\n".join(markdown_rows(headings, dense_and_pruned(report)))
+    notes = "\n".join(f"- {note}" for note in (*map(escape, footnotes(report)), *_checks(report)))
+    picture = "![Weights kept in each layer, and perplexity](kept_fraction.png)"
+    return f"## Dense and pruned\n\n{table}\n\n{notes}\n\n{picture}\n"
+
+
+def _checks(report: PruneReport) -> list[str]:
     seconds = sum(shot.seconds for shot in report.shots)
-    notes = [f"- Pruning took {seconds:,.0f} s, with a peak of {scaled_bytes(report.memory.peak)} resident."]
+    notes = [f"Pruning took {seconds:,.0f} s, with a peak of {scaled_bytes(report.memory.peak)} resident."]
     if report.export is not None:
         notes.append(
-            f"- Loaded again from disk, its logits differ from the pruned model's by "
+            f"Loaded again from disk, its logits differ from the pruned model's by "
             f"{report.export.max_logit_difference:.1e} at most, on a scale of {report.export.logit_scale:.3g}."
         )
-    return "\n".join(notes) + "\n"
+    return notes
 
 
 def _origin(report: PruneReport) -> str:
-    command = report.command or "# called from Python: llm_surgeon.prune with the recipe above"
-    versions = "".join(f"- {package} {version}\n" for package, version in report.versions.items())
+    command = report.command or "# called from Python: llm_surgeon.prune with the options in recipe.yaml"
+    versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     return (
         f"## Origin\n\nThe command:\n\n{_fenced('bash', command)}\n"
         f"The calibration data:\n\n{_fenced('yaml', to_yaml(_plain(report)['calibration']))}\n"
-        f"The versions:\n\n{versions}"
+        f"The versions: {versions or 'not recorded'}.\n"
     )
 
 

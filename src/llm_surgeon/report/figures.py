@@ -12,8 +12,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from llm_surgeon.records import CostHistogram, LayerRecord, PruneReport, ShotRecord
+from llm_surgeon.report.labels import write_values
 from llm_surgeon.report.plots import (
+    ABSENT,
     BLUE,
+    GRID,
     VERMILION,
     Axes,
     Axis,
@@ -26,10 +29,11 @@ from llm_surgeon.report.plots import (
     draw_kept,
     draw_perplexity,
     finish_size_axes,
+    has_dense,
     kept_by_kind,
     kept_percent,
     own_style,
-    write_values,
+    perplexity_points,
 )
 from llm_surgeon.report.table import scaled_bytes
 
@@ -39,7 +43,8 @@ ORANGE = "#E69F00"
 SKY = "#56B4E9"
 PINK = "#CC79A7"
 YELLOW = "#F0E442"
-GREY = "0.55"
+GREY = "#8c8c8c"
+INK, GROUND = "#1b1f24", "#ffffff"
 PHASE_COLOURS = {
     "curvature": BLUE,
     "selection": ORANGE,
@@ -62,6 +67,24 @@ STYLE: dict[Any, Any] = {
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "text.parse_math": False,
+    # Neither a ground nor black: the page has its own, light or dark.
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+# Colours of the figures as the style sheet names them, which has others for a dark ground.
+VARIABLES = {
+    INK: "currentColor",
+    GROUND: "var(--ground)",
+    GRID: "var(--grid)",
+    ABSENT: "var(--absent)",
+    BLUE: "var(--blue)",
+    VERMILION: "var(--vermilion)",
+    GREEN: "var(--green)",
+    ORANGE: "var(--orange)",
+    SKY: "var(--sky)",
+    PINK: "var(--pink)",
+    YELLOW: "var(--yellow)",
+    GREY: "var(--grey)",
 }
 _SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
@@ -69,12 +92,11 @@ T = TypeVar("T")
 
 
 def curves_svg(report: PruneReport) -> str | None:
-    """Draw perplexity and calibration loss against the size kept, whichever are known; None if neither is."""
-    measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
+    """Draw perplexity and calibration loss against the size kept, whichever has two points; None if neither has."""
     panels: list[Callable[[Axes, PruneReport], None]] = []
-    if any(perplexity is not None and math.isfinite(perplexity.perplexity) for perplexity in measured):
+    if len(perplexity_points(report)) - has_dense(report) > 1:
         panels.append(draw_perplexity)
-    if loss_points(report):
+    if len(loss_points(report)) > 1:
         panels.append(draw_loss)
     if not panels:
         return None
@@ -84,7 +106,7 @@ def curves_svg(report: PruneReport) -> str | None:
             panel(axes, report)
 
     width = WIDTH if len(panels) == 2 else 0.6 * WIDTH
-    return inline_svg("curves", "Line charts: perplexity and calibration loss by size kept", (width, 3.7), draw)
+    return inline_svg("curves", "Line charts: perplexity and calibration loss by size kept", (width, 4.0), draw)
 
 
 def kept_svg(layers: tuple[LayerRecord, ...]) -> str | None:
@@ -181,18 +203,19 @@ def loss_points(report: PruneReport) -> list[tuple[float, float]]:
 
 def draw_loss(axes: Axes, report: PruneReport) -> None:
     """Draw the calibration loss before each shot, and the losses before and after stages that report them."""
-    points = loss_points(report)
+    points, others = loss_points(report), []
     axes.set_title("Calibration loss before each shot")
     axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", linewidth=2, label="before the shot")
-    write_values(axes, points)
     sizes = kept_percent(report)[1:]
     for number, stage in enumerate(dict.fromkeys(name for shot in report.shots for name in stage_losses(shot))):
         losses = [stage_losses(shot).get(stage, (math.nan, math.nan)) for shot in report.shots]
         for marker, label, values in zip("Ds", ("before", "after"), zip(*losses, strict=True), strict=True):
             colour = (VERMILION, GREEN)[label == "after"] if not number else phase_colour(stage)
             axes.plot(sizes, values, color=colour, marker=marker, linestyle="none", label=f"{label} {stage}")
+            others += [point for point in zip(sizes, values, strict=True) if math.isfinite(point[1])]
     axes.set_ylabel("loss (nats per token)")
     finish_size_axes(axes)
+    write_values(axes, points, others)
 
 
 def draw_costs(axes: Axes, costs: CostHistogram) -> None:
@@ -204,7 +227,7 @@ def draw_costs(axes: Axes, costs: CostHistogram) -> None:
         steps = axes.stairs(heights, costs.exponents, baseline=edge, fill=True, linewidth=1, label=label)
         steps.set(facecolor=(colour, 0.45), edgecolor=colour)
     if costs.threshold > 0 and math.isfinite(costs.threshold):
-        axes.axvline(math.log10(costs.threshold), color="black", linestyle="--", linewidth=1.2, label="threshold")
+        axes.axvline(math.log10(costs.threshold), color=INK, linestyle="--", linewidth=1.2, label="threshold")
     axes.set_yscale("log")
     axes.set_ylim(bottom=edge)
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
@@ -212,7 +235,7 @@ def draw_costs(axes: Axes, costs: CostHistogram) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
-    axes.grid(color="0.9")
+    axes.grid(color=GRID)
     axes.set_axisbelow(True)
 
 
@@ -225,7 +248,7 @@ def draw_times(figure: Figure, shots: Sequence[ShotRecord]) -> None:
         seconds = np.array([shot.seconds_of(phase) for shot in shots])
         if seconds.any():
             axes.barh(
-                positions, seconds, left=ends, color=phase_colour(phase), edgecolor="white", linewidth=0.6, label=phase
+                positions, seconds, left=ends, color=phase_colour(phase), edgecolor=GROUND, linewidth=0.6, label=phase
             )
         ends += seconds
     if len(shots) <= NUMBERED:
@@ -246,9 +269,9 @@ def draw_memory(figure: Figure, shots: Sequence[ShotRecord], floor: int) -> None
     for number, phase in enumerate(phases):
         positions = np.arange(len(shots)) + (number - (len(phases) - 1) / 2) * width
         peaks = [stage.peak if (stage := shot.stage(phase)) else 0 for shot in shots]
-        axes.bar(positions, peaks, width, color=phase_colour(phase), edgecolor="white", label=phase)
+        axes.bar(positions, peaks, width, color=phase_colour(phase), edgecolor=GROUND, label=phase)
     if floor > 0:
-        axes.axhline(floor, color="black", linestyle="--", linewidth=1.2, label=f"floor ({scaled_bytes(floor)})")
+        axes.axhline(floor, color=INK, linestyle="--", linewidth=1.2, label=f"floor ({scaled_bytes(floor)})")
     _number_shots(axes.xaxis, shots)
     axes.set_xlim(-0.6, len(shots) - 0.4)
     axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
@@ -264,7 +287,7 @@ def _number_shots(axis: Axis, shots: Sequence[ShotRecord]) -> None:
 
 
 def _finish_bars(figure: Figure, axes: Axes, values: Literal["x", "y"]) -> None:
-    axes.grid(axis=values, color="0.9")
+    axes.grid(axis=values, color=GRID)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -298,6 +321,8 @@ def inline_svg(name: str, label: str, size: tuple[float, float], draw: Callable[
     for part in (r"<metadata>.*?</metadata>", r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", r"<!--.*?-->"):
         svg = re.sub(part, "", svg, flags=re.DOTALL)
     svg = re.sub(r">\s*\n\s*<", "><", _without_idle_ids(svg))
+    for colour, variable in VARIABLES.items():
+        svg = re.sub(rf"(?<=: ){colour.lower()}(?![0-9a-f])", variable, svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
 

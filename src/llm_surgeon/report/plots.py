@@ -17,7 +17,8 @@ import numpy as np
 
 from llm_surgeon.records import LayerRecord, PruneReport
 from llm_surgeon.report.card import model_name
-from llm_surgeon.report.table import scaled
+from llm_surgeon.report.labels import write_values
+from llm_surgeon.report.table import perplexity_cell, scaled
 
 _BACKEND, _SETTINGS = "MPLBACKEND", "MATPLOTLIBRC"
 
@@ -84,6 +85,11 @@ with undisturbed():
 # Colours of the palette by Okabe and Ito, which colour-blind readers can tell apart; viridis is safe as it is.
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
+GRID = "#e6e6e6"
+# Layers that a block does not have.
+ABSENT = "#d9d9d9"
+# Perplexities that differ by less than this factor do not fill the axis.
+_LEAST_SPAN = 1.1
 
 
 @contextlib.contextmanager
@@ -146,7 +152,7 @@ def kept_by_kind(layers: tuple[LayerRecord, ...]) -> tuple[list[str], np.ndarray
 def draw_kept(figure: Figure, axes: Axes, layers: tuple[LayerRecord, ...]) -> None:
     """Draw the kept fraction of the weights as a map of kinds by blocks, with its colour bar."""
     kinds, kept = kept_by_kind(layers)
-    axes.set_facecolor("0.85")  # shows through where a block has no layer of the kind
+    axes.set_facecolor(ABSENT)  # shows through where a block has no layer of the kind
     image = axes.imshow(100 * kept, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="none")
     axes.set_yticks(range(len(kinds)), kinds, parse_math=False)
     blocks = kept.shape[1]
@@ -161,33 +167,62 @@ def draw_kept(figure: Figure, axes: Axes, layers: tuple[LayerRecord, ...]) -> No
     figure.colorbar(image, ax=axes, label="kept (%)", pad=0.015)
 
 
-def draw_perplexity(axes: Axes, report: PruneReport) -> None:
-    """Draw perplexity against the size kept, dense model first; says so if nothing was measured."""
+def perplexity_points(report: PruneReport) -> list[tuple[float, float]]:
+    """Size kept in per cent and perplexity, dense model first; without those that were not measured or are infinite."""
     measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
-    points = [
+    return [
         (kept, perplexity.perplexity)
         for kept, perplexity in zip(kept_percent(report), measured, strict=True)
         if perplexity is not None and math.isfinite(perplexity.perplexity)
     ]
-    axes.set_title("Perplexity after each shot")
+
+
+def has_dense(report: PruneReport) -> bool:
+    """Whether the first of the perplexities is that of the dense model."""
+    return report.dense_perplexity is not None and math.isfinite(report.dense_perplexity.perplexity)
+
+
+def draw_perplexity(axes: Axes, report: PruneReport) -> None:
+    """Draw perplexity against the size kept, dense model first; as bars if the pruned model has one point only."""
+    points, dense = perplexity_points(report), has_dense(report)
     if not points:
+        axes.set_title("Perplexity after each shot")
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
+    if len(points) - dense < 2:
+        _draw_bars(axes, points, dense)
+        return
+    axes.set_title("Perplexity after each shot")
     axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", linewidth=2, label="pruned")
-    if report.dense_perplexity is not None and math.isfinite(report.dense_perplexity.perplexity):
+    if dense:
         axes.plot(*points[0], color=VERMILION, marker="D", markersize=9, linestyle="none", label="dense")
-    write_values(axes, points)
     axes.set_yscale("log")
-    tick_perplexity(axes.yaxis, [perplexity for _, perplexity in points])
+    values = [perplexity for _, perplexity in points]
     finish_size_axes(axes)
+    # A curve that is nearly flat is drawn so: its last digits are not to fill the axis.
+    low, high = min(values), max(values)
+    if high < _LEAST_SPAN * low:
+        middle = math.sqrt(low * high)
+        axes.set_ylim(middle / _LEAST_SPAN, middle * _LEAST_SPAN)
+    tick_perplexity(axes.yaxis, values)
+    write_values(axes, points)
 
 
-def write_values(axes: Axes, points: list[tuple[float, float]]) -> None:
-    """Write the value at each point of a curve against size, or at its ends only if it has many."""
-    crowded = len(points) > 11
-    for kept, value in (points[0], points[-1]) if crowded else points:
-        axes.annotate(f"{value:.4g}", (kept, value), (-6, 6), textcoords="offset points", ha="right")
+def _draw_bars(axes: Axes, points: list[tuple[float, float]], dense: bool) -> None:
+    """Draw the perplexities of one shot: two points make no curve."""
+    names = ["dense", "pruned"] if dense else ["pruned"]
+    values = [perplexity for _, perplexity in points]
+    colours = [VERMILION, BLUE] if dense else [BLUE]
+    bars = axes.bar(names[: len(points)], values, 0.55, color=colours[: len(points)])
+    axes.bar_label(bars, [perplexity_cell(value) for value in values], padding=3)
+    axes.margins(x=0.25, y=0.12)
+    axes.set_title("Perplexity" if len(points) == 1 else "Perplexity before and after")
+    axes.set_ylabel("perplexity")
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def tick_perplexity(axis: Axis, values: list[float]) -> None:
@@ -202,13 +237,14 @@ def tick_perplexity(axis: Axis, values: list[float]) -> None:
 
 
 def finish_size_axes(axes: Axes) -> None:
-    """Give a curve against size its axis, from dense to small, its grid and its legend."""
-    axes.margins(x=0.18, y=0.15)  # room for the numbers, which stand to the left of their points
+    """Give a curve against size its axis, from dense to small, its grid and, below it, its legend."""
+    axes.margins(x=0.12, y=0.2)  # room for the numbers
     axes.invert_xaxis()  # a run goes from left to right
-    axes.grid(color="0.9")
+    axes.grid(color=GRID)
     axes.set_axisbelow(True)
     axes.set_xlabel("prunable weights kept (%)")
-    axes.legend(loc="upper left", frameon=False)
+    # Inside, it would cover a curve that falls or one that rises.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False)
 
 
 def kept_percent(report: PruneReport) -> list[float]:

@@ -1,7 +1,8 @@
-"""The summary of a run as a table: one set of rows, drawn for the terminal and written as Markdown."""
+"""The summary of a run as tables: shot by shot for the terminal, dense and pruned for the model card."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -10,6 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_surgeon.records import Perplexity, PruneReport, Size, SpeedComparison
+
+# "as" makes them names of this module, for the others.
+from llm_surgeon.records.summary import TIMES as TIMES
+from llm_surgeon.records.summary import perplexity_cell as perplexity_cell
+from llm_surgeon.records.summary import scaled as scaled
+from llm_surgeon.records.summary import scaled_bytes as scaled_bytes
 
 HEADINGS = (
     "state",
@@ -22,7 +29,6 @@ HEADINGS = (
     "decode tokens/s",
 )
 UNKNOWN = "\N{EN DASH}"
-TIMES = "\N{MULTIPLICATION SIGN}"
 
 Row = tuple[str, ...]
 
@@ -44,12 +50,6 @@ def summary_table(report: PruneReport) -> Table:
     for row in table_rows(report):
         table.add_row(*row)
     return table
-
-
-def markdown_table(report: PruneReport) -> str:
-    """Write the run as a Markdown table, followed by the way of measuring as a list."""
-    notes = [f"- {escape(note)}" for note in footnotes(report)]
-    return "\n".join([*markdown_rows(HEADINGS, table_rows(report)), "", *notes]) + "\n"
 
 
 def markdown_rows(headings: Row, rows: Sequence[Row]) -> list[str]:
@@ -89,6 +89,44 @@ def table_rows(report: PruneReport) -> list[Row]:
     return rows
 
 
+def dense_and_pruned(report: PruneReport) -> list[Row]:
+    """The dense model beside the pruned one, a measure in each row: name, dense, pruned, and their ratio.
+
+    Measures without a number are left out.
+    """
+    dense, pruned = report.dense_size, report.shots[-1].size if report.shots else report.dense_size
+    rows: list[Row] = [
+        ("prunable weights", scaled(dense.prunable), scaled(pruned.prunable), _share(pruned.prunable, dense.prunable)),
+        ("all parameters", scaled(dense.total), scaled(pruned.total), _share(pruned.total, dense.total)),
+    ]
+    export, speed = report.export, report.speed
+    if export is not None:
+        files = export.dense_weight_bytes, export.weight_bytes
+        rows.append(("bytes on disk", scaled_bytes(files[0]), scaled_bytes(files[1]), _share(files[1], files[0])))
+    measured = report.dense_perplexity, report.shots[-1].perplexity if report.shots else None
+    first, last = (None if perplexity is None else perplexity.perplexity for perplexity in measured)
+    if first is not None or last is not None:
+        cells = [UNKNOWN if value is None else perplexity_cell(value) for value in (first, last)]
+        rows.append(("perplexity", cells[0], cells[1], _times(first, last)))
+    if speed is not None:
+        before, after = speed.dense, speed.pruned
+        prefill, decode = f"{speed.prefill_ratio:.2f}{TIMES}", f"{speed.decode_ratio:.2f}{TIMES}"
+        rows.append(("prefill tokens/s", f"{before.prefill:,.0f}", f"{after.prefill:,.0f}", prefill))
+        rows.append(("decode tokens/s", f"{before.decode:,.1f}", f"{after.decode:,.1f}", decode))
+    return rows
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else UNKNOWN
+
+
+def _times(before: float | None, after: float | None) -> str:
+    if not before or after is None or not math.isfinite(after / before):
+        return UNKNOWN
+    ratio = after / before
+    return f"{ratio:.3g}{TIMES}" if ratio < 1000 else f"{ratio:.2e}{TIMES}"
+
+
 def footnotes(report: PruneReport) -> list[str]:
     """Say what the columns count and how they were measured, one sentence or two a line."""
     notes = [
@@ -118,28 +156,6 @@ def _row(
         UNKNOWN if perplexity is None else perplexity_cell(perplexity.perplexity),
         *speed,
     )
-
-
-def scaled(value: float, units: str = "kMBT", gap: str = "") -> str:
-    """Write a count with four digits and a letter per factor of 1,000: ``134.5M``, or ``269.1 M`` with a gap."""
-    letter = ""
-    for unit in units:
-        # Compared after rounding to four digits, so that 999,999 is 1M and not 1000k.
-        if float(f"{value:.4g}") < 1000:
-            break
-        value, letter = value / 1000, unit
-    digits = f"{value:#.4g}" if letter else f"{value:.4g}"
-    return f"{digits}{gap}{letter}"
-
-
-def scaled_bytes(count: int) -> str:
-    """Write a number of bytes with four digits: ``269.1 MB``."""
-    return f"{scaled(count, 'kMGT', gap=' ')}B"
-
-
-def perplexity_cell(perplexity: float) -> str:
-    """Write a perplexity with two decimals, or as a power of ten once that would be wide."""
-    return f"{perplexity:,.2f}" if perplexity < 10_000 else f"{perplexity:.2e}"
 
 
 def _pruned_speed(speed: SpeedComparison) -> tuple[str, str]:

@@ -1,0 +1,51 @@
+"""Loading an export: lines of Python to paste, and a reason for what they ask."""
+
+from __future__ import annotations
+
+from llm_surgeon.records import PruneReport
+
+_SMALLER = (
+    "What was removed is gone from the files, layer by layer, so the checkpoint brings its own modelling file: hence "
+    "`trust_remote_code`."
+)
+_PLAIN = "What was removed is gone from the files, equally in all layers, so that the configuration says it all."
+_ZEROS = (
+    "The weights that were removed are zeros in matrices of the old shape: the files are as large as the dense "
+    "model's, and it runs no faster, unless what runs it makes use of the zeros (2:4 patterns on some GPUs, for "
+    "example)."
+)
+
+
+def loading_lines(report: PruneReport, place: str) -> list[str]:
+    """The three lines of Python that load the export of a run.
+
+    Args:
+        report: The run.
+        place: Where the export is, as Python has it: with its quotes.
+    """
+    trust = ", trust_remote_code=True" if brings_code(report) else ""
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({place}{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
+    ]
+
+
+def using_lines() -> list[str]:
+    """Lines of Python that let the loaded model write a few words."""
+    return [
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+    ]
+
+
+def brings_code(report: PruneReport) -> bool:
+    """Whether loading the export runs a modelling file of its own."""
+    return report.smaller and not (report.export is not None and report.export.plain)
+
+
+def why_so(report: PruneReport) -> str:
+    """Why the export is loaded as it is, in Markdown."""
+    if brings_code(report):
+        return _SMALLER
+    return _PLAIN if report.smaller else _ZEROS

@@ -1,0 +1,44 @@
+"""Pieces of HTML: tables, figures, lists of facts, code and sentences, with all text escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+
+def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of text whose first column names the rows; the table scrolls by itself where the page is narrow."""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in rows
+    )
+    return (
+        f'<div class="wide"><table>\n<caption><span>{escape(caption)}</span></caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def folded(summary: str, content: str) -> str:
+    """Content that is shown when its summary is clicked."""
+    return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
+
+
+def figure(svg: str, caption: str) -> str:
+    """A picture with its caption; the picture scrolls by itself where the page is narrow."""
+    return f'<figure>\n<div class="card">{svg}</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """A list of terms, each with its fact."""
+    return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(fact)}</dd>' for term, fact in pairs)}</dl>"
+
+
+def code(text: str) -> str:
+    """Code or YAML as it is, with its line breaks."""
+    return f"<pre><code>{escape(text.rstrip())}</code></pre>"
+
+
+def said(sentence: str, style: str = "said") -> str:
+    """A paragraph; the style is a class of the style sheet."""
+    return f'<p class="{style}">{escape(sentence)}</p>'
