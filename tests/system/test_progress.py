@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from llm_surgeon import PruneConfig, load, plan, prune
-from llm_surgeon.report.plan import seconds_of_phases
+from llm_surgeon.planning.forecast import seconds_of_phases
 from llm_surgeon.system.progress import Forecast, Phase, Progress, RichProgress, SilentProgress, expect
 
 

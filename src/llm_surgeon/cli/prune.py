@@ -80,9 +80,10 @@ def _how_to_go_on(out: Path) -> str:
 
 def _closing(report: PruneReport, export: ExportRecord, seconds: float, encoding: str) -> list[str]:
     """What to say below the table: time, size and place, how to load the export, and where the report is."""
+    from llm_surgeon.report.loading import loading_lines
     from llm_surgeon.report.table import scaled_bytes
 
-    out, trust = Path(export.path), "" if export.plain or not report.smaller else ", trust_remote_code=True"
+    out = Path(export.path)
     # Absolute, so that the lines work in any directory; an escape if the terminal does not have a character.
     place = repr(export.path) if _can_show(export.path, encoding) else ascii(export.path)
     return [
@@ -90,9 +91,7 @@ def _closing(report: PruneReport, export: ExportRecord, seconds: float, encoding
         f"{scaled_bytes(export.weight_bytes)} after.",
         f"The reloaded export agrees with the model in memory. It is {out}, and these lines load it:",
         "",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"model = AutoModelForCausalLM.from_pretrained({place}{trust})",
-        f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
+        *loading_lines(report, place),
         "",
         f"Report: {out / 'report.html'} (numbers: {out / 'report.json'}), model card: {out / 'README.md'}",
     ]

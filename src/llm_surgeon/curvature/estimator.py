@@ -100,6 +100,10 @@ class Estimator(ABC):
         tokens = CalibrationTokens(torch.zeros(1, 1, dtype=torch.int64), None, {})
         return self.estimate(_Idle(Session(network, anatomy, tokens), {}, how), None).nbytes
 
+    def start_bytes(self, layers: Iterable[LinearLayer]) -> int:
+        """Bytes of the warm start for the next shot, at most; 0 if each shot begins afresh."""
+        return 0
+
     def operations(self, layers: Iterable[LinearLayer], how: Estimation) -> float:
         """Operations per token of sums over tokens, beside those of the model."""
         return sum(2.0 * layer.rows * layer.columns for layer in layers)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llm_surgeon.curvature.diagonal import DiagonalEstimator
 from llm_surgeon.curvature.estimator import Estimator
 from llm_surgeon.curvature.kfac import IdentityEstimator, InputEstimator, KfacEstimator
 from llm_surgeon.curvature.nearest import KroneckerSumEstimator, NearestEstimator
 from llm_surgeon.passes.batch_major import Estimation
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.methods import Curvature as CurvatureRow
+from llm_surgeon.recipe.methods import register_curvature
 
 # The rows of ``recipe.methods.CURVATURES`` say what recipes may ask of each.
 ESTIMATORS: dict[str, Estimator] = {
@@ -21,6 +25,21 @@ ESTIMATORS: dict[str, Estimator] = {
         IdentityEstimator(),
     )
 }
+
+
+def register_estimator(estimator: Estimator, row: CurvatureRow, methods: Iterable[str]) -> None:
+    """Let recipes name an approximation of one's own (``curvature``), within this process.
+
+    Args:
+        estimator: The estimator.
+        row: Its row in the table of recipes.
+        methods: Global methods that can work with it.
+
+    Raises:
+        ValueError: If the name is taken, or a method is none of the global ones.
+    """
+    register_curvature(estimator.name, row, methods)
+    ESTIMATORS[estimator.name] = estimator
 
 
 def estimation_of(config: PruneConfig) -> Estimation:

@@ -102,6 +102,10 @@ class NearestEstimator(Estimator):
         sizes = [(layer.rows, layer.columns, layer.bias) for layer in anatomy.layers.values()]
         return nearest_bytes(sizes, TERMS[self.name])
 
+    def start_bytes(self, layers: Iterable[LinearLayer]) -> int:
+        """Bytes of A of all terms; see ``Estimator.start_bytes``."""
+        return sum(4 * TERMS[self.name] * (layer.columns + layer.bias) ** 2 for layer in layers)
+
 
 class KroneckerSumEstimator(NearestEstimator):
     """The nearest sum of two Kronecker products."""

@@ -6,8 +6,26 @@ from llm_surgeon.export.format import Format
 from llm_surgeon.export.hugging_face import HuggingFace
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.formats import FORMATS as KNOWN
+from llm_surgeon.recipe.formats import FormatRow
 
 FORMATS: dict[str, Format] = {form.name: form for form in (HuggingFace(),)}
+
+
+def register_format(form: Format, summary: str) -> None:
+    """Let recipes name a format of one's own (``formats``), within this process.
+
+    Args:
+        form: The format.
+        summary: Description of the format, in a few words.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if form.name in FORMATS or not form.name:
+        raise ValueError(f"the name {form.name!r} is taken; taken are {', '.join(FORMATS)}")
+    FORMATS[form.name] = form
+    KNOWN[form.name] = FormatRow(summary)
 
 
 def formats_of(config: PruneConfig) -> list[Format]:

@@ -32,6 +32,7 @@ from llm_surgeon.planning.order import (
 )
 from llm_surgeon.planning.probe import Probe, probe_batch
 from llm_surgeon.planning.trace import Traces, trace
+from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.system.storage import Budgets
 from llm_surgeon.system.torchrun import Place
@@ -83,7 +84,7 @@ class Scheduler:
         way = Schedule(self._traced("batch-major"), False, "batch-major")
         layer_major = goes_layer_major(self._config, self._room, lambda: self._peak(way))
         if layer_major:
-            order = order_name(not self._config.layerwise)
+            order = order_name(not loop_of(self._config).sweeps)
             traces = way.traces if order == way.order else self._traced(order)
             way = Schedule(traces, True, order, waiting=Waiting())
         return replace(way, streamed=goes_streamed(self._config, self._room, layer_major, self._peak(way)))

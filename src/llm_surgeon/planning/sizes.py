@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_surgeon.curvature.nearest import TERMS
+from llm_surgeon.curvature import estimator_of
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.pruning.checkpoint import KEPT, parameters_beside
 from llm_surgeon.recipe.config import PruneConfig
@@ -65,6 +65,6 @@ def checkpoint_bytes(skeleton: Skeleton, config: PruneConfig, sparsity: float) -
     stored = others if config.permute else weights + biases + others
     # A bit for each weight, or a byte for each row and column.
     masks = sum(layer.rows + layer.columns if config.parts else layer.rows * layer.columns // 8 for layer in layers)
-    terms = TERMS.get(config.resolved_curvature or "", 0)
-    start = sum(4 * terms * (layer.columns + layer.bias) ** 2 for layer in layers)
+    estimator = estimator_of(config)
+    start = 0 if estimator is None else estimator.start_bytes(layers)
     return stored * itemsize + masks + start

@@ -19,11 +19,40 @@ from llm_surgeon.mathematics.widths import Widths, bundle, merge
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.solving import check_finite, solver_of
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.structures import STRUCTURES, StructureRow
 
-# With rows and columns, groups of so many members that the sum of these members' costs will not do.
-_LARGE = ("heads", "blocks")
-# Goes whole, and only says something where it is a candidate: it follows from smaller groups otherwise.
-_WHOLE = "blocks"
+# Couplings of structures that no part of a block has, by the name of the structure.
+COUPLINGS: dict[str, Callable[[Anatomy], Sequence[Coupling]]] = {}
+
+
+def register_structure(name: str, row: StructureRow, couplings: Callable[[Anatomy], Sequence[Coupling]]) -> None:
+    """Let recipes name a structure of one's own (``structure``), within this process.
+
+    Args:
+        name: Its name in a recipe.
+        row: Its row in the table of recipes: widths, and whether it can be uniform.
+        couplings: Finds the groups of rows and columns that go together in a dense model; their ``structure`` is the
+            name. A part of one's own says them itself (``Part.couplings``).
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if name in STRUCTURES or not name:
+        raise ValueError(f"the name {name!r} is taken; taken are {', '.join(STRUCTURES)}")
+    STRUCTURES[name] = row
+    COUPLINGS[name] = couplings
+
+
+def _row_of(coupling: Coupling) -> StructureRow:
+    """The row of the structure that removes the groups of a coupling; an empty one if none does."""
+    return STRUCTURES.get(coupling.structure, StructureRow())
+
+
+def _couplings(config: PruneConfig, anatomy: Anatomy) -> list[Coupling]:
+    """Couplings that count in a run: parts of blocks as a whole only where they are candidates."""
+    added = [coupling for part in config.parts if part in COUPLINGS for coupling in COUPLINGS[part](anatomy)]
+    of_parts = [x for x in anatomy.couplings if x.structure in config.parts or not _row_of(x).whole]
+    return [*added, *of_parts]
 
 
 class SideKey(NamedTuple):
@@ -53,7 +82,7 @@ class Shapes:
         self._config, self._anatomy = config, anatomy
         self._per_weight = config.rank_by == "cost-per-weight"
         self._singles = "rows-columns" in config.parts
-        self._couplings = [c for c in anatomy.couplings if c.structure in config.parts or c.structure != _WHOLE]
+        self._couplings = _couplings(config, anatomy)
         self.masks: Mapping[str, KeepMask] = anatomy.dense_masks()
         self.score_name = "cost per weight freed" if self._per_weight else "cost"
         if not self._singles and not any(self._is_candidate(coupling) for coupling in self._couplings):
@@ -134,7 +163,7 @@ class Shapes:
             if self._is_candidate(coupling):
                 parts = [costs[side.layer].sides[SideKey(number, k)] for k, side in enumerate(coupling.sides)]
                 groups.append(joint_group(self.masks, coupling, torch.stack(parts), self._per_weight))
-            elif singles is not None and coupling.structure not in _LARGE:
+            elif singles is not None and not _row_of(coupling).large:
                 groups.append(score_groups(self.masks, singles, coupling, self._per_weight))
             else:
                 groups.append(bystanders(coupling))
@@ -154,27 +183,28 @@ class Shapes:
                     shaped += bundle(alike, self._widths(alike[0].coupling), self._per_weight)
             else:
                 shaped += members
-        return self._whole_blocks(shaped) if self._config.uniform and "blocks" in self._config.parts else shaped
+        return self._whole_blocks(shaped) if self._config.uniform and _takes_whole(self._config) else shaped
 
     def _widths(self, coupling: Coupling) -> Widths:
         """What the recipe wants of one kind of group."""
         dense = len(coupling.sides[0].index)
         pools = 1 if coupling.pools is None else int(coupling.pools.max()) + 1
         least = math.ceil(self._config.least_width * dense / pools)
-        if coupling.structure == _WHOLE:
+        row = _row_of(coupling)
+        if row.whole:
             # Parts of a block go whole, and together if blocks do.
             return Widths()
-        multiple = self._config.widths_multiple if coupling.structure == "neurons" else 1
+        multiple = self._config.widths_multiple if row.multiple is not None else 1
         return Widths(multiple, least, self._config.uniform)
 
     def _whole_blocks(self, groups: Sequence[Group]) -> list[Group]:
         """All parts of a block as one candidate."""
         parts: dict[int, list[Group]] = {}
         for group in groups:
-            if group.coupling.structure == _WHOLE:
+            if _row_of(group.coupling).whole:
                 parts.setdefault(self._anatomy.block_of(group.coupling), []).append(group)
         whole = [group for members in parts.values() for group in merge(members, self._per_weight)]
-        return whole + [group for group in groups if group.coupling.structure != _WHOLE]
+        return whole + [group for group in groups if not _row_of(group.coupling).whole]
 
     def scored(self, costs: Mapping[str, LayerCosts], selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and columns one by one, as whole groups are made of them; or the groups."""
@@ -294,18 +324,24 @@ def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:
             "Use --structure neurons, or leave --uniform out: the export then brings a modelling file.",
         )
     biased = [layer.name for layer in anatomy.layers.values() if layer.bias]
-    if "blocks" in parts and biased:
+    if _takes_whole(config) and biased:
         raise ConfigError(
             f"Of a block without weights its biases would be left ({biased[0]}), so that it cannot be left out.",
             "Leave --uniform out: the export then brings a modelling file.",
         )
     for entry in family.parts:
         whole, all_of_it = ([part for part in some if part.entry == entry] for some in (anatomy.parts, anatomy.located))
-        if parts.intersection((*entry.structures, _WHOLE)) and len(whole) < len(all_of_it):
+        concerned = parts.intersection(entry.structures) or _takes_whole(config)
+        if concerned and len(whole) < len(all_of_it):
             raise ConfigError(
                 "Layers of some blocks are ignored, so that blocks cannot stay equal.",
                 "Ignore fewer layers, or leave --uniform out.",
             )
+
+
+def _takes_whole(config: PruneConfig) -> bool:
+    """Whether a recipe removes whole parts of blocks."""
+    return any(STRUCTURES[part].whole for part in config.parts)
 
 
 def _to_dense(values: Tensor, mask: Tensor) -> Tensor:

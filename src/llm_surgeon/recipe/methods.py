@@ -168,6 +168,21 @@ def register_curvature(name: CurvatureName, row: Curvature, methods: Iterable[st
         METHODS[method] = replace(METHODS[method], curvatures=(*METHODS[method].curvatures, name))
 
 
+def register_method(name: str, row: Method) -> None:
+    """Make a global method of one's own one that recipes can name, within this process.
+
+    Args:
+        name: Its name in a recipe (``method``).
+        row: Its row in the table, which names its loop.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if name in method_names() or not name:
+        raise ValueError(f"the name {name!r} is taken; taken are {', '.join(method_names())}")
+    METHODS[name] = row
+
+
 def register_score(name: str, score: Score, scope: LayerwiseScope = "row", summary: str = "") -> None:
     """Make a score of one's own a method like the others, within this process.
 

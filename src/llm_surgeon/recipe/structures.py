@@ -23,6 +23,7 @@ class StructureRow:
 
     Attributes:
         words: Explanation behind the name in the help, in brackets there; may be empty.
+        noun: Name of what is removed in a sentence, in the plural; empty takes the name of the structure.
         coupled: Whether all matrices of a block that share the structure lose it together, so that the block keeps
             one width of it.
         uniform: Whether all blocks can be given the same width.
@@ -30,23 +31,33 @@ class StructureRow:
         multiple: Default multiple of what is left in each block; None if it cannot be rounded.
         min_width: Default of the share of the dense width that each block keeps at least.
         joint: Whether the structure is removed by joint costs of many rows or columns, which not every curvature has.
+        large: Whether its groups have so many members that the sum of the members' costs says little of the group's.
     """
 
     words: str = ""
+    noun: str = ""
     coupled: bool = True
     uniform: bool = False
     whole: bool = False
     multiple: int | None = None
     min_width: float = 0.0
     joint: bool = False
+    large: bool = False
 
 
 STRUCTURES: dict[str, StructureRow] = {
-    "rows-columns": StructureRow("of each matrix", coupled=False),
+    "rows-columns": StructureRow("of each matrix", "rows and columns", coupled=False),
     "neurons": StructureRow(uniform=True, multiple=ROUND_TO, min_width=_MIN_WIDTH),
-    "heads": StructureRow(uniform=True, min_width=_MIN_WIDTH, joint=True),
-    "values": StructureRow("single value dimensions", min_width=_MIN_WIDTH, joint=True),
-    "blocks": StructureRow("attention or feed-forward parts; costly", uniform=True, whole=True, joint=True),
+    "heads": StructureRow(uniform=True, min_width=_MIN_WIDTH, joint=True, large=True),
+    "values": StructureRow("single value dimensions", "value dimensions", min_width=_MIN_WIDTH, joint=True),
+    "blocks": StructureRow(
+        "attention or feed-forward parts; costly",
+        "attention and feed-forward parts",
+        uniform=True,
+        whole=True,
+        joint=True,
+        large=True,
+    ),
 }
 
 

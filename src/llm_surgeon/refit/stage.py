@@ -102,7 +102,8 @@ class TracedBytes(Protocol):
 class Stage(ABC):
     """One stage of a run, made once for all of its shots.
 
-    A new one needs a name, ``wanted`` and ``fit``, and its row in ``stages.STAGES``; the rest has defaults.
+    A new one needs a name, ``work`` and ``fit``, and its row in ``stages.STAGES`` (``stages.register_stage`` adds it);
+    the rest has defaults.
 
     Attributes:
         name: Name of its phase in plan, progress, record and report.
@@ -128,9 +129,9 @@ class Stage(ABC):
         self.session = session
 
     @classmethod
-    @abstractmethod
     def wanted(cls, config: PruneConfig) -> bool:
-        """Whether a recipe wants the stage."""
+        """Whether options of a recipe switch the stage on; one without options runs where ``stages`` names it."""
+        return False
 
     @classmethod
     def check(cls, config: PruneConfig) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import HALVES, PruneConfig
+from llm_surgeon.recipe.stages import STAGES_KNOWN, StageRow
 from llm_surgeon.records import StageRecord
 from llm_surgeon.refit.cross_fit import OtherWeights, mean_of
 from llm_surgeon.refit.gates_stage import GatesStage
@@ -24,8 +25,25 @@ STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Reconstruction
 
 
 def stages_of(config: PruneConfig) -> list[type[Stage]]:
-    """The stages that a recipe wants, in order."""
-    return [stage for stage in STAGES.values() if stage.wanted(config)]
+    """The stages that a recipe wants: those that its options switch on, and then those that it names."""
+    own = [stage for stage in STAGES.values() if stage.wanted(config)]
+    return own + [STAGES[name] for name in config.stages if STAGES[name] not in own]
+
+
+def register_stage(stage: type[Stage], summary: str) -> None:
+    """Let recipes name a stage of one's own (``stages``), within this process.
+
+    Args:
+        stage: The stage; ``wanted`` may leave the switch to the recipe's list of names.
+        summary: Purpose of the stage, in a few words.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if stage.name in STAGES or not stage.name:
+        raise ValueError(f"the name {stage.name!r} is taken; taken are {', '.join(STAGES)}")
+    STAGES[stage.name] = stage
+    STAGES_KNOWN[stage.name] = StageRow(summary)
 
 
 def check_stages(config: PruneConfig) -> None:

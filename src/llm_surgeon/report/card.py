@@ -12,17 +12,10 @@ import yaml
 from llm_surgeon.data.corpora import FILE_TYPES
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
+from llm_surgeon.recipe.structures import STRUCTURES
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.loading import loading_lines, using_lines, why_so
 from llm_surgeon.report.table import dense_and_pruned, escape, footnotes, markdown_rows, scaled_bytes
-
-_UNITS = {
-    "rows-columns": "rows and columns",
-    "neurons": "neurons",
-    "heads": "heads",
-    "values": "value dimensions",
-    "blocks": "attention and feed-forward parts",
-}
 
 _UNTOUCHED = "the rest stays as it was"
 
@@ -135,7 +128,7 @@ def _what_was_done(report: PruneReport) -> str:
 def _removed(config: Mapping[str, Any]) -> str:
     """What was removed as a unit, in words."""
     recipe = PruneConfig.model_validate(config)
-    words = " and ".join(_UNITS[part] for part in recipe.parts)
+    words = " and ".join((STRUCTURES[part].noun or part) for part in recipe.parts)
     return f"Whole {words}" if words else f"Single weights ({recipe.structure})"
 
 

@@ -22,6 +22,7 @@ from llm_surgeon.pruning.structures import Masks
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import LayerRecord, Memory, Perplexity, Plan, PruneReport, ShotRecord, Size
 from llm_surgeon.refit.stages import phase_name
+from llm_surgeon.report.origin import origin_of
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.clock import Clock
 from llm_surgeon.system.memory import peak_bytes, reset_peak
@@ -156,6 +157,7 @@ def _dense_report(job: Job) -> PruneReport:
         command=job.command,
         plan=job.plan,
         processes=session.processes.count,
+        origin=origin_of(job.source, job.files),
     )
 
 
