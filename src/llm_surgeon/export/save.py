@@ -52,7 +52,7 @@ def save_model(
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
         with _writable(model) as aside, quietly():
             # The names that a class gives to what it saves are known to its own type only, not to that of an export.
-            model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
+            model.save_pretrained(directory, state_dict=state_of(model, anatomy, form), save_original_format=form.plain)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             (directory / GENERATION_FILE).write_text(generation.to_json_string(), encoding="utf8")
@@ -80,7 +80,7 @@ def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
         model.generation_config = generation
 
 
-def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
+def state_of(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
     """Parameters under the names and in the layout of the class that will load them; None if they have them."""
     transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
     empty = emptied(model, anatomy)
