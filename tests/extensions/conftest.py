@@ -4,6 +4,7 @@ import pytest
 
 from llm_surgeon import PruneConfig, prune_checkpoint
 from llm_surgeon.pruning.checkpoint import Checkpoints
+from quick import without_what_has_other_tests
 
 SMALL = {
     "preset": "none",
@@ -53,11 +54,13 @@ def run_and_resume(checkpoint, tmp_path, monkeypatch):
         whole, resumed = tmp_path / "whole", tmp_path / "resumed"
         report = prune_checkpoint(checkpoint, whole, config, **arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, "write", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                prune_checkpoint(checkpoint, resumed, config)
-        assert not resumed.exists()
-        assert prune_checkpoint(checkpoint, resumed, config).continued == (ended_after,)
+            without_what_has_other_tests(patch)
+            with monkeypatch.context() as ending:
+                ending.setattr(Checkpoints, "write", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    prune_checkpoint(checkpoint, resumed, config)
+            assert not resumed.exists()
+            assert prune_checkpoint(checkpoint, resumed, config).continued == (ended_after,)
         assert weights(resumed) == weights(whole) != {}
         return whole, report
 
