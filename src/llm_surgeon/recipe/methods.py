@@ -60,17 +60,19 @@ class Method:
     """One row of the table of global methods.
 
     Attributes:
-        curvatures: What it can work with, its own default first.
+        curvatures: What it can work with, its own default first; none if its loop estimates no curvature.
         correlated: Optimal brain surgeon (costs and updates know of correlations) or optimal brain damage (costs of
             independent weights, and no update).
         summary: What it is, in a few words.
         loop: Name of the loop that runs it.
+        course: What the loop did, in the words of the model card, after the name of the method.
     """
 
     curvatures: tuple[CurvatureName, ...]
     correlated: bool
     summary: str
     loop: str = "shots"
+    course: str = "ranked them by a cost, one threshold over all layers selected them"
 
 
 @dataclass(frozen=True)
@@ -129,18 +131,18 @@ def method_names() -> list[str]:
     return list(dict.fromkeys([*METHODS, *LAYERWISE]))
 
 
-def resolve_curvature(method: str, curvature: CurvatureName | None) -> CurvatureName:
-    """The curvature of a run of a global method: the method's own unless another is named.
+def resolve_curvature(method: str, curvature: CurvatureName | None) -> CurvatureName | None:
+    """The curvature of a run of a global method: the method's own unless another is named; None if it has none.
 
     Raises:
         ValueError: If the method cannot work with it; lists what is valid.
     """
-    valid = "; ".join(f"{name}: {', '.join(row.curvatures)}" for name, row in METHODS.items())
-    if method not in METHODS:
+    valid = "; ".join(f"{name}: {', '.join(row.curvatures)}" for name, row in METHODS.items() if row.curvatures)
+    if method not in METHODS or (curvature is not None and not METHODS[method].curvatures):
         raise ValueError(f"method {method!r} takes no curvature (got {curvature!r}); valid are {valid}")
     row = METHODS[method]
     if curvature is None:
-        return row.curvatures[0]
+        return next(iter(row.curvatures), None)
     if curvature not in row.curvatures:
         raise ValueError(f"method {method!r} does not work with curvature {curvature!r}; valid are {valid}")
     return curvature

@@ -138,10 +138,7 @@ def _how(config: Mapping[str, Any]) -> str:
     if not recipe.layerwise:
         how = METHODS[recipe.method]
         update = "the remaining weights were updated to make up for the loss" if how.correlated else _UNTOUCHED
-        return (
-            f"The method `{recipe.method}` ({how.summary}) ranked them by a cost, one threshold over all layers "
-            f"selected them, and {update}."
-        )
+        return f"The method `{recipe.method}` ({how.summary}) {how.course}, and {update}."
     layerwise = LAYERWISE[recipe.method]
     refined = "" if recipe.refine == "none" else f" refined by `{recipe.refine}`,"
     update = "the remaining weights of its layer were updated" if layerwise.scope is None else _UNTOUCHED
