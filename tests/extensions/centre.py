@@ -59,17 +59,18 @@ class Centre(Stage):
 
         Of the dense model's outputs those are taken that the module still has, ``rows``, or all if that is None.
         """
-        session, sums = self.session, torch.zeros(3, dtype=torch.float64)
-        for ids, mask in self._tokens(half).batches(session.config.sequences_per_pass):
-            found = []
-            for model in (session.model, session.dense):
-                found.append(self._outputs(model, name, ids, mask))
-                advance(ids.numel())
-            own, wanted = found
-            wanted = wanted if rows is None else wanted[:, rows]
-            for place, pair in enumerate(((own, wanted), (own, own), (wanted, wanted))):
-                sums[place] += (pair[0] * pair[1]).sum()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for ids, mask in self._tokens(half).batches(self.session.config.sequences_per_pass):
+            sums += self._sums_of_batch(name, rows, ids, mask)
+            advance(2 * ids.numel())
         return sums.tolist()
+
+    def _sums_of_batch(self, name, rows, ids, mask):
+        # A function of its own, so that no outputs of a batch are held while the next one runs.
+        own = self._outputs(self.session.model, name, ids, mask)
+        wanted = self._outputs(self.session.dense, name, ids, mask)
+        wanted = wanted if rows is None else wanted[:, rows]
+        return torch.stack([(own * wanted).sum(), own.square().sum(), wanted.square().sum()])
 
     def _outputs(self, model, name, ids, mask):
         """What a module puts out without its bias, ``[tokens, rows]``."""

@@ -155,10 +155,9 @@ class StageContract:
         with CountingRealTensors() as live:
             if session.dense is not None:
                 # Weights are counted once they are read; those of the dense model have a place of their own in plans.
-                for layer in anatomy.layers.values():
-                    core_of(session.dense, layer).weight.detach()
-                live.peak = live.now
-            before = live.now
+                views = [core_of(session.dense, layer).weight.detach().view(-1) for layer in anatomy.layers.values()]
+                assert live.now == sum(view.nbytes for view in views)
+            before = live.peak = live.now
             stage.fit(shot, None, lambda _tokens: None)
             real = live.peak - before
         _, parts = self.planned(checkpoint, config)

@@ -165,8 +165,8 @@ class TestReconstruction(StageContract):
     stage = ReconstructionStage
     options: ClassVar = {"reconstruction": True, "reconstruction_copies": 1}
     elements = False
-    # Beside its hidden states each tiny batch has masks and positions, which the plan takes three times as well.
-    planned_to_real = (0.95, 3.0)
+    # The plan takes what is read of a block's float32 weights for a part of each batch's hidden states.
+    planned_to_real = (0.95, 3.5)
 
 
 class TestGates(StageContract):
