@@ -234,7 +234,9 @@ class ShapeTracer:
         with self._mode, live:
             ids = torch.zeros(count, self._config.seq_len, dtype=torch.int64, device=self._device)
         tokens, store = CalibrationTokens(ids, None, {}), _Nowhere(self._device)
-        measure = prepare(_TracedSession(self._network, anatomy, tokens, self._config, store=store, traced=self._order))
+        network, config = self._network, self._config
+        session = _TracedSession(network, anatomy, tokens, config, store=store, dense=network, traced=self._order)
+        measure = prepare(session)
         with self._mode, live, _no_packed_sequences():
             return measure(live)
 

@@ -74,8 +74,9 @@ class Tracer(Protocol):
         """Bytes of a pass on the whole model; those of a deep one follow from two shallow ones.
 
         Args:
-            prepare: Makes the measure of one batch in a session without numbers, whose tokens are that batch. It is
-                called where tensors have numbers; its result runs the batch, and says the bytes beside the weights.
+            prepare: Makes the measure of one batch in a session without numbers, whose tokens are that batch, and
+                whose dense model is the model itself. It is called where tensors have numbers; its result runs the
+                batch, and says the bytes beside the weights.
             sequences: Sequences of the batch; None takes those of a pass of the recipe.
         """
 
