@@ -29,10 +29,11 @@ from typing import Any, cast
 
 from common import circumstances, finished, table, write
 
-import llm_surgeon.run.run as run_module
 from llm_surgeon import Comparison, PruneConfig, Setting, compare, prune_checkpoint
 from llm_surgeon.errors import OutputError
+from llm_surgeon.export import hugging_face
 from llm_surgeon.pruning.checkpoint import Checkpoints
+from llm_surgeon.run import export, opening
 from llm_surgeon.run.run_directory import RunDirectory
 from llm_surgeon.system.clock import Clock
 
@@ -191,16 +192,16 @@ def _announce(pipe: int) -> None:
 
         setattr(holder, attribute, call)
 
-    announced(run_module, "prepare_texts", "texts")
-    announced(run_module, "foresee", "plan")
-    announced(run_module, "load_model", "load")
+    announced(opening, "prepare_texts", "texts")
+    announced(opening, "foresee", "plan")
+    announced(opening, "loaded", "load")
     announced(Checkpoints, "restore", "restore")
     announced(Clock, "phase")
     announced(Checkpoints, "write", "checkpoint")
-    announced(run_module, "save_model", "export")
-    announced(run_module, "verify_export", "check")
-    announced(run_module, "_compare_speed", "speed")
-    announced(run_module, "_write_report", "report")
+    announced(hugging_face, "save_model", "export")
+    announced(hugging_face, "verify_export", "check")
+    announced(export, "_compare_speed", "speed")
+    announced(export, "_write_report", "report")
     announced(RunDirectory, "finish", "move")
     announced(RunDirectory, "remove", "tidy up")
 

@@ -1,3 +1,4 @@
+import logging
 import os
 import random
 import sys
@@ -24,6 +25,15 @@ def fresh_python():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", os.environ.get(fresh.VARIABLE, fresh.REAL))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """The package's log as it was: commands that run in the process of the tests send it to standard error."""
+    logger = logging.getLogger("llm_surgeon")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers, logger.level = handlers, level
 
 
 @pytest.fixture

@@ -40,10 +40,10 @@ def test_a_disk_that_fills_while_writing_is_an_error_of_ours(tmp_path, monkeypat
     model = build("llama")
     anatomy = examine(model, family_of("llama"))
 
-    def full(_directory, **_):
+    def full(_model, _directory, **_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model, "save_pretrained", full)
+    monkeypatch.setattr(type(model), "save_pretrained", full)
     with pytest.raises(DiskSpaceError, match="The disk is full"):
         save_model(model, tokenizer(), anatomy, anatomy.dense_masks(), tmp_path)
 

@@ -263,7 +263,7 @@ def test_a_run_goes_on_with_streamed_weights(recipe, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_surgeon.run.run.verify_export", killed)
+        patch.setattr("llm_surgeon.export.hugging_face.verify_export", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "out", config)
     report = prune_checkpoint(source, tmp_path / "out", config)

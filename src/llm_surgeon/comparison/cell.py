@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.comparison.variants import SHARED
 from llm_surgeon.data.texts import Texts
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import DataError, OutputError
@@ -49,9 +50,11 @@ def measure_dense(
         OutputError: If the states cannot be written.
         SurgeonError: If the model cannot be loaded or the texts cannot be read.
     """
-    opening = open_checkpoint(model, config)
+    # A recipe that is impossible fails in its own cell.
+    common = {name: getattr(config, name) for name in SHARED}
+    opening = open_checkpoint(model, PruneConfig.from_mapping(common))
     prepared = opening.read_texts(texts).texts
-    network, _ = loaded(opening.skeleton, config, resolve_device(config.device), streamed=False)
+    network, _ = loaded(opening.skeleton, opening.config, resolve_device(config.device), streamed=False)
     text = _evaluation(prepared)
     with progress.phase("dense: perplexity", text.work) as phase:
         measured, states = reference_states(network, text, phase.advance)
