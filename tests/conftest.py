@@ -9,6 +9,9 @@ import pytest
 import fresh
 import tiny
 
+# Failures in what contracts assert are explained as those in tests are.
+pytest.register_assert_rewrite("extensions")
+
 
 def pytest_configure(config):
     """Make one server of fresh Pythons for all processes of the tests: the first makes it, the others find it."""

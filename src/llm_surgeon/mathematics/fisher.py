@@ -61,7 +61,10 @@ class Solver:
 
 
 class Fisher(Protocol):
-    """An approximation of one layer's Fisher: the interface of costs and updates."""
+    """An approximation of one layer's Fisher: the interface of costs and updates.
+
+    A new one may inherit from ``dense_fisher.DenseFisher``, which has all operations, and override what it does faster.
+    """
 
     def element_costs(self, weight: Tensor, *, correlated: bool) -> Tensor:
         """Cost of each weight, ``[R, C]``."""
