@@ -136,7 +136,7 @@ class _Shots:
         return round((1 - sparsity) * self.session.anatomy.prunable_weights)
 
     def _step(self, curvature: Curvature, target: int, clock: Clock, where: str) -> _Step:
-        """Remove the cheapest candidates until ``target`` weights are left; ``where`` names the step in the progress."""
+        """Remove the cheapest candidates until ``target`` weights are left; ``where`` names the step for progress."""
         structure, layers = self.structure, len(self.session.anatomy.layers)
         with clock.phase("selection"), self.session.progress.phase(f"{where}: selection", layers, "layers") as phase:
             costs = self._costs(curvature, phase)
