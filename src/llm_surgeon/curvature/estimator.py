@@ -95,7 +95,7 @@ class Estimator(ABC):
 
         Args:
             network: The model, on the meta device for example.
-            anatomy: Its prunable layers.
+            anatomy: Prunable layers of the model.
             how: The estimation.
         """
         tokens = CalibrationTokens(torch.zeros(1, 1, dtype=torch.int64), None, {})

@@ -28,11 +28,11 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def register_estimator(estimator: Estimator, row: CurvatureRow, methods: Iterable[str]) -> None:
-    """Let recipes name an approximation of one's own (``curvature``), within this process.
+    """Let recipes name an approximation of your own (``curvature``), within this process.
 
     Args:
         estimator: The estimator.
-        row: Its row in the table of recipes.
+        row: Row of the estimator in the table of recipes.
         methods: Global methods that can work with it.
 
     Raises:

@@ -31,7 +31,7 @@ def stages_of(config: PruneConfig) -> list[type[Stage]]:
 
 
 def register_stage(stage: type[Stage], summary: str) -> None:
-    """Let recipes name a stage of one's own (``stages``), within this process.
+    """Let recipes name a stage of your own (``stages``), within this process.
 
     Args:
         stage: The stage. If it does not override ``wanted``, it runs where the recipe's list names it.

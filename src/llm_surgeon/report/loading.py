@@ -1,4 +1,4 @@
-"""Loading an export: lines of Python to paste, and a reason for what they ask."""
+"""Lines of Python that load an export, and the reason for their arguments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ZEROS = (
 
 
 def loading_lines(report: PruneReport, place: str) -> list[str]:
-    """The three lines of Python that load the export of a run.
+    """Lines of Python that load the export of a run.
 
     Args:
-        report: The run.
-        place: Where the export is, as Python has it: with its quotes.
+        report: Report of the run.
+        place: Path of the export as a Python literal, with its quotes.
     """
     trust = ", trust_remote_code=True" if brings_code(report) else ""
     return [
@@ -45,7 +45,7 @@ def brings_code(report: PruneReport) -> bool:
 
 
 def why_so(report: PruneReport) -> str:
-    """Why the export is loaded as it is, in Markdown."""
+    """Reason for the arguments of the lines that load the export, in Markdown."""
     if brings_code(report):
         return _SMALLER
     return _PLAIN if report.smaller else _ZEROS
