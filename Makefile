@@ -30,8 +30,8 @@ setup: $(STAMP)  ## make .venv with pinned dependencies (the other targets do it
 demo: $(STAMP)  ## prune the embedded model and write a report (DEMO_OUT, DEMO_ARGS)
 	$(VENV)/bin/llm-surgeon prune demo --out "$(DEMO_OUT)" $(DEMO_ARGS)
 
-# Two processes with a thread each: the models of the tests are too small for more threads. Each process takes a half of the
-# tests in their order, so that fixtures of a file are made once. PYTEST_ARGS="-n 0" runs all in one process.
+# Two processes with a thread each: the models of the tests are too small for more threads. Each process takes a half of
+# the tests in their order, so that fixtures of a file are made once. PYTEST_ARGS='-n 0' runs all in one process.
 test: $(STAMP)  ## run the tests (PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 

@@ -32,6 +32,8 @@ SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 READ_EARLY = ("PYTHON", "LC_", "LANG", "HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "PYTORCH_", "CUDA")
 READ_EARLY += ("ACCELERATE_", "MKL_", "OPENBLAS_", "KMP_", "LD_", "MALLOC_", "MPL", "MATPLOTLIB", "XDG_", "HOME")
 SEEN_TO = ("PYTHONPATH", "PYTHONUNBUFFERED", "HF_MODULES_CACHE", "HF_HUB_OFFLINE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+# lm_eval sets both in a process that imports it; neither matters to tests.
+SEEN_TO += ("HF_XET_HIGH_PERFORMANCE", "KMP_DUPLICATE_LIB_OK")
 # Python's switches against everything but ASCII, and whether the child can play them.
 ASCII_ONLY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 

@@ -58,7 +58,8 @@ def test_the_table_has_every_layerwise_method():
 
 def test_the_example_of_a_family_works(text_file, tmp_path):
     """Real OLMo, which the package has no entry for: pruned, exported as a plain class, reloaded by a stranger."""
-    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "families.md").read_text(encoding="utf8"), flags=re.DOTALL)
+    text = (DOCS / "families.md").read_text(encoding="utf8")
+    example, check = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     with pytest.raises(UnsupportedModelError, match="'olmo'"):
         family_of("olmo")
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -69,7 +70,9 @@ def test_the_example_of_a_family_works(text_file, tmp_path):
         calibration=str(text_file), evaluation="none", precision="float32",
     )  # fmt: skip
     try:
-        exec(example, {})
+        names = {}
+        exec(example, names)
+        exec(check, names)
         report = prune(model, tokenizer(), recipe, out=tmp_path / "out")
         with pytest.raises(ValueError, match="there is a family 'olmo' already"):
             exec(example, {})

@@ -119,6 +119,12 @@ def test_it_is_quick_for_it_has_imported_what_is_not_of_this_package():
     assert (played[1], real[1]) == ("True []", "False []")
 
 
+def test_it_stays_so_whatever_packages_put_into_the_environment():
+    for name in ("datasets", "lm_eval.evaluator", "lm_eval.models.huggingface", "peft", "accelerate", "gguf"):
+        pytest.importorskip(name)
+    assert both(["-c", "import sys; print('torch' in sys.modules)"])[0][1] == "True"
+
+
 @pytest.mark.parametrize("options", [["-X", "utf8"], ["-W", "error"], ["-S"], ["-I"]])
 def test_what_it_cannot_play_is_done_by_the_real_one(options):
     played, real = both([*options, "-c", "import sys; print(sys.flags, sys.executable, sorted(sys.modules))"])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
     from llm_surgeon.records.bench import Bench
     from llm_surgeon.run.run import evaluate, plan, prune, prune_checkpoint
+    from llm_surgeon.system.progress import Progress, RichProgress, SilentProgress
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,10 +36,13 @@ __all__ = [
     "FeedForward",
     "Perplexity",
     "Plan",
+    "Progress",
     "PruneConfig",
     "PruneReport",
     "Residual",
+    "RichProgress",
     "Setting",
+    "SilentProgress",
     "SurgeonError",
     "TaskScores",
     "bench",
@@ -61,10 +65,13 @@ _HOMES = {
     "FeedForward": "models.parts",
     "Perplexity": "records",
     "Plan": "records",
+    "Progress": "system.progress",
     "PruneConfig": "recipe.config",
     "PruneReport": "records",
     "Residual": "models.family",
+    "RichProgress": "system.progress",
     "Setting": "records",
+    "SilentProgress": "system.progress",
     "SurgeonError": "errors",
     "TaskScores": "records",
     "bench": "benchmark.measuring",

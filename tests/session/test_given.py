@@ -145,7 +145,7 @@ def test_a_recipe_is_a_mapping_too_and_nothing_else(recipe, tmp_path):
     prune(as_mapping, tiny.tokenizer(), options)
     assert all(torch.equal(x, y) for x, y in zip(as_given.parameters(), as_mapping.parameters(), strict=True))
     for call in (
-        lambda: prune(as_given, tiny.tokenizer(), None),
+        lambda: prune(as_given, tiny.tokenizer(), "best"),
         lambda: prune_checkpoint("demo", tmp_path / "o", 0.3),
     ):
         with pytest.raises(ConfigError, match="not a PruneConfig"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +17,12 @@ from llm_surgeon.data.tokens import (
     windows_with_bos,
 )
 from llm_surgeon.data.windows import EvaluationText, check_windows
+from llm_surgeon.errors import DataError
 from llm_surgeon.recipe.config import Bos, PruneConfig
 
 CALIBRATION, EVALUATION = 0, 1
+# Name of a calibration text that was given in memory, in recipes and reports.
+IN_MEMORY = "texts in memory"
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,29 @@ class Texts:
         return digest.hexdigest()
 
 
-def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Texts:
+def corpus_of(texts: Sequence[str]) -> Corpus:
+    """A corpus of texts in memory, a document each.
+
+    Raises:
+        DataError: If they are not a sequence of texts, or hold no text.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"The texts are a {type(texts).__name__}, not a list of strings.",
+            "Give texts=['first text', 'second text'].",
+        )
+    return Corpus(tuple(texts), IN_MEMORY)
+
+
+def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given: Corpus | None = None) -> Texts:
     """Read and tokenise both texts.
 
     Unless the recipe names another text to evaluate on, the last tenth of the calibration text is held out for it.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        config: The recipe.
+        given: The calibration text, if it is in memory already; None reads the one that the recipe names.
 
     Raises:
         DataError: If a text cannot be read or is too short.
@@ -48,7 +71,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Te
     """
     spec = config.evaluation or config.calibration
     same = spec == config.calibration
-    corpus = _part(config.calibration, CALIBRATION, split=same)
+    corpus = _part(config.calibration, CALIBRATION, split=same, given=given)
     calibration = sample_calibration(
         tokenizer,
         corpus,
@@ -69,6 +92,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Te
         precision=config.precision,
         bos=config.bos,
         split=same,
+        given=given if same else None,
     )
     return Texts(calibration, evaluation)
 
@@ -83,6 +107,7 @@ def evaluation_text(
     precision: str,
     bos: Bos = "auto",
     split: bool = False,
+    given: Corpus | None = None,
 ) -> EvaluationText:
     """Read and tokenise a text to evaluate on.
 
@@ -95,12 +120,13 @@ def evaluation_text(
         precision: ``bfloat16`` or ``float32``.
         bos: Whether windows begin with the token that begins a text, see ``first_token``.
         split: Whether to take the held-out part of the text only. Of demo texts it is always taken.
+        given: The text, if it is in memory already; None reads the one that ``spec`` names.
 
     Raises:
         DataError: If the text cannot be read or is too short.
         ConfigError: If the windows are refused, see ``check_windows``.
     """
-    corpus = _part(spec, EVALUATION, split=split)
+    corpus = _part(spec, EVALUATION, split=split, given=given)
     name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
     first, stride = first_token(tokenizer, bos), stride or window
     check_windows(window, stride, precision)
@@ -111,8 +137,8 @@ def evaluation_text(
     return EvaluationText(tokens, name, window, stride, precision, bos=first is not None)
 
 
-def _part(spec: str, part: int, *, split: bool) -> Corpus:
-    corpus = load_corpus(spec)
+def _part(spec: str, part: int, *, split: bool, given: Corpus | None = None) -> Corpus:
+    corpus = given or load_corpus(spec)
     return corpus.split()[part] if split or _is_demo(spec) else corpus
 
 

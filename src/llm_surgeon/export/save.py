@@ -26,7 +26,7 @@ from llm_surgeon.system.files import writing
 
 def save_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     anatomy: Anatomy,
     keep: Mapping[str, KeepMask] | None,
     directory: Path,
@@ -55,11 +55,14 @@ def save_model(
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
         with _writable(model) as aside, quietly():
             # Names in the original format are known to the model's own type only, not to that of an export.
-            model.save_pretrained(directory, state_dict=_state(model, anatomy, form), save_original_format=form.plain)
+            state = state_of(model, anatomy, form)
+            # A model that was pruned in memory has a method of its own, which comes here.
+            type(model).save_pretrained(model, directory, state_dict=state, save_original_format=form.plain)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             (directory / GENERATION_FILE).write_text(generation.to_json_string(), encoding="utf8")
-        if source is None or not copy_companions(source, directory):
+        copied = source is not None and copy_companions(source, directory)
+        if tokenizer is not None and not copied:
             tokenizer.save_pretrained(directory)
         _write_config(model, anatomy, form, directory, aside)
         if not form.plain:
@@ -83,7 +86,7 @@ def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
         model.generation_config = generation
 
 
-def _state(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
+def state_of(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
     """Parameters under the names and in the layout of the class that will load them; None if nothing changes."""
     transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
     empty = emptied(model, anatomy)

@@ -1,8 +1,8 @@
 """Families of models: one declarative entry per architecture.
 
 To support an architecture, write one ``Family`` in a file beside this one and list it in ``llm_surgeon.models``; or
-write it in code of your own and hand it to ``register_family`` (``docs/families.md``). The contract suite
-(``tests/models/test_contract.py``) then checks it on a tiny random model.
+write it in code of your own and hand it to ``register_family`` (``docs/families.md``). ``check_family`` in
+``llm_surgeon.testing`` then checks it on a tiny random model.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_surgeon.data.corpora import Corpus
 from llm_surgeon.data.texts import Texts, prepare_texts
 from llm_surgeon.errors import DataError
 from llm_surgeon.export.formats import check_formats
@@ -170,6 +171,7 @@ def open_model(
     progress: Progress | None,
     source: str,
     processes: Processes,
+    corpus: Corpus | None = None,
 ) -> Job:
     """Open a run on a model that is in memory.
 
@@ -180,6 +182,7 @@ def open_model(
         progress: Display of progress; None shows nothing.
         source: Name of the model; empty takes the name in its configuration.
         processes: The processes that share the run.
+        corpus: The calibration text, if it is in memory; None reads the one that the recipe names.
 
     Raises:
         SurgeonError: If something is missing, not supported, or does not fit.
@@ -193,7 +196,7 @@ def open_model(
     resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
     check_structure(resolved, anatomy)
     check_formats(resolved, anatomy)
-    texts = prepare_texts(tokenizer, config)
+    texts = prepare_texts(tokenizer, config, corpus)
     check_texts(model.config, texts)
     resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
     check_structure(resolved, anatomy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_surgeon.data.texts import Texts, evaluation_text
+from llm_surgeon.data.texts import IN_MEMORY, Texts, corpus_of, evaluation_text
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.export.in_memory import save_as_pruned
 from llm_surgeon.models.loading import resolve_device, source_files
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.planning.plan import warn_if_short
@@ -21,6 +22,7 @@ from llm_surgeon.planning.sizes import disk_bytes
 from llm_surgeon.pruning.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pruning.result import RunState
 from llm_surgeon.recipe.config import Bos, PruneConfig
+from llm_surgeon.recipe.grouping import flat
 from llm_surgeon.records import Perplexity, Plan, PruneReport, RunRecord
 from llm_surgeon.run.export import export_result, export_shot, smaller
 from llm_surgeon.run.job import Job, measure, report_of, run_job
@@ -28,6 +30,7 @@ from llm_surgeon.run.opening import check_recipe, open_checkpoint, open_model
 from llm_surgeon.run.run_directory import RunDirectory, run_directory
 from llm_surgeon.session.given import (
     as_path,
+    as_progress,
     as_recipe,
     check_model,
     check_modules,
@@ -48,17 +51,21 @@ logger = logging.getLogger(__name__)
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig | Mapping[str, Any],
+    config: PruneConfig | Mapping[str, Any] | None = None,
     *,
+    texts: Sequence[str] | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     source: str = "",
+    **options: Any,
 ) -> PruneReport:
     """Prune a model in place, and export it if asked.
 
-    The model's layers are smaller afterwards. ``save_pretrained`` alone does not describe them; ``out`` does. If an
-    error stops a shot half-way, some layers are pruned and others are not: start again from the dense model. There are
-    no checkpoints. ``prune_checkpoint`` makes them, as it can load its dense model again.
+    ``prune(model, tokenizer, texts=[...], sparsity=0.2, progress=True)`` is a whole call. Afterwards
+    ``model.save_pretrained`` writes files that transformers loads again; ``out`` writes the report and the model card
+    as well, and checks the export. If an error stops a shot half-way, some layers are pruned and others are not: start
+    again from the dense model. There are no checkpoints. ``prune_checkpoint`` makes them, as it can load its dense
+    model again.
 
     Processes of torchrun that all call this function with the same model and recipe share the work. Each has the
     result.
@@ -68,9 +75,12 @@ def prune(
         tokenizer: Tokenizer of the model.
         config: The recipe, or a mapping of its options. ``device`` and ``dtype`` have no effect: the model is pruned on
             its device and in its type.
+        texts: Calibration texts in memory, a document each; None reads the text that the recipe names
+            (``calibration``).
         out: Directory to export to, with the reload check of ``prune_checkpoint``; must not exist, or be empty.
-        progress: Display of progress; None shows nothing.
+        progress: Display of progress; True shows bars, or lines where there is no terminal; None shows nothing.
         source: Name of the model, for the report.
+        **options: Options of the recipe by name, which take precedence over ``config``.
 
     Returns:
         The report. It has no speed, as the dense model is gone by then.
@@ -86,11 +96,47 @@ def prune(
         ExportMismatchError: If the reloaded export does not compute the same as the model.
         ProcessError: If another process of the run is gone.
     """
-    config, place = as_recipe(config), None if out is None else as_path(out)
+    corpus = None if texts is None else corpus_of(texts)
+    if corpus is not None:
+        options = _with_texts(config, options)
+    config, place = as_recipe(config, options), None if out is None else as_path(out)
+    display = as_progress(progress)
     check_model(model)
     check_tokenizer(tokenizer)
     check_surroundings(model)
     check_modules(model, exported=place is not None)
+    _check_in_memory(config, exported=place is not None)
+    with joined(next(model.parameters()).device) as processes, ready(model):
+        if place is None:
+            job = open_model(model, tokenizer, config, display, source, processes, corpus)
+            state = run_job(job)
+            save_as_pruned(job.model, job.anatomy, smaller(state.masks))
+            return report_of(state)
+        with _directory(place, processes) as run:
+            processes.from_first(lambda: _the(run).refuse_former())
+            check_stored_type(model)
+            job = open_model(model, tokenizer, config, display, source, processes, corpus)
+            return _prune_into(job, run, config)
+
+
+def _with_texts(config: PruneConfig | Mapping[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the calibration text's name for texts in memory.
+
+    Raises:
+        ConfigError: If a calibration text is named as well.
+    """
+    asked = config.model_fields_set if isinstance(config, PruneConfig) else flat(config or {})
+    if "calibration" in {*asked, *options}:
+        raise ConfigError("There are texts, and a calibration text is named as well.", "Give one of the two.")
+    return options | {"calibration": IN_MEMORY}
+
+
+def _check_in_memory(config: PruneConfig, *, exported: bool) -> None:
+    """Refuse options that need a checkpoint.
+
+    Raises:
+        ConfigError: If there is one.
+    """
     if config.device_memory is not None or config.host_memory is not None:
         raise ConfigError(
             "How much memory is left beside a model that is loaded already is not known.",
@@ -98,15 +144,8 @@ def prune(
         )
     if config.weights == "streamed":
         raise ConfigError("The weights are where the model was loaded to.", "Use prune_checkpoint to stream them.")
-    if place is None and config.export_shots:
+    if config.export_shots and not exported:
         raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out='...'.")
-    with joined(next(model.parameters()).device) as processes, ready(model):
-        if place is None:
-            return report_of(run_job(open_model(model, tokenizer, config, progress, source, processes)))
-        with _directory(place, processes) as run:
-            processes.from_first(lambda: _the(run).refuse_former())
-            check_stored_type(model)
-            return _prune_into(open_model(model, tokenizer, config, progress, source, processes), run, config)
 
 
 @contextmanager
@@ -164,7 +203,13 @@ def evaluate(
         return measure(model, text, progress or SilentProgress(), "perplexity")
 
 
-def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool = False, processes: int = 1) -> Plan:
+def plan(
+    model: str | Path,
+    config: PruneConfig | Mapping[str, Any] | None = None,
+    probe: bool = False,
+    processes: int = 1,
+    **options: Any,
+) -> Plan:
     """Plan the pruning of a checkpoint without loading its weights: its sizes, its memory and its time.
 
     Args:
@@ -172,6 +217,7 @@ def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool
         config: The recipe, or a mapping of its options.
         probe: Whether to load the model after all, and to time and measure one batch; for one process only.
         processes: Number of processes of this machine that are to share the run.
+        **options: Options of the recipe by name, which take precedence over ``config``.
 
     Returns:
         Sizes, memory and seconds by phase, disk, and engines that load the result. The host's memory is for this
@@ -180,7 +226,7 @@ def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool
     Raises:
         SurgeonError: Errors of ``prune_checkpoint`` before it loads the model; with ``probe``, errors of a pass too.
     """
-    model, config = str(model), as_recipe(config)
+    model, config = str(model), as_recipe(config, options)
     if processes < 1:
         raise ConfigError(f"A run in {processes} processes cannot be planned.", "Give 1 or more.")
     if probe and processes > 1:
@@ -200,10 +246,11 @@ def plan(model: str | Path, config: PruneConfig | Mapping[str, Any], probe: bool
 def prune_checkpoint(
     model: str | Path,
     out: str | Path,
-    config: PruneConfig | Mapping[str, Any],
+    config: PruneConfig | Mapping[str, Any] | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     command: str | None = None,
+    **options: Any,
 ) -> PruneReport:
     """Prune a checkpoint, export it, check the export in a fresh process, and measure dense and pruned model.
 
@@ -214,8 +261,9 @@ def prune_checkpoint(
         model: A local directory, a hub id, or ``demo``.
         out: The directory to make; must not exist, or be empty.
         config: The recipe, or a mapping of its options.
-        progress: Display of progress; None shows nothing.
+        progress: Display of progress; True shows bars, or lines where there is no terminal; None shows nothing.
         command: The command line, for the report.
+        **options: Options of the recipe by name, which take precedence over ``config``.
 
     Raises:
         OutputError: If ``out`` cannot be used, another process works on it, or the run to continue was begun with
@@ -225,7 +273,8 @@ def prune_checkpoint(
         ProcessError: If another process of the run is gone.
         SurgeonError: Errors of ``prune``.
     """
-    model, out, config = str(model), as_path(out), as_recipe(config)
+    model, out, config = str(model), as_path(out), as_recipe(config, options)
+    display = as_progress(progress)
     check_recipe(config, ALONE)
     device = resolve_device(own_device(config.device))
     with joined(device) as processes, _directory(out, processes) as run:
@@ -251,7 +300,7 @@ def prune_checkpoint(
             foreseen = processes.from_first(lambda: opened.plan(resolved, device, place=own_place()))
             if processes.first:
                 warn_if_short(foreseen)
-        job = opened.load(resolved, device, progress, foreseen, command)
+        job = opened.load(resolved, device, display, foreseen, command)
         record = RunRecord(
             model=model,
             files=files,
@@ -332,6 +381,7 @@ def _prune_into(
             # The earlier process may have ended between checkpoint and export.
             processes.from_first(lambda: export_shot(job, _the(run), since))
     state = run_job(job, lambda state: processes.from_first(lambda: keep(state)), since)
+    save_as_pruned(job.model, job.anatomy, smaller(state.masks))
     # Timing makes sense only for smaller matrices, as zeros take as long to multiply by as any number, and only for
     # resident weights, as streamed weights take as long as the disk does.
     resident = weights_of(job.model).blocks is None

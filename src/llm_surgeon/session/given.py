@@ -16,21 +16,46 @@ from llm_surgeon.errors import ConfigError, UnsupportedModelError
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.norms import cast_layer_norms
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.grouping import flat
+from llm_surgeon.system.progress import Progress, RichProgress
 
 
-def as_recipe(config: Any) -> PruneConfig:
-    """Recipe from a caller's argument: a recipe, or a mapping of its options.
+def as_recipe(config: Any, options: Mapping[str, Any] | None = None) -> PruneConfig:
+    """A recipe as it is given: one, a mapping of its options, or None for the default.
+
+    Args:
+        config: The recipe.
+        options: Options by name, which go before those of ``config``.
 
     Raises:
-        ConfigError: If the argument is neither, or the options are not valid.
+        ConfigError: If it is neither, or not valid.
     """
+    if config is not None and not isinstance(config, PruneConfig | Mapping):
+        raise ConfigError(
+            f"The recipe is a {type(config).__name__}, not a PruneConfig.",
+            "Give PruneConfig(sparsity=...), or options by name: sparsity=0.2.",
+        )
     if isinstance(config, PruneConfig):
-        return config
-    if isinstance(config, Mapping):
-        return PruneConfig.from_mapping(dict(config))
-    raise ConfigError(
-        f"The recipe is a {type(config).__name__}, not a PruneConfig.", "Give PruneConfig(sparsity=...), for example."
-    )
+        if not options:
+            return config
+        # What was not given may depend on what is given now.
+        config = {name: getattr(config, name) for name in config.model_fields_set}
+    return PruneConfig.from_mapping(dict(flat(config or {})) | dict(options or {}))
+
+
+def as_progress(progress: Any) -> Progress | None:
+    """A display of progress as it is given: one, True for bars, or None or False for none.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    if progress is None or isinstance(progress, bool):
+        return RichProgress() if progress else None
+    if not callable(getattr(progress, "phase", None)):
+        raise ConfigError(
+            f"The progress is a {type(progress).__name__}, which has no phases.", "Give progress=True, or leave it out."
+        )
+    return cast(Progress, progress)
 
 
 def as_path(out: Any) -> Path:
