@@ -107,7 +107,7 @@ def test_reconstruction_is_planned(checkpoint, recipe):
     assert more.host["hidden states"] == 3 * phase.host["hidden states"] > 0
     assert more.seconds > 3 * phase.seconds > 0
     copy = without.dense_size.prunable * 4
-    assert all(each.host["dense weights to reconstruct"] == copy for each in one.phases if each.name != "load")
+    assert all(each.host["dense weights for stages"] == copy for each in one.phases if each.name != "load")
 
 
 def test_costs_of_single_weights_are_held_as_far_as_they_are_compared(checkpoint, recipe):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from live_bytes import CountingRealTensors
 from llm_surgeon import PruneConfig
 from llm_surgeon.curvature import Estimation, estimate, estimation_of
 from llm_surgeon.data.tokens import CalibrationTokens
@@ -13,7 +14,7 @@ from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.passes.task import Task
-from llm_surgeon.planning.trace import CountedBytes, _Nowhere, factor_bytes, trace
+from llm_surgeon.planning.trace import _Nowhere, factor_bytes, trace
 from llm_surgeon.refit.gates import gates_of, moments
 from llm_surgeon.session.session import Session
 from tiny import build, tokens
@@ -45,17 +46,6 @@ def measured(model, anatomy, config, batch=2):
     with CountingRealTensors() as live:
         factors = estimate(Session(model, anatomy, CalibrationTokens(ids, None, {})), anatomy.dense_masks(), how)
         return live.peak - factors.nbytes, factors.nbytes
-
-
-class CountingRealTensors(CountedBytes):
-    """The same count where numbers exist: every operation gives what it gives."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for item in torch.utils._pytree.tree_leaves(result):
-            if isinstance(item, torch.Tensor):
-                self._count(item.untyped_storage())
-        return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)

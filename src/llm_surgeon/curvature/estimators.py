@@ -43,7 +43,7 @@ def register_estimator(estimator: Estimator, row: CurvatureRow, methods: Iterabl
 
 
 def estimation_of(config: PruneConfig) -> Estimation:
-    """The estimation of a recipe, batch by batch; for a layer-wise method, which has none, the estimation of inputs.
+    """The estimation of a recipe, batch by batch; for a method that has none, the estimation of inputs.
 
     Args:
         config: The recipe. A shot replaces the seed, to draw labels and tokens of its own.
@@ -59,6 +59,6 @@ def estimation_of(config: PruneConfig) -> Estimation:
 
 
 def estimator_of(config: PruneConfig) -> Estimator | None:
-    """The estimator of a recipe; None for layer-wise methods, which estimate no curvature."""
+    """The estimator of a recipe; None for methods that estimate no curvature, as the layer-wise ones."""
     name = config.resolved_curvature
     return None if name is None else ESTIMATORS[name]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.export.verify import ReloadCheck
@@ -40,9 +41,12 @@ class Format(ABC):
 
     Attributes:
         name: Name in the recipe.
+        own_directory: Whether its files stand in a directory of its name inside that of the export. Only what
+            ``from_pretrained`` loads stands in that of the export itself: it is what report and card describe.
     """
 
     name: ClassVar[str]
+    own_directory: ClassVar[bool] = True
 
     @abstractmethod
     def loaders(self, config: PruneConfig, model_type: str) -> tuple[str, ...]:
@@ -60,6 +64,22 @@ class Format(ABC):
             ConfigError: If it cannot; says what would make it possible.
         """
         return
+
+    def loading(self) -> tuple[str, ...]:
+        """Lines of Python that load the files; ``{place}`` stands for their directory, with its quotes.
+
+        They are for an export that ``from_pretrained`` cannot load, as no format of it is made for that.
+        """
+        return ()
+
+    def nbytes(self, parameters: int, dtype: torch.dtype) -> int:
+        """Bytes of the weight files of a model, for the plan and the room on the disk.
+
+        Args:
+            parameters: Parameters that are stored.
+            dtype: Their type in memory.
+        """
+        return parameters * dtype.itemsize
 
     @abstractmethod
     def write(self, exported: Exported, directory: Path) -> bool:

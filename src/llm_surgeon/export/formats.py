@@ -33,6 +33,12 @@ def formats_of(config: PruneConfig) -> list[Format]:
     return [FORMATS[name] for name in config.formats]
 
 
+def main_format(config: PruneConfig) -> Format:
+    """The format that report and card describe: the one in the export's own directory, or else the first."""
+    formats = formats_of(config)
+    return next((form for form in formats if not form.own_directory), formats[0])
+
+
 def check_formats(config: PruneConfig, anatomy: Anatomy) -> None:
     """Find out before the work whether the formats of a recipe can say what it leaves.
 

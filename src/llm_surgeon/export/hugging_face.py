@@ -14,6 +14,7 @@ class HuggingFace(Format):
     """A directory that ``from_pretrained`` loads."""
 
     name = "hf"
+    own_directory = False
 
     def loaders(self, config: PruneConfig, model_type: str) -> tuple[str, ...]:
         """Engines that load the export; see ``Format.loaders``."""

@@ -82,7 +82,7 @@ def remove_rows_independently(
         NotPositiveDefiniteError: If a group's block has no Cholesky decomposition.
     """
     multipliers = torch.zeros(len(removed), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    for index, valid in _groups(torch.ones(len(removed), dtype=torch.long), size):
+    for index, valid in groups(torch.ones(len(removed), dtype=torch.long), size):
         rows = removed[index.to(removed.device)]
         system = g_inverse[rows[:, :, None], rows[:, None, :]]
         multipliers[index[valid].to(removed.device)] = _solve_groups(system, weight[rows], valid, name)
@@ -164,7 +164,7 @@ def remove_elements_independently(
     """
     rows, columns = (~kept).nonzero(as_tuple=True)
     multipliers = torch.zeros_like(weight)
-    for index, valid in _groups((~kept).sum(1), size):
+    for index, valid in groups((~kept).sum(1), size):
         r, c = rows[index.to(rows.device)], columns[index.to(rows.device)]
         system = g_inverse[r[:, :, None], r[:, None, :]] * a_inverse[c[:, :, None], c[:, None, :]]
         solved = _solve_groups(system, weight[r, c][:, :, None], valid, name)
@@ -177,7 +177,7 @@ def remove_elements_independently(
 _SOLVED_AT_ONCE = 1 << 24
 
 
-def _groups(runs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def groups(runs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut positions into groups of at most ``size``; runs of neighbours stay together where they fit.
 
     Args:

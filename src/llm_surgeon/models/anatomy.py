@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -133,7 +133,7 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
         family,
         len(blocks),
         layers,
-        _restrict(couplings, layers),
+        restricted(couplings, layers),
         tuple(parts),
     )
 
@@ -209,7 +209,7 @@ def _linear_layer(block: nn.Module, family: Family, kind: str, number: int, grou
     return LinearLayer(name, number, family.short_name(kind), rows, columns, module.bias is not None, group)
 
 
-def _restrict(couplings: list[Coupling], layers: dict[str, LinearLayer]) -> tuple[Coupling, ...]:
+def restricted(couplings: Iterable[Coupling], layers: Mapping[str, LinearLayer]) -> tuple[Coupling, ...]:
     """Leave layers that are not prunable out of couplings, and couplings that have only one layer left."""
 
     def known(sides: Sequence[Side]) -> tuple[Side, ...]:

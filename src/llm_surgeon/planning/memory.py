@@ -21,7 +21,7 @@ from llm_surgeon.data.texts import Texts
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.passes.head import CHUNK
 from llm_surgeon.planning.order import Waiting
-from llm_surgeon.planning.sizes import weight_bytes
+from llm_surgeon.planning.sizes import stored_parameters
 from llm_surgeon.planning.trace import Traces, factor_bytes
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
@@ -67,7 +67,7 @@ class PhaseMemory:
 
 
 # Name of the part with the dense model's weights that stages need.
-DENSE_COPY = "dense weights to reconstruct"
+DENSE_COPY = "dense weights for stages"
 # Phases of a shot before its stages.
 SHOT_PHASES = ("curvature", "selection", "update")
 
@@ -282,7 +282,8 @@ class MemoryModel:
 
     def _export(self) -> PhaseMemory:
         """Memory of the export and its reload check, which is a process of its own but on the same machine."""
-        last = weight_bytes(self.skeleton, self.config, self.config.sparsity)
+        stored = stored_parameters(self.skeleton, self.config, self.config.sparsity)
+        last = stored * self.skeleton.dtype.itemsize
         need = self._on_device(self._pruned(), apart={"weights of the reload check": last})
         return PhaseMemory({**need.host, "process of the reload check": RELOAD_PROCESS}, need.device)
 

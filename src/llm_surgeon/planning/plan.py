@@ -134,7 +134,7 @@ def warn_if_short(foreseen: Plan) -> None:
 
 def _remedy(part: str, reconstructs: bool) -> str:
     if reconstructs and part in ("weights", DENSE_COPY):
-        return "give --no-reconstruction, so that the dense model is not held beside the pruned one"
+        return "leave out what holds the dense model beside the pruned one (--no-reconstruction, or a name of --stage)"
     if part.startswith("hidden states"):
         return "set --host-memory, so that less of it waits in memory and more on disk"
     if part in ("passes", "allocator", "freed logits"):

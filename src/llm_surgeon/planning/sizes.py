@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llm_surgeon.curvature import estimator_of
+from llm_surgeon.export.formats import formats_of, main_format
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.pruning.checkpoint import KEPT, parameters_beside
 from llm_surgeon.recipe.config import PruneConfig
@@ -37,9 +38,13 @@ def size_after(skeleton: Skeleton, sparsity: float) -> Size:
 
 
 def weight_bytes(skeleton: Skeleton, config: PruneConfig, sparsity: float) -> int:
-    """Bytes of the tensors in an export's weight files; zeros in matrices of the old shape are stored."""
-    stored = size_after(skeleton, sparsity if config.parts else 0.0).total
-    return stored * skeleton.dtype.itemsize
+    """Bytes of an export's weight files, of the format that the report describes."""
+    return main_format(config).nbytes(stored_parameters(skeleton, config, sparsity), skeleton.dtype)
+
+
+def stored_parameters(skeleton: Skeleton, config: PruneConfig, sparsity: float) -> int:
+    """Parameters that an export stores; zeros in matrices of the old shape are among them."""
+    return size_after(skeleton, sparsity if config.parts else 0.0).total
 
 
 def disk_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
@@ -48,7 +53,8 @@ def disk_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
     exported, most = 0, 0
     for shot, sparsity in enumerate(schedule, start=1):
         if shot in (*config.export_shots, config.shots):
-            exported += weight_bytes(skeleton, config, sparsity) + SMALL_FILES
+            stored = stored_parameters(skeleton, config, sparsity)
+            exported += sum(form.nbytes(stored, skeleton.dtype) for form in formats_of(config)) + SMALL_FILES
         # The kept checkpoints, until the next one is complete.
         held = schedule[max(0, shot - 1 - KEPT) : shot]
         most = max(most, exported + sum(checkpoint_bytes(skeleton, config, at) for at in held))

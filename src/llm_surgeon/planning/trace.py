@@ -29,7 +29,6 @@ from llm_surgeon.passes.batch_major import Order
 from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.recipe.methods import LAYERWISE
 from llm_surgeon.refit.stage import LiveBytes, Measure
 from llm_surgeon.refit.stages import stages_of
 from llm_surgeon.session.session import Session
@@ -226,7 +225,7 @@ class ShapeTracer:
         sweep = Sweep(session.model, blocks, session.tokens, batch, config.precision)
         held, live.peak = live.now, live.now
         # Stages that go from block to block have fewer Gram matrices than a solver, but other products of that size.
-        grams = not loop_of(config).sweeps or LAYERWISE[config.method].scope is None
+        grams = loop_of(config).watches_grams(config)
         watch(session.model, sweep, 0, layers, grams=grams, advance=lambda _tokens: None)
         return held, live.peak - held
 
@@ -235,7 +234,9 @@ class ShapeTracer:
         with self._mode, live:
             ids = torch.zeros(count, self._config.seq_len, dtype=torch.int64, device=self._device)
         tokens, store = CalibrationTokens(ids, None, {}), _Nowhere(self._device)
-        measure = prepare(_TracedSession(self._network, anatomy, tokens, self._config, store=store, traced=self._order))
+        network, config = self._network, self._config
+        session = _TracedSession(network, anatomy, tokens, config, store=store, dense=network, traced=self._order)
+        measure = prepare(session)
         with self._mode, live, _no_packed_sequences():
             return measure(live)
 

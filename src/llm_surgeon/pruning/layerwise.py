@@ -62,6 +62,10 @@ class BlockByBlock(Loop):
         """Number of passes: two, as each block is run before and after it is pruned."""
         return 2
 
+    def watches_grams(self, config: PruneConfig) -> bool:
+        """A solver needs the correlations of the inputs; scores do not."""
+        return LAYERWISE[config.method].scope is None
+
 
 def _words(config: PruneConfig) -> str:
     return f"{config.method}: block after block"

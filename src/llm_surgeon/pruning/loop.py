@@ -45,3 +45,7 @@ class Loop(ABC):
     def passes(self, config: PruneConfig) -> int:
         """Number of passes over the tokens in the curvature phase of a shot."""
         return 1
+
+    def watches_grams(self, config: PruneConfig) -> bool:
+        """Whether Gram matrices of inputs are taken where the loop, or a stage after it, goes from block to block."""
+        return True

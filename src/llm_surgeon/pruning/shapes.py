@@ -16,7 +16,7 @@ from llm_surgeon.mathematics.fisher import Fisher, Split
 from llm_surgeon.mathematics.keep_masks import AXES, Coupling, KeepMask, Side, StructureCosts, count_weights
 from llm_surgeon.mathematics.structured_selection import Selection, select
 from llm_surgeon.mathematics.widths import Widths, bundle, merge
-from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.anatomy import Anatomy, LinearLayer, restricted, to_index
 from llm_surgeon.models.solving import check_finite, solver_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.structures import STRUCTURES, StructureRow
@@ -50,7 +50,8 @@ def _row_of(coupling: Coupling) -> StructureRow:
 
 def _couplings(config: PruneConfig, anatomy: Anatomy) -> list[Coupling]:
     """Couplings that count in a run; couplings of whole parts of blocks count only if these are candidates."""
-    added = [coupling for part in config.parts if part in COUPLINGS for coupling in COUPLINGS[part](anatomy)]
+    found = [coupling for part in config.parts if part in COUPLINGS for coupling in COUPLINGS[part](anatomy)]
+    added = restricted(found, anatomy.layers)
     of_parts = [x for x in anatomy.couplings if x.structure in config.parts or not _row_of(x).whole]
     return [*added, *of_parts]
 

@@ -150,14 +150,14 @@ class PruneConfig(
             ValueError: If options do not go together, with their names.
         """
         curvature = resolve_curvature(self.method, self.curvature)
-        row = CURVATURES[curvature]
-        if not row.joint and any(STRUCTURES[part].joint for part in self.parts):
+        row = None if curvature is None else CURVATURES[curvature]
+        if row is not None and not row.joint and any(STRUCTURES[part].joint for part in self.parts):
             raise ValueError(f"the {curvature} curvature has no joint costs: structure has to be without whole heads")
-        if not row.subsets and self.max_correlations:
+        if row is not None and not row.subsets and self.max_correlations:
             raise ValueError(f"the {curvature} curvature updates all together: max_correlations has to be 0")
-        if self.gradient_share < 1 and not row.samples_gradients:
+        if self.gradient_share < 1 and not (row is not None and row.samples_gradients):
             able = ", ".join(name for name, other in CURVATURES.items() if other.samples_gradients)
-            raise ValueError(f"gradient_share is for the curvature {able}, not for {curvature}")
+            raise ValueError(f"gradient_share is for the curvature {able}, not for {curvature or self.method}")
         asked = _layerwise_options(vars(self))
         if asked:
             raise ValueError(
@@ -222,7 +222,7 @@ class PruneConfig(
 
     @property
     def resolved_curvature(self) -> CurvatureName | None:
-        """Name of the run's curvature: the option's or the method's own; None for layer-wise methods."""
+        """Name of the run's curvature: the option's or the method's own; None for methods that estimate none."""
         return None if self.layerwise else resolve_curvature(self.method, self.curvature)
 
     @property

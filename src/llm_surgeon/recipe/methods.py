@@ -60,17 +60,20 @@ class Method:
     """One row of the table of global methods.
 
     Attributes:
-        curvatures: Names of the curvatures that the method can work with, its default first.
+        curvatures: Names of the curvatures that the method can work with, its default first; empty if its loop
+            estimates no curvature.
         correlated: Whether the method is optimal brain surgeon (costs and updates know of correlations); otherwise it
             is optimal brain damage (costs of independent weights, and no update).
         summary: Description of the method, in a few words.
         loop: Name of the loop that runs the method.
+        course: Words of the model card on the work of the loop, which follow the name of the method.
     """
 
     curvatures: tuple[CurvatureName, ...]
     correlated: bool
     summary: str
     loop: str = "shots"
+    course: str = "ranked them by a cost, one threshold over all layers selected them"
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,18 @@ def method_names() -> list[str]:
     return list(dict.fromkeys([*METHODS, *LAYERWISE]))
 
 
-def resolve_curvature(method: str, curvature: CurvatureName | None) -> CurvatureName:
-    """Name of the curvature of a global method's run: the method's default unless another is named.
+def resolve_curvature(method: str, curvature: CurvatureName | None) -> CurvatureName | None:
+    """Name of a global method's curvature: its default unless another is named; None if the method has none.
 
     Raises:
         ValueError: If the method cannot work with the curvature, with the valid ones.
     """
-    valid = "; ".join(f"{name}: {', '.join(row.curvatures)}" for name, row in METHODS.items())
-    if method not in METHODS:
+    valid = "; ".join(f"{name}: {', '.join(row.curvatures)}" for name, row in METHODS.items() if row.curvatures)
+    if method not in METHODS or (curvature is not None and not METHODS[method].curvatures):
         raise ValueError(f"method {method!r} takes no curvature (got {curvature!r}); valid are {valid}")
     row = METHODS[method]
     if curvature is None:
-        return row.curvatures[0]
+        return next(iter(row.curvatures), None)
     if curvature not in row.curvatures:
         raise ValueError(f"method {method!r} does not work with curvature {curvature!r}; valid are {valid}")
     return curvature

@@ -30,7 +30,9 @@ class Memory(Record):
 class FormatRecord(Record):
     """One format of an export: the size of its weight files, and the distance of its logits from the model in memory.
 
-    ``plain`` says whether the format's engine loads it without running code of the export.
+    ``plain`` says whether the format's engine loads it without running code of the export. ``directory`` names the
+    directory of the files inside the export; it is empty if ``from_pretrained`` loads them from the export itself.
+    ``loading`` has lines of Python that load the files, with ``{place}`` for their directory.
     """
 
     name: str
@@ -38,6 +40,8 @@ class FormatRecord(Record):
     max_logit_difference: float
     logit_scale: float
     plain: bool
+    directory: str = ""
+    loading: tuple[str, ...] = ()
 
 
 class ExportRecord(Record):
@@ -53,6 +57,11 @@ class ExportRecord(Record):
     logit_scale: float
     plain: bool = False
     formats: tuple[FormatRecord, ...] = ()
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether ``from_pretrained`` loads the directory of the export."""
+        return not self.formats or any(not form.directory for form in self.formats)
 
 
 class TargetRecord(Record):

@@ -12,6 +12,8 @@ fitted to one half of the data, the few parameters of interest to the other half
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,16 +23,23 @@ from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.matrix import core_of
 from llm_surgeon.recipe.config import HALVES
 from llm_surgeon.records import Figure
-from llm_surgeon.refit.last_norm import last_norm
+from llm_surgeon.refit.last_norm import last_norm_parameters
 from llm_surgeon.refit.stage import Fitted
 
 
 class OtherWeights:
     """Weights of the other half's model while the model of one half is fitted."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
-        """Keep a copy of the weights as they are now."""
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, beside: Iterable[str] = ()) -> None:
+        """Keep a copy of the weights as they are now.
+
+        Args:
+            model: The model.
+            anatomy: Prunable layers of the model.
+            beside: Names of parameters that stages change beside these layers and the last norm.
+        """
         self._model, self._anatomy = model, anatomy
+        self._beside = tuple(dict.fromkeys([*last_norm_parameters(model, anatomy), *beside]))
         self._kept = [tensor.clone() for tensor in self._changing()]
 
     def exchange(self) -> None:
@@ -46,12 +55,11 @@ class OtherWeights:
             own.copy_((own.float() + tensor.float()) / HALVES)
 
     def _changing(self) -> list[Tensor]:
-        """Parameters that stages may fit: the prunable layers and the last norm."""
+        """Parameters that stages may fit: the prunable layers, the last norm, and parameters that stages name."""
         modules = [core_of(self._model, layer) for layer in self._anatomy.layers.values()]
-        norm = last_norm(self._model, self._anatomy)
-        return [
-            parameter.data for module in (*modules, norm) if module is not None for parameter in module.parameters()
-        ]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        parameters += [self._model.get_parameter(name) for name in self._beside]
+        return [parameter.data for parameter in parameters]
 
 
 def half_of(tokens: CalibrationTokens, which: int | None, sequences: int) -> CalibrationTokens:

@@ -9,7 +9,7 @@ sure as they are right. ``mathematics.least_squares`` says what each correction 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ from llm_surgeon.models.modes import products
 from llm_surgeon.models.solving import check_written
 from llm_surgeon.passes.hooks import Hooks, with_bias
 from llm_surgeon.passes.sweep import Batch, Sweep
-from llm_surgeon.refit.last_norm import last_norm, scale_last_norm
+from llm_surgeon.refit.last_norm import last_norm_parameters, scale_last_norm
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.processes import Processes
 from llm_surgeon.system.storage import Stored, in_turn
@@ -71,12 +71,17 @@ class Reconstructed:
     scale: float
 
 
-def dense_copy(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
-    """Copy of a dense model that does not change when the model is pruned; parameters that never change are shared."""
-    changed = [model.get_submodule(name) for name in anatomy.layers]
-    if (norm := last_norm(model, anatomy)) is not None:
-        changed.append(norm)
-    own = {id(parameter) for module in changed for parameter in module.parameters()}
+def dense_copy(model: PreTrainedModel, anatomy: Anatomy, beside: Iterable[str] = ()) -> PreTrainedModel:
+    """Copy of a dense model that does not change when the model is pruned; parameters that never change are shared.
+
+    Args:
+        model: The model.
+        anatomy: Prunable layers of the model.
+        beside: Names of parameters that stages change beside these layers and the last norm.
+    """
+    layers = (model.get_submodule(name) for name in anatomy.layers)
+    own = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    own |= {id(model.get_parameter(name)) for name in (*last_norm_parameters(model, anatomy), *beside)}
     shared = {id(tensor): tensor for tensor in model.parameters() if id(tensor) not in own}
     return deepcopy(model, shared)
 

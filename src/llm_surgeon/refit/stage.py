@@ -75,8 +75,8 @@ class Tracer(Protocol):
 
         Args:
             prepare: Function that makes the measure of one batch in a session without numbers, whose tokens are that
-                batch. It is called where tensors have numbers. The measure runs the batch, and returns the bytes
-                beside the weights.
+                batch, and whose dense model is the model itself. It is called where tensors have numbers. The measure
+                runs the batch, and returns the bytes beside the weights.
             sequences: Number of sequences of the batch; None takes as many as a pass of the recipe has.
         """
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from llm_surgeon.errors import ConfigError
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import HALVES, PruneConfig
 from llm_surgeon.recipe.stages import STAGES_KNOWN, StageRow
@@ -50,9 +51,14 @@ def check_stages(config: PruneConfig) -> None:
     """Check, before any work, that the stages of a recipe are possible on this machine.
 
     Raises:
-        ConfigError: If something is missing, such as an optional package.
+        ConfigError: If something is missing, such as an optional package, or a stage cannot work with streamed weights.
     """
     for stage in stages_of(config):
+        if config.weights == "streamed" and not stage.streams:
+            raise ConfigError(
+                f"The stage {stage.name} needs all weights where the model runs, and they are to be streamed.",
+                f"Use --weights resident or auto, or leave {stage.name} out.",
+            )
         stage.check(config)
 
 
@@ -67,7 +73,8 @@ def with_dense(session: Session) -> Session:
         stage.check_model(session)
     if not any(stage.needs_dense for stage in wanted):
         return session
-    return replace(session, dense=dense_copy(session.model, session.anatomy))
+    beside = changed_beside(session.model, session.anatomy, session.config)
+    return replace(session, dense=dense_copy(session.model, session.anatomy, beside))
 
 
 def changed_beside(model: nn.Module, anatomy: Anatomy, config: PruneConfig) -> list[str]:
@@ -130,7 +137,8 @@ class Stages:
         config, found = self._session.config, dict[str, Fitted]()
         fitted = [stage for stage in self._stages if stage.half != "whole"]
         if config.cross_fit and fitted:
-            other = OtherWeights(self._session.model, self._session.anatomy)
+            model, anatomy = self._session.model, self._session.anatomy
+            other = OtherWeights(model, anatomy, changed_beside(model, anatomy, config))
             first = {stage.name: self._fit(stage, shot, 0, clock) for stage in fitted}
             # The second half begins with the weights that the first began with, and the first half's weights wait.
             other.exchange()

@@ -77,7 +77,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def _loading(report: PruneReport) -> str:
-    lines = [*loading_lines(report, '"path/to/this/directory"'), "", *using_lines()]
+    lines = [*loading_lines(report, '"path/to/this/directory"'), "", *using_lines(report)]
     return f"## Loading\n\n{_fenced('python', chr(10).join(lines))}\n`llm-surgeon` is not needed. {why_so(report)}\n"
 
 
@@ -91,7 +91,9 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
     datasets = list(dict.fromkeys([*([datasets] if isinstance(datasets, str) else datasets), *data]))
     structure = str(report.config.get("structure", "rows-columns"))
     tags = ["llm-surgeon", "pruned", *structure.split("+"), report.family]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags} | known
+    front = {"pipeline_tag": "text-generation", "tags": tags} | known
+    if report.export is None or report.export.pretrained:
+        front = {"library_name": "transformers"} | front
     return front | ({"datasets": datasets} if datasets else {})
 
 
@@ -138,10 +140,7 @@ def _how(config: Mapping[str, Any]) -> str:
     if not recipe.layerwise:
         how = METHODS[recipe.method]
         update = "the remaining weights were updated to make up for the loss" if how.correlated else _UNTOUCHED
-        return (
-            f"The method `{recipe.method}` ({how.summary}) ranked them by a cost, one threshold over all layers "
-            f"selected them, and {update}."
-        )
+        return f"The method `{recipe.method}` ({how.summary}) {how.course}, and {update}."
     layerwise = LAYERWISE[recipe.method]
     refined = "" if recipe.refine == "none" else f" refined by `{recipe.refine}`,"
     update = "the remaining weights of its layer were updated" if layerwise.scope is None else _UNTOUCHED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_surgeon.records import PruneReport
+from llm_surgeon.records import FormatRecord, PruneReport
 
 _SMALLER = (
     "What was removed is gone from the files, layer by layer, so the checkpoint brings its own modelling file: hence "
@@ -17,12 +17,16 @@ _ZEROS = (
 
 
 def loading_lines(report: PruneReport, place: str) -> list[str]:
-    """Lines of Python that load the export of a run.
+    """Lines of Python that load the export of a run: three lines if ``from_pretrained`` loads it.
 
     Args:
         report: Report of the run.
         place: Path of the export as a Python literal, with its quotes.
     """
+    if (form := _only_format(report)) is not None:
+        inside = f"{place[:-1]}/{form.directory}{place[-1]}"
+        lines = form.loading or (f"# Format {form.name}, in {{place}}",)
+        return [line.replace("{place}", inside) for line in lines]
     trust = ", trust_remote_code=True" if brings_code(report) else ""
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -31,21 +35,30 @@ def loading_lines(report: PruneReport, place: str) -> list[str]:
     ]
 
 
-def using_lines() -> list[str]:
-    """Lines of Python that let the loaded model write a few words."""
+def using_lines(report: PruneReport) -> list[str]:
+    """Lines of Python that let the loaded model write a few words; none where ``from_pretrained`` loads none."""
+    if _only_format(report) is not None:
+        return []
     return [
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
     ]
 
 
+def _only_format(report: PruneReport) -> FormatRecord | None:
+    """The first format of an export that ``from_pretrained`` cannot load; None if it can."""
+    return None if report.export is None or report.export.pretrained else report.export.formats[0]
+
+
 def brings_code(report: PruneReport) -> bool:
     """Whether loading the export runs a modelling file of its own."""
-    return report.smaller and not (report.export is not None and report.export.plain)
+    return report.smaller and _only_format(report) is None and not (report.export is not None and report.export.plain)
 
 
 def why_so(report: PruneReport) -> str:
     """Reason for the arguments of the lines that load the export, in Markdown."""
+    if (form := _only_format(report)) is not None:
+        return f"The files are those of the format `{form.name}` alone, so that `from_pretrained` does not load them."
     if brings_code(report):
         return _SMALLER
     return _PLAIN if report.smaller else _ZEROS

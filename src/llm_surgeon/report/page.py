@@ -101,5 +101,5 @@ def _loading(report: PruneReport) -> str:
         return ""
     # The published report has only the last part of the directory's path.
     place = repr(model_name(report.export.path))
-    lines = [*loading_lines(report, place), "", *using_lines()]
+    lines = [*loading_lines(report, place), "", *using_lines(report)]
     return f"{code(chr(10).join(lines))}\n{said(why_so(report).replace('`', ''), 'notes')}"

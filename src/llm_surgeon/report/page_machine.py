@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_surgeon.records import ExportRecord, Memory, PruneReport, ShotRecord, SpeedComparison
+from llm_surgeon.records import ExportRecord, FormatRecord, Memory, PruneReport, ShotRecord, SpeedComparison
 from llm_surgeon.report.card import model_name, to_yaml
 from llm_surgeon.report.figures import memory_svg, phases_of, times_svg
 from llm_surgeon.report.markup import code, facts, figure, folded, said, table
@@ -91,10 +91,20 @@ def export_section(export: ExportRecord | None) -> str:
             ("weight files", f"{scaled_bytes(export.weight_bytes)} ({share:.1f} % of the dense model's)"),
             ("largest difference of the logits", f"{export.max_logit_difference:.1e}, loaded again from disk"),
             ("scale of the logits", f"{export.logit_scale:.3g}"),
-            ("loads as", "a plain transformers class" if export.plain else "a class that the checkpoint brings"),
-            *((f"format {form.name}", scaled_bytes(form.weight_bytes)) for form in export.formats[1:]),
+            *((("loads as", _class_of(export)),) if export.pretrained else ()),
+            *(_format_fact(form) for form in export.formats if form.directory),
         )
     )
+
+
+def _class_of(export: ExportRecord) -> str:
+    return "a plain transformers class" if export.plain else "a class that the checkpoint brings"
+
+
+def _format_fact(form: FormatRecord) -> tuple[str, str]:
+    """A format in a directory of its own: its files, and how far its logits are from the model in memory."""
+    files = f"{scaled_bytes(form.weight_bytes)} in {form.directory}"
+    return f"format {form.name}", f"{files}; largest difference of the logits {form.max_logit_difference:.1e}"
 
 
 def speed_section(speed: SpeedComparison | None) -> str:

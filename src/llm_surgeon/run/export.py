@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
-from llm_surgeon.export.format import Exported
-from llm_surgeon.export.formats import FORMATS, formats_of
+from llm_surgeon.export.format import Exported, Format
+from llm_surgeon.export.formats import formats_of, main_format
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.loading import load_model
 from llm_surgeon.planning.sizes import SMALL_FILES
@@ -30,8 +30,6 @@ from llm_surgeon.system.files import PARTIAL, flush, readable_as_others, writing
 logger = logging.getLogger(__name__)
 
 _PROMPT, _GENERATED = 512, 32
-# The format whose files are in the directory of the export itself; each other format has a directory of its own.
-MAIN = "hf"
 
 
 def export_shot(job: Job, run: RunDirectory, state: RunState) -> None:
@@ -69,9 +67,9 @@ def export_result(
     logger.info("writing the export and reloading it in a fresh process")
     report, keep = report_of(state), smaller(state.masks)
     exported = Exported(job.model, job.tokenizer, job.anatomy, keep, job.files)
-    formats = {form.name: directory if form.name == MAIN else directory / form.name for form in formats_of(job.config)}
-    records = [_write(exported, name, where) for name, where in formats.items()]
-    main = records[0]
+    records = [_write(exported, form, directory) for form in formats_of(job.config)]
+    described = main_format(job.config).name
+    main = next(record for record in records if record.name == described)
     export = ExportRecord(
         path=str(place),
         weight_bytes=main.weight_bytes,
@@ -90,9 +88,10 @@ def export_result(
     return report
 
 
-def _write(exported: Exported, name: str, directory: Path) -> FormatRecord:
-    """Write a model in one format, and verify the files."""
-    form = FORMATS[name]
+def _write(exported: Exported, form: Format, export: Path) -> FormatRecord:
+    """Write a model in one format into the directory of the export, and verify the files."""
+    own = form.name if form.own_directory else ""
+    directory = export / own
     with writing(directory, sum(parameter.nbytes for parameter in exported.model.parameters())):
         directory.mkdir(parents=True, exist_ok=True)
         plain = form.write(exported, directory)
@@ -101,11 +100,13 @@ def _write(exported: Exported, name: str, directory: Path) -> FormatRecord:
         hand_back_freed_memory()
         check = form.verify(exported, directory, plain)
     return FormatRecord(
-        name=name,
+        name=form.name,
         weight_bytes=form.weight_bytes(directory),
         max_logit_difference=check.difference,
         logit_scale=check.scale,
         plain=plain,
+        directory=own,
+        loading=form.loading(),
     )
 
 
