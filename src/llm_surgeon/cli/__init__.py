@@ -1,4 +1,4 @@
-"""The command: a thin shell over the public API, a file for each of its commands."""
+"""The command ``llm-surgeon``: a thin shell over the public API, one file for each command."""
 
 from __future__ import annotations
 

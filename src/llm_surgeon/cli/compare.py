@@ -23,7 +23,7 @@ from llm_surgeon.system.torchrun import require_one_process
 logger = logging.getLogger(__name__)
 
 _REPEAT = "Repeat for more."
-# What all methods can do.
+# A structure that all methods can remove.
 _STRUCTURE = "unstructured"
 # Short help.
 BRIEF = {
@@ -105,7 +105,7 @@ def compare(
 
 
 def _variants(methods: str | None, more: Any) -> dict[str, dict[str, Any]]:
-    """What ``--methods`` names, and the variants of the recipe."""
+    """Variants that ``--methods`` names, and the recipe's own variants."""
     named = parse_methods(methods or "")
     if more is None:
         return named
@@ -123,7 +123,7 @@ def _variants(methods: str | None, more: Any) -> dict[str, dict[str, Any]]:
 
 
 def _listed(options: dict[str, Any], name: str, default: Any) -> list[Any]:
-    """Take an option out that may have several values."""
+    """Take an option with several values out of the options, and check each value."""
     value = options.pop(name, None)
     if value is None:
         value = default

@@ -37,7 +37,7 @@ BRIEF = {
 
 
 def _task_option(text: str, *names: str, least: int | None = None, most: int | None = None) -> Any:
-    """An option of ``eval`` that is about tasks."""
+    """Option of ``eval`` for tasks, in a panel of its own."""
     return typer.Option(*names, help=text, min=least, max=most, rich_help_panel="Tasks (need the extra: tasks)")
 
 
@@ -135,7 +135,7 @@ def evaluate(
 
 
 def _show(evaluation: Evaluation, out: Path | None) -> None:
-    """Print what was measured and write it to a file; end with status 1 if a task failed.
+    """Print the measures and write them to a file; end with status 1 if a task failed.
 
     Raises:
         OutputError: If the file cannot be written.

@@ -1,4 +1,4 @@
-"""Help of the commands: shown as it is written, and of commands with many options in two lengths."""
+"""Help of the commands: shown as it is written, and in two lengths for commands with many options."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _HELP_ALL = {"help_all": "Show every option, in groups, and exit."}
 
 
 def literal(text: str) -> str:
-    """Text as rich's markup that shows it as it is written: no bracket is a style, and no ``:M:`` an emoji."""
-    # Markup has no escape for emoji, but looks for them between its tags only.
+    """Escape text for rich's markup, so that no bracket becomes a style, and no ``:M:`` an emoji."""
+    # Markup has no escape for emoji, but finds them between its tags only.
     return "[none][/]".join(escape(part) for part in re.split("(?<=:)", text))
 
 
@@ -47,7 +47,7 @@ def _make_literal(command: Any) -> None:
 
 
 class BriefCommand(LiteralCommand):
-    """A command of many options: ``--help`` shows those that most people use, ``--help-all`` every one, in panels.
+    """A command of many options: ``--help`` shows the most used ones, ``--help-all`` shows all of them, in panels.
 
     Attributes:
         brief: Short help of each parameter that ``--help`` shows, in the order of the help.
@@ -71,7 +71,7 @@ class BriefCommand(LiteralCommand):
         super().format_help(ctx, ctx.make_formatter())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the arguments; an option that former versions had is refused with what holds instead."""
+        """Parse the arguments, and refuse an option of former versions with the behaviour that replaced it."""
         for argument in args:
             name = argument.split("=")[0].removeprefix("--").replace("-", "_")
             if argument.startswith("--") and name in REMOVED:
@@ -99,13 +99,13 @@ def with_help_all(command: Callable[..., None]) -> Callable[..., None]:
     def without_it(*args: Any, help_all: bool = False, **kwargs: Any) -> None:
         command(*args, **kwargs)
 
-    # Typer asks the function for its signature, and this attribute is what it is told.
+    # Typer reads this attribute as the function's signature.
     without_it.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore[attr-defined]
     return without_it
 
 
 def briefly(texts: Mapping[str, str]) -> type[BriefCommand]:
-    """The class of a command with a short help.
+    """Make the class of a command with a short help.
 
     Args:
         texts: Short help of each parameter that is shown, in the order of the help.
@@ -114,10 +114,10 @@ def briefly(texts: Mapping[str, str]) -> type[BriefCommand]:
 
 
 def _briefly(param: Any, text: str) -> Any:
-    """A copy of a parameter as the short help shows it: in one panel with the others."""
+    """Copy of a parameter for the short help, in one panel with the others."""
     shown = copy.copy(param)
     shown.help, shown.rich_help_panel = literal(text), None
     if isinstance(shown, TyperOption):
-        # The short help says the default itself, where that needs no line of its own.
+        # The text of the short help has the default, so that it needs no line of its own.
         shown.show_default = False
     return shown

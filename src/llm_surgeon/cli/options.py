@@ -1,4 +1,4 @@
-"""Command-line options made from the recipe's, and the recipe that they make together."""
+"""Command-line options made from the recipe's options, and the recipe made from the command line."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ COMMON = {
 
 
 def option(name: str, more: str = "", default: Any = None) -> Any:
-    """The command-line option of a recipe's key, with its help, and more of it, and the default that the recipe gives.
+    """Make the command-line option of a recipe's key, with its help and its default.
 
     Args:
-        name: The key.
-        more: To be added to the help.
-        default: Default of the command, if it is not that of the recipe.
+        name: Name of the key.
+        more: Text to add to the help.
+        default: Default of the command; None takes the recipe's default.
     """
     field = PruneConfig.model_fields[name]
     if default is None:
@@ -61,7 +61,7 @@ def option(name: str, more: str = "", default: Any = None) -> Any:
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command ``--recipe`` and an option for each of the recipe's keys, in place of its ``**given``.
 
-    What it is then called with is for ``config_of``.
+    The command hands ``given`` to ``config_of``.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -74,13 +74,13 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in options.items()
     ]
-    # Typer asks the function for its signature, and this attribute is what it is told.
+    # Typer reads this attribute as the function's signature.
     command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     return command
 
 
 def integer(text: str) -> Any:
-    """A whole number; any other text stays as it is, and is for the recipe to refuse in its own words."""
+    """Parse a whole number; other text stays as it is, so that the recipe refuses it in its own words."""
     try:
         return int(text)
     except ValueError:
@@ -88,7 +88,7 @@ def integer(text: str) -> Any:
 
 
 def number(text: str) -> Any:
-    """A number; any other text stays as it is, and is for the recipe to refuse in its own words."""
+    """Parse a number; other text stays as it is, so that the recipe refuses it in its own words."""
     try:
         return float(text)
     except ValueError:
@@ -99,7 +99,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {int: integer, float: number}
 
 
 def _kind(annotation: Any) -> Any:
-    """The type of a key's value, or of each of its values: None and lists taken away."""
+    """Type of a key's value, or of each value of a list, without None."""
     arguments = get_args(annotation)
     if get_origin(annotation) is tuple:
         return arguments[0]
@@ -109,16 +109,16 @@ def _kind(annotation: Any) -> Any:
 
 
 def _typed(annotation: Any) -> Any:
-    """The type of a key as the command line has it: the recipe checks choices itself, and lists them in its message."""
+    """Type of a key on the command line; choices are text, as the recipe checks them and lists them in its message."""
     kind = _kind(annotation)
-    # What has a form of its own (90M) is read by the recipe as well.
+    # Values with a form of their own (90M) are text too, as the recipe parses them.
     if get_origin(kind) in (Literal, Annotated):
         return str
     return list[kind] if get_origin(annotation) is tuple else kind  # type: ignore[valid-type]
 
 
 def config_of(given: Mapping[str, Any]) -> PruneConfig:
-    """The recipe that the options of ``with_recipe`` make together.
+    """Make the recipe from the options of ``with_recipe``.
 
     Raises:
         ConfigError: If the file cannot be read, a key is unknown or a value is out of range, or an option of the
@@ -127,7 +127,7 @@ def config_of(given: Mapping[str, Any]) -> PruneConfig:
     options: dict[str, Any] = read_recipe(given["recipe"]) if given["recipe"] else {}
     typed = {name: value for name, value in given.items() if name != "recipe" and value not in (None, [])}
     config = PruneConfig.from_mapping(options | typed)
-    # A recipe may have every option, each with its default; what is typed is meant to have an effect.
+    # A recipe's file may have every option with its default, but a typed option is meant to have an effect.
     idle = next((name for name in typed if name in config.without_effect), None)
     if idle is not None:
         raise ConfigError(

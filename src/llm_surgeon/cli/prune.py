@@ -67,11 +67,11 @@ def prune(
 
 
 def _how_to_go_on(out: Path) -> str:
-    """What to say after an interrupt: what the same command will do."""
+    """Message after an interrupt: what the same command will do."""
     if (out / "report.json").is_file():
         return f"interrupted; the export at {out} is complete"
     out = Path(os.path.abspath(out))
-    # Asked of the names: the interrupt may have come before the modules that know more were imported.
+    # The names of the files have to do, as the interrupt may come before the modules that read them are imported.
     names = (re.fullmatch(r"shot-(\d+)\.sha256", path.name) for path in out.with_name(f"{out.name}.run").glob("*"))
     shots = [int(found[1]) for found in names if found]
     more = f"continues after shot {max(shots)}" if shots else "begins anew"
@@ -79,7 +79,7 @@ def _how_to_go_on(out: Path) -> str:
 
 
 def _closing(report: PruneReport, export: ExportRecord, seconds: float, encoding: str) -> list[str]:
-    """What to say below the table: time, size and place, how to load the export, and where the report is."""
+    """Lines below the table: time, sizes, path of the export, the code that loads it, and paths of report and card."""
     from llm_surgeon.report.loading import loading_lines
     from llm_surgeon.report.table import scaled_bytes
 

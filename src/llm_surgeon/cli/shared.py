@@ -1,4 +1,4 @@
-"""What the commands share: consoles, results as files, and errors as messages."""
+"""Code that all commands share: consoles, results as files, and errors as messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def command_line() -> str:
 
 
 def console() -> Console:
-    """Where results go: standard output. Text is shown as it is: names and paths may hold brackets and colons."""
+    """Console for results on standard output; shows text as it is, as names and paths may hold brackets and colons."""
     # A log file has no width of its own; the tables need 100 columns.
     return Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
 
@@ -53,7 +53,7 @@ def write_result(out: Path, result: Record) -> None:
 
 @contextmanager
 def faults_reported() -> Iterator[None]:
-    """Ask for a report of an error that is none of the user's, below its stack trace."""
+    """Print the stack trace of an error that is not the user's, and ask for a report of it."""
     try:
         yield
     except Exception:
@@ -68,16 +68,16 @@ def faults_reported() -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """A request to end (SIGTERM), which is answered as Ctrl-C is."""
+    """A request to end (SIGTERM), which has the same effect as Ctrl-C."""
 
 
 def interrupt_on_sigterm() -> None:
-    """Let SIGTERM clear up, and say how to go on, as Ctrl-C does; several processes have their own way."""
+    """Let SIGTERM clear up and say how to go on, as Ctrl-C does, in a run of one process."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise Terminated
 
-    # Whoever ignores it (trap '' TERM) wants the process to go on.
+    # A process that ignores SIGTERM (trap '' TERM) is meant to go on.
     if own_place().count == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
 
@@ -86,10 +86,10 @@ def interrupt_on_sigterm() -> None:
 def errors_as_messages(
     interrupted: str | Callable[[], str] = "interrupted; nothing was written",
 ) -> Iterator[None]:
-    """A user's mistake is two sentences and an exit status, not a stack trace.
+    """Turn a user's mistake into two sentences and an exit status, without a stack trace.
 
     Args:
-        interrupted: What to say after an interrupt, or gives it.
+        interrupted: Message after an interrupt, or a function that makes it.
     """
     try:
         yield
@@ -104,11 +104,11 @@ def errors_as_messages(
 
 
 def _say_once(error: SurgeonError) -> None:
-    """Print an error; one process does, if several find the same."""
+    """Print an error, in one process only if several find the same."""
     if own_place().count == 1:
         print_error(error.cause, error.remedy)
         return
-    # torchrun ends all processes when one has ended; this one ends by itself, once it has said why.
+    # torchrun ends all processes when one has ended. This process ignores that until it has said why it ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Imported late, see prune.
     from llm_surgeon.system.processes import say_once

@@ -37,10 +37,10 @@ def estimate(
 
     Args:
         session: The run; its model is pruned so far.
-        keep: Rows and columns that are left; agrees with the model.
+        keep: Masks of the rows and columns that are left, which agree with the model.
         how: The approximation, and how the tokens are read.
-        advance: Takes the number of tokens after each batch.
-        start: Factors that the last shot found, from which a power iteration sets out.
+        advance: Function that is called with the number of tokens after each batch.
+        start: Factors of the last shot, from which a power iteration starts.
 
     Raises:
         NonFiniteError: If the loss is not finite.
@@ -51,5 +51,5 @@ def estimate(
 
 
 def passes_needed(how: Estimation, warm: bool) -> int:
-    """Passes over the tokens that an estimation takes."""
+    """Number of passes over the tokens that an estimation takes, with or without a warm start."""
     return ESTIMATORS[how.curvature].passes(how, warm)

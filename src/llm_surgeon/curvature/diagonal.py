@@ -1,4 +1,4 @@
-"""The exact diagonal of the Fisher: ``D_rc = mean g_r^2 a_c^2`` over the tokens, nothing taken for independent."""
+"""The exact diagonal of the Fisher: ``D_rc = mean g_r^2 a_c^2`` over the tokens, without any independence assumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llm_surgeon.system.storage import Stored, TensorStore
 class _SquareSum:
     """The sum over tokens of the squared gradient of each weight, ``[R, C]`` float32.
 
-    Nothing is held before the first addition, unless it has begun.
+    Memory is taken with the first addition, or earlier by ``begin``.
     """
 
     def __init__(self, rows: int, columns: int, bias: bool, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class _SquareSum:
         self._stored: Stored | None = None
 
     def begin(self) -> Tensor:
-        """The sum so far."""
+        """The sum so far ``[R, C]``, allocated as zeros if there is none yet."""
         if self._total is None:
             self._total = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         return self._total
@@ -42,13 +42,13 @@ class _SquareSum:
         self.begin().addmm_(gradients.float().square().T, with_bias(inputs, self._bias).float().square())
 
     def put_away(self, processes: Processes, store: TensorStore) -> None:
-        """Take in the sums of the other processes, and give the whole to a store."""
+        """Add the sums of the other processes, and put the total into a store."""
         total, self._total = self.begin(), None
         processes.add_up([total])
         self._stored = store.put(total)
 
     def mean(self, count: int) -> Tensor:
-        """The mean of so many, ``[R, C]``, once the sum is put away."""
+        """Mean over ``count`` gradients, ``[R, C]``; the sum has to be put away before."""
         assert self._stored is not None, "it has not been put away"
         return self._stored.get() / count
 
@@ -72,7 +72,7 @@ class DiagonalCurvature(Curvature):
         return self._loss
 
     def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Diagonal:
-        """The Fisher of a layer's kept rows and columns; a diagonal is not inverted, so it needs no damping."""
+        """Fisher of a layer's kept rows and columns. The diagonal is not inverted, so ``damping`` has no effect."""
         return Diagonal(self._sums[layer.name].mean(self._count))
 
     @property
@@ -88,7 +88,7 @@ class DiagonalEstimator(Estimator):
     puts_away = True
 
     def estimate(self, task: Task, start: WarmStart | None) -> DiagonalCurvature:
-        """The diagonals of all layers from one pass; see ``Estimator.estimate``."""
+        """Diagonals of all layers from one pass; see ``Estimator.estimate``."""
         sums: dict[str, _SquareSum] = {}
 
         def put_away(block: int) -> None:
@@ -102,7 +102,7 @@ class DiagonalEstimator(Estimator):
                 sums[name] = _SquareSum(core.out_features, core.in_features, layer.bias, task.device)
                 hooks.on_pair(core, sums[name].add)
             if task.how.order == "batch-major":
-                # They outlive what a pass allocates and frees around them.
+                # The sums live longer than the tensors of the pass, so they are allocated before these.
                 for total in sums.values():
                     total.begin()
             result = task.run(hooks, backward=True, finished=put_away)

@@ -23,10 +23,10 @@ from llm_surgeon.session.session import Session
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Factors from which the power iteration of the next shot sets out, as far as they are still there.
+    """Factors from which the power iteration of the next shot starts, cut down to the columns that are left.
 
     Attributes:
-        inputs: Per layer, A of each term over the kept columns, the bias last.
+        inputs: Factor A of each term over the kept columns and, last, the bias, by layer.
     """
 
     inputs: Mapping[str, Sequence[Tensor]]
@@ -47,24 +47,25 @@ class Curvature(ABC):
 
     @abstractmethod
     def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Fisher:
-        """The Fisher of one layer over its kept rows and columns and, last, its bias."""
+        """Fisher of one layer over its kept rows and columns and, last, its bias."""
 
     def warm_start(self, layers: Mapping[str, LinearLayer], keep: Mapping[str, KeepMask]) -> WarmStart | None:
-        """Factors for the next shot to set out from, once only ``keep`` is left; None if it begins afresh."""
+        """Factors from which the next shot starts, where only ``keep`` is left; None if it starts afresh."""
         return None
 
 
 class Estimator(ABC):
     """One approximation of the curvature.
 
-    A new one needs a name, ``estimate``, and its rows in ``estimators.ESTIMATORS`` and ``recipe.methods.CURVATURES``
-    (``estimators.register_estimator`` adds both); the rest has defaults.
+    A new estimator needs a name, ``estimate``, and rows in ``estimators.ESTIMATORS`` and ``recipe.methods.CURVATURES``.
+    ``estimators.register_estimator`` adds both rows. Everything else has a default.
 
     Attributes:
         name: Name in the recipe.
-        backward: Whether its passes take gradients.
-        puts_away: Whether a layer-major pass puts its sums into the store block by block.
-        stand_in: Name of the estimator whose pass takes as much memory, beside the factors; None for its own.
+        backward: Whether the passes take gradients.
+        puts_away: Whether a layer-major pass puts the sums into the store block by block.
+        stand_in: Name of the estimator whose measured memory, beside the factors, counts for this one too; None for
+            its own.
     """
 
     name: ClassVar[str]
@@ -78,7 +79,7 @@ class Estimator(ABC):
 
         Args:
             task: The model as it is, the tokens, and how to read them.
-            start: Factors that the last shot found; None if there are none.
+            start: Factors of the last shot; None if there are none.
 
         Raises:
             NonFiniteError: If the loss is not finite.
@@ -86,7 +87,7 @@ class Estimator(ABC):
         """
 
     def passes(self, how: Estimation, warm: bool) -> int:
-        """Passes over the tokens that an estimation takes, with or without a warm start."""
+        """Number of passes over the tokens that an estimation takes, with or without a warm start."""
         return 1
 
     def factor_bytes(self, network: PreTrainedModel, anatomy: Anatomy, how: Estimation) -> int:
@@ -94,24 +95,24 @@ class Estimator(ABC):
 
         Args:
             network: The model, on the meta device for example.
-            anatomy: Its prunable layers.
+            anatomy: Prunable layers of the model.
             how: The estimation.
         """
         tokens = CalibrationTokens(torch.zeros(1, 1, dtype=torch.int64), None, {})
         return self.estimate(_Idle(Session(network, anatomy, tokens), {}, how), None).nbytes
 
     def start_bytes(self, layers: Iterable[LinearLayer]) -> int:
-        """Bytes of the warm start for the next shot, at most; 0 if each shot begins afresh."""
+        """Bytes of the warm start for the next shot, at most; 0 if each shot starts afresh."""
         return 0
 
     def operations(self, layers: Iterable[LinearLayer], how: Estimation) -> float:
-        """Operations per token of sums over tokens, beside those of the model."""
+        """Floating-point operations per token of the sums over tokens, beside the operations of the model."""
         return sum(2.0 * layer.rows * layer.columns for layer in layers)
 
 
 class _Idle(Task):
-    """A task whose pass reads nothing: sums that an estimator makes before it stay as they are."""
+    """A task whose pass reads no tokens, so that an estimator's sums keep the size that they have before the pass."""
 
     def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None] = lambda _block: None) -> PassResult:
-        """Count one token, and read none."""
+        """Count one token without reading any."""
         return PassResult(0.0, 1, 1)

@@ -1,4 +1,4 @@
-"""The table of estimators."""
+"""The table of estimators, and the estimation that a recipe asks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import Curvature as CurvatureRow
 from llm_surgeon.recipe.methods import register_curvature
 
-# The rows of ``recipe.methods.CURVATURES`` say what recipes may ask of each.
+# The rows of ``recipe.methods.CURVATURES`` say which options of a recipe each estimator knows.
 ESTIMATORS: dict[str, Estimator] = {
     estimator.name: estimator
     for estimator in (
@@ -28,25 +28,25 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def register_estimator(estimator: Estimator, row: CurvatureRow, methods: Iterable[str]) -> None:
-    """Let recipes name an approximation of one's own (``curvature``), within this process.
+    """Let recipes name an approximation of your own (``curvature``), within this process.
 
     Args:
         estimator: The estimator.
-        row: Its row in the table of recipes.
+        row: Row of the estimator in the table of recipes.
         methods: Global methods that can work with it.
 
     Raises:
-        ValueError: If the name is taken, or a method is none of the global ones.
+        ValueError: If the name is taken, or a method is not a global one.
     """
     register_curvature(estimator.name, row, methods)
     ESTIMATORS[estimator.name] = estimator
 
 
 def estimation_of(config: PruneConfig) -> Estimation:
-    """The estimation of a recipe, batch by batch; that of inputs for a method that has none.
+    """The estimation of a recipe, batch by batch; for a method that has none, the estimation of inputs.
 
     Args:
-        config: The recipe; a shot draws labels and tokens by a seed of its own.
+        config: The recipe. A shot replaces the seed, to draw labels and tokens of its own.
     """
     return Estimation(
         config.sequences_per_pass,

@@ -19,7 +19,7 @@ from llm_surgeon.system.storage import TensorStore
 
 
 class InputSum:
-    """Sums over tokens of one layer input: ``a a^T``, and ``a`` itself where a reader has a bias."""
+    """Sums over tokens of one layer input: ``a a^T``, and ``a`` itself if a layer that reads it has a bias."""
 
     def __init__(self, size: int, bias: bool, device: torch.device | str) -> None:
         self.gram = GramSum(size, device)
@@ -32,21 +32,21 @@ class InputSum:
             self.total += inputs.sum(0, dtype=torch.float32)
 
     def add_up(self, processes: Processes) -> None:
-        """Take in the sums of the other processes."""
+        """Add the sums of the other processes."""
         self.gram.add_up(processes)
         processes.add_up([] if self.total is None else [self.total])
 
     def put_away(self, store: TensorStore) -> None:
-        """Give the Gram matrix, which is complete, to a store."""
+        """Put the Gram matrix, which has to be complete, into a store."""
         self.gram.put_away(store)
 
     def mean(self, tokens: int, columns: Tensor | None, bias: bool) -> Tensor:
-        """The factor A of one reader: ``[C, C]``, with the homogeneous coordinate as last row and column if biased.
+        """Factor A of one layer that reads the input, ``[C, C]``; a bias is the last row and column (constant input 1).
 
         Args:
-            tokens: How many tokens were added.
-            columns: Columns that the reader keeps, if it does not read all of the input.
-            bias: Whether the reader has a bias.
+            tokens: Number of tokens that were added.
+            columns: Columns that the layer keeps; None if it reads the whole input.
+            bias: Whether the layer has a bias.
         """
         a = self.gram.dense() / tokens
         a = a if columns is None else a[columns][:, columns]
@@ -59,15 +59,15 @@ class InputSum:
 
 @dataclass(frozen=True)
 class KroneckerFactors(Curvature):
-    """One Kronecker product per layer, ``G (x) A``; what was not estimated is the identity.
+    """One Kronecker product per layer, ``G (x) A``; a factor that was not estimated is the identity.
 
     Attributes:
-        inputs: Sums per input group.
-        gradients: Sums of ``g g^T`` per layer, over its kept rows.
-        full_width: Groups whose sums are over the whole input, of which each reader takes its own columns.
-        result: What the pass counted; None if no data was read.
-        estimated: What the layers had when the sums were taken. Of a layer that has less by now, the factors are the
-            blocks of what is left: exactly those of the same tokens and gradients without the rest.
+        inputs: Sums of inputs, by input group.
+        gradients: Sums of ``g g^T`` over the kept rows, by layer.
+        full_width: Input groups whose sums are over the whole input; each layer takes its own columns of these.
+        result: Counts and loss of the pass; None if no data was read.
+        estimated: Masks of the layers when the sums were taken. If a layer has lost rows or columns since, its factors
+            are the matching blocks, which are exactly the factors of the same tokens and gradients without the rest.
     """
 
     inputs: Mapping[str, InputSum]
@@ -78,18 +78,18 @@ class KroneckerFactors(Curvature):
 
     @property
     def loss(self) -> float | None:
-        """Mean negative log-likelihood of the calibration tokens, in nats."""
+        """Mean negative log-likelihood of the calibration tokens, in nats; None if no data was read."""
         return None if self.result is None else self.result.loss
 
     def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> KroneckerProduct:
-        """``G (x) A`` of one layer over its kept rows and columns and, last, its bias."""
+        """Fisher ``G (x) A`` of one layer over its kept rows and columns and, last, its bias."""
         g = self.gradient_factor(layer)
         if g is not None and len(rows := self._left(layer, keep, "rows")) < len(g):
             g = g[rows][:, rows]
         return KroneckerProduct(g, self.input_factor(layer, keep), damping, layer.name)
 
     def input_factor(self, layer: LinearLayer, keep: KeepMask) -> Tensor | None:
-        """A of one layer over its kept columns and, last, its bias: ``[C, C]``."""
+        """Factor A ``[C, C]`` of one layer over its kept columns and, last, its bias; None for the identity."""
         if self.result is None:
             return None
         total = self.inputs[layer.input_group]
@@ -99,12 +99,12 @@ class KroneckerFactors(Curvature):
         return total.mean(self.result.tokens, None if everything else columns, layer.bias)
 
     def _left(self, layer: LinearLayer, keep: KeepMask, axis: Axis) -> Tensor:
-        """Positions of what is kept among what there was when the sums were taken."""
+        """Positions of the kept rows or columns among the ones that the layer had when the sums were taken."""
         there = self.estimated[layer.name].axis(axis) if layer.name in self.estimated else keep.axis(axis)
         return to_index(keep.axis(axis)[there])
 
     def gradient_factor(self, layer: LinearLayer) -> Tensor | None:
-        """G of one layer over the rows that it had when the sums were taken: ``[R, R]``."""
+        """Factor G ``[R, R]`` of a layer over the rows that it had when the sums were taken; None for the identity."""
         if self.result is None or layer.name not in self.gradients:
             return None
         return self.gradients[layer.name].dense() / (self.result.tokens * self.result.gradients_per_token)

@@ -1,4 +1,4 @@
-"""Sums of outer products in float32, half of each symmetric matrix only."""
+"""Sums of outer products in float32: only half of each symmetric matrix is computed and stored."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class GramSum:
     """The sum over tokens of ``x x^T``, symmetric ``[size, size]``.
 
     Only the strips that hold the upper triangle are computed and stored: rows i to i + STRIP of the columns from i
-    on. Sums are float32 whatever the inputs' type; the products themselves follow
-    ``torch.get_float32_matmul_precision()``: where it allows less than float32 and the CPU has nothing better, they are
-    those of ``fixed_point``. Unless memory is reserved for it, nothing is held before the first addition.
+    on. Sums are float32 whatever the inputs' type. The products follow ``torch.get_float32_matmul_precision()``: where
+    it allows less than float32 and the CPU has nothing better, ``fixed_point`` computes them. Memory is taken with the
+    first addition, unless it has been reserved before.
     """
 
     def __init__(self, size: int, device: torch.device | str) -> None:
@@ -64,8 +64,8 @@ class GramSum:
     def _add_rounded(self, x: Tensor) -> None:
         parts = fixed_point.rounded(x)
         if len(parts.left):
-            # They are few, and never as many as before: the library of reduced precision would compile a kernel for
-            # each number of them.
+            # The rows left over are few, and their number differs each time: the library of reduced precision would
+            # compile a kernel for each number.
             with products("float32"):
                 self._add_products(parts.left)
         for number, strip in enumerate(self._strips):
@@ -73,17 +73,17 @@ class GramSum:
             fixed_point.add_product(strip, parts, slice(start, start + STRIP), slice(start, None))
 
     def begin_in(self, memory: Tensor) -> None:
-        """Begin with zeros in memory that is given: ``[nbytes / 4]`` float32."""
+        """Begin with zeros in the given memory ``[nbytes / 4]``, float32."""
         sizes = [rows * columns for rows, columns in self._shapes]
         parts = memory.zero_().split(sizes) if sizes else ()
         self._strips = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def add_up(self, processes: Processes) -> None:
-        """Take in the sums of the other processes."""
+        """Add the sums of the other processes."""
         processes.add_up(self._strips)
 
     def put_away(self, store: TensorStore) -> None:
-        """Give the sum, which is complete, to a store."""
+        """Put the sum, which has to be complete, into a store."""
         self._stored = [store.put(strip) for strip in self._strips]
         self._strips = []
 
@@ -109,10 +109,11 @@ class GramSum:
 
 
 def reserve(sums: Sequence[GramSum], device: torch.device | str) -> None:
-    """Let sums that will all be held until the last is complete begin in one piece of memory.
+    """Allocate one piece of memory for sums that are all held until the last one is complete.
 
-    They outlive what a pass allocates and frees around them. Each in a place of its own, between tensors of hundreds
-    of sizes, they would leave gaps that no later tensor fits, and memory would grow with every shot.
+    The sums live longer than the tensors that a pass allocates and frees around them. Allocated one by one, between
+    tensors of hundreds of sizes, they would leave gaps that no later tensor fits, and memory would grow with every
+    shot.
     """
     sizes = [total.nbytes // 4 for total in sums]
     memory = torch.empty(sum(sizes), dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""K-FAC: Kronecker factors from inputs and gradients taken for independent; without gradients, the inputs alone.
+"""K-FAC: Kronecker factors of inputs and gradients, which are taken for independent; also factors of inputs alone.
 
 For every prunable layer with inputs ``a`` and gradients ``g`` at its outputs, ``A = mean a a^T`` and
 ``G = mean g g^T`` over the tokens that have a label (Martens & Grosse 2015; for sequences the "expand" setting of
@@ -20,17 +20,17 @@ from llm_surgeon.passes.task import Task
 
 
 class KfacEstimator(Estimator):
-    """K-FAC: ``G (x) A`` from inputs and gradients taken for independent."""
+    """K-FAC: ``G (x) A`` of inputs and gradients, which are taken for independent."""
 
     name = "kfac"
     puts_away = True
 
     def estimate(self, task: Task, start: WarmStart | None) -> KroneckerFactors:
-        """The factors of all layers from one pass; see ``Estimator.estimate``."""
+        """Factors of all layers from one pass; see ``Estimator.estimate``."""
         return _estimate(task, self.backward)
 
     def operations(self, layers: Iterable[LinearLayer], how: Estimation) -> float:
-        """Half of each symmetric product of inputs and, if any, of gradients."""
+        """Operations per token: half of each symmetric product of inputs and, if any, of gradients."""
         layers = list(layers)
         inputs = sum(size**2 for size in {layer.input_group: layer.columns for layer in layers}.values())
         gradients = sum(layer.rows**2 for layer in layers) if self.backward else 0
@@ -38,7 +38,7 @@ class KfacEstimator(Estimator):
 
 
 class InputEstimator(KfacEstimator):
-    """``I (x) A``: the second moment of the inputs alone."""
+    """Second moments of the inputs alone, ``I (x) A``."""
 
     name = "activations"
     backward = False
@@ -56,16 +56,16 @@ class IdentityEstimator(Estimator):
         return KroneckerFactors({}, {}, frozenset(), None)
 
     def passes(self, how: Estimation, warm: bool) -> int:
-        """No pass."""
+        """Number of passes: none."""
         return 0
 
     def operations(self, layers: Iterable[LinearLayer], how: Estimation) -> float:
-        """No operation."""
+        """Operations per token: none."""
         return 0.0
 
 
 def _estimate(task: Task, backward: bool) -> KroneckerFactors:
-    """The factors of all layers from one pass, with gradients or without."""
+    """Factors of all layers from one pass, with gradients or without."""
     inputs: dict[str, InputSum] = {}
     gradients: dict[str, GramSum] = {}
     groups: dict[str, list[LinearLayer]] = {}
@@ -96,7 +96,7 @@ def _estimate(task: Task, backward: bool) -> KroneckerFactors:
 
 
 def _watch_input(task: Task, hooks: Hooks, readers: list[LinearLayer]) -> InputSum:
-    """Watch a shared input where it is still whole, an input with one reader where only its columns are left."""
+    """Sum the input of some layers: a shared input at its full width, the input of one layer over its kept columns."""
     first = readers[0]
     core = core_of(task.model, first)
     if len(readers) > 1:

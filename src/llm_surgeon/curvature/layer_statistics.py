@@ -1,4 +1,4 @@
-"""What layer-wise methods take of a block's calibration tokens."""
+"""Statistics of a block's calibration tokens, for layer-wise methods."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Watched:
     """Sums over the tokens of one block; empty if no tokens were read.
 
     Attributes:
-        inputs: Moments of each input, by input group: layers that read the same input share them.
-        outputs: Moments of each layer's output, by layer.
-        grams: ``a a^T`` by input group, if asked for.
+        inputs: Moments of the inputs, by input group: layers that read the same input share the moments.
+        outputs: Moments of the outputs, by layer.
+        grams: Sums of ``a a^T`` by input group, if asked for.
     """
 
     inputs: dict[str, Moments] = field(default_factory=dict)
@@ -33,18 +33,18 @@ class Watched:
     grams: dict[str, GramSum] = field(default_factory=dict)
 
     def statistics(self, layer: LinearLayer) -> Statistics:
-        """What scores may know; norms are 1 if no tokens were read."""
+        """Statistics of a layer that scores may use; all norms are 1 if no tokens were read."""
         if not self.inputs:
             return Statistics(torch.ones(layer.columns), torch.ones(layer.rows))
         return Statistics(self.inputs[layer.input_group].norm, self.outputs[layer.name].norm)
 
     def mean_gram(self, layer: LinearLayer) -> Tensor:
-        """``A = mean a a^T`` of a layer's inputs, ``[C, C]``."""
+        """Factor ``A = mean a a^T`` of a layer's inputs, ``[C, C]``."""
         group = layer.input_group
         return self.grams[group].dense() / self.inputs[group].count
 
     def add_up(self, processes: Processes) -> None:
-        """Take in what the other processes have watched of their tokens."""
+        """Add the sums of the other processes."""
         for moments in (*self.inputs.values(), *self.outputs.values()):
             moments.add_up(processes)
         for gram in self.grams.values():
@@ -52,7 +52,7 @@ class Watched:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes held by the sums."""
         moments = [*self.inputs.values(), *self.outputs.values()]
         return sum(item.nbytes for item in moments) + sum(gram.nbytes for gram in self.grams.values())
 
@@ -66,15 +66,15 @@ def watch(
     grams: bool,
     advance: Advance,
 ) -> Watched:
-    """Run the block in front of which a sweep is, for the statistics of its layers.
+    """Run the block in front of which a sweep is, and take the statistics of its layers.
 
     Args:
         model: The model that the sweep goes through.
-        sweep: Stays in front of the block.
+        sweep: The sweep, which stays in front of the block.
         block: Number of the block.
-        layers: Its prunable layers.
+        layers: Prunable layers of the block.
         grams: Whether the Gram matrices of the inputs are wanted.
-        advance: Called with the number of tokens after each batch.
+        advance: Function that is called with the number of tokens after each batch.
     """
     watched, device = Watched(), next(model.parameters()).device
     with Hooks() as hooks:

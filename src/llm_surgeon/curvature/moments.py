@@ -1,4 +1,4 @@
-"""First and second moments of what enters and leaves a layer: the statistics of layer-wise scores."""
+"""First and second moments of a layer's inputs and outputs: the statistics of layer-wise scores."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Moments:
         self._squares += x.square().sum(0)
 
     def add_up(self, processes: Processes) -> None:
-        """Take in the sums of the other processes."""
+        """Add the sums of the other processes."""
         (count,) = processes.total(self.count)
         self.count = round(count)
         processes.add_up((self._total, self._squares))
 
     @property
     def mean(self) -> Tensor:
-        """``E[x]``, ``[size]``."""
+        """Mean ``E[x]``, ``[size]``."""
         return self._total / self.count
 
     @property
     def variance(self) -> Tensor:
-        """``E[x^2] - E[x]^2``, ``[size]``, never negative."""
+        """Variance ``E[x^2] - E[x]^2``, ``[size]``, never negative."""
         return (self._squares / self.count - self.mean.square()).clamp(min=0)
 
     @property

@@ -1,6 +1,7 @@
 """The nearest Kronecker product, or sum of two, to the Fisher of each layer (paper, appendix I, Alg. 4).
 
-Each half step of the power iteration is one pass over the data: inputs and gradients of all tokens would not fit.
+Each half step of the power iteration is one pass over the data, as the inputs and gradients of all tokens would not fit
+into memory.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class NearestCurvature(Curvature):
     """One or two Kronecker products per layer.
 
     Attributes:
-        terms: Per layer, pairs ``(G, A)`` over its kept rows and columns, the bias last.
-        keep: What was kept when they were estimated.
-        result: What the last pass counted.
+        terms: Pairs ``(G, A)`` over the kept rows and columns and, last, the bias, by layer.
+        keep: Masks of the layers when the pairs were estimated.
+        result: Counts and loss of the last pass.
     """
 
     terms: Mapping[str, list[Pair]]
@@ -56,7 +57,7 @@ class NearestCurvature(Curvature):
         return self.result.loss
 
     def fisher(self, layer: LinearLayer, keep: KeepMask, damping: Damping) -> Fisher:
-        """The Fisher of a layer's kept rows and columns."""
+        """Fisher of one layer over its kept rows and columns and, last, its bias."""
         first, *rest = self.terms[layer.name]
         if rest:
             return SumOfTwo(first, rest[0], damping, layer.name)
@@ -68,7 +69,7 @@ class NearestCurvature(Curvature):
         return sum(factor.nbytes for pairs in self.terms.values() for pair in pairs for factor in pair)
 
     def warm_start(self, layers: Mapping[str, LinearLayer], keep: Mapping[str, KeepMask]) -> WarmStart:
-        """What the next shot sets out from, once only ``keep`` is left."""
+        """Factors from which the next shot starts, where only ``keep`` is left."""
         return WarmStart({name: self._inputs_left(layer, keep[name]) for name, layer in layers.items()})
 
     def _inputs_left(self, layer: LinearLayer, keep: KeepMask) -> list[Tensor]:
@@ -86,7 +87,7 @@ class NearestEstimator(Estimator):
     stand_in = "diagonal"
 
     def estimate(self, task: Task, start: WarmStart | None) -> NearestCurvature:
-        """The products of all layers by power iteration; see ``Estimator.estimate``.
+        """Products of all layers by power iteration; see ``Estimator.estimate``.
 
         Raises:
             ConfigError: If the factors and their decomposition would not fit into memory.
@@ -94,16 +95,16 @@ class NearestEstimator(Estimator):
         return estimate_nearest(task, start)
 
     def passes(self, how: Estimation, warm: bool) -> int:
-        """Two passes for each power iteration of each term."""
+        """Number of passes: two for each power iteration of each term."""
         return 2 * TERMS[self.name] * _iterations(how, warm)
 
     def factor_bytes(self, network: PreTrainedModel, anatomy: Anatomy, how: Estimation) -> int:
-        """Bytes of all terms and of the parts that are summed."""
+        """Bytes of all terms and of the partial sums, at most."""
         sizes = [(layer.rows, layer.columns, layer.bias) for layer in anatomy.layers.values()]
         return nearest_bytes(sizes, TERMS[self.name])
 
     def start_bytes(self, layers: Iterable[LinearLayer]) -> int:
-        """Bytes of A of all terms; see ``Estimator.start_bytes``."""
+        """Bytes of the factors A of all terms; see ``Estimator.start_bytes``."""
         return sum(4 * TERMS[self.name] * (layer.columns + layer.bias) ** 2 for layer in layers)
 
 
@@ -114,19 +115,19 @@ class KroneckerSumEstimator(NearestEstimator):
 
 
 def _iterations(how: Estimation, warm: bool) -> int:
-    # What the last shot found is nearly the answer (paper, Alg. 4).
+    # The factors of the last shot are nearly the answer (paper, Alg. 4).
     return 1 if warm else how.iterations
 
 
 def estimate_nearest(task: Task, previous: WarmStart | None) -> NearestCurvature:
-    """Power iteration for one term after the other, each on what the terms before leave.
+    """Find one term after the other by power iteration, each on the remainder that the terms before it leave.
 
     Args:
-        task: What to work on.
-        previous: What the last shot found, to set out from.
+        task: The model as it is, the tokens, and how to read them.
+        previous: Factors of the last shot, from which the iteration starts; None if there are none.
 
     Raises:
-        ConfigError: If the factors and their decomposition would not fit into memory; says how much they need.
+        ConfigError: If the factors and their decomposition would not fit into memory, with the bytes that they need.
     """
     layers, how = task.anatomy.layers, task.how
     check_affordable(task)
@@ -155,7 +156,7 @@ def _half_step(task: Task, step: HalfStep, opposite: Mapping[str, Tensor]) -> tu
         for name, layer in task.anatomy.layers.items():
             hooks.on_pair(core_of(task.model, layer), _adder(step, layer, opposite[name], totals))
         result = task.run(hooks, backward=True)
-    # Not in the order of the dictionary: that is the order in which the gradients came.
+    # All processes have to add in the same order; the dictionary has the order in which the gradients came.
     task.processes.add_up(totals[name] for name in task.anatomy.layers)
     return totals, result
 
@@ -164,7 +165,7 @@ def _adder(
     step: HalfStep, layer: LinearLayer, opposite: Tensor, totals: dict[str, Tensor]
 ) -> Callable[[Tensor, Tensor], None]:
     def add(inputs: Tensor, gradients: Tensor) -> None:
-        # Autocast would round the sums, which would then be indefinite.
+        # Autocast would round the sums and so make them indefinite.
         with torch.autocast(inputs.device.type, enabled=False):
             part = step(with_bias(inputs, layer.bias), gradients, opposite)
         totals[layer.name] = totals[layer.name].add_(part) if layer.name in totals else part
@@ -183,18 +184,18 @@ def nearest_bytes(sizes: Iterable[tuple[int, int, bool]], terms: int) -> int:
     """Bytes of the factors while they are estimated, at most.
 
     Args:
-        sizes: Rows, columns and whether there is a bias, of each layer.
-        terms: Products per layer.
+        sizes: Rows, columns, and whether there is a bias, for each layer.
+        terms: Number of products per layer.
     """
-    # The terms, one more while it is summed, and its parts.
+    # Beside the finished terms: the term that is being summed, and the part of a batch.
     return sum((terms + 2) * (rows**2 + (columns + bias) ** 2) * 4 for rows, columns, bias in sizes)
 
 
 def check_affordable(task: Task) -> None:
-    """Refuse before any work what would not fit.
+    """Refuse, before any work, an estimation that would not fit into memory.
 
     Raises:
-        ConfigError: With the estimate in GiB.
+        ConfigError: If the factors would not fit, with the estimate in GiB.
     """
     device, terms = task.device, TERMS[task.how.curvature]
     sizes = [(*task.keep[name].shape, layer.bias) for name, layer in task.anatomy.layers.items()]

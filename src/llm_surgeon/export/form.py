@@ -1,4 +1,4 @@
-"""What an export needs to be loaded: a plain transformers class with other numbers, or a modelling file."""
+"""Forms of an export: a plain transformers class with other numbers in its configuration, or a modelling file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llm_surgeon.models.modeling_pruned import PrunedLinear
 
 @dataclass(frozen=True)
 class Form:
-    """How a model is written.
+    """Form in which a model is written.
 
     Attributes:
-        plain: Whether a transformers class of its own loads it, without code from the checkpoint.
+        plain: Whether a class of transformers loads the export, without code from the checkpoint.
         settings: Entries of the configuration that differ from the dense model's, by their names in transformers.
         blocks: Numbers of the blocks that are written; the others have nothing left.
     """
@@ -31,11 +31,11 @@ class Form:
 
 
 def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> Form:
-    """The simplest form that holds what is left of a model.
+    """The simplest form that holds a pruned model.
 
     Args:
-        anatomy: Its layers.
-        keep: What is left of them; None if the matrices have their old shapes.
+        anatomy: Layers of the model.
+        keep: Rows and columns that are left; None if the matrices have their old shapes.
         config: Configuration of the dense model.
     """
     everything = tuple(range(anatomy.blocks))
@@ -50,12 +50,14 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
 
 
 def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> int:
-    """Parameters that a model's export has, tied ones once: blocks that have nothing left go with their norms.
+    """Number of parameters of a model's export, tied ones counted once.
+
+    A block that has nothing left is not written, nor are its norms.
 
     Args:
         model: The pruned model.
-        anatomy: Its layers.
-        keep: What is left of them; None if the matrices have their old shapes.
+        anatomy: Layers of the model.
+        keep: Rows and columns that are left; None if the matrices have their old shapes.
         config: Configuration of the dense model.
     """
     blocks = form_of(anatomy, keep, config).blocks
@@ -68,9 +70,9 @@ def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMas
 
 
 def emptied(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor | None]:
-    """Layers that have no weights left, by the beginning of their parameters' names, and what is left of each.
+    """Biases of the layers that have no weights left, by the beginning of the layer's parameter names.
 
-    That is the bias at its full width, as ``NoLinear`` has it; None if there is none.
+    A bias has its full width, as in ``NoLinear``; it is None if the layer has no bias left.
     """
     found: dict[str, Tensor | None] = {}
     for name, layer in anatomy.layers.items():
@@ -85,7 +87,7 @@ def emptied(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor | None]:
 
 
 def renamed(anatomy: Anatomy, blocks: tuple[int, ...], name: str) -> str | None:
-    """A parameter's or module's name once only some blocks are left; None if it is gone with its block."""
+    """Name of a parameter or module when only ``blocks`` are written; None if its block is not."""
     prefix = f"{anatomy.family.blocks}."
     if not name.startswith(prefix):
         return name
@@ -105,7 +107,7 @@ def _is_dead(anatomy: Anatomy, keep: Mapping[str, KeepMask], block: int) -> bool
 
 
 def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
-    """The entries that depend on the number of blocks."""
+    """Entries of the configuration that depend on the number of blocks."""
     settings: dict[str, Any] = {"num_hidden_layers": len(blocks)}
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -114,7 +116,7 @@ def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _plain_widths(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, int] | None:
-    """The entries with which a plain class has the widths of all blocks; None if there are none."""
+    """Entries with which a plain class gets the widths of all blocks; None if no entries can express them."""
     extents, dense = anatomy.extents(keep), anatomy.dense_masks()
     layers = [layer for block in blocks for layer in _layers_of(anatomy, block)]
     if any(keep[layer.name].shape != extents[layer.name].shape for layer in layers):
@@ -133,7 +135,7 @@ def _plain_widths(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[
 
 
 def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, Any]:
-    """The entries that the modelling file reads."""
+    """Entries of the configuration that the modelling file reads."""
     extents = anatomy.extents(keep)
     linears = {
         renamed(anatomy, blocks, name): layer_shape(layer, keep[name], extents[name])
@@ -148,7 +150,7 @@ def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tupl
 
 
 def _emptied_output(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> str:
-    """Name of the output projection within the modules that are emptied, which the modelling file has one of."""
+    """Name of the output projection within emptied modules; the modelling file has one name for all of them."""
     names = dict.fromkeys(part.entry.emptied or "" for part in anatomy.parts if {} in part.counts(keep).values())
     if len(names) > 1:
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""What a family's entry says about one model: its prunable layers, what couples them, what narrows with them."""
+"""Anatomy of one model by its family's entry: the prunable layers, their couplings, and the tensors between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_surgeon.mathematics.keep_masks import Coupling, KeepMask, Side
 from llm_surgeon.models.family import Family
 from llm_surgeon.models.parts.part import Part, module_of
 
-# A pattern of the recipe's default; not every model has a head by this name.
+# The recipe's default ignores this pattern, so a model without a head of this name is no user's mistake.
 _HEAD = "lm_head"
 
 
@@ -27,11 +27,11 @@ class LinearLayer:
     Attributes:
         name: Path of its module in the model.
         block: Number of its decoder block.
-        kind: The last part of its name, or as much of it as tells it from others.
+        kind: Last part of its name, or the name within its block if the last part is not unique there.
         rows: Outputs of the dense layer.
         columns: Inputs of the dense layer, without the bias.
         bias: Whether it has a bias.
-        input_group: Layers with the same group read the same input.
+        input_group: Name of the input that the layer reads: layers with the same group read the same input.
     """
 
     name: str
@@ -45,14 +45,14 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What can be pruned in one model.
+    """Prunable layers of one model, the parts that they belong to, and the couplings between them.
 
     Attributes:
-        family: The architecture.
-        blocks: How many decoder blocks there are.
-        layers: The prunable linear layers by name, in the order of the forward pass.
-        couplings: What dies together.
-        located: The parts of all blocks, in the order of the forward pass.
+        family: Entry of the architecture.
+        blocks: Number of decoder blocks.
+        layers: Prunable linear layers by name, in the order of the forward pass.
+        couplings: Rows and columns that die together.
+        located: Parts of all blocks, in the order of the forward pass.
     """
 
     family: Family
@@ -63,7 +63,7 @@ class Anatomy:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parts all of whose layers are prunable."""
+        """Parts whose layers are all prunable."""
         return tuple(part for part in self.located if self.layers.keys() >= set(part.layers))
 
     def dense_masks(self) -> dict[str, KeepMask]:
@@ -72,19 +72,19 @@ class Anatomy:
 
     @property
     def prunable_weights(self) -> int:
-        """Weights of the prunable layers of the dense model, without biases."""
+        """Number of weights of the prunable layers in the dense model, without biases."""
         return sum(layer.rows * layer.columns for layer in self.layers.values())
 
     def block_of(self, coupling: Coupling) -> int:
-        """The block that a coupling lies in."""
+        """Number of the block that a coupling lies in."""
         return self.layers[coupling.sides[0].layer].block
 
     def extents(self, keep: Mapping[str, KeepMask]) -> dict[str, KeepMask]:
         """Rows and columns that the tensors between the layers still have, per layer.
 
-        Parts say what narrows: dead neurons the hidden tensor, for example, and dead heads the attention. Elsewhere
-        (the residual stream, single dimensions of a head) a tensor keeps its width, and a layer has to know which of
-        its channels it reads or writes.
+        Parts say which tensors narrow: dead neurons narrow the hidden tensor, for example, and dead heads the
+        attention. Elsewhere (the residual stream, single dimensions of a head) a tensor keeps its width, and a layer
+        has to know which of its channels it reads or writes.
         """
         extents = self.dense_masks()
         for part in self.parts:
@@ -98,15 +98,15 @@ class Anatomy:
 
 
 def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) -> Anatomy:
-    """Find the prunable layers of a dense model and what couples them.
+    """Find the prunable layers of a dense model and their couplings.
 
     Transposed linear layers (``Conv1D`` of GPT-2) are replaced, in place, by equal ``nn.Linear``; an export with the
     dense architecture has them back.
 
     Args:
         model: A model of the family, not pruned yet.
-        family: Its entry.
-        ignore: Regular expressions; a layer whose name ends in a match is left alone.
+        family: Entry of the model's architecture.
+        ignore: Regular expressions; a layer whose name ends in a match is not pruned.
 
     Raises:
         UnsupportedModelError: If the model breaks an assumption of the entry.
@@ -139,7 +139,7 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
 
 
 def _parts_of(model: PreTrainedModel, family: Family) -> list[Part]:
-    """The parts of all blocks, in the order of the forward pass.
+    """Locate the parts of all blocks, in the order of the forward pass.
 
     Raises:
         UnsupportedModelError: If the model breaks an assumption of a part's entry, or no block has such a part.
@@ -163,7 +163,7 @@ def _parts_of(model: PreTrainedModel, family: Family) -> list[Part]:
 
 
 def _check_patterns(model: nn.Module, ignore: Sequence[str]) -> None:
-    """Make sure that each pattern to ignore is of some module: with a typing error, what it means would be pruned."""
+    """Check that each pattern to ignore matches some module: after a typing error, that module would be pruned."""
     names = [name for name, _ in model.named_modules()]
     for pattern in ignore:
         if pattern != _HEAD and not any(re.search(f"(?:{pattern})$", name) for name in names):
@@ -210,7 +210,7 @@ def _linear_layer(block: nn.Module, family: Family, kind: str, number: int, grou
 
 
 def restricted(couplings: Iterable[Coupling], layers: Mapping[str, LinearLayer]) -> tuple[Coupling, ...]:
-    """Leave out what concerns layers that are not pruned; a coupling without a partner says nothing."""
+    """Leave layers that are not prunable out of couplings, and couplings that have only one layer left."""
 
     def known(sides: Sequence[Side]) -> tuple[Side, ...]:
         return tuple(side for side in sides if side.layer in layers)

@@ -14,7 +14,7 @@ from llm_surgeon.models.modeling_pruned import PrunedLinear, narrow_attention, s
 
 
 def read_matrix(model: nn.Module, layer: LinearLayer) -> Tensor:
-    """Weights of the kept rows and columns, the bias as last column: ``[R, C]`` float32 (float64 stays)."""
+    """Read the weights of the kept rows and columns, the bias as last column: ``[R, C]`` float32 (float64 stays)."""
     core = core_of(model, layer)
     weight, bias = core.weight.detach(), core.bias
     matrix = weight if bias is None else torch.cat([weight, bias.detach()[:, None]], dim=1)
@@ -22,19 +22,19 @@ def read_matrix(model: nn.Module, layer: LinearLayer) -> Tensor:
 
 
 def core_of(model: nn.Module, layer: LinearLayer) -> nn.Linear:
-    """The module that holds the layer's weights."""
+    """The module that holds a layer's weights."""
     module = model.get_submodule(layer.name)
     return module.core if isinstance(module, PrunedLinear) else module  # type: ignore[return-value]
 
 
 def layer_shape(layer: LinearLayer, keep: KeepMask, extent: KeepMask) -> dict[str, int | None]:
-    """The arguments that rebuild a pruned layer: see ``shrink_linears``.
+    """Arguments that rebuild a pruned layer, see ``shrink_linears``.
 
     Args:
         layer: The layer.
-        keep: What is left of it.
-        extent: Rows and columns that the tensors around it still have, see ``Anatomy.extents``. Where these are what
-            is kept, there is nothing to index.
+        keep: Rows and columns that are left of the layer.
+        extent: Rows and columns that the tensors around the layer still have, see ``Anatomy.extents``. Where they are
+            the kept ones, the layer needs no index.
     """
     (rows, columns), (outputs, inputs) = keep.shape, extent.shape
     return {
@@ -47,14 +47,14 @@ def layer_shape(layer: LinearLayer, keep: KeepMask, extent: KeepMask) -> dict[st
 
 @torch.no_grad()
 def write_matrix(model: nn.Module, layer: LinearLayer, keep: KeepMask, extent: KeepMask, matrix: Tensor) -> None:
-    """Make a layer hold only ``matrix [kept rows, kept columns (+ bias)]``, in a smaller module if it has shrunk.
+    """Write ``matrix [kept rows, kept columns (+ bias)]`` into a layer, in a smaller module if the layer has shrunk.
 
     Args:
-        model: Changed in place.
+        model: The model, changed in place.
         layer: The layer.
-        keep: What is left of it.
-        extent: Rows and columns that the tensors around it still have, see ``Anatomy.extents``.
-        matrix: Its new weights.
+        keep: Rows and columns that are left of the layer.
+        extent: Rows and columns that the tensors around the layer still have, see ``Anatomy.extents``.
+        matrix: New weights of the layer.
     """
     before, shape = model.get_submodule(layer.name), layer_shape(layer, keep, extent)
     if shape != _shape_of(before):
@@ -75,7 +75,7 @@ def write_matrix(model: nn.Module, layer: LinearLayer, keep: KeepMask, extent: K
 
 @torch.no_grad()
 def cut_out(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
-    """Cut what is not kept out of a dense model, in place, without making up for it."""
+    """Cut the removed rows and columns out of a dense model, in place, without an update of the other weights."""
     extents = anatomy.extents(keep)
     for name, layer in anatomy.layers.items():
         matrix, columns = read_matrix(model, layer), to_index(keep[name].columns)
@@ -87,13 +87,13 @@ def cut_out(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) ->
 
 
 def narrow_heads(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
-    """Tell the modules of a model whose matrices have shrunk how many heads, or the like, they have left."""
+    """Set the attributes of modules that count their heads, or the like, where the matrices have shrunk."""
     for part in anatomy.parts:
         narrow_attention(model, part.counts(keep), part.entry.emptied or "")
 
 
 def _shape_of(module: nn.Module) -> dict[str, int | None]:
-    """What ``layer_shape`` says of a layer as it is."""
+    """Arguments that rebuild a layer as it is now, as ``layer_shape`` gives them."""
     if isinstance(module, PrunedLinear):
         kept_in = None if module.input_index is None else len(module.input_index)
         kept_out = None if module.output_index is None else len(module.output_index)

@@ -1,8 +1,8 @@
-"""Fold an order of channels into the weights: neighbours change, the function of the network does not.
+"""Orders of channels, folded into the weights: channels get other neighbours, and the network's function stays.
 
 An N:M pattern keeps N of every M *neighbouring* inputs, so it matters in which order the inputs of a layer come
-(``llm_surgeon.mathematics.channel_permutation`` finds a good one). The order of some channels is free: whoever writes
-them and whoever reads them must agree on it, and nothing else is concerned. Two kinds are folded here:
+(``llm_surgeon.mathematics.channel_permutation`` finds a good order). The order of some channels is free: only the
+layers that write them and the layers that read them must agree on it. Two kinds are folded here:
 
 - channels inside a part, as the part says (``Part.orders``): the neurons of a feed-forward part (rows of its input
   layers, columns of its output layer), or the dimensions within a value head (rows of the value layer, columns of the
@@ -12,7 +12,7 @@ them and whoever reads them must agree on it, and nothing else is concerned. Two
 
 The order of keys and queries is left alone: no weight matrix reads their product along it. Channel i afterwards is
 channel ``permutation[i]`` before. Everything works in place on a dense model, or one whose removed weights are
-zeros; masks have to be permuted in the same way by whoever holds them.
+zeros. The caller has to permute the masks in the same way.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from llm_surgeon.models.parts import ChannelOrder
 
 @torch.no_grad()
 def fold_order(model: PreTrainedModel, order: ChannelOrder, permutation: Tensor) -> None:
-    """Reorder channels inside a part, each set among themselves.
+    """Reorder channels inside a part, each within its set.
 
     Args:
         model: The model of the part, changed in place.
         order: The channels, see ``Part.orders``.
-        permutation: Long ``[sets, channels]``, in each row an order of that set's channels.
+        permutation: Orders ``[sets, channels]``, long: each row is an order of that set's channels.
 
     Raises:
         ValueError: If a row is no permutation of a set's channels, or there is not one for each set.
@@ -66,11 +66,11 @@ def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -
 
     Args:
         model: A model of the family, changed in place.
-        family: Its entry.
-        permutation: Long ``[hidden]``.
+        family: Entry of the model's architecture.
+        permutation: Order of the channels, long ``[hidden]``.
 
     Raises:
-        ValueError: If this is no permutation of the channels.
+        ValueError: If ``permutation`` is no permutation of the channels.
         UnsupportedModelError: If a layer is not a plain linear layer, or the model has parameters that its entry
             says nothing about, which may depend on the order.
     """
@@ -87,10 +87,10 @@ def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -
 
 
 def check_residual(model: PreTrainedModel, family: Family) -> dict[str, int]:
-    """Find the parameters that carry the residual stream, and the axis along which each does.
+    """Find the parameters that carry the residual stream, by name, and the axis of each that the stream runs along.
 
     Raises:
-        UnsupportedModelError: If it cannot be reordered, see ``fold_residual``.
+        UnsupportedModelError: If the stream cannot be reordered, see ``fold_residual``.
     """
     along = dict(_stream(model, family))
     _check_complete(model, family, along)
@@ -98,7 +98,7 @@ def check_residual(model: PreTrainedModel, family: Family) -> dict[str, int]:
 
 
 def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]:
-    """Names of the parameters that carry the residual stream, and the axis along which they do."""
+    """Names of the parameters that carry the residual stream, and the axis of each that the stream runs along."""
     residual = family.residual
     project_in, project_out = _optional(model, residual.project_in), _optional(model, residual.project_out)
     if project_in is None:
@@ -124,7 +124,7 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
 
 
 def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int]) -> None:
-    """Every parameter carries the stream, or belongs to a layer of which the entry says how it meets the stream."""
+    """Check that each parameter carries the stream, or belongs to a layer that the family's entry describes."""
     layers = [*family.layers, *(name for part in family.parts for name in part.inside)]
     blocks = range(len(cast(nn.ModuleList, model.get_submodule(family.blocks))))
     known = {f"{family.blocks}.{number}.{name}" for number in blocks for name in layers}
@@ -146,7 +146,7 @@ def _head(model: PreTrainedModel) -> str:
 
 
 def _optional(model: PreTrainedModel, name: str | None) -> nn.Module | None:
-    """The module, or None if this model has none of that name."""
+    """The module of a name; None if the model has no such module."""
     try:
         return None if name is None else model.get_submodule(name)
     except AttributeError:
@@ -154,20 +154,20 @@ def _optional(model: PreTrainedModel, name: str | None) -> nn.Module | None:
 
 
 def _columns(model: PreTrainedModel, name: str) -> Iterator[tuple[str, int]]:
-    """The parameters of a layer that reads the stream."""
+    """Parameters of a layer that reads the stream."""
     _linear(model, name)
     yield f"{name}.weight", 1
 
 
 def _rows(model: PreTrainedModel, name: str) -> Iterator[tuple[str, int]]:
-    """The parameters of a layer that writes the stream."""
+    """Parameters of a layer that writes the stream."""
     yield f"{name}.weight", 0
     if _linear(model, name).bias is not None:
         yield f"{name}.bias", 0
 
 
 def _vectors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, int]]:
-    """The parameters of a norm: weight, bias, or none."""
+    """Parameters of a norm: weight, bias, or none."""
     for parameter, _ in model.get_submodule(name).named_parameters():
         yield f"{name}.{parameter}", 0
 
@@ -183,14 +183,14 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
 
 
 def _moved(size: int, index: Tensor, permutation: Tensor) -> Tensor:
-    """The order ``[size]`` of all rows or columns when those of ``index`` move along its last axis."""
+    """Order ``[size]`` of all rows or columns after the rows or columns of ``index`` move along its last axis."""
     order, permutation = torch.arange(size), permutation.cpu().expand_as(index)
     order[index.flatten()] = index.gather(-1, permutation).flatten()
     return order
 
 
 def _reorder(parameter: Tensor, axis: int, permutation: Tensor) -> None:
-    # Written into the same tensor, so that what is tied stays tied.
+    # Written into the same tensor, so that tied parameters stay tied.
     parameter.copy_(parameter.index_select(axis, permutation.to(parameter.device)))
 
 

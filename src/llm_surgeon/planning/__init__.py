@@ -1,1 +1,1 @@
-"""What a run will take and give, said before it: sizes, memory, disk, time, and who can load the result."""
+"""Plans of runs: sizes, memory, disk and time, and the engines that can load the result."""

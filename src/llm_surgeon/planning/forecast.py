@@ -1,4 +1,4 @@
-"""A plan as the progress display needs it: seconds of each phase by the words that the phase is shown with."""
+"""Forecast for the progress display: planned seconds of each phase, by the words that the display shows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from llm_surgeon.refit.stages import phase_name, phase_names
 
 
 def seconds_of_phases(plan: Plan, config: PruneConfig) -> dict[str, float]:
-    """Planned seconds of each phase that the run's progress shows, by its words, in their order.
+    """Planned seconds of each phase that the run's progress shows, by the phase's words, in order.
 
-    Shots are taken to be alike. Export and speed come after the last one: they are no phases, and count too.
+    All shots count as alike. Export and speed follow the last shot: the display does not show them as phases, but their
+    time counts.
 
     Args:
         plan: The plan of the run.
-        config: Its recipe.
+        config: The recipe of the run.
     """
     planned = {phase.name: phase.seconds for phase in plan.phases}
     seconds = {"dense: perplexity": planned.get("dense evaluation", 0.0)}

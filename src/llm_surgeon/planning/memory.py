@@ -1,6 +1,7 @@
 """Peak memory of the phases of a run, part by part.
 
-The passes are traced (``trace.py``), factors and weights counted. Constants stand for what belongs to no tensor.
+The passes are traced (``trace.py``), factors and weights are counted, and constants stand for memory that belongs to no
+tensor.
 """
 
 from __future__ import annotations
@@ -34,38 +35,38 @@ Parts = dict[str, int]
 # Bytes that the C allocator holds beside each byte that a pass has in use at its peak: freed space between its tensors
 # that is too small for the next. Factors lie in one piece, and leave none. Measured, see benchmarks/results/memory.md.
 GAPS = 0.42
-# The same for each byte that waits in main memory, whose tensors come and go.
+# Bytes beside each byte that waits in main memory, whose tensors come and go. Measured in the same way.
 SLACK = 0.19
-# Kernels of the matrix libraries.
+# Bytes of the kernels of the matrix libraries.
 LIBRARIES = 70 * 2**20
-# Once the small matrices of a pruned model lie between, large batches leave more: as much as so many float32 chunks of
-# logits, the largest tensors that there are. Measured like the share above.
+# Number of float32 chunks of logits, the largest tensors, that stay as freed space after large batches of a pruned
+# model, whose small matrices lie between the tensors. Measured in the same way.
 LOGITS_LEFT = 4
-# How many chunks of logits a batch has to have for that; with two nothing is left.
+# Number of chunks of logits from which on a batch leaves such space; two chunks leave none.
 LARGE = 3
-# The kernel reads a mapped file in pieces of this size around the byte that is asked for.
+# Bytes of the pieces in which the kernel reads a mapped file around the byte that is asked for.
 READ_AROUND = 2**16
-# Square matrices that one layer's costs or update need at once beside its factors: two factors whole, their damped
-# copies, decompositions and inverses.
+# Number of square matrices that one layer's costs or update need at once beside its factors: two whole factors, their
+# damped copies, decompositions and inverses.
 SQUARES = 6
-# Bytes per prunable weight while single weights are chosen: float32 costs and their bit patterns, both halves of
-# these, and masks before, after and of what goes.
+# Bytes per prunable weight during the choice of single weights: float32 costs, their bit patterns, both halves of the
+# patterns, and three masks: before, after, and of the removed weights.
 ELEMENT_BYTES = 4 + 4 + 4 + 3
-# A process that uses a GPU: its libraries and context on the host.
+# Bytes of the libraries and the context on the host in a process that uses a GPU.
 GPU_PROCESS = 2 * 2**30
-# The fresh process of the reload check, without the weights that it loads.
+# Bytes of the fresh process of the reload check, without the weights that it loads.
 RELOAD_PROCESS = 450 * 2**20
 
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """Bytes of one phase at its peak, by what holds them."""
+    """Bytes of one phase at its peak, by the name of each part, on the host and on the GPU."""
 
     host: Parts
     device: Parts
 
 
-# What holds the weights of the dense model that stages need.
+# Name of the part with the dense model's weights that stages need.
 DENSE_COPY = "dense weights for stages"
 # Phases of a shot before its stages.
 SHOT_PHASES = ("curvature", "selection", "update")
@@ -80,8 +81,8 @@ def peak_of_shots(needs: Mapping[str, PhaseMemory]) -> tuple[int, int]:
 def weights_read(skeleton: Skeleton, device: torch.device, texts: Texts) -> int:
     """Bytes of the weights that a run on these texts has in memory.
 
-    On a CPU, weights of the stored type stay in the mapped file until they are read. Of an input embedding that is not
-    the output embedding too, only the rows of the texts' tokens are.
+    On a CPU, weights of the stored type stay in the mapped file until they are read. If the input embedding is not tied
+    to the output embedding, only the rows of the texts' tokens are read.
     """
     embedding = cast(Tensor, skeleton.network.get_input_embeddings().weight)
     head = skeleton.network.get_output_embeddings()
@@ -95,9 +96,9 @@ def weights_read(skeleton: Skeleton, device: torch.device, texts: Texts) -> int:
 
 
 def weights_streamed(skeleton: Skeleton, device: torch.device) -> tuple[int, int]:
-    """Bytes of the weights that a run has where the model runs if they are streamed, and of those on disk.
+    """Bytes of streamed weights, where the model runs and on disk.
 
-    To a GPU one block comes while another is run.
+    On a GPU two blocks count, as one block is copied while another is run.
     """
     blocks = skeleton.network.get_submodule(skeleton.anatomy.family.blocks)
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.children()]
@@ -109,13 +110,13 @@ def weights_streamed(skeleton: Skeleton, device: torch.device) -> tuple[int, int
 def passes_within(
     measured: int, skeleton: Skeleton, config: PruneConfig, device: torch.device, process: int, weights: int
 ) -> int:
-    """What a pass takes beside weights and factors, so that the need of a first shot comes out as it was measured.
+    """Bytes of a pass beside weights and factors, with which the plan of a first shot agrees with a measured peak.
 
     Args:
         measured: Peak bytes of a pass: of the device if it is a GPU, else of the process.
         skeleton: The model.
         config: The recipe.
-        device: Where it was measured.
+        device: Device of the measurement.
         process: Bytes that the process held before.
         weights: Bytes of the weights in memory.
     """
@@ -126,7 +127,7 @@ def passes_within(
 
 
 def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Bytes of freed space that passes with gradients of a pruned model leave and cannot use again, on a CPU."""
+    """Bytes of freed space that passes with gradients of a pruned model cannot use again, on a CPU."""
     if math.ceil(config.sequences_per_pass * (config.seq_len - 1) / CHUNK) < LARGE:
         return 0
     vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
@@ -135,16 +136,16 @@ def logits_left(skeleton: Skeleton, config: PruneConfig) -> int:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What a run takes; ``device`` decides which parts are on the host.
+    """Model of a run's memory; ``device`` decides which parts are on the host.
 
     Attributes:
         skeleton: The model.
         config: The recipe.
-        device: Where the run is to be.
-        traces: What its passes take.
+        device: Device of the run.
+        traces: Bytes of the passes.
         process: Bytes that the process holds before the model is loaded.
         weights: Bytes of the weights that will be in memory, see ``weights_read``.
-        waiting: What waits in the store if the run goes layer by layer; None if it does not.
+        waiting: Bytes that wait in the store if the run goes layer by layer; None if it does not.
         streamed: Whether the weights of blocks come one block at a time.
     """
 
@@ -171,7 +172,7 @@ class MemoryModel:
         return self.skeleton.anatomy.prunable_weights
 
     def needs(self) -> dict[str, PhaseMemory]:
-        """What each phase needs, in the order in which they first run."""
+        """Memory of each phase, in the order in which they first run."""
         config, evaluates = self.config, self.config.evaluation != "none"
         window: Parts = {"passes": self.traces.evaluation}
         needs = {"load": self._load()}
@@ -187,14 +188,14 @@ class MemoryModel:
         return needs
 
     def _load(self) -> PhaseMemory:
-        """Files are mapped, so they are resident only as far as they are read; another type makes a copy."""
+        """Memory of loading: mapped files are resident only as far as they are read, and another type makes a copy."""
         copied = self.skeleton.converts and not self.streamed
         files: Parts = {"weight files while read": self.skeleton.stored_bytes} if copied else {}
         weights: Parts = {"weights": self.weights}
         return PhaseMemory({"process": self.process, **weights, **files}, {} if self.device.type == "cpu" else weights)
 
     def _shot(self) -> dict[str, PhaseMemory]:
-        """At their largest, which is in the first shot or, with small matrices beside the dense ones, the second."""
+        """Largest memory of a shot's phases: the first shot's or, with small beside dense matrices, the second's."""
         passes, larger = self._passes(), self._held()
         masks: Parts = {} if self.config.parts else {"masks": self._prunable}
         estimator = estimator_of(self.config)
@@ -209,7 +210,7 @@ class MemoryModel:
         }
 
     def _costs(self) -> Parts:
-        """Costs of single weights: of all layers, or of one where a layer-wise method compares within layers."""
+        """Bytes of the costs of single weights: of all layers, or of one if a method compares within layers."""
         if self.config.parts:
             return {}
         layers = [layer.rows * layer.columns for layer in self.skeleton.anatomy.layers.values()]
@@ -217,16 +218,16 @@ class MemoryModel:
         return {"costs of single weights": ELEMENT_BYTES * (max(layers) if apart else sum(layers))}
 
     def _freed(self) -> Parts:
-        """Freed space that passes with gradients leave once the model is pruned: in the second shot, and for gates."""
+        """Freed bytes that passes with gradients leave in a pruned model: in the second shot, and for gates."""
         left = logits_left(self.skeleton, self.config)
         return {"freed logits": left} if left and self.device.type == "cpu" else {}
 
     def _passes(self) -> Parts:
-        """What reading the tokens takes, beside what is held of them."""
+        """Bytes of the passes over the tokens, beside the statistics that are held."""
         return {"passes": self.traces.watching if self._sweeps else self.traces.curvature}
 
     def _held(self) -> Parts:
-        """What is held of the tokens, with the matrices that the shot before has left: of the larger of two shots."""
+        """Bytes of statistics and of the pruned matrices of the shot before: the larger of the first two shots."""
         first, pruned = self._statistics(), self._pruned() if self.config.shots > 1 else {}
         # Factors have become about as much smaller as the weights.
         kept = 1 - self.config.sparsity_schedule[0]
@@ -234,7 +235,7 @@ class MemoryModel:
         return max(first, second, key=lambda parts: sum(parts.values()))
 
     def _statistics(self) -> Parts:
-        """What is held of the calibration tokens in the first shot, where the run is."""
+        """Bytes of the calibration tokens' statistics in the first shot, where the model runs."""
         estimator = estimator_of(self.config)
         if self.waiting is not None:
             kept = self._sweeps or (estimator is not None and estimator.puts_away)
@@ -246,7 +247,7 @@ class MemoryModel:
         return {"factors": factor_bytes(self.skeleton.network, self.skeleton.anatomy, self.config)}
 
     def _on_host(self) -> Parts:
-        """What waits there."""
+        """Bytes of the store that wait on the host."""
         return {self._store: self.waiting.host} if self.waiting is not None and self.waiting.host else {}
 
     @property
@@ -254,7 +255,7 @@ class MemoryModel:
         return "hidden states" if self._sweeps else "hidden states and factors"
 
     def _stage(self, stage: type[Stage]) -> PhaseMemory:
-        """Memory of a stage after a shot: its own, and what it shares with others of its kind."""
+        """Memory of a stage after a shot: its own, and parts that follow from its attributes."""
         tensors = {**stage.memory(self.skeleton, self.config, self.traces), **self._pruned()}
         if stage.decomposes:
             tensors |= self._squares
@@ -267,39 +268,39 @@ class MemoryModel:
         return self._on_device(tensors, self._on_host(), self._freed())
 
     def _other_half(self) -> Parts:
-        """Weights of the model of one half of the text while that of the other is fitted, at most."""
+        """Largest bytes of the weights of one half's model that are kept while the other half's model is fitted."""
         if not self.config.cross_fit:
             return {}
         kept = 1 - self.config.sparsity_schedule[0]
         return {"weights of the other half": round(kept * self._prunable * self.skeleton.dtype.itemsize)}
 
     def _goal(self) -> Parts:
-        """The dense model that stages need beside the pruned one, from before the first shot to the end of the run."""
+        """Bytes of the dense model that stages need beside the pruned one, in all shots and until the run ends."""
         copy = self._prunable * self.skeleton.dtype.itemsize
         needed = any(stage.needs_dense for stage in stages_of(self.config))
         return {DENSE_COPY: copy} if needed else {}
 
     def _export(self) -> PhaseMemory:
-        """The reload check is a process of its own, but it takes the same memory."""
+        """Memory of the export and its reload check, which is a process of its own but on the same machine."""
         stored = stored_parameters(self.skeleton, self.config, self.config.sparsity)
         last = stored * self.skeleton.dtype.itemsize
         need = self._on_device(self._pruned(), apart={"weights of the reload check": last})
         return PhaseMemory({**need.host, "process of the reload check": RELOAD_PROCESS}, need.device)
 
     def _pruned(self) -> Parts:
-        """The small matrices beside the dense ones: on a CPU, a mapped file stays as long as any part of it is used."""
+        """Bytes of the small matrices beside the dense ones, as a mapped file stays while any part of it is used."""
         if not self.config.parts or self.device.type != "cpu" or self.skeleton.converts or self.streamed:
             return {}
         first = self.config.sparsity_schedule[0]
         return {"pruned weights": round((1 - first) * self._prunable) * self.skeleton.dtype.itemsize}
 
     def _on_device(self, tensors: Parts, on_host: Parts | None = None, apart: Parts | None = None) -> PhaseMemory:
-        """Weights and tensors where the run is, with what the allocator holds beside the tensors.
+        """Memory of weights and tensors where the model runs, and of the allocator beside the tensors.
 
         Args:
-            tensors: Where the run is.
-            on_host: What is on the host in any case.
-            apart: Where the run is, but no tensors of the allocator: files that are mapped, other processes.
+            tensors: Bytes of tensors where the model runs.
+            on_host: Bytes on the host in any case.
+            apart: Bytes where the model runs that the allocator has no part in: mapped files, other processes.
         """
         on_host, apart = on_host or {}, self._goal() | (apart or {})
         if self.device.type != "cpu":
@@ -311,7 +312,7 @@ class MemoryModel:
 
 
 def process_bytes() -> int:
-    """Bytes that this process holds now, without those that the next tensors will take first."""
+    """Bytes that this process holds now, without freed memory, which the next tensors take first."""
     return int(psutil.Process().memory_info().rss) - freed_bytes()
 
 

@@ -1,4 +1,4 @@
-"""In which order a pass takes the calibration tokens, and where what it has to keep will wait."""
+"""Order in which a pass takes the calibration tokens, and places where its tensors wait."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llm_surgeon.system.storage import Budgets
 
 @dataclass(frozen=True)
 class Waiting:
-    """Most bytes that wait at once in the store of a layer-major pass or a layer-wise method, by place."""
+    """Largest bytes that wait at once in the store of a layer-major pass or a layer-wise method, by place."""
 
     device: int = 0
     host: int = 0
@@ -31,21 +31,21 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Available:
-    """Bytes that a run may come to hold of main memory and, where it is on one, of the GPU."""
+    """Bytes that a run may hold of main memory and, if it runs on one, of the GPU."""
 
     host: int
     device: int | None
 
 
 def waiting_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Most bytes that a run has in its store at once, if it goes layer by layer.
+    """Largest bytes that a run has in its store at once, if it goes layer by layer.
 
-    Hidden states that entered the blocks are there for all blocks when the backward pass begins, and for none when it
-    ends; sums the other way round. Gradients are there once for each draw of labels.
+    When the backward pass begins, the store holds the hidden states of all blocks, and no sums. When it ends, the store
+    holds all sums, and no hidden states. Gradients are there once for each draw of labels.
     """
     network, how, estimator = skeleton.network, traced_estimation(config), estimator_of(config)
     width: int = network.config.get_text_config().hidden_size
-    # Under autocast what goes from block to block keeps the type of the weights.
+    # Under autocast hidden states between blocks keep the type of the weights.
     states = config.samples * config.seq_len * width * skeleton.dtype.itemsize
     factors = factor_bytes(network, skeleton.anatomy, config)
     if estimator is None or not estimator.backward:
@@ -55,17 +55,17 @@ def waiting_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
 
 
 def passes_of(config: PruneConfig) -> int:
-    """Passes over the tokens for the curvature of a shot."""
+    """Number of passes over the tokens for the curvature of a shot."""
     return loop_of(config).passes(config)
 
 
 def goes_layer_major(config: PruneConfig, room: Available, need: Callable[[], tuple[int, int]]) -> bool:
-    """Whether the order of a recipe comes to layer-major.
+    """Whether a run goes layer by layer: by its loop, by the recipe, or because batch by batch it would not fit.
 
     Args:
         config: The recipe.
-        room: What there is.
-        need: Says the bytes of main memory and of the GPU that a batch-major pass takes at its peak.
+        room: Bytes that are available.
+        need: Function that gives the bytes of main memory and of the GPU at the peak of a batch-major pass.
     """
     sweeps = loop_of(config).sweeps
     if sweeps or config.order != "auto" or not passes_of(config):
@@ -79,13 +79,13 @@ def goes_streamed(config: PruneConfig, room: Available, layer_major: bool, floor
 
     Args:
         config: The recipe.
-        room: What there is.
+        room: Bytes that are available.
         layer_major: Whether the run goes layer by layer.
         floor: Bytes of main memory and of the GPU that the shots take with all weights, without a store.
     """
     if config.weights != "auto":
         return config.weights == "streamed"
-    # Without a pass there is no order.
+    # A run without a pass has no order, and can always stream.
     by_layers = layer_major or not passes_of(config)
     host, device = floor
     short = host > room.host or (room.device is not None and device > room.device)
@@ -95,17 +95,17 @@ def goes_streamed(config: PruneConfig, room: Available, layer_major: bool, floor
 def budgets_of(
     config: PruneConfig, room: Available, floor: tuple[int, int], slack: float, processes: int = 1
 ) -> Budgets:
-    """What a store may take of the memory that is left beside everything else.
+    """Budgets of a store: the memory that is left beside everything else.
 
     Args:
         config: The recipe of one process.
-        room: What there is for it.
+        room: Bytes that are available to the process.
         floor: Bytes of main memory and of the GPU that the shots take without the store.
         slack: Bytes that the allocator of the host holds beside each byte in use.
-        processes: How many share the main memory.
+        processes: Number of processes that share the main memory.
 
     Raises:
-        ConfigError: If a limit was asked for that is too low even so.
+        ConfigError: If the run exceeds a limit of the recipe even with an empty store.
     """
     for asked, option, least in zip(
         (config.host_memory, config.device_memory), ("--host-memory", "--device-memory"), floor, strict=True
@@ -125,12 +125,12 @@ def budgets_of(
 
 
 def placed(total: int, budgets: Budgets, device: torch.device) -> Waiting:
-    """Where so many bytes will wait."""
+    """Places of ``total`` bytes that wait: the device first, then the host, then the disk."""
     on_device = 0 if device.type == "cpu" else int(min(total, budgets.device))
     on_host = int(min(total - on_device, budgets.host))
     return Waiting(on_device, on_host, total - on_device - on_host)
 
 
 def order_name(layer_major: bool) -> Order:
-    """As an estimation spells it."""
+    """Name of an order, as an estimation spells it."""
     return "layer-major" if layer_major else "batch-major"

@@ -1,4 +1,4 @@
-"""What a run will take and give, from the configuration of the model and the recipe."""
+"""The plan of a run, from the configuration of the model and the recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llm_surgeon.system.torchrun import Place
 logger = logging.getLogger(__name__)
 
 _UNSHARED = Place()
-# The report's peak is of what is between.
+# Phases whose memory does not enter the peak of the report.
 _UNREPORTED = ("load", "export and check", "speed")
 
 
@@ -38,19 +38,19 @@ def foresee(
     probe: bool = False,
     place: Place = _UNSHARED,
 ) -> Plan:
-    """The plan of a run whose texts are prepared and whose model is still to be loaded.
+    """Plan a run whose texts are prepared and whose model is still to be loaded.
 
     Args:
-        model: What was asked for.
+        model: Name of the model, as it was given.
         skeleton: The model without its weights.
         config: The recipe.
-        device: Where the run, or one of its processes, is to be.
-        texts: Its texts.
+        device: Device of the run, or of one of its processes.
+        texts: Texts of the run.
         probe: Whether to time and measure one batch.
-        place: One of the processes that share the run; the plan is of what each of them needs.
+        place: Place of one process among those that share the run; the memory of the plan is for each of them.
 
     Raises:
-        ConfigError: If it needs more memory than the recipe allows.
+        ConfigError: If the run needs more memory than the recipe allows.
     """
     for stage in stages_of(config):
         config = stage.resolved(config, skeleton.anatomy)
@@ -91,7 +91,7 @@ def foresee(
 
 
 def _part_of(config: PruneConfig, place: Place) -> PruneConfig:
-    """The recipe as one process works on it: with its part of the tokens and of the memory of its machine."""
+    """The recipe of one process, with its part of the tokens and of the machine's memory."""
     memory = None if config.host_memory is None else config.host_memory // place.local_count
     own = math.ceil(config.samples / place.count)
     batch = min(own, config.sequences_per_pass)
@@ -99,10 +99,10 @@ def _part_of(config: PruneConfig, place: Place) -> PruneConfig:
 
 
 def room_for(config: PruneConfig, device: torch.device, place: Place = _UNSHARED) -> Available:
-    """What is free for one process, or what its part of the recipe allows.
+    """Bytes that are free for one process, or that its part of the recipe allows.
 
     Raises:
-        ConfigError: If there is no GPU whose memory could be limited.
+        ConfigError: If the recipe limits the memory of a GPU, and the run is on the CPU.
     """
     if config.device_memory is not None and device.type == "cpu":
         raise ConfigError("device_memory is for a GPU, and the run is to be on the CPU.", "Use --host-memory.")
@@ -113,7 +113,7 @@ def room_for(config: PruneConfig, device: torch.device, place: Place = _UNSHARED
 
 
 def warn_if_short(foreseen: Plan) -> None:
-    """Log a warning if there is less memory than the plan needs: what takes most of it, and what to do."""
+    """Warn if there is less memory than the plan needs, with the largest part and a remedy."""
     places = [("memory", foreseen.host_available, [phase.host for phase in foreseen.phases])]
     if foreseen.device_available is not None:
         places.append((f"memory of {foreseen.device}", foreseen.device_available, [p.device for p in foreseen.phases]))
@@ -145,12 +145,12 @@ def _remedy(part: str, reconstructs: bool) -> str:
 
 
 def _calibrated(rates: Rates, passes: float) -> Rates:
-    """Rates with that of the passes as a probe has found it; decompositions are as much faster or slower than that."""
+    """Rates with the speed of passes from a probe; the speed of decompositions changes by the same factor."""
     return Rates(passes, rates.float32 * passes / rates.passes)
 
 
 def _evaluated(texts: Texts) -> int:
-    """Tokens of all windows of the evaluation text."""
+    """Number of tokens of all windows of the evaluation text."""
     return 0 if texts.evaluation is None else len(texts.evaluation.windows) * texts.evaluation.window
 
 

@@ -1,4 +1,4 @@
-"""One real batch, timed and measured, where shapes alone say too little of a machine."""
+"""Probe of a machine: one real batch, timed and measured, as shapes alone say little about speed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llm_surgeon.system.memory import peak_bytes, reset_peak
 
 @dataclass(frozen=True)
 class Probe:
-    """What one batch took.
+    """Measures of one batch.
 
     Attributes:
-        tokens: Tokens in it.
-        seconds: Its time.
+        tokens: Number of tokens in the batch.
+        seconds: Time of the batch.
         peak: Peak bytes: of the device if it is a GPU, else resident in the process.
     """
 
@@ -41,14 +41,14 @@ def probe_batch(
     *,
     streamed: bool,
 ) -> Probe:
-    """Load the model and run one batch twice, of which the second counts: in the first, kernels are chosen.
+    """Load the model and run one batch twice. Only the second time counts, as kernels are chosen in the first.
 
     Args:
         skeleton: The model.
         config: The recipe.
-        device: Where the run is to be.
+        device: Device of the run.
         tokens: Calibration tokens.
-        order: Of the pass.
+        order: Order of the pass.
         streamed: Whether weights come one block at a time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How a run will go: in which order, with which weights at a time, and what waits where."""
+"""Schedule of a run: the order of its passes, the weights that are loaded at a time, and the places of its store."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from llm_surgeon.system.torchrun import Place
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run will go.
+    """Schedule of a run.
 
     Attributes:
-        traces: What its passes hold.
-        layer_major: Whether it goes layer by layer.
-        order: Of what is traced: layer-wise methods, which go layer by layer, are traced apart.
+        traces: Bytes of the passes.
+        layer_major: Whether the run goes layer by layer.
+        order: Order of the traced passes; the passes of layer-wise methods are traced in a way of their own.
         streamed: Whether the weights of blocks come one block at a time.
-        waiting: What waits in the store, and where; None without one, zeros before it is placed.
-        budgets: What the store may take.
+        waiting: Bytes that wait in the store, by place; None without a store, zeros before the places are known.
+        budgets: Bytes that the store may take.
     """
 
     traces: Traces
@@ -60,27 +60,27 @@ class Schedule:
 
 
 class Scheduler:
-    """What decides how one process of a run goes."""
+    """Scheduler of one process of a run."""
 
     def __init__(
         self, skeleton: Skeleton, config: PruneConfig, device: torch.device, texts: Texts, room: Available, place: Place
     ) -> None:
-        """Take what has been decided already.
+        """Take the decisions that have been made already.
 
         Args:
             skeleton: The model without its weights.
-            config: The recipe as the process works on it.
-            device: Where the process is to be.
-            texts: Of the run.
-            room: What is free for the process.
-            place: The process.
+            config: The recipe of the process.
+            device: Device of the process.
+            texts: Texts of the run.
+            room: Bytes that are available to the process.
+            place: Place of the process among those that share the run.
         """
         self._skeleton, self._config, self._device, self._texts = skeleton, config, device, texts
         self._room, self._place = room, place
         self._process, self._weights = process_bytes(), weights_read(skeleton, device, texts)
 
     def way(self) -> Schedule:
-        """Order and streaming, by what the run would need otherwise."""
+        """Decide on order and streaming, by the memory that the run would need without them."""
         way = Schedule(self._traced("batch-major"), False, "batch-major")
         layer_major = goes_layer_major(self._config, self._room, lambda: self._peak(way))
         if layer_major:
@@ -90,12 +90,12 @@ class Scheduler:
         return replace(way, streamed=goes_streamed(self._config, self._room, layer_major, self._peak(way)))
 
     def probed(self, way: Schedule) -> tuple[Schedule, Probe]:
-        """Time and measure one batch; the memory of a pass is then as measured, where the probe's pass is the run's."""
+        """Time and measure one batch, and put the measured memory into the schedule if the run has the same pass."""
         config = self._config
         probe = probe_batch(
             self._skeleton, config, self._device, self._texts.calibration, way.order, streamed=way.streamed
         )
-        # A nearest product holds other factors than the pass that stands in for its own.
+        # An estimator with a stand-in holds other factors than the pass of the probe.
         estimator = estimator_of(config)
         own = estimator is not None and estimator.stand_in is None
         if way.traces.curvature and not way.layer_major and own:
@@ -104,7 +104,7 @@ class Scheduler:
         return way, probe
 
     def with_store(self, way: Schedule) -> Schedule:
-        """Budgets of the store, and what will wait where.
+        """The schedule with the budgets of the store, and the places of the bytes that wait.
 
         Raises:
             ConfigError: If the run needs more memory than the recipe allows.
@@ -117,7 +117,7 @@ class Scheduler:
         )
 
     def needs(self, way: Schedule) -> dict[str, PhaseMemory]:
-        """Memory by phase."""
+        """Memory of each phase."""
         held = weights_streamed(self._skeleton, self._device)[0] if way.streamed else self._weights
         return MemoryModel(
             self._skeleton, self._config, self._device, way.traces, self._process, held, way.waiting, way.streamed

@@ -1,4 +1,4 @@
-"""Rough seconds of the phases of a run: operations counted from shapes, over a rate."""
+"""Rough seconds of the phases of a run: operations counted from shapes, divided by a rate."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.refit.stages import stages_of
 
-# Operations per second of common machines: of one CPU core with matrix units, and of a GPU of a data centre.
+# Operations per second of one CPU core with matrix units, and of a data centre's GPU.
 CPU_CORE = {"bfloat16": 1.0e11, "float32": 0.5e11}
 GPU = {"bfloat16": 2.0e14, "float32": 0.3e14}
 # Bytes per second from and to a disk.
 DISK = 5e8
 # Seconds of the fresh process of the reload check, beside reading the weights.
 RELOAD = 10.0
-# The speed comparison runs either model six times, and decodes 32 tokens, each of which reads all weights.
+# Workload of the speed comparison: six runs of either model, tokens of the prompt, and decoded tokens, each of which
+# reads all weights at this rate.
 SPEED_RUNS, SPEED_PROMPT, SPEED_DECODED, MEMORY_RATE = 12, 512, 32, 1e10
 
 
@@ -35,7 +36,7 @@ class Rates:
 
 
 def default_rates(config: PruneConfig, device: torch.device) -> Rates:
-    """Those of a common machine with as many cores as this one."""
+    """Rates of a common machine with as many cores as this one, or of a common GPU."""
     if device.type == "cpu":
         cores = torch.get_num_threads()
         return Rates(cores * CPU_CORE[config.precision], cores * CPU_CORE["float32"])
@@ -43,12 +44,12 @@ def default_rates(config: PruneConfig, device: torch.device) -> Rates:
 
 
 def pass_operations(skeleton: Skeleton, config: PruneConfig, order: Order, kept: float = 1.0) -> float:
-    """Operations per token of one pass like those of a recipe: the model, and the sums of the factors.
+    """Operations per token of one pass of a recipe: of the model, and of the sums of the factors.
 
     Args:
         skeleton: The model.
         config: The recipe.
-        order: Layer by layer, blocks are run forward twice.
+        order: Order of the pass; in a layer-major pass blocks are run forward twice.
         kept: Share of the prunable weights that is left.
     """
     how = traced_estimation(config)
@@ -66,12 +67,12 @@ def phase_seconds(
         skeleton: The model.
         config: The recipe, with the tokens of one process.
         rates: Operations per second.
-        evaluated: Tokens of the evaluation text.
-        order: Of the passes for the curvature.
-        processes: How many share out decompositions and the evaluation text.
+        evaluated: Number of tokens of the evaluation text.
+        order: Order of the passes for the curvature.
+        processes: Number of processes that share out decompositions and the evaluation text.
     """
     tokens = config.samples * config.seq_len
-    # What a shot works on is what the one before has left; fitted is what it leaves itself.
+    # A shot works on the weights that the shot before has left. Its stages fit the weights that it leaves itself.
     kept = [1.0, *(1 - sparsity for sparsity in config.sparsity_schedule)][:-1]
     left = [1 - sparsity for sparsity in config.sparsity_schedule]
     window = 2 * skeleton.parameters * evaluated / rates.passes / processes
@@ -104,7 +105,7 @@ def _decompositions(skeleton: Skeleton, config: PruneConfig) -> float:
 
 
 def _updates(skeleton: Skeleton, config: PruneConfig) -> float:
-    """Operations of all layers' updates: a decomposition a side, or steps of conjugate gradients."""
+    """Operations of all layers' updates: a decomposition for each side, or steps of conjugate gradients."""
     if not _correlated(config):
         return 0.0
     products = [2 * r * c * (r + c) for r, c in ((x.rows, x.columns) for x in skeleton.anatomy.layers.values())]

@@ -1,4 +1,4 @@
-"""What the result will be: its parameters, its weight files, and the disk that exports and checkpoints take."""
+"""Sizes of the result: its parameters, its weight files, and the disk that exports and checkpoints take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llm_surgeon.pruning.checkpoint import KEPT, parameters_beside
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import LayerKind, Size
 
-# Files of an export beside its weights: tokenizer, report, picture, modelling file.
+# Bytes of an export's files beside its weights: tokenizer, report, picture, modelling file.
 SMALL_FILES = 32 * 2**20
 
 
@@ -26,12 +26,12 @@ def kinds_of(skeleton: Skeleton) -> tuple[LayerKind, ...]:
 
 
 def dense_size(skeleton: Skeleton) -> Size:
-    """Of the model before the run."""
+    """Size of the model before the run."""
     return Size(prunable=skeleton.anatomy.prunable_weights, total=skeleton.parameters)
 
 
 def size_after(skeleton: Skeleton, sparsity: float) -> Size:
-    """Of the model once a share of its prunable weights is gone; biases of removed rows are not taken off."""
+    """Size of the model after a share of its prunable weights is removed; biases of removed rows still count."""
     dense = dense_size(skeleton)
     gone = round(sparsity * dense.prunable)
     return Size(prunable=dense.prunable - gone, total=dense.total - gone)
@@ -48,28 +48,28 @@ def stored_parameters(skeleton: Skeleton, config: PruneConfig, sparsity: float) 
 
 
 def disk_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Bytes of a run's exports and checkpoints, at most at once; earlier ones are larger than later ones."""
+    """Largest bytes of a run's exports and checkpoints at once; earlier ones are larger than later ones."""
     schedule = config.sparsity_schedule
     exported, most = 0, 0
     for shot, sparsity in enumerate(schedule, start=1):
         if shot in (*config.export_shots, config.shots):
             stored = stored_parameters(skeleton, config, sparsity)
             exported += sum(form.nbytes(stored, skeleton.dtype) for form in formats_of(config)) + SMALL_FILES
-        # Those that are kept, until the next is complete.
+        # The kept checkpoints, until the next one is complete.
         held = schedule[max(0, shot - 1 - KEPT) : shot]
         most = max(most, exported + sum(checkpoint_bytes(skeleton, config, at) for at in held))
     return most
 
 
 def checkpoint_bytes(skeleton: Skeleton, config: PruneConfig, sparsity: float) -> int:
-    """Bytes of the checkpoint of a shot, at most: weights and biases, masks, and where a power iteration sets out."""
+    """Largest bytes of a shot's checkpoint: weights and biases, masks, and factors for the next power iteration."""
     layers, itemsize = skeleton.anatomy.layers.values(), skeleton.dtype.itemsize
     weights = size_after(skeleton, sparsity).prunable if config.parts else dense_size(skeleton).prunable
     biases = sum(layer.rows for layer in layers if layer.bias)
     beside = parameters_beside(skeleton.network, skeleton.anatomy, config)
     others = sum(skeleton.network.get_parameter(name).numel() for name in beside)
     stored = others if config.permute else weights + biases + others
-    # A bit for each weight, or a byte for each row and column.
+    # Masks take a bit for each weight, or a byte for each row and column.
     masks = sum(layer.rows + layer.columns if config.parts else layer.rows * layer.columns // 8 for layer in layers)
     estimator = estimator_of(config)
     start = 0 if estimator is None else estimator.start_bytes(layers)

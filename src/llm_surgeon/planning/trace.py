@@ -1,7 +1,6 @@
-"""How much memory the passes of a run take: the run's own code on tensors that have shapes and types but no numbers.
+"""Traced memory of a run's passes: the run's own code works on tensors that have shapes and types but no numbers.
 
-Nothing about an architecture is written down here, and nothing is computed: each tensor that the code makes is counted
-while it lives.
+Each tensor that the code makes is counted while it lives. Nothing is computed, and no architecture is described here.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ from llm_surgeon.refit.stages import stages_of
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.storage import Stored, TensorStore
 
-# A model this deep is traced whole; of a deeper one, two shallow ones say what each further pair of blocks adds. A
-# pair, because some families have blocks of two kinds in turn.
+# Largest depth of a model that is traced whole. For a deeper model, two shallow ones show how many bytes each further
+# pair of blocks adds. It is a pair, as some families alternate between two kinds of blocks.
 DEPTH = 4
 
 
 class CountedBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it, while they live; answers what depends on numbers.
+    """Counter of the bytes of all tensors that are made under it, while they live; it answers for missing numbers.
 
     Attributes:
-        now: Bytes that live now.
-        peak: The most that lived at once.
+        now: Bytes of the tensors that live now.
+        peak: Largest bytes that lived at once.
     """
 
     def __init__(self) -> None:
@@ -54,12 +53,12 @@ class CountedBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and count what is new in its results."""
+        """Run one operation, and count the new tensors among its results."""
         if func is torch.ops.aten._local_scalar_dense.default:
-            # A number is asked for to see whether it is finite, a truth to see whether all is well.
+            # The run asks for a number only to check that it is finite, and for a bool to check that all is well.
             return args[0].dtype == torch.bool or 0
         if func is torch.ops.aten.nonzero.default:
-            # Every position has a label but the last: one that has none is enough to select from the others.
+            # Every position but the last has a label.
             return args[0].new_zeros(max(1, args[0].numel() - 1), args[0].dim(), dtype=torch.int64)
         result = func(*args, **(kwargs or {}))
         for item in tree_leaves(result):
@@ -80,11 +79,11 @@ class CountedBytes(TorchDispatchMode):
 
 
 class _Nowhere(TensorStore):
-    """A store that takes no room: what is asked for is made anew."""
+    """A store that takes no memory: a stored tensor is made anew when it is asked for."""
 
     def put(self, tensor: Tensor) -> Stored:
-        """Remember the shape."""
-        # Zeros, so that a pass with numbers is a pass with finite ones.
+        """Remember the shape of a tensor."""
+        # Zeros keep a pass with numbers finite.
         anew = partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=self.device)
         return Stored(anew, lambda: None)
 
@@ -94,12 +93,13 @@ class Traces:
     """Bytes of tensors beside the weights, at the peak of each kind of pass.
 
     Attributes:
-        curvature: A batch for the curvature, without its factors; 0 if there is none. Layer by layer it is without
-            hidden states that wait in the store, and with the factors of one block.
-        evaluation: A window of the evaluation text.
-        waiting: Hidden states of a batch in front of a block, in loops and stages that go from block to block.
-        watching: A batch in a block that is watched, beside those.
-        stages: The largest pass of each stage, see ``Stage.trace``.
+        curvature: Bytes of a batch for the curvature, without its factors; 0 if there is no pass. For a layer-major
+            pass they are without hidden states that wait in the store, and with the factors of one block.
+        evaluation: Bytes of a window of the evaluation text.
+        waiting: Bytes of the hidden states of a batch in front of a block, in loops and stages that go from block to
+            block.
+        watching: Bytes of a batch in a block that is watched, beside its hidden states in front of the block.
+        stages: Bytes of the largest pass of each stage, see ``Stage.trace``.
     """
 
     curvature: int = 0
@@ -119,11 +119,11 @@ def trace(
     """Send the passes of a run through a model without weights.
 
     Args:
-        make: Makes the model; called where tensors have no numbers.
-        anatomy: Its prunable layers.
+        make: Function that makes the model; it is called where tensors have no numbers.
+        anatomy: Prunable layers of the model.
         config: The recipe.
-        device: The device of the run.
-        order: Order of passes that take gradients.
+        device: Device of the run.
+        order: Order of the passes that take gradients.
     """
     tracer = ShapeTracer(make, anatomy, config, device, order)
     estimator, stages = estimator_of(config), stages_of(config)
@@ -141,7 +141,7 @@ def trace(
 
 @dataclass(frozen=True)
 class _TracedSession(Session):
-    """A session whose store takes no room in either order."""
+    """A session whose store takes no memory in either order."""
 
     traced: Order = "batch-major"
 
@@ -171,11 +171,11 @@ class ShapeTracer:
         self._all = list(self._blocks)
 
     def fake(self, tensor: Tensor) -> Tensor:
-        """A tensor without numbers of the same shape and type; see ``Tracer.fake``."""
+        """Make a tensor without numbers, of the same shape and type; see ``Tracer.fake``."""
         return cast(Tensor, self._mode.from_tensor(tensor))
 
     def by_depth(self, prepare: Callable[[Session], Measure], sequences: int | None = None) -> int:
-        """The bytes at full depth, from those of shallow models if it is deep; see ``Tracer.by_depth``."""
+        """Bytes of a pass at full depth, from two shallow models if the model is deep; see ``Tracer.by_depth``."""
 
         def measured(depth: int) -> int:
             return self._measured(self._layers(depth), prepare, sequences)
@@ -215,7 +215,7 @@ class ShapeTracer:
         return self.by_depth(prepare)
 
     def sweep(self) -> tuple[int, int]:
-        """Bytes of a batch in front of a block, and beside it at the peak of a block that is watched."""
+        """Bytes of a batch's hidden states in front of a block, and of the watched block beside them at its peak."""
         held = self.by_depth(lambda session: lambda live: self._sweep(session, live)[0])
         return held, self._measured(self._layers(1), lambda session: lambda live: self._sweep(session, live)[1])
 
@@ -224,7 +224,7 @@ class ShapeTracer:
         blocks, batch = session.anatomy.family.blocks, config.sequences_per_pass
         sweep = Sweep(session.model, blocks, session.tokens, batch, config.precision)
         held, live.peak = live.now, live.now
-        # Stages that go from block to block have fewer Gram matrices than a solver, and other products as large.
+        # Stages that go from block to block have fewer Gram matrices than a solver, but other products of that size.
         grams = loop_of(config).watches_grams(config)
         watch(session.model, sweep, 0, layers, grams=grams, advance=lambda _tokens: None)
         return held, live.peak - held
@@ -241,7 +241,7 @@ class ShapeTracer:
             return measure(live)
 
     def _layers(self, depth: int) -> Anatomy:
-        """Make the model so many blocks deep; returns what is left of its layers."""
+        """Make the model ``depth`` blocks deep, and return the anatomy of these blocks."""
         del self._blocks[:]
         self._blocks.extend(self._all[:depth])
         whole = self.anatomy
@@ -251,17 +251,17 @@ class ShapeTracer:
 
 
 def traced_estimation(config: PruneConfig) -> Estimation:
-    """An estimation whose passes take as much memory as those of a recipe, beside the factors."""
+    """Estimation whose passes take as much memory as the recipe's, beside the factors."""
     how = estimation_of(config)
     return replace(how, curvature=cast(Any, ESTIMATORS[how.curvature].stand_in or how.curvature))
 
 
 def factor_bytes(network: PreTrainedModel, anatomy: Anatomy, config: PruneConfig) -> int:
-    """Bytes of the factors of all layers: those of ``Curvature.nbytes`` after an estimation on the dense model.
+    """Bytes of the factors of all layers: ``Curvature.nbytes`` after an estimation on the dense model.
 
     Args:
         network: The model, on the meta device for example.
-        anatomy: Its prunable layers.
+        anatomy: Prunable layers of the model.
         config: The recipe.
     """
     estimator = estimator_of(config)
@@ -269,15 +269,15 @@ def factor_bytes(network: PreTrainedModel, anatomy: Anatomy, config: PruneConfig
 
 
 def _none(position_ids: Tensor) -> Tensor | None:
-    """No position begins another sequence."""
+    """Answer for ``find_packed_sequence_indices``: no position begins another sequence."""
 
 
 @contextmanager
 def _no_packed_sequences() -> Iterator[None]:
-    """Let transformers take a batch for what it is: whole sequences, which need no mask.
+    """Let transformers treat a batch as whole sequences, which need no mask.
 
-    It looks at the numbers of the positions to see that, and where there are none it makes a mask to be safe; with
-    one, key and value heads are copied for every query head that shares them.
+    Transformers reads the numbers of the positions to see that. Without numbers it makes a mask to be safe, and with a
+    mask it copies key and value heads for every query head that shares them.
     """
     before = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = _none

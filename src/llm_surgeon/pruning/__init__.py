@@ -1,1 +1,1 @@
-"""Structures, loops and targets: which weights go, in which order, and the matrices that stay."""
+"""Structures, loops and targets of pruning: the weights that go, the order of the work, and the weights that stay."""

@@ -1,8 +1,8 @@
-"""Checkpoints: what a run has after a shot, on disk, so that a later process goes on from there.
+"""Checkpoints on disk: the state of a run after a shot, from which a later process continues.
 
-Of each there are three files: ``shot-N.safetensors`` (weights of the prunable layers as they are, masks, and where a
-power iteration sets out from), ``shot-N.json`` (the run, and its report so far) and, written last, ``shot-N.sha256``
-with the checksums of these two, in the form of ``sha256sum``. Without a checksum that fits, it is none.
+A checkpoint has three files: ``shot-N.safetensors`` (weights of the prunable layers, masks, and the factors from which
+a power iteration starts), ``shot-N.json`` (the run, and its report so far) and, written last, ``shot-N.sha256`` with
+the checksums of the other two, in the form of ``sha256sum``. Files without a matching checksum are no checkpoint.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from llm_surgeon.system.files import in_place, writing
 
 logger = logging.getLogger(__name__)
 
-# How many are kept: should the newest be damaged, there is one more.
+# Number of checkpoints that are kept: if the newest is damaged, there is one more.
 KEPT = 2
 
 
 class Checkpoint(Record):
-    """What a checkpoint says in words."""
+    """The JSON file of a checkpoint: the run, and its report so far."""
 
     run: RunRecord
     report: PruneReport
 
     @property
     def shot(self) -> int:
-        """After which shot it was written."""
+        """Number of the shot after which the checkpoint was written."""
         return len(self.report.shots)
 
 
@@ -61,10 +61,10 @@ class Checkpoints:
         self._directory = directory
 
     def write(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-        """Add one, and remove what is older than the last two.
+        """Write a checkpoint, and remove all but the last two.
 
         Raises:
-            DiskSpaceError: If it does not fit; nothing of it is left then.
+            DiskSpaceError: If it does not fit on the disk; its files are removed then.
         """
         shot, directory = checkpoint.shot, self._directory
         self._sums(shot).unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class Checkpoints:
                 self._write_words(checkpoint)
                 self._write_sums(shot, [self._line(self._tensors(shot)), self._line(self._words(shot))])
         except BaseException:
-            # An interruption may come when it has its name already, and is complete.
+            # An interrupt may come when the checksums are there already, and with them a complete checkpoint.
             if not self._sums(shot).exists():
                 self._remove(shot)
             raise
@@ -83,10 +83,12 @@ class Checkpoints:
             self._remove(old)
 
     def amend(self, checkpoint: Checkpoint) -> None:
-        """Write the words of a complete one anew; its tensors stay. Whenever the process ends, it is complete.
+        """Write the JSON file of a complete checkpoint anew, and leave its tensors.
+
+        The checkpoint is complete at each moment, also if the process ends here.
 
         Raises:
-            DiskSpaceError: If the words do not fit; it is as it was then.
+            DiskSpaceError: If the file does not fit on the disk; the checkpoint is as before then.
         """
         shot = checkpoint.shot
         new = _text(checkpoint)
@@ -94,7 +96,7 @@ class Checkpoints:
             lines = self._sums(shot).read_text(encoding="utf8").splitlines(keepends=True)
             of_words = f"  {self._words(shot).name}\n"
             expected = f"{hashlib.sha256(new).hexdigest()}{of_words}"
-            # With the old words and with the new ones, it has a checksum that fits.
+            # For a moment there are checksums of the old and of the new file, so that either one matches.
             self._write_sums(shot, [*lines, expected])
             self._write_words(checkpoint)
             self._write_sums(shot, [*(line for line in lines if not line.endswith(of_words)), expected])
@@ -111,14 +113,14 @@ class Checkpoints:
         return f"{_digest(path)}  {path.name}\n"
 
     def shots(self) -> list[int]:
-        """After which shots there are complete ones, newest first; they may be damaged."""
+        """Numbers of the shots with a complete checkpoint, newest first; the files may be damaged."""
         return sorted(self._numbers("sha256"), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest one whose words are intact; damaged ones are removed, with a warning.
+        """The newest checkpoint whose JSON file is intact; removes damaged checkpoints, with a warning.
 
         Raises:
-            OutputError: If it was written by a version of this package with other words.
+            OutputError: If another version of this package wrote it, with other fields.
         """
         for shot in self.shots():
             if self._intact(shot, self._words(shot)):
@@ -136,21 +138,21 @@ class Checkpoints:
             ) from None
 
     def newest_whole(self) -> Checkpoint | None:
-        """The same of those whose tensors are intact too, which takes as long as to read them."""
+        """The newest checkpoint whose tensors are intact too; checking them takes as long as reading them."""
         while (found := self.newest()) is not None and not self._intact(found.shot, self._tensors(found.shot)):
             self._remove(found.shot)
         return found
 
     def restore(self, shot: int, model: PreTrainedModel, anatomy: Anatomy) -> RunState:
-        """Give a dense model the weights and shapes that it had after a shot, in place.
+        """Give a dense model the weights and shapes of a checkpoint, in place.
 
         Args:
-            shot: One of which ``newest_whole`` has found the checkpoint intact.
-            model: As it was loaded and examined.
-            anatomy: Its layers.
+            shot: Number of the shot, whose checkpoint ``newest_whole`` has found intact.
+            model: The dense model, as it was loaded and examined.
+            anatomy: Layers of the model.
 
         Raises:
-            OutputError: If it does not hold what this version writes of such a model.
+            OutputError: If the checkpoint does not hold what this version writes for such a model.
         """
         try:
             with safe_open(self._tensors(shot), framework="pt") as file:
@@ -158,7 +160,7 @@ class Checkpoints:
                 masks = _read_masks(tensors, anatomy)
                 _read_weights(tensors, model, anatomy, masks)
                 return RunState(shot, masks, _read_start(tensors, model, anatomy))
-        # Tensors that are missing, or of another shape or type; values that are none.
+        # Tensors may be missing, or have another shape or type; values may be no numbers.
         except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise OutputError(
                 f"{self._tensors(shot)} does not hold what a checkpoint of this model does: "
@@ -167,7 +169,7 @@ class Checkpoints:
             ) from None
 
     def tidy(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Remove the files that a killed process left half-written."""
         for shot in self._numbers("safetensors") | self._numbers("json"):
             if not self._sums(shot).exists():
                 self._remove(shot)
@@ -186,12 +188,12 @@ class Checkpoints:
         return self._directory / f"shot-{shot}.sha256"
 
     def _remove(self, shot: int) -> None:
-        # The checksums first: what is left without them is no checkpoint.
+        # The checksums go first: without them, the other files are no checkpoint.
         for path in (self._sums(shot), self._words(shot), self._tensors(shot)):
             path.unlink(missing_ok=True)
 
     def _intact(self, shot: int, path: Path) -> bool:
-        """Whether a file is what it was when it was written; warns if not."""
+        """Whether a file still matches its checksum; warns if not."""
         try:
             lines = self._sums(shot).read_text(encoding="utf8", errors="replace").splitlines()
             if f"{_digest(path)}  {path.name}" in lines:
@@ -215,10 +217,10 @@ def tensors_of(model: PreTrainedModel, anatomy: Anatomy, state: RunState, config
     """All tensors of a checkpoint.
 
     Args:
-        model: As the shot left it.
-        anatomy: The layers of the dense model.
+        model: The model, as the shot left it.
+        anatomy: Layers of the dense model.
         state: State of the run after the shot.
-        config: The recipe: says what else than the prunable layers has changed.
+        config: The recipe, which decides on the parameters that change beside the prunable layers.
     """
     layers = {} if config.permute else _layers(model, anatomy)
     return {
@@ -234,7 +236,7 @@ def tensors_of(model: PreTrainedModel, anatomy: Anatomy, state: RunState, config
 
 
 def parameters_beside(model: nn.Module, anatomy: Anatomy, config: PruneConfig) -> list[str]:
-    """Names of the parameters that a checkpoint holds beside the layers; if that is all, it holds no layers."""
+    """Names of the parameters that a checkpoint holds beside the prunable layers; all parameters if channels move."""
     if config.permute:
         return [name for name, _ in model.named_parameters()]
     return changed_beside(model, anatomy, config)
@@ -260,7 +262,7 @@ def _mask_tensors(masks: Masks) -> dict[str, Tensor]:
         if isinstance(mask, KeepMask):
             tensors |= {f"rows/{name}": mask.rows, f"columns/{name}": mask.columns}
         else:
-            # Eight weights in a byte.
+            # A byte holds the masks of eight weights.
             tensors[f"elements/{name}"] = torch.from_numpy(np.packbits(mask.elements.numpy()))
     return tensors
 
@@ -271,7 +273,7 @@ def _start_tensors(start: WarmStart | None) -> dict[str, Tensor]:
 
 
 class _Tensors:
-    """The tensors of an open file by name, read when they are asked for."""
+    """Tensors of an open file by name, read on access."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._names = file, frozenset(file.keys())
@@ -291,7 +293,7 @@ def _read_masks(tensors: _Tensors, anatomy: Anatomy) -> Masks:
 
 
 def _read_mask(tensors: _Tensors, layer: LinearLayer) -> KeepMask:
-    # Cloned: masks are written to, and the file is not to be mapped any longer than it is open.
+    # Cloned, as masks are written to, and the file must not stay mapped after it is closed.
     rows, columns = (tensors[f"{axis}/{layer.name}"].clone() for axis in AXES)
     if (rows.dtype, columns.dtype, rows.shape, columns.shape) != (
         *(torch.bool, torch.bool),
@@ -314,7 +316,7 @@ def _read_weights(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy, m
         parameters[name].copy_(tensors[f"parameter/{name}"])
     if len(there) == len(parameters):
         return
-    # Zeros lie in matrices of the dense shape.
+    # Layers with masks of single weights keep their dense shape.
     shapes = anatomy.dense_masks() | {name: mask for name, mask in masks.items() if isinstance(mask, KeepMask)}
     extents = anatomy.extents(shapes)
     for name, layer in anatomy.layers.items():

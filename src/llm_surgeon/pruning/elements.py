@@ -24,10 +24,10 @@ from llm_surgeon.recipe.config import PruneConfig
 
 
 def check_pattern(config: PruneConfig, anatomy: Anatomy) -> None:
-    """Find out whether the layers of a model allow the N:M of a recipe.
+    """Check that the layers of a model allow the N:M of a recipe.
 
     Raises:
-        ConfigError: If N:M does not divide a width; names the layer and the remedy.
+        ConfigError: If N:M does not divide a width, with the layer's name.
     """
     pattern = config.pattern
     if pattern is None:
@@ -42,7 +42,7 @@ def check_pattern(config: PruneConfig, anatomy: Anatomy) -> None:
 
 
 class Elements:
-    """Single weights, anywhere or N of every M consecutive inputs; the bias is never one of them."""
+    """Single weights, anywhere or N of every M consecutive inputs; biases are never removed."""
 
     score_name = "cost"
 
@@ -59,7 +59,7 @@ class Elements:
 
     @property
     def element_masks(self) -> Mapping[str, Tensor]:
-        """Kept weights per layer."""
+        """Masks ``[R, C]`` of the kept weights, by layer."""
         return {name: mask.elements for name, mask in self.masks.items()}
 
     def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> Tensor:
@@ -69,11 +69,11 @@ class Elements:
         return costs.cpu()
 
     def select(self, costs: Mapping[str, Tensor], target_weights: int) -> ElementSelection:
-        """The largest threshold that leaves the target."""
+        """Choose the weights that go, by the largest threshold that leaves the target."""
         return select_elements(self.masks, costs, target_weights, self._pattern)
 
     def scored(self, costs: Mapping[str, Tensor], selection: ElementSelection) -> Iterator[tuple[Tensor, Tensor]]:
-        """Kept weights, or groups that are whole."""
+        """Scores of the kept weights, or of groups that are whole, and whether each goes; for the record."""
         for name, keep in self.masks.items():
             scores = candidate_scores(keep, costs[name], self._pattern)
             after = selection.keep[name].elements
@@ -82,7 +82,7 @@ class Elements:
     def matrix_after(
         self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: ElementSelection
     ) -> Tensor:
-        """The whole matrix, zero where nothing is kept."""
+        """The layer's matrix after the removal, ``[R, C (+ bias)]``, zero where weights are removed."""
         before, kept = self.masks[layer.name].elements, selection.keep[layer.name].elements
         if torch.equal(before, kept):
             return weight
@@ -95,13 +95,13 @@ class Elements:
             return fisher().remove_elements(weight, kept, solver_of(self._config))
 
     def shapes_after(self, selection: ElementSelection) -> Mapping[str, KeepMask]:
-        """The same as before."""
+        """Rows and columns of the matrices, which removals of single weights leave as they are."""
         return self.shapes
 
     def commit(self, selection: ElementSelection) -> None:
-        """Make the selection what is left."""
+        """Set the masks to a selection's, after its removals are done."""
         self.masks = selection.keep
 
     def resume(self, masks: Mapping[str, ElementMask]) -> None:
-        """Begin with what an earlier run has left."""
+        """Set the masks to the ones that an earlier run has left."""
         self.masks = masks

@@ -1,4 +1,4 @@
-"""How scores are distributed, for the report."""
+"""Histogram of the scores of all candidates, for the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_surgeon.records import CostHistogram
 
-# A fixed grid, so that one pass over a hundred million scores is enough; empty ends are cut off.
+# The grid is fixed, so that one pass over a hundred million scores is enough; empty ends are cut off.
 STEP = 0.2
 LOWEST, HIGHEST = -40.0, 20.0
 _BINS = round((HIGHEST - LOWEST) / STEP)
@@ -19,9 +19,9 @@ def cost_histogram(scored: Iterable[tuple[Tensor, Tensor]], score: str, threshol
     """Count candidates by the logarithm of their score.
 
     Args:
-        scored: Scores ``[n]``, non-negative, and bool ``[n]`` whether each goes.
-        score: What the scores are.
-        threshold: The largest score removed; minus infinity if none is.
+        scored: Pairs of scores ``[n]``, non-negative, and bool ``[n]`` whether each candidate goes.
+        score: Name of the score, in words.
+        threshold: Largest score removed; minus infinity if none is.
     """
     kept, removed = torch.zeros(_BINS, dtype=torch.float64), torch.zeros(_BINS, dtype=torch.float64)
     outside = 0

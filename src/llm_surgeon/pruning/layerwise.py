@@ -1,7 +1,7 @@
-"""Layer-wise pruning: from block to block, each on the outputs of the blocks already pruned.
+"""Layer-wise pruning: block after block, each on the outputs of the blocks already pruned.
 
-Within a block, all layers are pruned for one set of statistics, taken before the first of them is touched. What
-concerns several blocks (a global threshold, outlier-weighted budgets) is found in a survey of the dense model before.
+Within a block, all layers are pruned by one set of statistics, taken before the first layer changes. Decisions that
+concern several blocks (a global threshold, outlier-weighted budgets) are made before, in a survey of the dense model.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ T = TypeVar("T")
 
 
 class BlockByBlock(Loop):
-    """One shot that goes from block to block, each on the outputs of the blocks already pruned."""
+    """One shot that prunes block after block, each on the outputs of the blocks already pruned."""
 
     name = "layerwise"
     sweeps = True
 
     def run(self, session: Session, since: RunState | None = None) -> Iterator[ShotResult]:
-        """Prune a model in place; see ``Loop.run``. There is one shot, after which nothing is left to do."""
+        """Prune a model in place, in one shot; a run that continues after it has nothing to do. See ``Loop.run``."""
         return run_layerwise(session) if since is None else iter(())
 
     def phases(self, config: PruneConfig, shot: int) -> Iterator[tuple[str, str, float]]:
-        """One phase for all; see ``Loop.phases``."""
+        """Phases of the shot, which progress shows as one; see ``Loop.phases``."""
         for name in ("curvature", "selection", "update"):
             yield _words(config), name, 1.0
 
     def passes(self, config: PruneConfig) -> int:
-        """Each block is run before and after it is pruned."""
+        """Number of passes: two, as each block is run before and after it is pruned."""
         return 2
 
     def watches_grams(self, config: PruneConfig) -> bool:
@@ -75,13 +75,13 @@ def run_layerwise(session: Session) -> Iterator[ShotResult]:
     """Prune a model in place by a layer-wise method; yields once.
 
     Args:
-        session: The run; hidden states of all tokens wait in its store, or in memory.
+        session: The run; the hidden states of all tokens wait in its store, or in memory.
 
     Raises:
         ConfigError: If the layers do not allow the structure, or the budgets are out of bounds.
         NonFiniteError: If activations or scores are not finite.
         NotPositiveDefiniteError: If a Gram matrix cannot be decomposed even with more damping.
-        UnsupportedModelError: If channels are to be permuted and this model's cannot be.
+        UnsupportedModelError: If the recipe permutes channels, and the model does not allow it.
     """
     anatomy, config = session.anatomy, session.config
     check_structure(config, anatomy)
@@ -115,9 +115,9 @@ class Survey:
     """Decisions that are made before the first block is pruned.
 
     Attributes:
-        sparsity: Of each block's layers.
-        kept: Masks that a global threshold found; None if each layer finds its own.
-        threshold: The global threshold.
+        sparsity: Sparsity of the layers of each block.
+        kept: Masks that a global threshold found, by layer; None if each layer finds its own.
+        threshold: The global threshold; None if there is none.
     """
 
     sparsity: list[float]
@@ -126,7 +126,7 @@ class Survey:
 
 
 class _Blocks:
-    """The blocks of one run; each step does what the recipe asks for and nothing else."""
+    """The blocks of one run, and the steps that the recipe asks for."""
 
     def __init__(self, session: Session, clock: Clock) -> None:
         config = session.config
@@ -137,7 +137,7 @@ class _Blocks:
             self.blocks[layer.block].append(layer)
         self._method = LAYERWISE[config.method]
         self._global = config.global_scope
-        # A score alone may need no data, and a global one has them in the survey; a refinement needs them in any case.
+        # A score may need no data, and a global score has read them in the survey. A refinement always needs data.
         self.reads = config.refine != "none" or (self._method.data and not self._global)
         self.surveys = config.layer_budget == "owl" or (self._method.data and (self._global or config.permute))
         self._options = ScoreOptions(
@@ -146,7 +146,7 @@ class _Blocks:
         self.statistics_bytes = 0
 
     def survey(self, phase: Phase) -> Survey:
-        """Go through the dense model for what concerns several blocks."""
+        """Decide on the dense model what concerns several blocks."""
         config = self._config
         if config.layer_budget == "owl":
             return Survey(self._outlier_weighted(phase))
@@ -167,9 +167,9 @@ class _Blocks:
         return Survey(uniform, kept, selection.threshold)
 
     def prune(self, survey: Survey, phase: Phase) -> dict[str, Tensor]:
-        """Prune block after block; returns the masks ``[R, C]``, True = kept, on the CPU."""
+        """Prune block after block, and return the masks ``[R, C]``, True = kept, on the CPU."""
         kept: dict[str, Tensor] = {}
-        # A solver needs the correlations of the inputs.
+        # A method without a scope is a solver, which needs the correlations of the inputs.
         solves, reorder = self._method.scope is None, self._config.permute
         for block, layers, watched in self._visit(phase, reads=self.reads, grams=solves, reorder=reorder):
             if solves:
@@ -180,27 +180,30 @@ class _Blocks:
                 masks = dict(self._share_out(layers, mask_of))
             with self._clock.phase("update"):
                 for name, mask in masks.items():
-                    # Nothing but the removed weights is written, so that those that stay are the same bit for bit.
+                    # Only the removed weights are written, so that the kept weights stay the same bit for bit.
                     weight = core_of(self._model, self._anatomy.layers[name]).weight.data
                     weight.masked_fill_(~mask.to(weight.device), 0.0)
                     kept[name] = mask.cpu()
         return kept
 
     def _share_out(self, layers: Sequence[LinearLayer], compute: Callable[[LinearLayer], T]) -> Iterator[tuple[str, T]]:
-        """Compute something for each layer of a block, each in one of the processes."""
+        """Compute something for each layer of a block, in one of the processes."""
         work = {layer.name: float(layer.rows**3 + layer.columns**3) for layer in layers}
         return self._processes.share_out(work, lambda name: compute(self._anatomy.layers[name]))
 
     def _visit(
         self, phase: Phase, *, reads: bool, grams: bool = False, reorder: bool = False
     ) -> Iterator[tuple[int, list[LinearLayer], Watched]]:
-        """Go from block to block; what is done to a block before the next is asked for decides what enters that.
+        """Visit block after block; changes that the caller makes to a block reach the inputs of the next one.
 
         Args:
-            phase: Where progress is shown.
-            reads: Whether to run the blocks and give what was watched; without, that is empty.
-            grams: Whether Gram matrices are to be watched as well.
-            reorder: Whether to order each block's own channels before it is given.
+            phase: Phase of the progress.
+            reads: Whether to run the blocks for their statistics; otherwise the statistics are empty.
+            grams: Whether to sum Gram matrices as well.
+            reorder: Whether to reorder the channels inside each block before it is visited.
+
+        Yields:
+            Number of the block, its prunable layers, and their statistics.
         """
         sweep: Sweep | None = None
         if reads:
@@ -212,7 +215,7 @@ class _Blocks:
         for block, layers in enumerate(self.blocks):
             if reorder:
                 self._reorder(layers, self._watch(sweep, block, phase))
-            # Once more after a reordering: simpler than to reorder all that was watched.
+            # After a reordering the block is run once more, which is simpler than to reorder its statistics.
             watched = self._watch(sweep, block, phase, grams)
             self.statistics_bytes = max(self.statistics_bytes, watched.nbytes)
             yield block, layers, watched
@@ -230,7 +233,7 @@ class _Blocks:
             return watched
 
     def _reorder_stream(self, phase: Phase) -> None:
-        """Order the channels of the residual stream, for the whole model."""
+        """Reorder the channels of the residual stream in the whole model."""
         assert self._config.pattern is not None
         order = StreamOrder(self._anatomy.family, self._config.pattern)
         for _, layers, watched in self._visit(phase, reads=self.surveys):
@@ -240,14 +243,14 @@ class _Blocks:
             order.fold(self._model)
 
     def _reorder(self, layers: Sequence[LinearLayer], watched: Watched) -> None:
-        """Order the neurons and value dimensions of a block."""
+        """Reorder the neurons and value dimensions of a block."""
         assert self._config.pattern is not None
         with self._clock.phase("selection"):
             score = partial(self._score, watched=watched)
             reorder_block(self._model, self._anatomy.family, layers, score, self._config.pattern)
 
     def _score(self, layer: LinearLayer, watched: Watched) -> Tensor:
-        """Scores ``[R, C]`` of a layer's weights, float32; Wanda's for methods that score in their own way."""
+        """Scores ``[R, C]`` of a layer's weights, float32; solvers, which have no score, get Wanda's."""
         statistics = watched.statistics(layer)
         weight = self._weight(layer)
         if self._method.scope is None:
@@ -261,7 +264,7 @@ class _Blocks:
         return scores
 
     def _mask(self, layer: LinearLayer, watched: Watched, survey: Survey, sparsity: float) -> Tensor:
-        """What is kept of a layer ``[R, C]``: by the plan or by its scores, refined if asked for."""
+        """Mask ``[R, C]`` of a layer's kept weights: the survey's or by its scores, refined if the recipe says so."""
         config = self._config
         weight = self._weight(layer)
         if survey.kept is not None:
@@ -275,7 +278,7 @@ class _Blocks:
         return refine(weight, mask, moments.mean, moments.variance, moments.norm, _refinement(config), group)
 
     def _solve(self, layers: Sequence[LinearLayer], watched: Watched, sparsity: float) -> dict[str, Tensor]:
-        """SparseGPT on a block; layers that read the same input share its decomposition."""
+        """Prune a block by SparseGPT; layers that read the same input share the decomposition of its Gram matrix."""
         config, factors, kept = self._config, cast(dict[str, Tensor], {}), {}
 
         def solved(layer: LinearLayer) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The socket for loops: the order in which a method goes through estimation, selection and update."""
+"""The socket for loops: the order of estimation, selection and update in a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llm_surgeon.session.session import Session
 
 
 class Loop(ABC):
-    """One way through a run; rows of methods name theirs.
+    """One order of a run's phases; the row of a method names its loop.
 
     Attributes:
         name: Name in the rows of methods.
-        sweeps: Whether the loop takes all text through the model block by block, and keeps it in a store.
+        sweeps: Whether the loop passes all text through the model block by block, and keeps its states in a store.
     """
 
     name: ClassVar[str]
@@ -27,11 +27,11 @@ class Loop(ABC):
         """Prune the session's model in place; yields after each shot, so that the caller can evaluate and save.
 
         Args:
-            session: The run; its model is dense, or as it was after the shot of ``since``.
+            session: The run, whose model is dense, or as it was after the shot of ``since``.
             since: State of an earlier run of the same recipe; None begins with the first shot.
 
         Raises:
-            SurgeonError: If the model or the text does not allow it.
+            SurgeonError: If the model or the text does not allow the recipe.
         """
 
     @abstractmethod
@@ -39,11 +39,11 @@ class Loop(ABC):
         """Phases of a shot before its stages, as progress shows them.
 
         Yields:
-            Words, name of the planned phase, and the share of that phase's time in the shot.
+            Words for the progress, name of the phase in the plan, and the share of that phase's time in the shot.
         """
 
     def passes(self, config: PruneConfig) -> int:
-        """Passes over the tokens in the curvature phase of a shot."""
+        """Number of passes over the tokens in the curvature phase of a shot."""
         return 1
 
     def watches_grams(self, config: PruneConfig) -> bool:

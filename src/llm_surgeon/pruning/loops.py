@@ -11,7 +11,7 @@ LOOPS: dict[str, Loop] = {loop.name: loop for loop in (GlobalShots(), BlockByBlo
 
 
 def register_loop(loop: Loop) -> None:
-    """Let rows of methods name a loop of one's own, within this process.
+    """Let rows of methods name a loop of your own, within this process.
 
     Raises:
         ValueError: If the name is taken.

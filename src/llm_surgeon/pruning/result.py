@@ -1,4 +1,4 @@
-"""The result of one shot, whatever loop made it."""
+"""The result of one shot of any loop, and the state from which the next shot starts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llm_surgeon.records import CostHistogram, PruneReport, StageRecord
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a run after a shot: all that the next one needs beside the model.
+    """State of a run after a shot: all that the next shot needs beside the model.
 
     Attributes:
         shot: Number of the shot, from 1.
-        masks: What is left, per layer.
-        start: Factors from which a power iteration of the curvature sets out; None if there are none.
-        report: Report up to the shot; None where nobody keeps one.
+        masks: Masks of what is left, by layer.
+        start: Factors from which a power iteration of the curvature starts; None if there are none.
+        report: Report up to the shot; None if no report is kept.
     """
 
     shot: int
@@ -32,17 +32,17 @@ class ShotResult:
 
     Attributes:
         shot: Number of the shot, from 1.
-        target_sparsity: Share of the prunable weights that was to be gone.
-        masks: What is left, per layer.
-        threshold: The largest score removed; None if there is no common one.
-        removed: Structures removed for their own cost.
-        implied: Structures that died because a partner did.
-        factor_bytes: Bytes of the statistics or factors that were held at once, at most.
-        loss: Mean loss of the calibration tokens before the shot, if it was computed.
-        costs: How the scores are distributed; None if layers are not compared with each other.
+        target_sparsity: Share of the prunable weights that was to be removed.
+        masks: Masks of what is left, by layer.
+        threshold: Largest score removed; None if layers have no common threshold.
+        removed: Number of structures removed for their own cost.
+        implied: Number of structures that died because a partner did.
+        factor_bytes: Largest number of bytes of statistics or factors that were held at once.
+        loss: Mean loss of the calibration tokens before the shot, in nats; None if it was not computed.
+        costs: Distribution of the scores; None if layers are not compared with each other.
         stages: Stages of the shot in the order in which they first ran.
-        profile: Seconds by what was done, see ``Clock.profile``.
-        start: Factors from which a power iteration sets out in the next shot.
+        profile: Seconds by kind of work, see ``Clock.profile``.
+        start: Factors from which a power iteration starts in the next shot; None if there are none.
     """
 
     shot: int

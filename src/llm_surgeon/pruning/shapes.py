@@ -1,4 +1,4 @@
-"""What really shrinks: rows and columns of each matrix, and coupled structures (neurons, heads, blocks)."""
+"""Structures that shrink matrices: rows and columns, and coupled groups of them (neurons, heads, blocks)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from llm_surgeon.models.solving import check_finite, solver_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.structures import STRUCTURES, StructureRow
 
-# Couplings of structures that no part of a block has, by the name of the structure.
+# Functions that find couplings of structures that no part of a block has, by the name of the structure.
 COUPLINGS: dict[str, Callable[[Anatomy], Sequence[Coupling]]] = {}
 
 
 def register_structure(name: str, row: StructureRow, couplings: Callable[[Anatomy], Sequence[Coupling]]) -> None:
-    """Let recipes name a structure of one's own (``structure``), within this process.
+    """Let recipes name a structure of your own (``structure``), within this process.
 
     Args:
-        name: Its name in a recipe.
-        row: Its row in the table of recipes: widths, and whether it can be uniform.
-        couplings: Finds the groups of rows and columns that go together in a dense model; their ``structure`` is the
-            name. A part of one's own says them itself (``Part.couplings``).
+        name: Name of the structure in a recipe.
+        row: Row in the table of recipes: widths, and whether the structure can be uniform.
+        couplings: Function that finds the groups of rows and columns that go together in a dense model. Their
+            ``structure`` is ``name``. For a part of your own, override ``Part.couplings`` instead.
 
     Raises:
         ValueError: If the name is taken.
@@ -44,12 +44,12 @@ def register_structure(name: str, row: StructureRow, couplings: Callable[[Anatom
 
 
 def _row_of(coupling: Coupling) -> StructureRow:
-    """The row of the structure that removes the groups of a coupling; an empty one if none does."""
+    """The row of the structure that removes the groups of a coupling; an empty row if no structure does."""
     return STRUCTURES.get(coupling.structure, StructureRow())
 
 
 def _couplings(config: PruneConfig, anatomy: Anatomy) -> list[Coupling]:
-    """Couplings that count in a run: parts of blocks as a whole only where they are candidates."""
+    """Couplings that count in a run; couplings of whole parts of blocks count only if these are candidates."""
     found = [coupling for part in config.parts if part in COUPLINGS for coupling in COUPLINGS[part](anatomy)]
     added = restricted(found, anatomy.layers)
     of_parts = [x for x in anatomy.couplings if x.structure in config.parts or not _row_of(x).whole]
@@ -57,7 +57,7 @@ def _couplings(config: PruneConfig, anatomy: Anatomy) -> list[Coupling]:
 
 
 class SideKey(NamedTuple):
-    """One side of one coupling."""
+    """Key of one side of one coupling."""
 
     coupling: int
     side: int
@@ -65,11 +65,11 @@ class SideKey(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What a layer's structures cost, on the CPU, in the coordinates of the dense model.
+    """Costs of a layer's structures, on the CPU, in the coordinates of the dense model.
 
     Attributes:
-        singles: Of single rows and columns; None if these are no candidates.
-        sides: Joint costs ``[groups]`` of those sides of couplings that are of this layer.
+        singles: Costs of single rows and columns; None if these are no candidates.
+        sides: Joint costs ``[groups]`` of the sides of couplings that are in this layer.
     """
 
     singles: StructureCosts | None
@@ -77,7 +77,7 @@ class LayerCosts:
 
 
 class Shapes:
-    """Rows, columns and whole groups of them, with what their removal implies."""
+    """Rows, columns and whole groups of them, with the removals that they imply."""
 
     def __init__(self, config: PruneConfig, anatomy: Anatomy) -> None:
         self._config, self._anatomy = config, anatomy
@@ -97,16 +97,16 @@ class Shapes:
 
     @property
     def shapes(self) -> Mapping[str, KeepMask]:
-        """The masks themselves: what was removed is really gone."""
+        """Rows and columns that the matrices still have: the masks, as removed ones are really gone."""
         return self.masks
 
     @property
     def element_masks(self) -> None:
-        """None: what was removed is gone."""
+        """None, as no zeros are stored."""
         return None
 
     def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> LayerCosts:
-        """Costs of the kept rows and columns and of the groups' sides."""
+        """Costs of a layer's kept rows and columns, and of its sides of the groups, on the CPU."""
         singles = self._single_costs(layer, weight, fisher) if self._singles else None
         sides = {key: self._side_costs(layer, side, weight, fisher) for key, side in self._sides_of(layer)}
         check_finite(layer, *sides.values())
@@ -115,13 +115,13 @@ class Shapes:
     def _single_costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> StructureCosts:
         keep, correlated = self.masks[layer.name], self._config.correlated
         rows = fisher.row_costs(weight, correlated=correlated)
-        # The bias is a column of the matrix but never a structure of its own.
+        # The bias is a column of the matrix, but never a candidate.
         columns = fisher.column_costs(weight, correlated=correlated)[: int(keep.columns.sum())]
         check_finite(layer, rows, columns)
         return StructureCosts(_to_dense(rows, keep.rows), _to_dense(columns, keep.columns))
 
     def _sides_of(self, layer: LinearLayer) -> Iterator[tuple[SideKey, Side]]:
-        """The sides of a layer whose groups have joint costs."""
+        """Sides of couplings in a layer whose groups have joint costs."""
         for number, coupling in enumerate(self._couplings):
             if self._is_candidate(coupling):
                 for place, side in enumerate(coupling.sides):
@@ -129,7 +129,7 @@ class Shapes:
                         yield SideKey(number, place), side
 
     def _side_costs(self, layer: LinearLayer, side: Side, weight: Tensor, fisher: Fisher) -> Tensor:
-        """Joint costs of a side's living members, ``[groups]``; zero where none lives."""
+        """Joint costs of the living members of a side's groups, ``[groups]``; zero where none lives."""
         keep = self.masks[layer.name].axis(side.axis)
         places, alive = (keep.cumsum(0) - 1).clamp(min=0)[side.index], keep[side.index]
         some = alive.any(1)
@@ -142,10 +142,10 @@ class Shapes:
         return costs
 
     def select(self, costs: Mapping[str, LayerCosts], target_weights: int) -> Selection:
-        """The largest threshold that leaves the target; implied removals are counted."""
+        """Choose the structures that go, by the largest threshold that leaves the target, implied removals included."""
         singles = self._all_singles(costs)
         groups = self._groups(costs, singles)
-        # The last step is not to leave the model as it was because the cheapest candidate is large.
+        # Even if the cheapest candidate is large, the last step has to remove one if nothing is removed yet.
         last = target_weights == round((1 - self._config.sparsity) * self._anatomy.prunable_weights)
         nothing_yet = count_weights(self.masks) == self._anatomy.prunable_weights
         return select(
@@ -158,7 +158,7 @@ class Shapes:
         return {name: cost.singles for name, cost in costs.items() if cost.singles} if self._singles else None
 
     def _groups(self, costs: Mapping[str, LayerCosts], singles: Mapping[str, StructureCosts] | None) -> list[Group]:
-        """Candidates with their scores and, last, what can only follow."""
+        """Groups with scores, which are candidates, and groups that can only follow."""
         groups = []
         for number, coupling in enumerate(self._couplings):
             if self._is_candidate(coupling):
@@ -171,7 +171,7 @@ class Shapes:
         return self._shaped(groups)
 
     def _shaped(self, groups: Sequence[Group]) -> list[Group]:
-        """Bundle what has to go together for the sake of the widths."""
+        """Bundle groups that have to go together so that the widths are as the recipe asks."""
         if self._singles:
             return list(groups)
         by_kind: dict[str, list[Group]] = {}
@@ -187,19 +187,19 @@ class Shapes:
         return self._whole_blocks(shaped) if self._config.uniform and _takes_whole(self._config) else shaped
 
     def _widths(self, coupling: Coupling) -> Widths:
-        """What the recipe wants of one kind of group."""
+        """Widths that the recipe allows for one kind of group."""
         dense = len(coupling.sides[0].index)
         pools = 1 if coupling.pools is None else int(coupling.pools.max()) + 1
         least = math.ceil(self._config.least_width * dense / pools)
         row = _row_of(coupling)
         if row.whole:
-            # Parts of a block go whole, and together if blocks do.
+            # A part of a block goes as a whole, and has no width.
             return Widths()
         multiple = self._config.widths_multiple if row.multiple is not None else 1
         return Widths(multiple, least, self._config.uniform)
 
     def _whole_blocks(self, groups: Sequence[Group]) -> list[Group]:
-        """All parts of a block as one candidate."""
+        """Merge all parts of a block into one candidate."""
         parts: dict[int, list[Group]] = {}
         for group in groups:
             if _row_of(group.coupling).whole:
@@ -208,7 +208,7 @@ class Shapes:
         return whole + [group for group in groups if not _row_of(group.coupling).whole]
 
     def scored(self, costs: Mapping[str, LayerCosts], selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows and columns one by one, as whole groups are made of them; or the groups."""
+        """Scores and whether each candidate goes: of single rows and columns if they are candidates, else of groups."""
         singles = self._all_singles(costs)
         for name, keep in self.masks.items() if singles is not None else ():
             scores = single_scores(keep, singles[name], self._per_weight)  # type: ignore[index]
@@ -224,7 +224,7 @@ class Shapes:
     def matrix_after(
         self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: Selection
     ) -> Tensor:
-        """The kept rows and columns, ``[kept rows, kept columns (+ bias)]``."""
+        """The layer's matrix after the removal, ``[kept rows, kept columns (+ bias)]``."""
         before, after, chosen = self.masks[layer.name], selection.keep[layer.name], selection.chosen[layer.name]
         rows = _split(before.rows, after.rows, chosen.rows, weight.device)
         columns = _split(before.columns, after.columns, chosen.columns, weight.device)
@@ -236,25 +236,25 @@ class Shapes:
         return fisher().remove_rows_and_columns(weight, rows, columns, solver_of(self._config))
 
     def shapes_after(self, selection: Selection) -> Mapping[str, KeepMask]:
-        """Smaller ones."""
+        """Rows and columns that the matrices have after the removal: the selection's masks."""
         return selection.keep
 
     def commit(self, selection: Selection) -> None:
-        """Make the selection what is left."""
+        """Set the masks to a selection's, after its removals are done."""
         self.masks = selection.keep
 
     def resume(self, masks: Mapping[str, KeepMask]) -> None:
-        """Begin with what an earlier run has left."""
+        """Set the masks to the ones that an earlier run has left."""
         self.masks = masks
 
     def random_masks(self, sparsity: float, seed: int) -> Mapping[str, KeepMask]:
-        """What is left when candidates go at random, large ones no sooner than small ones."""
+        """Masks after a random removal, in which large candidates go no sooner than small ones."""
         singles, groups = self._random_candidates(seed)
         target = round((1 - sparsity) * self._anatomy.prunable_weights)
         return select(self.masks, singles, groups, target, fill=self._config.uniform).keep
 
     def _random_candidates(self, seed: int) -> tuple[dict[str, StructureCosts] | None, list[Group]]:
-        """Costs of single rows and columns, and groups with their scores, by chance and in proportion to their size."""
+        """Random costs of single rows and columns, and random scores of groups, in proportion to their size."""
         generator = torch.Generator().manual_seed(seed)
 
         def costs(freed: Tensor) -> Tensor:
@@ -275,27 +275,27 @@ class Shapes:
         return singles, self._shaped(groups)
 
     def least_weights(self) -> int:
-        """Weights that are left when every candidate is gone."""
+        """Number of weights that are left when every candidate is gone."""
         return 0 if self._singles else count_weights(self.random_masks(1.0, seed=0))
 
     def smallest_candidate(self) -> int:
-        """Weights of the smallest thing that can go."""
+        """Number of weights of the smallest candidate."""
         if self._singles:
             return min(min(layer.rows, layer.columns) for layer in self._anatomy.layers.values())
         return int(line_up(self.masks, {}, self._random_candidates(seed=0)[1]).freed.min())
 
 
 def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
-    """Find out whether a model has the structures of a recipe, and whether its target can be reached with them.
+    """Check that a model has the structures of a recipe, and that its sparsity can be reached with them.
 
     Raises:
-        ConfigError: If not; says what can be had.
+        ConfigError: If not, with the sparsities that can be reached.
     """
     if config.uniform:
         _check_uniform(config, anatomy)
     structures = Shapes(config, anatomy)
     most = 1 - structures.least_weights() / anatomy.prunable_weights
-    # What a latency comes to is not known before the model is timed.
+    # The sparsity for a latency is not known before the model is timed.
     if config.sparsity > most and config.target != "target_latency":
         raise ConfigError(
             f"With {config.structure} {100 * most:.1f} % of the prunable weights can be removed, and "
@@ -313,10 +313,10 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
 
 
 def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:
-    """What plain classes can be built with.
+    """Check that the plain transformers class can be built with the recipe's uniform structures.
 
     Raises:
-        ConfigError: If they cannot.
+        ConfigError: If it cannot.
     """
     family, parts = anatomy.family, set(config.parts)
     for fixed in (entry.fixed for entry in family.parts if entry.fixed and parts.intersection(entry.structures)):
@@ -352,5 +352,5 @@ def _to_dense(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _split(before: Tensor, after: Tensor, chosen: Tensor, device: torch.device) -> Split:
-    """Kept and chosen positions within what was left before the shot."""
+    """Positions of kept and of chosen rows or columns, among the ones that were left before the step."""
     return Split(to_index(after[before]).to(device), to_index(chosen[before]).to(device))

@@ -1,4 +1,4 @@
-"""The global multi-shot loop (paper, Alg. 2): curvature, costs, threshold, update, and again."""
+"""The global multi-shot loop (paper, Alg. 2): in each shot curvature, costs, threshold and update."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GlobalShots(Loop):
         return run_shots(session, since)
 
     def phases(self, config: PruneConfig, shot: int) -> Iterator[tuple[str, str, float]]:
-        """Curvature, then selection and update of each step; see ``Loop.phases``."""
+        """Phases of a shot: curvature, then selection and update of each step; see ``Loop.phases``."""
         steps = config.steps_per_shot
         yield phase_name(shot, config.shots, "curvature"), "curvature", 1.0
         for step in range(1, steps + 1):
@@ -49,17 +49,17 @@ class GlobalShots(Loop):
                 yield f"{_step_name(shot, config.shots, step, steps)}: {name}", name, 1 / steps
 
     def passes(self, config: PruneConfig) -> int:
-        """Passes of one estimation without a warm start."""
+        """Number of passes of one estimation without a warm start."""
         estimator = estimator_of(config)
         assert estimator is not None, "a global method has a curvature"
         return estimator.passes(estimation_of(config), warm=False)
 
 
 def run_shots(session: Session, since: RunState | None = None) -> Iterator[ShotResult]:
-    """Prune a model in place, shot by shot; yields after each, so that the caller can evaluate and save.
+    """Prune a model in place, shot by shot; yields after each shot, so that the caller can evaluate and save.
 
     Args:
-        session: The run; its model is dense, or as it was after the shot of ``since``.
+        session: The run, whose model is dense, or as it was after the shot of ``since``.
         since: State of an earlier run of the same recipe; None begins with the first shot.
 
     Raises:
@@ -82,7 +82,7 @@ def run_shots(session: Session, since: RunState | None = None) -> Iterator[ShotR
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of a shot: its threshold, how many structures went for their cost and by implication, its scores."""
+    """One step of a shot: its threshold, numbers of structures removed by cost and by implication, and its scores."""
 
     threshold: float
     removed: int
@@ -99,7 +99,7 @@ class _Shots:
     stages: Stages
 
     def shot(self, number: int, sparsity: float, start: WarmStart | None) -> ShotResult:
-        """Make one shot to a sparsity; a power iteration sets out from ``start``."""
+        """Make one shot to a sparsity; a power iteration starts from ``start``."""
         structure, config, clock = self.structure, self.session.config, Clock(self.session.device)
         curvature = self._estimate(number, start, clock)
         steps = [
@@ -126,17 +126,17 @@ class _Shots:
         )
 
     def _targets(self, sparsity: float) -> Iterator[int]:
-        """Weights that are to be left after each step of a shot."""
+        """Numbers of weights to be left after each step of a shot."""
         before = sum(mask.weights for mask in self.structure.masks.values())
         after, steps = self._left(sparsity), self.session.config.steps_per_shot
         return (before + round((after - before) * step / steps) for step in range(1, steps + 1))
 
     def _left(self, sparsity: float) -> int:
-        """Weights that are to be left at a sparsity."""
+        """Number of weights to be left at a sparsity."""
         return round((1 - sparsity) * self.session.anatomy.prunable_weights)
 
     def _step(self, curvature: Curvature, target: int, clock: Clock, where: str) -> _Step:
-        """Remove what costs least until so many weights are left, and update the others; ``where`` names the step."""
+        """Remove the cheapest candidates until ``target`` weights are left; ``where`` names the step for progress."""
         structure, layers = self.structure, len(self.session.anatomy.layers)
         with clock.phase("selection"), self.session.progress.phase(f"{where}: selection", layers, "layers") as phase:
             costs = self._costs(curvature, phase)
@@ -151,7 +151,7 @@ class _Shots:
         return _Step(selection.threshold, selection.structures_chosen, selection.structures_implied, histogram)
 
     def _estimate(self, number: int, start: WarmStart | None, clock: Clock) -> Curvature:
-        """The curvature of the model as it is, from the tokens of all processes."""
+        """Estimate the curvature of the model as it is, from the tokens of all processes."""
         session, config = self.session, self.session.config
         # Each shot draws its own labels and tokens.
         how = replace(estimation_of(config), seed=config.seed + number, order=session.order)
@@ -165,7 +165,7 @@ class _Shots:
         return Damping(self.session.config.dampening_a, self.session.config.dampening_g)
 
     def _share_out(self, compute: Callable[[LinearLayer], T]) -> Iterator[tuple[LinearLayer, T]]:
-        """Compute something for each layer, each in one of the processes; a side of a matrix is a decomposition."""
+        """Compute something for each layer in one of the processes; decompositions are the work of a layer."""
         shapes, layers = self.structure.shapes, self.session.anatomy.layers.values()
         return self.session.share_out(layers, compute, lambda layer: decomposition_work(shapes[layer.name]))
 
@@ -191,7 +191,7 @@ class _Shots:
         extents = session.anatomy.extents(after)
 
         def matrix_of(layer: LinearLayer) -> Tensor:
-            # Not made yet: where nothing is compensated for, its decomposition would be for nothing.
+            # Made only when it is asked for: without a compensation, nothing needs its decomposition.
             fisher = partial(curvature.fisher, layer, before[layer.name], self._damping)
             with session.present(layer):
                 return self.structure.matrix_after(layer, read_matrix(session.model, layer), fisher, selection)
@@ -206,22 +206,22 @@ class _Shots:
 
 
 def _step_name(shot: int, shots: int, step: int, steps: int) -> str:
-    """Words for a step of a shot; for the shot if it has one step."""
+    """Words for a step of a shot, or for the shot if it has only one step."""
     return f"shot {shot}/{shots}{f', step {step}/{steps}' if steps > 1 else ''}"
 
 
 def _check_reached(masks: Masks, target: int, next_weights: int, dense: int, structure: str) -> None:
-    """Make sure that a run removes what was asked for, but for less than one candidate's weights.
+    """Check that a run meets its sparsity, to within less than one candidate's weights.
 
     Args:
-        masks: What is left after the last step of the last shot.
-        target: Weights that should be.
-        next_weights: Weights that the next candidate would have freed; 0: there is none.
-        dense: Weights of the dense layers.
-        structure: What is removed, in the recipe's words.
+        masks: Masks of the layers after the last step of the last shot.
+        target: Number of weights to be left.
+        next_weights: Number of weights that the next candidate would have freed; 0 if there is none.
+        dense: Number of weights of the dense layers.
+        structure: Structure that the run removes, in the recipe's words.
 
     Raises:
-        TargetError: If nothing is removed, or if that is missed by more.
+        TargetError: If nothing is removed, or the target is missed by one candidate's weights or more.
     """
     left = sum(mask.weights for mask in masks.values())
     if left == dense or left - target > max(0, next_weights - 1):

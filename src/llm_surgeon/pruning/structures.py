@@ -1,6 +1,6 @@
-"""The kinds of structure that can be removed: what each costs, selects and leaves behind.
+"""The socket for structures: the costs of what can be removed, the selection, and the matrices after the removal.
 
-``Shapes`` shrinks the matrices; ``Elements`` (single weights, N:M) leaves zeros in matrices of the same shape.
+``Shapes`` shrinks the matrices. ``Elements`` (single weights, N:M) leaves zeros in matrices of the same shape.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Masks = Mapping[str, KeepMask] | Mapping[str, ElementMask]
 
 
 class Structure(Protocol):
-    """What a run removes, and what is left so far.
+    """Structure that a run removes, with masks of what is left so far.
 
     Attributes:
-        score_name: What candidates are ranked by, in words.
+        score_name: Name of the score that ranks the candidates, in words.
     """
 
     score_name: str
 
     @property
     def masks(self) -> Masks:
-        """What is left, per layer."""
+        """Masks of what is left, by layer."""
 
     @property
     def shapes(self) -> Mapping[str, KeepMask]:
@@ -40,35 +40,35 @@ class Structure(Protocol):
 
     @property
     def element_masks(self) -> Mapping[str, Tensor] | None:
-        """Kept weights per layer, ``[R, C]`` bool, if zeros are stored; None if the matrices shrink."""
+        """Masks ``[R, C]`` bool of the kept weights, by layer, if zeros are stored; None if the matrices shrink."""
 
     def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> Any:
-        """Costs of what a layer could lose, on the CPU."""
+        """Costs of a layer's candidates, on the CPU."""
 
     def select(self, costs: Mapping[str, Any], target_weights: int) -> Any:
-        """Choose what goes by one threshold over all layers."""
+        """Choose the candidates that go, by one threshold over all layers."""
 
     def scored(self, costs: Mapping[str, Any], selection: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores of all candidates, and which of them go, tensor by tensor: for the record."""
+        """Scores of all candidates and whether each goes, tensor by tensor; for the record."""
 
     def matrix_after(self, layer: LinearLayer, weight: Tensor, fisher: Callable[[], Fisher], selection: Any) -> Tensor:
-        """A layer's matrix after the removal, with the bias as last column; makes the Fisher if it needs it."""
+        """The layer's matrix after the removal, the bias as last column; ``fisher`` is called only if it is needed."""
 
     def shapes_after(self, selection: Any) -> Mapping[str, KeepMask]:
-        """Rows and columns that the matrices have once the selection is gone."""
+        """Rows and columns that the matrices have after the removal."""
 
     def commit(self, selection: Any) -> None:
-        """Make the selection what is left."""
+        """Set the masks to a selection's, after its removals are done."""
 
     def resume(self, masks: Any) -> None:
-        """Begin with what an earlier run has left."""
+        """Set the masks to the ones that an earlier run has left."""
 
 
 def check_structure(config: PruneConfig, anatomy: Anatomy) -> None:
-    """Find out whether the layers of a model allow the structure of a recipe.
+    """Check that the layers of a model allow the structure of a recipe.
 
     Raises:
-        ConfigError: If N:M does not divide a width, or what is asked for cannot be reached; names the remedy.
+        ConfigError: If N:M does not divide a width, or the sparsity cannot be reached.
     """
     check_pattern(config, anatomy)
     if config.parts:
@@ -83,7 +83,7 @@ def structure_of(config: PruneConfig, anatomy: Anatomy) -> Structure:
         anatomy: The layers of the model.
 
     Raises:
-        ConfigError: If the layers of the model do not allow it.
+        ConfigError: If the layers of the model do not allow the structure.
     """
     check_structure(config, anatomy)
     return Shapes(config, anatomy) if config.parts else Elements(config, anatomy)

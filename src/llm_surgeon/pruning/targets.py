@@ -1,4 +1,4 @@
-"""Targets that people have instead of a sparsity: parameters, bytes, milliseconds."""
+"""Targets in place of a sparsity: parameters, bytes of the weight files, milliseconds of a pass."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from llm_surgeon.records import TargetRecord
 
 logger = logging.getLogger(__name__)
 
-# Tokens of the pass whose latency is meant.
+# Number of tokens of the pass that a latency target is for.
 TOKENS = 512
-# Shares of what can be removed at which copies of the model are timed.
+# Shares of the removable weights at which copies of the model are timed.
 _TIMED_AT = (0.0, 0.3, 0.6, 0.9)
 _REPEATS = 5
-# A latency beyond its target by this share is worth a warning: timings vary by as much.
+# A latency above the target times this gives a warning; timings vary by as much.
 _LATENCY_TOLERANCE = 1.05
-# What a threshold leaves may exceed the target by a part of the largest candidate.
+# A size above the target times this gives a warning; a threshold may miss by a part of the largest candidate.
 _COUNT_TOLERANCE = 1.01
 
 
 def count_based(config: PruneConfig, anatomy: Anatomy, total: int, itemsize: int) -> PruneConfig:
-    """The recipe with the sparsity that a target in parameters or bytes comes to; itself if it has no such target.
+    """The recipe with the sparsity for its target in parameters or bytes; unchanged if it has no such target.
 
-    Biases that go with their rows are not counted, so that the result is a little below the target.
+    Biases that go with their rows are not counted, so the result is a little below the target.
 
     Args:
         config: The recipe.
         anatomy: Layers of the model.
-        total: Parameters of the dense model, tied ones once.
+        total: Number of parameters of the dense model, tied ones counted once.
         itemsize: Bytes of a parameter.
 
     Raises:
-        ConfigError: If the dense model is small enough, or the target is below what cannot be removed.
+        ConfigError: If the dense model meets the target, or the parameters that cannot be removed exceed it.
     """
     if config.target_params is not None:
         wanted, what = config.target_params, f"{config.target_params:,} parameters"
@@ -63,19 +63,19 @@ def count_based(config: PruneConfig, anatomy: Anatomy, total: int, itemsize: int
 
 
 def latency_based(config: PruneConfig, model: PreTrainedModel, anatomy: Anatomy) -> PruneConfig:
-    """The recipe with the sparsity that a target in milliseconds comes to; itself if it has no such target.
+    """The recipe with the sparsity for its target in milliseconds; unchanged if it has no such target.
 
-    Copies of the model with random removals of the structure are timed at a few sizes; between these, time is taken
-    for linear in the sparsity. Needs memory for one copy.
+    Copies of the model with random removals of the structure are timed at a few sizes. Between these sizes, the time
+    counts as linear in the sparsity. The timing needs memory for one copy.
 
     Raises:
-        ConfigError: If the dense model is fast enough, or even the smallest copy is not.
+        ConfigError: If the dense model is fast enough, or even the smallest copy is too slow.
     """
     if config.target_latency is None:
         return config
     most = 1 - Shapes(config, anatomy).least_weights() / anatomy.prunable_weights
     sparsities = [share * most for share in _TIMED_AT]
-    # Less to compute does not take longer; where the clock says so, something else kept the machine busy.
+    # A smaller copy does not take longer. A larger time means that something else kept the machine busy.
     timed = accumulate((_time(model, anatomy, config, sparsity) for sparsity in sparsities), min)
     points = list(zip(sparsities, timed, strict=True))
     timings = ", ".join(f"{1000 * seconds:.1f} ms at {100 * sparsity:.0f} %" for sparsity, seconds in points)
@@ -96,7 +96,7 @@ def _announced(config: PruneConfig, what: str, sparsity: float) -> PruneConfig:
 
 
 def _time(model: PreTrainedModel, anatomy: Anatomy, config: PruneConfig, sparsity: float) -> float:
-    """Seconds of a pass of a copy with random removals."""
+    """Seconds of a pass over a copy of the model with random removals."""
     if not sparsity:
         return seconds_of(model)
     keep = Shapes(config, anatomy).random_masks(sparsity, seed=0)
@@ -113,13 +113,13 @@ def seconds_of(model: PreTrainedModel) -> float:
 
 
 def reached(config: PruneConfig, model: PreTrainedModel, parameters: int, weight_bytes: int) -> TargetRecord | None:
-    """What became of a target; None if the recipe has none.
+    """Record of a target and of the value that was reached; None if the recipe has no target.
 
     Args:
         config: The recipe as it was given.
-        model: The result.
-        parameters: Of the result.
-        weight_bytes: Of its weight files.
+        model: The pruned model.
+        parameters: Number of parameters of the pruned model.
+        weight_bytes: Bytes of the weight files of its export.
     """
     if config.target is None:
         return None
@@ -136,10 +136,10 @@ def reached(config: PruneConfig, model: PreTrainedModel, parameters: int, weight
 
 
 def settled(skeleton: Skeleton, config: PruneConfig) -> PruneConfig:
-    """The recipe with the sparsity of its target, unless that has to be timed, if the layers allow it.
+    """The recipe with the sparsity for its target, unless the target has to be timed; checked with the layers.
 
     Raises:
-        ConfigError: If they do not, or the target cannot be reached.
+        ConfigError: If the layers do not allow the structure, or the target cannot be reached.
     """
     resolved = count_based(config, skeleton.anatomy, skeleton.parameters, skeleton.dtype.itemsize)
     check_structure(resolved, skeleton.anatomy)

@@ -37,7 +37,7 @@ from llm_surgeon.recipe.structures import STRUCTURES, UNSTRUCTURED
 from llm_surgeon.recipe.switches import idle_options, why_idle
 from llm_surgeon.recipe.wording import refusal, takes_text
 
-# The names of a group's module that other packages use are importable from here.
+# Other packages import these names of the groups' modules from here.
 __all__ = ["HALVES", "TARGETS", "Bos", "PruneConfig", "differences", "goes_layerwise", "read_recipe"]
 
 
@@ -55,11 +55,11 @@ class PruneConfig(
 ):
     """Everything that decides the result of a pruning run.
 
-    The options are in the groups that this class inherits from, together with the rules of each group; here are the
-    rules of several groups together. A function that needs one group only may be typed by it.
+    The options are in the groups that this class inherits from, with the rules of each group. This class has the rules
+    between groups. A function that needs one group only may take that group's type.
 
-    ``sparsity`` counts the weights of the prunable linear layers only (those of the decoder blocks, without
-    biases); embeddings and the output head are left alone, see ``ignore``.
+    ``sparsity`` counts the weights of the prunable linear layers only, which are the linear layers of the decoder
+    blocks, without biases. Embeddings and the output head are not pruned, see ``ignore``.
     """
 
     @model_validator(mode="before")
@@ -99,12 +99,12 @@ class PruneConfig(
         return self
 
     def _check_switches(self) -> None:
-        """Options that are given although nothing would come of it.
+        """Refuse options that have no effect because their switch is off.
 
-        A value that is the default does no harm, and a resolved recipe has all of them.
+        A default value is no mistake, as a resolved recipe has all options.
 
         Raises:
-            ValueError: Naming the option and its switch.
+            ValueError: If there is such an option, with its switch.
         """
         values = vars(self)
         for name in idle_options(values):
@@ -112,10 +112,10 @@ class PruneConfig(
                 raise ValueError(why_idle(name, values))
 
     def _check_fitting(self) -> None:
-        """Stages and steps that not every structure, text or curvature can have.
+        """Check stages and steps against the structure, the text and the curvature.
 
         Raises:
-            ValueError: Naming the options that do not go together.
+            ValueError: If options do not go together, with their names.
         """
         if self.reconstruction and not self.parts:
             raise ValueError(f"reconstruction is for structures that shrink, not for {self.structure}")
@@ -128,10 +128,10 @@ class PruneConfig(
             raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {able}")
 
     def _check_streamed(self) -> None:
-        """What needs all weights where the model runs.
+        """Refuse options that need all weights where the model runs, if weights are streamed.
 
         Raises:
-            ValueError: Naming the options that do not go together.
+            ValueError: If options do not go together, with their names.
         """
         if self.lora:
             raise ValueError("lora trains all blocks together: weights cannot be streamed")
@@ -144,10 +144,10 @@ class PruneConfig(
             raise ValueError("a latency is that of resident weights: with target_latency weights cannot be streamed")
 
     def _check_global(self) -> None:
-        """What no global method can do.
+        """Refuse options that the curvature of a global method, or no global method, can have.
 
         Raises:
-            ValueError: Naming the options that do not go together.
+            ValueError: If options do not go together, with their names.
         """
         curvature = resolve_curvature(self.method, self.curvature)
         row = None if curvature is None else CURVATURES[curvature]
@@ -165,10 +165,10 @@ class PruneConfig(
             )
 
     def _check_layerwise(self) -> None:
-        """What no layer-wise method, or not this one, can do.
+        """Refuse options that no layer-wise method, or not this one, can have.
 
         Raises:
-            ValueError: Naming the options that do not go together.
+            ValueError: If options do not go together, with their names.
         """
         pattern, solver = self.pattern, LAYERWISE[self.method].scope is None
         if self.gate_steps:
@@ -195,14 +195,14 @@ class PruneConfig(
             raise ValueError("a global scope gives each layer its own sparsity: no layer_budget")
 
     def at(self, sparsity: float) -> PruneConfig:
-        """The recipe with the sparsity that its target comes to."""
+        """The recipe with a sparsity in place of its target."""
         return self.model_validate(
             self.model_dump() | dict.fromkeys(TARGETS) | {"sparsity": min(max(sparsity, 1e-6), 1 - 1e-6)}
         )
 
     @property
     def layerwise(self) -> bool:
-        """Whether the run goes layer by layer; magnitude does if asked for what only layer-wise methods do."""
+        """Whether the run goes layer by layer; magnitude does if it has an option that only layer-wise methods have."""
         return goes_layerwise(vars(self))
 
     @property
@@ -212,7 +212,7 @@ class PruneConfig(
 
     @property
     def resolved_scope(self) -> LayerwiseScope | None:
-        """What a layer-wise method compares weights within: what is asked for, or its own; None if it has none."""
+        """Scope in which a layer-wise method compares weights: the option's or its own; None if it compares none."""
         return self.scope or LAYERWISE[self.method].scope
 
     @property
@@ -222,7 +222,7 @@ class PruneConfig(
 
     @property
     def resolved_curvature(self) -> CurvatureName | None:
-        """The curvature of the run: the one named, or the method's own; None for methods that estimate none."""
+        """Name of the run's curvature: the option's or the method's own; None for methods that estimate none."""
         return None if self.layerwise else resolve_curvature(self.method, self.curvature)
 
     @property
@@ -231,7 +231,7 @@ class PruneConfig(
         return idle_options(vars(self))
 
     def resolved(self) -> dict[str, Any]:
-        """Every option by its flat name, with the value of the run; ``from_mapping`` of it gives the same run."""
+        """All options by their flat names, with the values of the run; ``from_mapping`` makes the same run of them."""
         return self.model_dump(mode="json") | {
             "batch_size": self.sequences_per_pass,
             "curvature": self.resolved_curvature,
@@ -249,7 +249,7 @@ class PruneConfig(
         """Validate a mapping of options, flat or in groups.
 
         Raises:
-            ConfigError: If a key is unknown or a value is out of range; names each of them.
+            ConfigError: If a key is unknown or a value is out of range, with each of them.
         """
         try:
             return cls.model_validate(values)
@@ -258,13 +258,13 @@ class PruneConfig(
 
 
 def _divisible(curvature: Any) -> bool:
-    """Whether a shot can be divided into steps with a curvature; with what is no name of one it cannot."""
+    """Whether a shot can be divided into steps with a curvature; False if the value is no curvature's name."""
     row = CURVATURES.get(curvature) if isinstance(curvature, str) else None
     return row is not None and row.divisible
 
 
 def _of_preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the preset of a recipe stands for, with the rest of the recipe as it is."""
+    """Options that the preset of a recipe stands for, as far as they fit the rest of the recipe."""
     return options_of(
         given["preset"],
         shrinks=bool(structures.parts_of(given.get("structure", structures.DEFAULT))),
@@ -274,13 +274,13 @@ def _of_preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layerwise_options(values: Mapping[str, Any]) -> list[str]:
-    """Options that are on and that only layer-wise methods have."""
+    """Names of the options that are on and that only layer-wise methods have."""
     off = {"scope": (None, "global"), "layer_budget": ("uniform",), "refine": ("none",), "permute": (False,)}
     return [name for name, without in off.items() if values.get(name, without[0]) not in without]
 
 
 def goes_layerwise(values: Mapping[str, Any]) -> bool:
-    """Whether a method goes layer by layer; one that is of both kinds does if asked for what only that kind has."""
+    """Whether a method goes layer by layer; a method of both kinds does if an option of layer-wise methods is on."""
     method = values.get("method")
     if not isinstance(method, str) or method not in LAYERWISE:
         return False
@@ -288,7 +288,7 @@ def goes_layerwise(values: Mapping[str, Any]) -> bool:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What has changed between two mappings of options, each in words; other keys may be among them."""
+    """Changes between two mappings of options, each in words; the mappings may have other keys too."""
     return [
         f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}"
         for name in {**before, **now}
@@ -302,6 +302,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file cannot be read or is not a mapping, or has an option twice.
     """
-    # 2:4 and true are text for the options that take text, and for no others.
+    # Only for options that take text, values such as 2:4 and true are text.
     names = {name for name, field in PruneConfig.model_fields.items() if takes_text(field.annotation)}
     return flat(read_mapping(path, names | {GROUP_OF[name].inner[name] for name in names}))

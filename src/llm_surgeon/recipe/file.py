@@ -1,4 +1,4 @@
-"""Recipes as files: YAML of which every value is read as what its option takes."""
+"""Recipes as files: YAML in which the option decides on the type of its value."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import yaml
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.recipe.quantity import shown
 
-# A comparison of a hundred variants has a tenth of these.
+# Limits of a recipe's file; a comparison of a hundred variants has a tenth of them.
 MOST_BYTES = 100_000
 MOST_VALUES = 10_000
 # Python refuses to read numbers of more than 4,300 digits; no option takes as many as these.
 _MOST_DIGITS = 1_000
 _REMEDY = "Give a YAML file of option: value."
 _MERGE = "<<"
-# How YAML 1.2 writes numbers, but for octal and hexadecimal ones, which no option is given in. YAML 1.1, which PyYAML
-# reads, takes 2:4 for 124, yes for a truth value, 010 for 8 and 1_000 for 1000.
+# Plain values of YAML 1.2, without octal and hexadecimal numbers, which no option needs. PyYAML reads YAML 1.1, which
+# takes 2:4 for 124, yes for a truth value, 010 for 8 and 1_000 for 1000.
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -29,7 +29,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class _Loader(yaml.SafeLoader):
-    """Parses YAML, and takes plain scalars as they are written: what they mean is decided here, and depends."""
+    """Parser of YAML that leaves plain scalars as they are written; ``_Reader`` decides on their types."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (as PyYAML has it)
 
@@ -39,8 +39,8 @@ def read_mapping(path: Path, text_options: Container[str]) -> dict[str, Any]:
 
     Args:
         path: The file.
-        text_options: Options that take text, with underscores: their values are taken as they are written, here and in
-            mappings within. What has no quotes is read by YAML 1.2 otherwise.
+        text_options: Options that take text, with underscores. Their values are taken as they are written, here and in
+            mappings within. Other values without quotes are read by YAML 1.2.
 
     Raises:
         ConfigError: If the file cannot be read or is not a mapping.
@@ -53,7 +53,7 @@ def read_mapping(path: Path, text_options: Container[str]) -> dict[str, Any]:
         raise _unreadable(path, "its values are nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         raise _unreadable(path, _in_words(error)) from None
-    # PyYAML lets those of some escapes and directives pass.
+    # PyYAML lets errors of some escapes and directives pass.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise _unreadable(path, " ".join(str(error).split())) from None
     if values is None:
@@ -64,7 +64,7 @@ def read_mapping(path: Path, text_options: Container[str]) -> dict[str, Any]:
 
 
 def with_underscores(options: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options as the recipe spells them, whatever the command line does.
+    """Options with underscores in their names, as in recipes, instead of hyphens, as on the command line.
 
     Raises:
         ConfigError: If an option is given in both spellings.
@@ -79,7 +79,7 @@ def with_underscores(options: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 class _Reader:
-    """Makes values of what the parser found.
+    """Reader that makes values of the parser's nodes.
 
     Args:
         text_options: See ``read_mapping``.
@@ -90,10 +90,10 @@ class _Reader:
         self._count = 0
 
     def value(self, node: yaml.Node, as_text: bool = False) -> Any:
-        """The value of a node; ``as_text`` takes what has no quotes for text, but for null."""
+        """The value of a node; ``as_text`` makes values without quotes text, except null."""
         self._count += 1
         if self._count > MOST_VALUES:
-            # An alias (*name) stands for all that its anchor (&name) holds: nine nestings of nine are 387 million.
+            # An alias (*name) stands for all values of its anchor (&name): nine nestings of nine are 387 million.
             raise _error(node, f"there are more than {MOST_VALUES:,} values, each alias counted as what it stands for")
         # Without resolvers, a node has a tag of another kind only if one is written there.
         if node.tag not in (_Loader.DEFAULT_SCALAR_TAG, _Loader.DEFAULT_SEQUENCE_TAG, _Loader.DEFAULT_MAPPING_TAG):
@@ -106,7 +106,7 @@ class _Reader:
         return _plain(node.value, as_text) if plain else node.value
 
     def _mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
-        """A mapping; its keys are text, and each is there once."""
+        """The value of a mapping, whose keys have to be text and unique."""
         own: dict[str, Any] = {}
         lines: dict[str, int] = {}
         merged: dict[str, Any] = {}
@@ -124,7 +124,7 @@ class _Reader:
         return merged | own
 
     def _merged(self, node: yaml.Node) -> dict[str, Any]:
-        """What ``<<`` takes over from one mapping or several, of which the first goes before the others."""
+        """Entries that ``<<`` takes over from one mapping or several, of which the first has precedence."""
         value = self.value(node)
         mappings = value if isinstance(value, list) else [value]
         if not all(isinstance(mapping, dict) for mapping in mappings):
@@ -133,14 +133,14 @@ class _Reader:
 
 
 def _plain(text: str, as_text: bool) -> Any:
-    """What is written without quotes, by YAML 1.2."""
+    """The value of text without quotes, by YAML 1.2."""
     if text in _NULL:
         return None
     if as_text:
         return text
     if text in _BOOL:
         return _BOOL[text]
-    # Left as text, what is too long for a number is refused with the name of its option.
+    # Text that is too long for a number stays text, so that the refusal names its option.
     if _INT.fullmatch(text) and len(text) <= _MOST_DIGITS:
         return int(text)
     if _FLOAT.fullmatch(text) and len(text) <= _MOST_DIGITS:
@@ -149,7 +149,7 @@ def _plain(text: str, as_text: bool) -> Any:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file of a sensible size; a byte-order mark is no part of it."""
+    """The text of a file of limited size, without a byte-order mark."""
     try:
         # Reading from a pipe may never end.
         if path.exists() and not path.is_file():
@@ -161,7 +161,7 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise _unreadable(path, "it is no UTF-8 text") from None
-    # A path with a zero byte is a ValueError.
+    # A path with a zero byte raises a ValueError.
     except (OSError, ValueError) as error:
         raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
 
@@ -175,7 +175,7 @@ def _error(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
 
 
 def _in_words(error: yaml.MarkedYAMLError) -> str:
-    """What is wrong in a file, and in which line."""
+    """The error of a file in words, with its line."""
     where = f"line {error.problem_mark.line + 1}: " if error.problem_mark is not None else ""
     return where + ", ".join(part for part in (error.context, error.problem) if part)
 

@@ -1,4 +1,4 @@
-"""The two spellings of a recipe: flat, one option a line, and in groups."""
+"""The two forms of a recipe: flat, with one option per line, and in groups."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _GROUPS = {group.name: group for group in GROUPS}
 
 
 def flat(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Options with flat names: a mapping under the name of a group is taken apart.
+    """Options with flat names: the mapping under a group's name is taken apart.
 
-    What a group does not know keeps the name of the group before its own (``calibration.smaples``), so that the
-    validation refuses it with all other problems.
+    An option that its group does not know keeps the group's name before its own (``calibration.smaples``), so that the
+    validation refuses it together with all other problems.
 
     Raises:
-        ConfigError: If an option is given in both spellings.
+        ConfigError: If an option is given in both forms.
     """
     found: dict[Any, Any] = {}
     for key, value in values.items():
@@ -35,7 +35,7 @@ def flat(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _entries(key: Any, value: Any) -> dict[Any, Any]:
-    """The options that one entry of a recipe gives."""
+    """Options that one entry of a recipe gives, with flat names."""
     group = _GROUPS.get(key) if isinstance(key, str) else None
     if group is None or not (isinstance(value, Mapping) or (value is None and key not in GROUP_OF)):
         return {key: value}

@@ -1,10 +1,10 @@
 """The tables of methods and curvatures, one row for each; rows may be added while the program runs.
 
-Two kinds exist. *Global* methods need every layer's costs before one threshold; a method is one row that says which
-curvature it takes and whether correlations count, and costs, updates and structures are shared by all of them
-(``fisher.py``, ``pruning/shots.py``). *Layer-wise* methods go from block to block, each on the outputs of the blocks
-already pruned, and take weights of each layer by a score or a solver of their own (``scores.py``, ``sparsegpt.py``,
-``pruning/layerwise.py``). Magnitude is both.
+There are two kinds of methods. *Global* methods need every layer's costs before one threshold. The row of such a method
+says which curvature it takes and whether correlations count; all global methods share costs, updates and structures
+(``fisher.py``, ``pruning/shots.py``). *Layer-wise* methods prune block after block, each on the outputs of the blocks
+already pruned, and choose the weights of each layer by a score or a solver of their own (``scores.py``,
+``sparsegpt.py``, ``pruning/layerwise.py``). Magnitude is both.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Curvature:
     Attributes:
         summary: Form of the approximation, in a few words.
         reads: Kind of data that an estimate takes from the calibration text.
-        divisible: Whether the curvature of the weights that are left follows from the one that is there, so that a
-            shot can be divided into steps.
+        divisible: Whether the curvature of the weights left after a step follows from the estimated one, so that a shot
+            can be divided into steps.
         joint: Whether there are joint costs of many rows or columns, which heads, values and blocks need.
-        subsets: Whether updates can be limited to so many removed structures at a time (``max_correlations``).
+        subsets: Whether updates can be limited to some removed structures at a time (``max_correlations``).
         samples_gradients: Whether gradient factors can be summed over a share of the tokens (``gradient_share``).
     """
 
@@ -60,12 +60,13 @@ class Method:
     """One row of the table of global methods.
 
     Attributes:
-        curvatures: What it can work with, its own default first; none if its loop estimates no curvature.
-        correlated: Optimal brain surgeon (costs and updates know of correlations) or optimal brain damage (costs of
-            independent weights, and no update).
-        summary: What it is, in a few words.
-        loop: Name of the loop that runs it.
-        course: What the loop did, in the words of the model card, after the name of the method.
+        curvatures: Names of the curvatures that the method can work with, its default first; empty if its loop
+            estimates no curvature.
+        correlated: Whether the method is optimal brain surgeon (costs and updates know of correlations); otherwise it
+            is optimal brain damage (costs of independent weights, and no update).
+        summary: Description of the method, in a few words.
+        loop: Name of the loop that runs the method.
+        course: Words of the model card on the work of the loop, which follow the name of the method.
     """
 
     curvatures: tuple[CurvatureName, ...]
@@ -80,12 +81,12 @@ class LayerwiseMethod:
     """One row of the table of layer-wise methods.
 
     Attributes:
-        scope: What weights are compared within, unless a recipe says otherwise: a row (the weights of one output), a
-            layer, or all layers. None if the method has a way of its own.
-        summary: What it is, in a few words.
-        data: Whether it looks at calibration tokens.
-        source: Where it comes from.
-        loop: Name of the loop that runs it.
+        scope: Scope in which weights are compared, unless a recipe says otherwise: a row (the weights of one output), a
+            layer, or all layers. None for a solver, which makes its own masks.
+        summary: Description of the method, in a few words.
+        data: Whether the method reads calibration tokens.
+        source: Publication of the method.
+        loop: Name of the loop that runs the method.
     """
 
     scope: LayerwiseScope | None
@@ -95,7 +96,7 @@ class LayerwiseMethod:
     loop: str = "layerwise"
 
 
-# All work with every structure: rows and columns, single weights, N:M.
+# All global methods work with every structure: rows and columns, single weights, N:M.
 METHODS: dict[str, Method] = {
     "surgeon": Method(("kfac", "nearest-kronecker", "kronecker-sum"), True, "LLM Surgeon"),
     "k-obd": Method(
@@ -111,7 +112,7 @@ _WANDA = "Wanda: Sun et al., ICLR 2024"
 _RIA = "Plug-and-Play: Zhang et al., ICLR 2024"
 _SYMMETRIC = "Symmetric Pruning of Large Language Models: Yi and Richtarik, 2025"
 
-# All work with single weights and N:M. The scores are in ``scores.SCORES``, under the same names.
+# All layer-wise methods work with single weights and N:M. Scores have the same names in ``scores.SCORES``.
 LAYERWISE: dict[str, LayerwiseMethod] = {
     "sparsegpt": LayerwiseMethod(None, "adaptive mask and update, column by column", source=_SPARSEGPT),
     "magnitude": LayerwiseMethod("global", "|W|", data=False),
@@ -127,15 +128,15 @@ LAYERWISE: dict[str, LayerwiseMethod] = {
 
 
 def method_names() -> list[str]:
-    """Every method, once."""
+    """Names of all methods, each once."""
     return list(dict.fromkeys([*METHODS, *LAYERWISE]))
 
 
 def resolve_curvature(method: str, curvature: CurvatureName | None) -> CurvatureName | None:
-    """The curvature of a run of a global method: the method's own unless another is named; None if it has none.
+    """Name of a global method's curvature: its default unless another is named; None if the method has none.
 
     Raises:
-        ValueError: If the method cannot work with it; lists what is valid.
+        ValueError: If the method cannot work with the curvature, with the valid ones.
     """
     valid = "; ".join(f"{name}: {', '.join(row.curvatures)}" for name, row in METHODS.items() if row.curvatures)
     if method not in METHODS or (curvature is not None and not METHODS[method].curvatures):
@@ -149,15 +150,15 @@ def resolve_curvature(method: str, curvature: CurvatureName | None) -> Curvature
 
 
 def register_curvature(name: CurvatureName, row: Curvature, methods: Iterable[str]) -> None:
-    """Make a curvature of one's own one that recipes can name, within this process.
+    """Let recipes name a curvature of your own (``curvature``), within this process.
 
     Args:
-        name: Its name in a recipe (``curvature``).
-        row: Its row in the table.
-        methods: Global methods that can work with it.
+        name: Name of the curvature in a recipe.
+        row: Row of the curvature in the table.
+        methods: Names of global methods that can work with it.
 
     Raises:
-        ValueError: If the name is taken, or a method is none of the global ones.
+        ValueError: If the name is taken, or a method is not a global one.
     """
     methods = tuple(methods)
     if name in CURVATURES or not name:
@@ -171,11 +172,11 @@ def register_curvature(name: CurvatureName, row: Curvature, methods: Iterable[st
 
 
 def register_method(name: str, row: Method) -> None:
-    """Make a global method of one's own one that recipes can name, within this process.
+    """Let recipes name a global method of your own (``method``), within this process.
 
     Args:
-        name: Its name in a recipe (``method``).
-        row: Its row in the table, which names its loop.
+        name: Name of the method in a recipe.
+        row: Row of the method in the table, which names its loop.
 
     Raises:
         ValueError: If the name is taken.
@@ -186,20 +187,21 @@ def register_method(name: str, row: Method) -> None:
 
 
 def register_score(name: str, score: Score, scope: LayerwiseScope = "row", summary: str = "") -> None:
-    """Make a score of one's own a method like the others, within this process.
+    """Let recipes name a score of your own as a layer-wise method (``method``), within this process.
 
     Args:
-        name: What ``method`` calls it.
-        score: Gives ``[R, C]``, finite, low for what goes first, from ``weight [R, C]``, statistics and options.
-        scope: What its weights are compared within, unless a recipe says otherwise.
-        summary: What it is, in a few words.
+        name: Name of the method in a recipe.
+        score: Function of ``weight [R, C]``, statistics and options that gives finite scores ``[R, C]``; a weight of
+            low score goes first.
+        scope: Scope in which weights are compared, unless a recipe says otherwise.
+        summary: Description of the method, in a few words.
 
     Raises:
         ValueError: If the name is taken.
     """
     if name in LAYERWISE or not name:
         raise ValueError(f"the name {name!r} is taken; taken are {', '.join(LAYERWISE)}")
-    # Scores need torch, for which the command must not wait to answer a mistyped option.
+    # Scores need torch, and the command must not wait for torch before it refuses a mistyped option.
     from llm_surgeon.mathematics.scores import SCORES
 
     SCORES[name] = score

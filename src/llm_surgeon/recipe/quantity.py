@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 
-# No model and no memory has more, and what the numbers go into counts in 64 bits.
+# Largest quantity: no model and no memory has more, and it has to fit into 64 bits.
 MOST = 10**18
-# Characters of a value in a message.
+# Largest number of characters of a value in a message.
 LONGEST = 80
 _FACTORS = {
     "": 1,
@@ -25,10 +25,10 @@ _FACTORS = {
 
 
 def parse_quantity(text: str | int | float) -> int:
-    """A count from a number with a suffix: K, M, G or B (billion), Ki, Mi, Gi, with or without B for bytes.
+    """Parse a count with a suffix: K, M, G or B (billion), Ki, Mi, Gi, with or without B for bytes.
 
     Raises:
-        ValueError: If it is none, not positive, or more than anything has.
+        ValueError: If the text is no number, not positive, or larger than ``MOST``.
     """
     number = _number(text)
     if number is None or number < 0.5:
@@ -39,8 +39,8 @@ def parse_quantity(text: str | int | float) -> int:
 
 
 def _number(text: str | int | float) -> Decimal | int | None:
-    """What is written, exactly; None if it is no number."""
-    # Python refuses to write out numbers of thousands of digits, and True is none.
+    """The exact number that is written; None if the text is no number."""
+    # Whole numbers stay as they are, as Python refuses to write out thousands of digits; True is no number.
     if isinstance(text, int):
         return None if isinstance(text, bool) else text
     found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]{1,4})?)\s*([kmg]i?b?|b)?\s*", str(text).lower())
@@ -56,7 +56,7 @@ def _number(text: str | int | float) -> Decimal | int | None:
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and cut in the middle if it is long."""
+    """Write a value for a message: on one line, and cut in the middle if it is long."""
     text = _SHORT.repr(value).replace("\n", " ")
     if len(text) <= LONGEST:
         return text
@@ -65,13 +65,13 @@ def shown(value: object) -> str:
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that a word may be a misspelling of; None if it is like none of them."""
+    """The choice that a word may be a misspelling of; None if no choice is similar."""
     found = get_close_matches(word[:LONGEST].lower(), list(choices), n=1)
     return found[0] if found else None
 
 
 class _Short(reprlib.Repr):
-    """Looks at no more of a value than can be shown: a few kilobytes of YAML can stand for billions of elements."""
+    """Writer of values that stops at what fits: a few kilobytes of YAML can stand for billions of elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Short(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = LONGEST
 
     def repr_int(self, x: int, level: int) -> str:
-        """A number, or how long it is: Python refuses to write out those of thousands of digits."""
+        """Write a number, or only its length, as Python refuses to write out thousands of digits."""
         digits = int(x.bit_length() * 0.30103) + 1
         return repr(x) if digits <= LONGEST else f"a number of about {digits:,} digits"
 
@@ -89,7 +89,7 @@ _SHORT = _Short()
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as a reader would say them: ``42 s``, ``12 min``, ``3.4 h``."""
+    """Write seconds in a fitting unit: ``42 s``, ``12 min``, ``3.4 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

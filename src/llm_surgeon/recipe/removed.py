@@ -1,4 +1,4 @@
-"""Options that former versions had, each with the fixed behaviour that replaced it."""
+"""Options of former versions, each with the fixed behaviour that replaced it."""
 
 from __future__ import annotations
 

@@ -16,5 +16,5 @@ class StageRow:
     summary: str
 
 
-# Extensions add rows of their own; the stages of the package have options instead (reconstruction, gates, lora).
+# Extensions add rows of their own. The package's stages have no rows but options (reconstruction, gates, lora).
 STAGES_KNOWN: dict[str, StageRow] = {}

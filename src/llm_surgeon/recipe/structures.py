@@ -1,7 +1,7 @@
 """The table of structures that shrink matrices, and the rules that follow from its rows.
 
-Everything that the recipe has to know of a structure is in its row: a structure of one's own is another row. Structures
-joined by + obey the rules of each.
+The row of a structure has everything that the recipe has to know of it, so a structure of your own is one more row.
+Structures that are joined by + obey the rules of each.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 DEFAULT, UNSTRUCTURED = "rows-columns", "unstructured"
-# Neurons in multiples of this are as fast as in larger ones, see benchmarks/results/widths.md.
+# Multiple of the number of neurons; larger multiples are no faster, see benchmarks/results/widths.md.
 ROUND_TO = 32
-# Least width of coupled structures, of which no layer loses everything unless asked.
+# Least width of coupled structures, so that no layer loses everything unless a recipe asks for it.
 _MIN_WIDTH = 0.05
 
 
@@ -23,15 +23,15 @@ class StructureRow:
 
     Attributes:
         words: Explanation behind the name in the help, in brackets there; may be empty.
-        noun: Name of what is removed in a sentence, in the plural; empty takes the name of the structure.
-        coupled: Whether all matrices of a block that share the structure lose it together, so that the block keeps
-            one width of it.
+        noun: Plural of the removed units, for sentences; empty takes the name of the structure.
+        coupled: Whether all matrices of a block that share a unit of the structure lose it together, so that the block
+            keeps one width.
         uniform: Whether all blocks can be given the same width.
         whole: Whether ``uniform`` takes whole parts of a block, which leaves nothing for another structure to remove.
-        multiple: Default multiple of what is left in each block; None if it cannot be rounded.
-        min_width: Default of the share of the dense width that each block keeps at least.
+        multiple: Default multiple of the number of units left in each block; None if the number cannot be rounded.
+        min_width: Default of the least share of the dense width that each block keeps.
         joint: Whether the structure is removed by joint costs of many rows or columns, which not every curvature has.
-        large: Whether its groups have so many members that the sum of the members' costs says little of the group's.
+        large: Whether groups have so many members that the sum of the members' costs says little of the group's cost.
     """
 
     words: str = ""
@@ -62,20 +62,20 @@ STRUCTURES: dict[str, StructureRow] = {
 
 
 def parts_of(structure: Any) -> tuple[str, ...]:
-    """Names of the structures that shrink matrices and are joined by + in another; none for zeros in old shapes."""
+    """Names of the structures that are joined by + in a structure that shrinks matrices; none for other structures."""
     parts = tuple(structure.split("+")) if isinstance(structure, str) else ()
     return parts if parts and parts[0] in STRUCTURES else ()
 
 
 def multiple_of(parts: Iterable[str]) -> int | None:
-    """Default multiple of what is left in each block; None where no width can be rounded."""
+    """Default multiple of the number of units left in each block; None if the number cannot be rounded."""
     rows = [STRUCTURES[part] for part in parts]
     multiples = [row.multiple for row in rows if row.multiple is not None]
     return max(multiples) if multiples and all(row.coupled for row in rows) else None
 
 
 def min_width_of(parts: Iterable[str]) -> float:
-    """Default of the share of its dense width that each block keeps at least."""
+    """Default of the least share of its dense width that each block keeps."""
     return min((STRUCTURES[part].min_width for part in parts), default=0.0)
 
 
@@ -85,5 +85,5 @@ def uniform_structures() -> list[str]:
 
 
 def explained() -> str:
-    """Names of the structures that shrink matrices, each with its words."""
+    """Names of the structures that shrink matrices, each with its explanation, for the help."""
     return ", ".join(f"{name} ({row.words})" if row.words else name for name, row in STRUCTURES.items())

@@ -1,4 +1,4 @@
-"""Switches: options without which others have no effect."""
+"""Switches: options that decide whether other options have an effect."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llm_surgeon.recipe.quantity import shown
 
 @dataclass(frozen=True)
 class Switch:
-    """An option that decides whether others have an effect.
+    """An option that decides whether other options have an effect.
 
     Attributes:
-        option: The switch.
-        off: Values with which the others have none, the default first.
-        on: A value with which they have one, in words.
-        others: The options that depend on the switch.
+        option: Name of the switch.
+        off: Values of the switch with which the other options have no effect, the default first.
+        on: A value with which they have an effect, in words.
+        others: Names of the options that depend on the switch.
     """
 
     option: str
@@ -47,10 +47,10 @@ SWITCHES = (
 
 
 def idle_options(values: Mapping[str, Any]) -> list[str]:
-    """Options that have no effect because their switch is off.
+    """Names of options that have no effect because their switch is off.
 
     Args:
-        values: Options; a switch that is not among them has its default.
+        values: Options by name; a switch that is not among them has its default.
     """
     return [
         other

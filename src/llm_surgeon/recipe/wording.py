@@ -1,4 +1,4 @@
-"""The problems of a recipe in words: what the validation found, and what may have been meant."""
+"""Problems of a recipe in words: the findings of the validation, with a guess at the intended value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_surgeon.recipe.structures import STRUCTURES, UNSTRUCTURED
 _SINGULAR = {"stages": "stage", "formats": "format"}
 # Options whose values are names of a table, which may have grown.
 _TABLES: dict[str, Callable[[], Iterable[str]]] = {"method": method_names, "curvature": lambda: CURVATURES}
-# What the validation finds, by pydantic's names, in words that go behind the name of an option.
+# Findings of the validation, by pydantic's names, in words that follow the name of an option.
 _KINDS = {
     "int_type": "has to be a whole number",
     "float_type": "has to be a number",
@@ -37,21 +37,21 @@ _LIMITS = {
     "less_than": "less than",
     "less_than_equal": "at most",
 }
-# So many of its problems a message lists.
+# Largest number of problems in a message.
 _MOST_PROBLEMS = 5
 
 
 def refusal(issues: Sequence[Mapping[str, Any]], fields: Mapping[str, FieldInfo]) -> ConfigError:
-    """The findings of the validation as an error in words.
+    """Error in words for the findings of the validation.
 
     Args:
-        issues: The findings, as pydantic has them.
-        fields: The options of a recipe.
+        issues: Findings, as pydantic gives them.
+        fields: Options of a recipe, by name.
     """
     problems = [_problem(issue, fields) for issue in issues[:_MOST_PROBLEMS]]
     if len(issues) > _MOST_PROBLEMS:
         problems.append(f"and {len(issues) - _MOST_PROBLEMS:,} more")
-    # What is wrong with several options together names them as a recipe does.
+    # A problem of several options together names them as a recipe does.
     words = [word for issue in issues if not issue["loc"] for word in re.findall(r"\w+_\w+", issue["msg"])]
     spelt = ", ".join(spelling(word, fields) for word in dict.fromkeys(words) if word in fields)
     return ConfigError(
@@ -61,20 +61,20 @@ def refusal(issues: Sequence[Mapping[str, Any]], fields: Mapping[str, FieldInfo]
 
 
 def spelling(name: str, fields: Mapping[str, FieldInfo]) -> str:
-    """An option as the command line spells it."""
+    """Spelling of an option on the command line."""
     word = flag(name)
     return f"{word} or --no-{word.removeprefix('--')}" if fields[name].annotation is bool else word
 
 
 def flag(name: str) -> str:
-    """The word that sets an option on the command line."""
+    """Word that sets an option on the command line."""
     return f"--{_SINGULAR.get(name, name).replace('_', '-')}"
 
 
 def _problem(issue: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
-    """One finding of the validation, with the offending value if it concerns a single option."""
+    """One finding of the validation in words, with the offending value if it concerns a single option."""
     message = issue["msg"].removeprefix("Value error, ")
-    # The input of what is wrong with several options together would be the whole recipe.
+    # The input of a problem of several options together would be the whole recipe.
     if not issue["loc"]:
         return str(message)
     name, value = str(issue["loc"][0]), issue["input"]
@@ -93,7 +93,7 @@ def _problem(issue: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> str:
 
 
 def _unknown(name: str, fields: Iterable[str]) -> str:
-    """Say that a key is no option, and which one may have been meant."""
+    """Say that a key is no option, and which option may be meant."""
     group = next((group for group in GROUPS if name.startswith(f"{group.name}.")), None)
     if group is not None:
         return _unknown_in_group(name.removeprefix(f"{group.name}."), group.name, group.inner)
@@ -106,7 +106,7 @@ def _unknown(name: str, fields: Iterable[str]) -> str:
 
 
 def _unknown_in_group(key: str, group: str, inner: Mapping[str, str]) -> str:
-    """Say that a key of a group is none of its options, and where the option is that may have been meant."""
+    """Say that a key is no option of its group, and which option of which group may be meant."""
     removed = next((name for name in (key, f"{group}_{key}") if name in REMOVED), None)
     if removed is not None:
         return f"the option {removed} was removed: {REMOVED[removed]}"
@@ -119,7 +119,7 @@ def _unknown_in_group(key: str, group: str, inner: Mapping[str, str]) -> str:
 
 
 def _meant(name: str, value: Any, field: FieldInfo) -> str | None:
-    """What may have been meant by a value that an option does not take."""
+    """The value that may be meant by one that an option does not take; None without a guess."""
     bounds = [getattr(limit, "lt", getattr(limit, "le", None)) for limit in field.metadata]
     if any(bound is not None and bound <= 1 for bound in bounds):
         return _as_fraction(value)
@@ -132,7 +132,7 @@ def _meant(name: str, value: Any, field: FieldInfo) -> str | None:
 
 
 def _as_fraction(value: Any) -> str | None:
-    """The fraction that a percentage stands for, if the value looks like one."""
+    """The fraction that a percentage stands for; None if the value does not look like a percentage."""
     percent = re.fullmatch(r"\s*([0-9]{1,2}(\.[0-9]{1,9})?)\s*%\s*", value) if isinstance(value, str) else None
     if percent is not None:
         return f"{float(percent[1]) / 100:g}"
@@ -140,14 +140,14 @@ def _as_fraction(value: Any) -> str | None:
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-    """The words that an option takes, if it takes only some."""
+    """Words that an option takes; empty if it takes other values."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(word for argument in get_args(annotation) for word in _choices(argument))
 
 
 def takes_text(annotation: Any) -> bool:
-    """Whether an option takes text: any, or some words."""
+    """Whether an option takes text, of any kind or only certain words."""
     if annotation is str or get_origin(annotation) is Literal:
         return True
     return any(takes_text(argument) for argument in get_args(annotation))

@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """Base of the records: frozen and serialisable; what JSON has no number for (infinity) is a string there."""
+    """Base of the records: frozen and serialisable; infinities, which JSON has no number for, become strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Failure(Record):
-    """Why there is no result, and what can be done about it; the stack trace, and no remedy, if it was not foreseen."""
+    """Cause of a missing result, with a remedy; an unforeseen error has its stack trace, and no remedy."""
 
     cause: str
     remedy: str

@@ -1,26 +1,26 @@
-"""What ``llm-surgeon bench`` measured, as records; needs neither torch nor transformers."""
+"""Records of ``llm-surgeon bench``, which need neither torch nor transformers."""
 
 from __future__ import annotations
 
 from llm_surgeon.records import Failure, Record, Speed
 
-# Some weights of a dense model may happen to be zero; this share of them are not there by chance.
+# Share of zero weights from which on they count as removed: in a dense model, a few weights are zero by chance.
 _SHARE_OF_ZEROS = 0.05
 
 
 class OwnMeasures(Record):
-    """What was measured of one model in a fresh process with nothing else in it.
+    """Measures of one model in a fresh process with nothing else in it.
 
     Attributes:
-        parameters: Tied ones count once.
-        linear_weights: Weights stored for linear layers, without biases and lm_head.
-        zero_weights: Those of them that are exactly zero.
-        weight_bytes: Size of the weight files.
-        dtype: Of the parameters in memory.
-        load_seconds: From the call until the weights are on the device; the files were in the page cache, and torch
-            and transformers imported.
-        bytes_before: Peak before loading, in bytes: Python and libraries, or 0 on a GPU.
-        peaks: By batch, the peak in bytes of loading, prefill and decoding: of tensors on a GPU, else resident.
+        parameters: Number of parameters, tied ones counted once.
+        linear_weights: Number of weights stored for linear layers, without biases and lm_head.
+        zero_weights: Number of these linear weights that are exactly zero.
+        weight_bytes: Bytes of the weight files.
+        dtype: Type of the parameters in memory.
+        load_seconds: Seconds from the call until the weights are on the device, with the files in the page cache, and
+            torch and transformers imported.
+        bytes_before: Peak bytes before loading: Python and libraries, or 0 on a GPU.
+        peaks: Peak bytes of loading, prefill and decoding, by batch: of tensors on a GPU, else resident.
     """
 
     parameters: int
@@ -47,7 +47,7 @@ class BenchModel(Record):
 
 
 class BenchTiming(Record):
-    """How fast one model was, or why that is not known; the first compiled run took ``compile_seconds``."""
+    """Speed of one model, or the failure to measure it; ``compile_seconds`` is the time of the first compiled run."""
 
     model: str
     speed: Speed | None = None
@@ -58,8 +58,8 @@ class BenchTiming(Record):
 class BenchRun(Record):
     """The reference and one other model timed in alternating pairs, or one model alone.
 
-    ``timings`` begins with the reference. The ratios, other to reference, are medians over the pairs; None if there is
-    no pair.
+    ``timings`` begins with the reference. The ratios, other to reference, are medians over the pairs; they are None
+    without a pair.
     """
 
     batch: int
@@ -70,7 +70,7 @@ class BenchRun(Record):
 
 
 class Bench(Record):
-    """Everything ``llm-surgeon bench`` measured; its ``--out`` is this record. ``models`` begins with the reference."""
+    """All measures of ``llm-surgeon bench``; its ``--out`` is this record. ``models`` begins with the reference."""
 
     models: tuple[BenchModel, ...]
     runs: tuple[BenchRun, ...]

@@ -10,14 +10,14 @@ from llm_surgeon.records.evaluation import Perplexity
 
 
 class Setting(Record):
-    """What all cells of a group of a comparison remove: single weights or rows and columns, and how much of them."""
+    """Setting of a group of cells in a comparison: the structure that is removed, and the sparsity."""
 
     structure: str
     sparsity: float
 
     @property
     def label(self) -> str:
-        """The setting in words; the sparsity of N:M is in its name."""
+        """The setting in words; the name of N:M already says the sparsity."""
         return self.structure if Pattern.parse(self.structure) else f"{self.structure}, {100 * self.sparsity:g} %"
 
 
@@ -31,16 +31,16 @@ class DenseRecord(Record):
 
 
 class CellMeasures(Record):
-    """What one cell of a comparison measured.
+    """Measures of one cell of a comparison.
 
     Attributes:
-        perplexity: Of the pruned model.
+        perplexity: Perplexity of the pruned model.
         divergence: Mean of KL(dense || pruned) over the scored tokens, in nats.
         sparsity: Share of the dense model's prunable weights that are zero or gone in the pruned one.
         seconds: Time of the shots, without loading and evaluation.
         peak: Peak bytes while pruning: of the device if it is a GPU, else resident in the process.
-        calibration: Where the calibration tokens come from.
-        versions: Of what it ran on.
+        calibration: Provenance of the calibration tokens.
+        versions: Versions of the packages that the cell ran with.
     """
 
     perplexity: Perplexity
@@ -53,7 +53,7 @@ class CellMeasures(Record):
 
 
 class Cell(Record):
-    """One variant under one setting; ``impossible`` is what the recipe refuses, and has none."""
+    """One variant under one setting; a cell whose options the recipe refuses is ``impossible``, and has no recipe."""
 
     name: str
     variant: str
@@ -66,7 +66,7 @@ class Cell(Record):
 
 
 class Comparison(Record):
-    """A comparison of methods so far. ``comparison.json`` is this record; ``shared`` are the options of all cells."""
+    """A comparison of methods so far. ``comparison.json`` is this record; ``shared`` has the options of all cells."""
 
     model: str
     shared: dict[str, Any]

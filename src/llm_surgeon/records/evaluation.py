@@ -23,18 +23,18 @@ class Perplexity(Record):
 
 
 class TaskMetric(Record):
-    """One metric of a task; the standard error is known where the metric is a mean over the samples."""
+    """One metric of a task; the standard error is known if the metric is a mean over the samples."""
 
     value: float
     stderr: float | None
 
 
 class TaskScore(Record):
-    """What one task gave.
+    """Scores of one task.
 
-    ``metrics`` are by lm-eval's names, followed by ``,filter`` where the task filters its answers. ``accuracy`` names
-    the one that enters the mean over the tasks; None: none of them is an accuracy. The ``shots`` solved examples before
-    each question are drawn from ``examples`` documents, of which ``examples_measured`` are measured themselves.
+    ``metrics`` have lm-eval's names, followed by ``,filter`` where the task filters its answers. ``accuracy`` names the
+    metric that enters the mean over the tasks; it is None if no metric is an accuracy. The ``shots`` solved examples
+    before each question are drawn from ``examples`` documents, of which ``examples_measured`` are measured themselves.
     """
 
     task: str
@@ -57,11 +57,11 @@ class TaskFailure(Record):
 
 
 class TaskScores(Record):
-    """What the tasks of lm-eval gave, and how they were measured.
+    """Scores of the tasks of lm-eval, and how they were measured.
 
-    ``mean`` is the plain mean of the accuracies of those tasks that have one and did not fail; each task counts the
-    same. None: there is none. ``seed`` is that of the solved examples and of all else that a task draws;
-    ``chat_template``: questions and examples were put into the tokenizer's.
+    ``mean`` is the plain mean of the accuracies of the tasks that have one and did not fail; each task counts the same.
+    It is None if there is no accuracy. ``seed`` is for the solved examples and for all else that a task draws.
+    ``chat_template`` says whether questions and examples were put into the tokenizer's chat template.
     """
 
     scores: tuple[TaskScore, ...]
@@ -76,7 +76,7 @@ class TaskScores(Record):
 
 
 class Evaluation(Record):
-    """What ``llm-surgeon eval`` measured of a model; its ``--out`` is this record."""
+    """Measures of ``llm-surgeon eval`` of one model; its ``--out`` is this record."""
 
     model: str
     perplexity: Perplexity | None
@@ -99,7 +99,7 @@ class Speed(Record):
 class SpeedComparison(Record):
     """Dense and pruned model timed in alternating pairs; the ratios are medians over the pairs.
 
-    The limits are what prefill could gain by its multiplications, and decoding by the weights it reads.
+    The limits are the ratios that fewer multiplications would allow in prefill, and fewer weights to read in decoding.
     """
 
     dense: Speed

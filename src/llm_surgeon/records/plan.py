@@ -1,4 +1,4 @@
-"""Records of a plan: sizes, memory and seconds of a run before it."""
+"""Records of a plan: sizes, memory and seconds of a run, made before the run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class LayerKind(Record):
 
     @property
     def weights(self) -> int:
-        """Weights of all of them, without biases."""
+        """Number of weights of all these layers, without biases."""
         return self.layers * self.rows * self.columns
 
 
 class PlannedPhase(Record):
-    """What one phase of a run will take: bytes at its peak, by what holds them, and seconds.
+    """Plan of one phase of a run: bytes at its peak, by the name of each part, and seconds.
 
-    ``device`` is empty if the run is on the CPU. ``reports`` says whether the peak of the phase enters that of the
+    ``device`` is empty if the run is on the CPU. ``reports`` says whether the peak of the phase enters the peak of the
     run's report, which begins with the loaded model and ends before the export.
     """
 
@@ -47,27 +47,27 @@ class PlannedPhase(Record):
 
 
 class Plan(Record):
-    """What a run will take and give, as far as it can be said before it. ``llm-surgeon plan --out`` is this record.
+    """Plan of a run: sizes, memory, disk and time before it starts. ``llm-surgeon plan --out`` is this record.
 
     Attributes:
-        device: Where it is to run.
-        kinds: What is pruned.
-        dense_size: Before.
-        size: After the last shot.
+        device: Device of the run.
+        kinds: Prunable layers, by kind and shape.
+        dense_size: Size of the dense model.
+        size: Size of the model after the last shot.
         dense_weight_bytes: Bytes of the dense weights as loaded.
         weight_bytes: Bytes of the weight files of the export.
-        disk: Bytes of exports and checkpoints, at most at once.
-        phases: In the order in which they first run; seconds are of all shots together.
-        host_available: Bytes of memory that are free for the run, what this process has included.
-        device_available: The same of the GPU; None without one.
-        loaders: What can load the result.
-        probed: Whether a batch was timed and measured; else time is that of a common machine.
-        order: Of the passes, ``batch-major`` or ``layer-major``; what the recipe's ``auto`` comes to.
-        store_host: Bytes of memory in which a layer-major run may let hidden states and factors wait; None: any.
-        store_device: The same of the GPU.
-        scratch: Bytes that will wait on disk in the meantime.
-        streamed: Whether the weights of blocks are among them, and come one block at a time.
-        processes: How many share the run; memory is that of each.
+        disk: Largest bytes of exports and checkpoints at once.
+        phases: Phases in the order in which they first run; seconds are of all shots together.
+        host_available: Bytes of memory that are free for the run, with the bytes that this process already has.
+        device_available: Bytes of the GPU that are free for the run; None without a GPU.
+        loaders: Engines that can load the result.
+        probed: Whether a batch was timed and measured; otherwise the time is for a common machine.
+        order: Order of the passes, ``batch-major`` or ``layer-major``, also if the recipe says ``auto``.
+        store_host: Bytes of memory in which hidden states and factors of a layer-major run may wait; None: any number.
+        store_device: Bytes of the GPU in which they may wait; None: any number.
+        scratch: Bytes that will wait on disk during the run.
+        streamed: Whether the weights of blocks wait on disk too, and come one block at a time.
+        processes: Number of processes that share the run; memory is for each of them.
     """
 
     model: str
@@ -93,21 +93,21 @@ class Plan(Record):
 
     @property
     def host_peak(self) -> int:
-        """Most bytes resident in the process, over all phases."""
+        """Largest bytes resident in the process, over all phases."""
         return max(phase.host_bytes for phase in self.phases)
 
     @property
     def device_peak(self) -> int:
-        """Most bytes of tensors on the GPU, over all phases; 0 without one."""
+        """Largest bytes of tensors on the GPU, over all phases; 0 without a GPU."""
         return max(phase.device_bytes for phase in self.phases)
 
     @property
     def peak(self) -> int:
-        """What is to be compared with ``Memory.peak`` of the report."""
+        """Peak bytes for comparison with ``Memory.peak`` of the report."""
         reported = [phase for phase in self.phases if phase.reports]
         return max(phase.device_bytes if phase.device else phase.host_bytes for phase in reported)
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Seconds of the whole run."""
         return sum(phase.seconds for phase in self.phases)

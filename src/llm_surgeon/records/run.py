@@ -15,7 +15,7 @@ from llm_surgeon.records.summary import summary_html, summary_text
 
 
 class Memory(Record):
-    """Peak resident bytes of the process, and the floor that no run of this kind can go below."""
+    """Peak bytes of a run, and the bytes of dense model and factors, which such a run needs at least."""
 
     peak: int
     model: int
@@ -23,16 +23,16 @@ class Memory(Record):
 
     @property
     def floor(self) -> int:
-        """Weights of the dense model plus the largest set of factors held at once."""
+        """Bytes of the dense model's weights plus the largest factors that are held at once."""
         return self.model + self.factors
 
 
 class FormatRecord(Record):
-    """One format of an export: the size of its weight files, and how far its logits are from the model in memory.
+    """One format of an export: the size of its weight files, and the distance of its logits from the model in memory.
 
-    ``plain`` says whether its engine loads it without running code of the export. ``directory`` names the directory of
-    its files inside that of the export, and is empty for what ``from_pretrained`` loads from the latter. ``loading``:
-    lines of Python that load the files, with ``{place}`` for their directory.
+    ``plain`` says whether the format's engine loads it without running code of the export. ``directory`` names the
+    directory of the files inside the export; it is empty if ``from_pretrained`` loads them from the export itself.
+    ``loading`` has lines of Python that load the files, with ``{place}`` for their directory.
     """
 
     name: str
@@ -45,9 +45,9 @@ class FormatRecord(Record):
 
 
 class ExportRecord(Record):
-    """Where the export is, how large it is, and how far its reloaded logits are from the model in memory.
+    """Path and size of the export, and the distance of its reloaded logits from the model in memory.
 
-    ``plain`` says whether transformers loads it without running code of the checkpoint.
+    ``plain`` says whether transformers loads the export without running code of the checkpoint.
     """
 
     path: str
@@ -65,7 +65,7 @@ class ExportRecord(Record):
 
 
 class TargetRecord(Record):
-    """A target that was given instead of a sparsity, and what the result has: parameters, bytes or milliseconds."""
+    """A target in place of a sparsity, and the value that was reached: parameters, bytes or milliseconds."""
 
     target: str
     wanted: float
@@ -73,10 +73,11 @@ class TargetRecord(Record):
 
 
 class PruneReport(Record):
-    """Everything a run measured. ``report.json`` is this record; ``continued``: after which shots, if it was ended.
+    """Report of a run, with all that it measured. ``report.json`` is this record.
 
-    ``origin`` has what the dense model says of itself, as far as it is known: ``base_model``, ``license``,
-    ``license_name``, ``license_link``, ``language``, ``datasets``.
+    ``continued`` has the shots after which an ended run was continued. ``origin`` has the dense model's own statements,
+    as far as they are known: ``base_model``, ``license``, ``license_name``, ``license_link``, ``language``,
+    ``datasets``.
     """
 
     model: str
@@ -109,20 +110,20 @@ class PruneReport(Record):
         return summary_text(self)
 
     def _repr_html_(self) -> str:
-        """The same as a table, as notebooks show it."""
+        """The result as a table, for notebooks."""
         return summary_html(self)
 
 
 class RunRecord(Record):
-    """What a run in its directory works on, which the same command has to find again.
+    """Identity of a run in its directory: a run with another identity cannot continue it.
 
     Attributes:
-        model: As it was named.
-        files: What shows that the model is still the same: its files, or its revision on the hub.
-        recipe: Every option as it was given.
+        model: Name of the model, as it was given.
+        files: Marks of the model's files, or its revision on the hub, by which a change is noticed.
+        recipe: Every option, as it was given.
         texts: Digest of the tokens.
         circumstances: Versions, device, threads and processes, on which the last bits of the weights depend.
-        sparsity: What a target in milliseconds came to; None without one.
+        sparsity: Sparsity for a target in milliseconds; None without such a target.
     """
 
     model: str

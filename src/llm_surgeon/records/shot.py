@@ -11,14 +11,14 @@ from llm_surgeon.records.evaluation import Perplexity
 
 
 class Size(Record):
-    """Parameter counts of a model. ``prunable`` counts weights without biases, ``total`` every parameter once."""
+    """Parameter counts of a model. ``prunable`` counts weights without biases, ``total`` all parameters once."""
 
     prunable: int
     total: int
 
 
 class LayerRecord(Record):
-    """What is left of one linear layer: kept and original rows and columns, and the weights that are not zero."""
+    """Size of one linear layer after the run: kept and original rows and columns, and the number of kept weights."""
 
     name: str
     block: int
@@ -31,25 +31,25 @@ class LayerRecord(Record):
 
     @property
     def weights_dense(self) -> int:
-        """Weights of the dense layer."""
+        """Number of weights of the dense layer."""
         return self.rows_dense * self.columns_dense
 
     @property
     def kept(self) -> float:
-        """Kept fraction of the layer's weights."""
+        """Fraction of the layer's weights that is kept."""
         return self.weights / self.weights_dense
 
 
 class CostHistogram(Record):
-    """How the scores of everything that could be removed in a shot are distributed, and which of it went.
+    """Distribution of the scores of all candidates of a shot, kept and removed.
 
     Attributes:
-        score: What was ranked by, for the axis: ``cost per weight freed`` or ``cost``.
+        score: Name of the score that ranks the candidates, for the axis: ``cost per weight freed`` or ``cost``.
         exponents: ``bins + 1`` edges of the bins, as powers of ten, ascending.
-        kept: Per bin, candidates that stayed.
-        removed: Per bin, candidates that went, for their own score or because a partner did.
-        outside: Candidates without a place on a logarithmic axis, with a score of zero.
-        threshold: The largest score removed.
+        kept: Number of kept candidates in each bin.
+        removed: Number of candidates in each bin that went, for their own score or because a partner did.
+        outside: Number of candidates with a score of zero, which has no place on a logarithmic axis.
+        threshold: Largest score removed.
     """
 
     score: str
@@ -65,8 +65,8 @@ class Figure(Record):
 
     Attributes:
         name: Words for the heading of a column.
-        value: The number; None if there is none in this shot.
-        kind: How it is written: a count, a share of one, a loss in nats, or a plain number.
+        value: The number; None if the shot has none.
+        kind: Way of writing the number: as a count, a share of one, a loss in nats, or a plain number.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Figure(Record):
 
 
 class StageRecord(Record):
-    """One stage of a shot: curvature, selection, update, a stage that fits what is left, or the evaluation.
+    """One stage of a shot: curvature, selection, update, a stage that fits the weights left, or the evaluation.
 
     Attributes:
         name: Name of the stage.
@@ -97,7 +97,7 @@ class StageRecord(Record):
         """The value of a figure.
 
         Raises:
-            KeyError: If the stage has none of this name.
+            KeyError: If the stage has no figure of this name.
         """
         for figure in self.figures:
             if figure.name == name:
@@ -106,21 +106,21 @@ class StageRecord(Record):
 
 
 class ShotRecord(Record):
-    """One shot: what it aimed at, what it removed, and what its stages took and found.
+    """One shot: its target, its removals, and its stages with their times and figures.
 
     Attributes:
         shot: Number of the shot, from 1.
-        target_sparsity: Share of the prunable weights that was to be gone.
-        sparsity: Share that is gone.
+        target_sparsity: Share of the prunable weights that was to be removed.
+        sparsity: Share of the prunable weights that is removed.
         size: Parameters that are left.
-        threshold: The largest score removed; None for layer-wise methods, which compare nothing across layers.
-        structures_removed: Structures removed for their own score.
-        structures_implied: Structures that went because a partner did.
+        threshold: Largest score removed; None for layer-wise methods that compare nothing across layers.
+        structures_removed: Number of structures removed for their own score.
+        structures_implied: Number of structures that went because a partner did.
         loss: Mean loss of the calibration tokens before the shot, in nats; None if it was not computed.
         stages: Stages of the shot in the order in which they first ran.
         perplexity: Perplexity after the shot; None if it was not measured.
         costs: Distribution of the scores of all candidates; None for layer-wise methods.
-        profile: Seconds by what was done: model pass, factor sums, decomposition, transfers and so on.
+        profile: Seconds by kind of work: model pass, factor sums, decomposition, transfers and so on.
     """
 
     shot: int
@@ -141,7 +141,7 @@ class ShotRecord(Record):
         return next((stage for stage in self.stages if stage.name == name), None)
 
     def seconds_of(self, name: str) -> float:
-        """Seconds of a stage; 0 if the shot had none of this name."""
+        """Seconds of a stage; 0 if the shot had no stage of this name."""
         return sum(stage.seconds for stage in self.stages if stage.name == name)
 
     @property
@@ -151,5 +151,5 @@ class ShotRecord(Record):
 
     @property
     def peak(self) -> int:
-        """Peak bytes over all stages; 0 if none was measured."""
+        """Peak bytes over all stages; 0 if no peak was measured."""
         return max((stage.peak for stage in self.stages), default=0)

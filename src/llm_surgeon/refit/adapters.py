@@ -1,6 +1,6 @@
-"""Low-rank adapters on linear layers: put on, absorbed into the weights, taken off without a trace.
+"""Low-rank adapters on linear layers: put on, absorbed into the weights, and taken off without a trace.
 
-The one file that imports ``peft``, which is optional: import this file only where adapters are wanted.
+Only this file imports ``peft``, which is optional. It is imported itself only where adapters are wanted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ADAPTER = "correction"
 
 
 class MaskedLoraLinear(LoraLinear):
-    """A linear layer with the weight ``W + mask * (B A)``; without a mask, peft's own layer.
+    """A linear layer with the weight ``W + mask * (B A)``; without a mask it computes as peft's own layer.
 
     ``element_mask [rows, columns]`` is True where a weight may change.
     """
@@ -35,8 +35,8 @@ class MaskedLoraLinear(LoraLinear):
         return cast(nn.Linear, self.get_base_layer())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What absorbing adds to the weight: ``[rows, columns]``, zero where the mask is False."""
-        # Under autocast the product would be rounded while training, and not when it is absorbed.
+        """Change of the weight by absorbing, ``[rows, columns]``, zero where the mask is False."""
+        # Autocast would round the product in training, but not when the adapter is absorbed.
         with torch.autocast(self.core.weight.device.type, enabled=False):
             delta: Tensor = super().get_delta_weight(adapter)
         return delta if self.element_mask is None else delta * self.element_mask
@@ -66,17 +66,17 @@ def attached(
     Nothing is absorbed on the way out, so an error in the body leaves the weights as they were.
 
     Args:
-        model: The model; its weights are frozen by peft, see ``frozen`` to have that undone.
-        targets: Full names of ``nn.Linear`` modules, none of them empty, with an element mask
-            ``[rows, columns]`` (True = may change) or None.
-        rank: Rank of the adapters; more than a matrix has is allowed and of no use.
-        seed: Of the random factor; the global random state is left alone.
+        model: The model. Its weights are frozen by peft; ``frozen`` undoes that.
+        targets: Element masks ``[rows, columns]`` (True = may change) or None, by the full names of ``nn.Linear``
+            modules, none of them empty.
+        rank: Rank of the adapters; more than the rank of a matrix is allowed, and has no use.
+        seed: Seed of the random factors; the global random state does not change.
 
     Yields:
-        The adapted layers in the order of ``targets``, their factors in float32 at least.
+        The adapted layers in the order of ``targets``, with factors in float32 at least.
     """
     before = {name: model.get_submodule(name) for name in targets}
-    # Scale 1: for Adam another scale is another learning rate.
+    # The scale is 1: for Adam, another scale is only another learning rate.
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=list(targets))
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
     try:
@@ -92,7 +92,7 @@ def attached(
 
 
 def _prepared(model: PreTrainedModel, name: str, mask: Tensor | None) -> MaskedLoraLinear:
-    """An adapted layer with its mask; peft makes the factors in the weight's type, too coarse to train in."""
+    """The adapted layer with its mask, and with float32 factors: peft's have the weight's type, too coarse to train."""
     layer = model.get_submodule(name)
     assert isinstance(layer, MaskedLoraLinear)
     layer.element_mask = None if mask is None else mask.to(layer.core.weight.device)
@@ -105,7 +105,7 @@ def _prepared(model: PreTrainedModel, name: str, mask: Tensor | None) -> MaskedL
 def absorb(layers: list[MaskedLoraLinear]) -> None:
     """Write the corrected weights into the layers below the adapters: all of them, or none on an error.
 
-    For a moment old and corrected weights exist side by side.
+    All old and corrected weights exist side by side for a moment.
 
     Raises:
         NonFiniteError: If a corrected weight is not finite.
@@ -117,5 +117,5 @@ def absorb(layers: list[MaskedLoraLinear]) -> None:
             "Use a lower learning rate for the corrections, or --dtype float32.",
         )
     for layer, weight in zip(layers, corrected, strict=True):
-        # In place: a layer lies where it lay before, so that a continued run computes the same to the last bit.
+        # The copy is in place: the layer's memory stays the same, so a continued run computes the same to the last bit.
         layer.core.weight.copy_(weight)

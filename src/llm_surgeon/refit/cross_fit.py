@@ -1,12 +1,13 @@
 """Cross-fitting: each half of the calibration sequences makes a model of its own, and the result is their mean.
 
-Reconstruction corrects many weights by few tokens, and so closely that these tokens say little of other text any more:
-gates set by them correct errors that only they have. *Cross-fitting* avoids that. Each half of the sequences makes a
-model of its own, reconstructed from the half and with gates that the other half sets, for which the model's errors are
-those on any text. The mean of the weights of both models, which began as one and so have stayed near each other, has
-less of the chance of either half, as the mean of two estimates does. Without gates it is that mean alone.
-(Chernozhukov et al. 2018, "Double/debiased machine learning", call it so where the many parameters that are not asked
-for are fitted to one half of the data, the few that are to the other, and the mean of both ways round is taken.)
+Reconstruction fits many weights to few tokens, so closely that these tokens say little of other text any more: gates
+set by the same tokens correct errors that other text does not have. *Cross-fitting* avoids that. Each half of the
+sequences makes a model of its own. The model is reconstructed from its half, and the other half sets its gates: to that
+half, the model's errors are the errors on any text. The result has the mean of both models' weights. Both models began
+as one and have stayed near each other, and the mean of two estimates depends less on the chance of either half. Without
+gates, cross-fitting is this mean alone.
+(The name is from Chernozhukov et al. 2018, "Double/debiased machine learning": there, many nuisance parameters are
+fitted to one half of the data, the few parameters of interest to the other half, and the mean of both ways is taken.)
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from llm_surgeon.refit.stage import Fitted
 
 
 class OtherWeights:
-    """Weights of the model of the other half while that of one half is fitted."""
+    """Weights of the other half's model while the model of one half is fitted."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, beside: Iterable[str] = ()) -> None:
-        """Keep the weights as they are now.
+        """Keep a copy of the weights as they are now.
 
         Args:
             model: The model.
-            anatomy: Its prunable layers.
-            beside: Names of parameters beside these layers and the last norm that stages change.
+            anatomy: Prunable layers of the model.
+            beside: Names of parameters that stages change beside these layers and the last norm.
         """
         self._model, self._anatomy = model, anatomy
         self._beside = tuple(dict.fromkeys([*last_norm_parameters(model, anatomy), *beside]))
         self._kept = [tensor.clone() for tensor in self._changing()]
 
     def exchange(self) -> None:
-        """Put the kept weights into the model, and keep those that were there."""
+        """Exchange the kept weights with the model's."""
         for own, tensor in zip(self._changing(), self._kept, strict=True):
             former = own.clone()
             own.copy_(tensor)
@@ -54,7 +55,7 @@ class OtherWeights:
             own.copy_((own.float() + tensor.float()) / HALVES)
 
     def _changing(self) -> list[Tensor]:
-        """The parameters that stages fit, or may fit."""
+        """Parameters that stages may fit: the prunable layers, the last norm, and parameters that stages name."""
         modules = [core_of(self._model, layer) for layer in self._anatomy.layers.values()]
         parameters = [parameter for module in modules for parameter in module.parameters()]
         parameters += [self._model.get_parameter(name) for name in self._beside]
@@ -62,12 +63,12 @@ class OtherWeights:
 
 
 def half_of(tokens: CalibrationTokens, which: int | None, sequences: int) -> CalibrationTokens:
-    """Every second sequence, with its copies; which ones does not depend on how processes share them.
+    """Every second sequence, with its copies. The choice does not depend on how processes share the sequences.
 
     Args:
         tokens: Sequences of this process, all of them once or, with copies, several times.
-        which: Whether to take those with even numbers among all processes, 0, or with odd ones, 1; None takes all.
-        sequences: How many sequences this process has, copies not counted.
+        which: Half to take: 0 for sequences with even numbers among all processes, 1 for odd numbers; None takes all.
+        sequences: Number of sequences of this process, copies not counted.
     """
     if which is None:
         return tokens
@@ -78,7 +79,7 @@ def half_of(tokens: CalibrationTokens, which: int | None, sequences: int) -> Cal
 
 
 def mean_of(first: Fitted, second: Fitted) -> Fitted:
-    """Figures of both halves: means, but for counts, which are those of either."""
+    """Means of both halves' figures; counts are the same in both, and stay."""
     pairs = zip(first.figures, second.figures, strict=True)
     return Fitted(tuple(_mean(one, other) for one, other in pairs), first.note)
 

@@ -1,4 +1,4 @@
-"""Gates of heads and groups of neurons, two of each, set after a shot; ``newton_gates`` says what a step minimises."""
+"""Gates of heads and groups of neurons, two of each, set after a shot by the steps of ``mathematics.newton_gates``."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from llm_surgeon.system.storage import Stored, in_turn
 
 logger = logging.getLogger(__name__)
 
-# Times that a step takes all tokens through the model and back, and through it.
+# Number of passes of all tokens in a step: forward and backward, and forward alone.
 BACKWARD_PASSES, FORWARD_PASSES = 1, 1
-# With fewer tokens for each gate, they are warned of: 28 have helped, and one has done harm.
+# Number of tokens per gate below which a warning is given: 28 have helped, and one has done harm.
 TOKENS_PER_GATE = 10
-# The same for gates set by text that reconstruction has not seen: so few have helped.
+# Number of tokens per gate for the warning if gates are set by text that reconstruction has not seen: one has helped.
 CROSSWISE_TOKENS_PER_GATE = 1
-# How finely feed-forward parts are gated then, unless the recipe says it: neurons that share gates, at least, and gates
-# of a model, at most; the Fisher of so many takes 256 MiB.
+# Bounds of the width of gates that is chosen for such text, unless the recipe says it: the least number of neurons that
+# share gates, and the largest number of gates of a model, whose Fisher takes 256 MiB.
 NARROWEST, MOST_GATES = 16, 8192
-# What a gate on an axis of a matrix multiplies.
+# Side of a layer that a gate on an axis of its matrix multiplies.
 _SIDES: dict[Axis, Side] = {"columns": "input", "rows": "output"}
 
 
 @dataclass(frozen=True)
 class Gated:
-    """The gates of some rows, or columns, of one layer.
+    """Gates of some rows, or columns, of one layer.
 
     Attributes:
         layer: The layer.
-        axis: Which of its two.
-        members: The gate of each row, or column, that the layer has; -1 for those without.
-        count: How many gates.
+        axis: Axis of the matrix: rows or columns.
+        members: Number of the gate of each row, or column, that the layer has; -1 for a row or column without a gate.
+        count: Number of gates.
     """
 
     layer: LinearLayer
@@ -58,28 +58,28 @@ class Gated:
 
 
 def gates_of(anatomy: Anatomy, width: int | None = None) -> list[Gated]:
-    """The gates of a dense model: outputs and queries of each head; outputs and switches of each group of neurons.
+    """Gates of a dense model: on outputs and queries of each head, on outputs and switches of each group of neurons.
 
-    What else could be scaled has the same effect: values that of outputs, keys that of queries, and a feed-forward
-    part's second input that of its output.
+    Other gates would have the same effects: on values as on outputs, on keys as on queries, and on a feed-forward
+    part's second input as on its output.
 
     Args:
-        anatomy: Its layers.
-        width: Neurons in a group, which follow one another; None takes all of a feed-forward part.
+        anatomy: Layers of the model.
+        width: Number of consecutive neurons in a group; None takes all of a feed-forward part.
     """
     gates = (gate for part in anatomy.parts for gate in part.gates(width))
     return [_gated(anatomy, rows.layer, axis, rows.index, members) for rows, axis, members in gates]
 
 
 def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
-    """Neurons of a feed-forward part that share gates.
+    """Number of neurons of a feed-forward part that share gates.
 
-    Unless the recipe says it, these are all of a part; or, where the gates are set by text that reconstruction has not
-    seen, as few as its tokens allow.
+    Without an option in the recipe, all neurons of a part share gates. Under cross-fitting, where the gates are set by
+    text that reconstruction has not seen, as few neurons share gates as the tokens allow.
 
     Args:
-        anatomy: The layers of the dense model.
-        config: The recipe of the whole run, whatever this process has of it.
+        anatomy: Layers of the dense model.
+        config: Recipe of the whole run, with the tokens of all processes.
     """
     widest = max([1, *(part.neurons for part in anatomy.parts)])
     if config.gate_width is not None or not config.cross_fit:
@@ -92,17 +92,17 @@ def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
 
 
 def tokens_of_gates(config: PruneConfig) -> int:
-    """Tokens that set the gates of a model."""
+    """Number of tokens that set the gates of a model."""
     return config.samples * config.seq_len // config.parts_of_text
 
 
 def count_gates(gates: Iterable[Gated]) -> int:
-    """How many gates there are together."""
+    """Number of gates of all layers together."""
     return sum(gated.count for gated in gates)
 
 
 def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor, width: int) -> Gated:
-    """A gate for each so many rows, or columns, of those of ``index`` in the dense layer."""
+    """Gates of the rows, or columns, of ``index`` in the dense layer: one for each ``width`` of them."""
     layer = anatomy.layers[name]
     members = torch.full((layer.rows if axis == "rows" else layer.columns,), -1)
     members[index.flatten()] = torch.arange(index.numel()) // width
@@ -110,7 +110,7 @@ def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor, width: int) -
 
 
 def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
-    """Say so if a model has no gates, or the tokens of the recipe are few for each."""
+    """Warn if a model has no gates, or if the recipe has few tokens per gate."""
     count, tokens = count_gates(gates_of(anatomy, gate_width(anatomy, config))), tokens_of_gates(config)
     enough = CROSSWISE_TOKENS_PER_GATE if config.cross_fit else TOKENS_PER_GATE
     if not count:
@@ -130,10 +130,10 @@ class SetGates:
     """The result of setting gates.
 
     Attributes:
-        gates: How many gates there are.
-        steps: How many steps were taken.
+        gates: Number of gates.
+        steps: Number of steps that were taken.
         first_loss: Mean loss of the calibration text before the first step, in nats; None without gates.
-        last_loss: Mean loss after the last step, by the parabola that gave its length; None without gates.
+        last_loss: Mean loss after the last step, by the parabola that gave the step's length; None without gates.
         largest_change: Largest relative change of a gate.
         damping: Damping of the first step, as a fraction of the mean of the diagonal of the gates' Fisher.
     """
@@ -150,12 +150,12 @@ def set_gates(task: Task, steps: int, damping: float | None = None, width: int |
     """Take some Newton steps on the gates of a pruned model, and put them into its weights.
 
     Args:
-        task: The model, with the text whose loss is lowered; ``how`` takes the text's own labels. Its ``advance`` hears
-            of all tokens ``BACKWARD_PASSES + FORWARD_PASSES`` times a step.
-        steps: How many, at least one; each takes the gates as the one before has left them.
-        damping: As a fraction of the mean of the diagonal of the Fisher of the gates; None takes the one with the
-            largest evidence, at each step.
-        width: Neurons that share gates, see ``gates_of``.
+        task: The model, with the text whose loss is lowered; ``how`` takes the text's own labels. ``advance`` counts
+            all tokens ``BACKWARD_PASSES + FORWARD_PASSES`` times in each step.
+        steps: Number of steps, at least one; each step starts with the gates of the step before.
+        damping: Damping as a fraction of the mean of the diagonal of the gates' Fisher; None takes, at each step, the
+            damping with the largest evidence.
+        width: Number of neurons that share gates, see ``gates_of``.
 
     Raises:
         NonFiniteError: If the loss or a weight is not finite.
@@ -180,13 +180,13 @@ def set_gates(task: Task, steps: int, damping: float | None = None, width: int |
 
 @dataclass(frozen=True)
 class GateMoments:
-    """Of the effects of gates at the tokens of a task.
+    """Moments of the effects of gates over the tokens of a task.
 
     Attributes:
         slopes: Mean effects ``[gates]``.
-        fisher: Mean products of them ``[gates, gates]``.
-        loss: Mean loss of these tokens.
-        tokens: How many have a label, of all processes.
+        fisher: Mean products of two effects ``[gates, gates]``.
+        loss: Mean loss of the tokens, in nats.
+        tokens: Number of tokens with a label, in all processes.
     """
 
     slopes: Tensor
@@ -196,7 +196,7 @@ class GateMoments:
 
 
 def moments(task: Task, gates: Sequence[Gated]) -> GateMoments:
-    """The means over the tokens of a task, those of other processes with them.
+    """Take the moments of the effects of gates over the tokens of a task, in all processes.
 
     Raises:
         NonFiniteError: If the loss is not finite.
@@ -212,7 +212,7 @@ def moments(task: Task, gates: Sequence[Gated]) -> GateMoments:
 
 
 def _left(task: Task, gated: Gated) -> Gated:
-    """What is left of the rows, or columns; no members if nothing is left of the layer."""
+    """Gates of the rows, or columns, that are left; no members if no weights of the layer are left."""
     keep = task.keep[gated.layer.name]
     members = gated.members[to_index(keep.axis(gated.axis))]
     return replace(gated, members=members if keep.weights else members[:0])
@@ -223,10 +223,10 @@ class _Step:
     """A step that was taken.
 
     Attributes:
-        factors: By how much each gate was multiplied, ``[gates]``.
-        before: The loss before it.
-        after: What a parabola says of the loss after it.
-        damping: As a fraction of the mean of the diagonal of the Fisher.
+        factors: Factors that multiplied the gates, ``[gates]``.
+        before: Loss before the step, in nats.
+        after: Loss after the step, as a parabola predicts it.
+        damping: Damping as a fraction of the mean of the diagonal of the Fisher.
     """
 
     factors: Tensor
@@ -237,13 +237,13 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Work:
-    """Gates of layers that have weights left, and what they are set by."""
+    """Gates of layers that have weights left, and the task whose text sets the gates."""
 
     task: Task
     gates: list[Gated]
 
     def step(self, damping: float | None) -> _Step:
-        """Take one step, damped as is said or as the evidence says."""
+        """Take one step, with the given damping or, if None, the damping of largest evidence."""
         seen = moments(self.task, self.gates)
         step, damping = self.task.processes.from_first(partial(_direction, seen, damping))
         step = step.double().cpu()
@@ -251,7 +251,8 @@ class _Work:
         self._multiply(1 + step)
         rise = self.task.run(Hooks(), backward=False).loss - seen.loss
         length = step_length(slope, rise)
-        # In half precision a weight is rounded twice; a copy of the layers to go back to would be half of the model.
+        # In half precision this rounds a weight twice. The remedy, a copy of the gated layers, would take half as much
+        # memory as the model.
         self._multiply((1 + length * step) / (1 + step))
         return _Step(1 + length * step, seen.loss, seen.loss + rise_at(length, slope, rise), damping)
 
@@ -274,7 +275,7 @@ class _Work:
 
 
 def _direction(seen: GateMoments, fraction: float | None) -> tuple[Tensor, float]:
-    """The step of unit length, and its damping as a fraction of the mean of the diagonal of the Fisher."""
+    """Step of unit length, and its damping as a fraction of the mean of the diagonal of the Fisher."""
     mean = damping_of(seen.fisher, 1.0)
     damping = evidence_damping(seen.slopes, seen.fisher, seen.tokens) if fraction is None else fraction * mean
     return newton_step(seen.slopes, seen.fisher, damping), damping / mean
@@ -283,8 +284,8 @@ def _direction(seen: GateMoments, fraction: float | None) -> tuple[Tensor, float
 class _Effects:
     """Effects of gates at the tokens of this process, which wait block by block in the task's store.
 
-    Batch by batch, memory for them is taken before the pass: in what one batch has freed, they would leave gaps that no
-    tensor of the next one fits.
+    In a batch-major pass, their memory is taken before the pass. Among the tensors that a batch frees, the effects
+    would leave gaps that no tensor of the next batch fits.
     """
 
     def __init__(self, task: Task, gates: Sequence[Gated]) -> None:
@@ -299,7 +300,7 @@ class _Effects:
                 self._of_block(block)
 
     def watch(self, hooks: Hooks) -> None:
-        """Take from a pass, batch by batch, what the gates multiply and its gradients."""
+        """Hook the values that the gates multiply, and their gradients, in each batch of a pass."""
         for block, gates in self._gates.items():
             ends = accumulate(gated.count for gated in gates)
             for gated, end in zip(gates, ends, strict=True):
@@ -307,7 +308,7 @@ class _Effects:
                 hooks.on_effect(core_of(self._task.model, gated.layer), _SIDES[gated.axis], receive)
 
     def _receiver(self, block: int, columns: slice, gated: Gated) -> PairReceive:
-        """Fills these columns of the effects of a block."""
+        """Function that fills some columns of a block's effects."""
         members, done = gated.members.to(self._task.device), 0
 
         def receive(values: Tensor, gradients: Tensor) -> None:
@@ -319,24 +320,24 @@ class _Effects:
         return receive
 
     def _of_block(self, block: int) -> Tensor:
-        """Effects ``[tokens, gates]``; zero where no token has a label."""
+        """Effects of a block's gates, ``[tokens, gates]``, zero where a token has no label."""
         if block not in self._held:
             tokens = self._task.tokens.input_ids.numel()
             self._held[block] = torch.zeros(tokens, count_gates(self._gates[block]), device=self._task.device)
         return self._held[block]
 
     def put_away(self, block: int) -> None:
-        """Store the effects of a block."""
+        """Put the effects of a block into the store."""
         if block in self._held:
             self._stored[block] = self._task.store.put(self._held.pop(block))
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Sums over tokens of the effects ``[gates]`` and of their products ``[gates, gates]``; gives them away."""
+        """Sums over tokens of effects ``[gates]`` and of their products ``[gates, gates]``; releases the effects."""
         blocks = [self._stored.pop(block) for block in sorted(self._stored)]
         slopes = torch.cat([block.get().sum(0) for block in in_turn(blocks)])
         products = slopes.new_zeros(len(slopes), len(slopes))
         first = 0
-        # They are symmetric: each block with itself and those behind it.
+        # The products are symmetric: each block is multiplied with itself and with the blocks behind it.
         for number, block in enumerate(blocks):
             own = block.get().T
             following = torch.cat([own @ other.get() for other in in_turn(blocks[number:])], dim=1)

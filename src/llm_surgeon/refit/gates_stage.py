@@ -53,13 +53,13 @@ class GatesStage(Stage):
             warn_of_gates(session.anatomy, session.config)
 
     def work(self, shot: Shot, half: int | None) -> int:
-        """All tokens forward and back, and forward once more, in each step."""
+        """Number of tokens of all steps: each step takes all tokens forward and back, and forward once more."""
         return (
             self._tokens(half).input_ids.numel() * self.session.config.gate_steps * (BACKWARD_PASSES + FORWARD_PASSES)
         )
 
     def fit(self, shot: Shot, half: int | None, advance: Advance) -> Fitted:
-        """Set the gates by the loss of the text, or of half of it."""
+        """Set the gates by the loss of the text or, under cross-fitting, of half of it."""
         session, config = self.session, self.session.config
         how = Estimation(config.sequences_per_pass, config.precision, order=session.order)
         task = Task(session, shot.keep, how, advance, self._tokens(half))
@@ -99,7 +99,7 @@ class GatesStage(Stage):
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
-        """A pass with its gradients, and effects of the gates at all tokens that set them."""
+        """Bytes of a pass with its gradients, and of the effects of the gates at all tokens that set them."""
         count = count_gates(gates_of(skeleton.anatomy, gate_width(skeleton.anatomy, config)))
         return {"passes": traced.stages[cls.name], "effects of gates": 4 * count * (tokens_of_gates(config) + count)}
 

@@ -1,6 +1,6 @@
-"""The norm behind the last block, scaled by one number for predictions that are as sure as they are right.
+"""Scale of the norm behind the last block: one number, for predictions that are as sure as they are right.
 
-``reconstruction.py`` says why they are not, and what the scale minimises.
+``mathematics.least_squares`` says why predictions are not that after reconstruction, and what the scale minimises.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from llm_surgeon.passes.head import head_sharpness, label_positions
 from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.system.processes import Processes
 
-# So many tokens tell one number well enough: the scale to about 0.01.
+# Number of tokens that give the scale to about 0.01, and of tokens to take of each sequence at least.
 _TOKENS = 4096
 _OF_EACH = 8
 
 
 def last_norm(model: nn.Module, anatomy: Anatomy) -> nn.Module | None:
-    """The norm behind the last block, if the model has one."""
+    """The norm behind the last block; None if the model has none."""
     try:
         return model.get_submodule(anatomy.family.residual.final_norm)
     except AttributeError:
@@ -30,7 +30,7 @@ def last_norm(model: nn.Module, anatomy: Anatomy) -> nn.Module | None:
 
 
 def last_norm_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Names of its parameters."""
+    """Names of the parameters of the norm behind the last block."""
     norm, path = last_norm(model, anatomy), anatomy.family.residual.final_norm
     return [] if norm is None else [f"{path}.{name}" for name, _ in norm.named_parameters()]
 
@@ -38,18 +38,18 @@ def last_norm_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
 def scale_last_norm(
     model: PreTrainedModel, anatomy: Anatomy, stream: Sweep, text: int, precision: str, processes: Processes
 ) -> float:
-    """Scale the last norm, in place.
+    """Scale the norm behind the last block, in place.
 
     Args:
         model: The model.
-        anatomy: Says where the norm is.
-        stream: The model's calibration tokens, behind its last block; they stay there.
-        text: How many of the sequences, the first ones, are text whose next tokens are right.
+        anatomy: Anatomy of the model, whose family names the norm.
+        stream: Sweep of the calibration tokens, which is behind the last block and stays there.
+        text: Number of sequences, from the first on, that are real text rather than copies.
         precision: ``bfloat16`` or ``float32`` arithmetic.
-        processes: Who has the other tokens.
+        processes: Processes that share the tokens.
 
     Returns:
-        The scale; 1 for a model without such a norm, or with one that is not in proportion to its parameters.
+        The scale; 1 if the model has no such norm, or one whose output is not in proportion to its parameters.
     """
     norm = last_norm(model, anatomy)
     if norm is None:
@@ -60,10 +60,10 @@ def scale_last_norm(
 def _sharpness(
     model: PreTrainedModel, stream: Sweep, text: int, precision: str, processes: Processes
 ) -> tuple[float, float]:
-    """First and second derivative of the mean loss by the scale, over some of the text's tokens."""
+    """First and second derivative of the mean loss with respect to the scale, over some of the text's tokens."""
     length = stream.batches[0].input_ids.shape[1]
-    # The same tokens of a sequence whatever batch or process it is in; some of each, however many there are, as the
-    # first one, which has nothing before it, says little of the others.
+    # The positions are the same in each sequence, whatever batch or process it is in. Several of each sequence are
+    # taken, as the first token, which nothing precedes, says little of the others.
     every = max(1, min(round(processes.total(text * length)[0]) // _TOKENS, length // _OF_EACH))
     first, sums = 0, [0.0, 0.0, 0.0]
     for batch in stream.batches:
@@ -81,7 +81,7 @@ def _sharpness(
 
 @torch.no_grad()
 def _scaled(norm: nn.Module, scale: float) -> float:
-    """Scale what a norm puts out, and return the scale; a norm not in proportion to its parameters (Gemma) stays."""
+    """Scale a norm's output, and return the scale; a norm not in proportion to its parameters (Gemma's) stays."""
     parameters = list(norm.parameters())
     if not parameters:
         return 1.0

@@ -1,8 +1,8 @@
 """First-order corrections after a shot: low-rank adapters, trained for a short while and absorbed.
 
-As the adapters are absorbed after each shot, what all of them change together may have a higher rank than any one.
-They sit on what pruning has left: on the small matrices of removed rows and columns, and where single weights are
-removed, under the mask of those that stay, while training as in the result.
+The adapters are absorbed after each shot, so the change by all shots together may have a higher rank than each adapter.
+An adapter sits on the weights that pruning has left: on the smaller matrix if rows and columns are removed, and under
+the mask of kept weights if single weights are removed, in training as in the result.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llm_surgeon.passes.head import backward, label_positions, last_states
 
 @dataclass(frozen=True)
 class Corrections:
-    """How to correct.
+    """Options of first-order corrections.
 
     Attributes:
         rank: Rank of each layer's adapter.
         learning_rate: Highest learning rate of AdamW; it rises over the first tenth of the steps and falls to zero.
-        steps: Optimizer steps, one batch each.
+        steps: Number of optimizer steps, one batch each.
     """
 
     rank: int = 16
@@ -43,7 +43,7 @@ class Corrections:
         """Check the ranges.
 
         Raises:
-            ConfigError: If a value makes no sense.
+            ConfigError: If a value is out of range.
         """
         if self.rank < 1 or self.steps < 1 or not self.learning_rate > 0:
             raise ConfigError(
@@ -54,7 +54,7 @@ class Corrections:
 
 @dataclass(frozen=True)
 class Corrected:
-    """The result of corrections: steps taken, and the mean losses in nats of the first and the last batch."""
+    """The result of corrections: number of steps, and mean losses of the first and the last batch in nats."""
 
     steps: int
     first_loss: float
@@ -62,7 +62,7 @@ class Corrected:
 
 
 def require_peft() -> None:
-    """Find out early whether corrections are possible.
+    """Check, before any work, that corrections are possible.
 
     Raises:
         ConfigError: If the optional package ``peft`` is not installed.
@@ -89,30 +89,31 @@ def correct(
     """Train low-rank adapters on every prunable layer and absorb them into the weights, in place.
 
     The loss is the mean negative log-likelihood of the next tokens. Biases, removed weights and all other parameters
-    stay as they are. On an error, so does the whole model; an interrupt in the
-    instant in which the corrected weights take their places may leave some of them corrected.
+    do not change. After an error no weight has changed. An interrupt while the corrected weights are written may leave
+    some layers corrected and others not.
 
     Args:
         model: The model, as pruned so far.
-        anatomy: Its prunable layers.
-        masks: For layers with single weights removed, by name: ``[rows, columns]`` bool, True = kept. None if only
+        anatomy: Prunable layers of the model.
+        masks: Masks ``[rows, columns]`` bool, True = kept, of layers with single weights removed, by name; None if only
             rows and columns are removed.
         tokens: Calibration tokens.
         how: Rank, learning rate and steps.
-        batch_size: Sequences per step.
+        batch_size: Number of sequences per step.
         precision: ``bfloat16`` or ``float32`` arithmetic; adapters and optimizer are float32 in any case.
-        seed: Of the adapters' random factors and of the order of the sequences.
-        advance: Called with the number of tokens after each step: ``steps * batch_size * seq_len`` in all.
+        seed: Seed of the adapters' random factors and of the order of the sequences.
+        advance: Function that is called with the number of tokens after each step: ``steps * batch_size * seq_len`` in
+            total.
 
     Returns:
-        Steps taken, and the mean losses of the batches of the first and of the last one.
+        Number of steps, and the mean losses of the batches of the first and the last step.
 
     Raises:
         ConfigError: If peft is not installed, a mask does not fit its layer, or no weights are left.
         NonFiniteError: If the loss or a corrected weight is not finite.
 
-    Source: LLM Surgeon (van der Ouderaa et al., ICLR 2024), interleaved low-rank first-order corrections; adapters
-    are those of LoRA (Hu et al., ICLR 2022).
+    Source: LLM Surgeon (van der Ouderaa et al., ICLR 2024), interleaved low-rank first-order corrections, with the
+    adapters of LoRA (Hu et al., ICLR 2022).
     """
     require_peft()
     from llm_surgeon.refit import adapters
@@ -132,7 +133,7 @@ def correct(
 
 
 def _targets(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Names of the modules that hold weights of prunable layers, with the layer's mask; empty matrices left out."""
+    """Masks of the prunable layers, by the module that holds the layer's weights; empty layers are left out."""
     targets: dict[str, Tensor | None] = {}
     for name, layer in anatomy.layers.items():
         weight, mask = core_of(model, layer).weight, masks.get(name)
@@ -152,7 +153,7 @@ def _targets(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Tenso
 def _batches(
     tokens: CalibrationTokens, how: Corrections, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """One batch per step from the shuffled sequences, over and over."""
+    """Batches of all steps from the shuffled sequences, over and over."""
     order = torch.randperm(tokens.n_samples, generator=torch.Generator().manual_seed(seed))
     for step in range(how.steps):
         rows = order[torch.arange(step * batch_size, (step + 1) * batch_size) % len(order)]
@@ -160,7 +161,7 @@ def _batches(
 
 
 def _rate(step: int, steps: int) -> float:
-    """Fraction of the learning rate: up over the first tenth of the steps, down to zero over all of them."""
+    """Fraction of the highest learning rate: up over the first tenth of the steps, down to zero over all steps."""
     return min(1.0, (step + 1) / max(1, steps // 10)) * (1 - step / steps)
 
 
@@ -171,7 +172,7 @@ def _step(
     attention_mask: Tensor | None,
     precision: str,
 ) -> float:
-    """One optimizer step; returns the mean loss of its batch before it."""
+    """Take one optimizer step, and return the mean loss of its batch before it."""
     device = next(model.parameters()).device
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
@@ -186,7 +187,7 @@ def _step(
             "The loss of the first-order corrections is not finite, so they were dropped.",
             "Use a lower learning rate for the corrections, or run with --precision float32 and --dtype float32.",
         )
-    # The gradient of the sum, divided here in float32: that of the mean is too small for float16 on its way.
+    # The backward pass is of the sum, and float32 gradients are divided here: the mean's would be too small in float16.
     for group in optimizer.param_groups:
         for factor in group["params"]:
             factor.grad /= count

@@ -28,16 +28,16 @@ class CorrectionStage(Stage):
 
     @classmethod
     def check(cls, config: PruneConfig) -> None:
-        """Find out early whether the optional package is there; see ``require_peft``."""
+        """Check that the optional package ``peft`` is installed; see ``require_peft``."""
         require_peft()
 
     def work(self, shot: Shot, half: int | None) -> int:
-        """Tokens of all steps."""
+        """Number of tokens of all steps."""
         config = self.session.config
         return self._how(shot).steps * config.lora_batch_size * self.session.tokens.seq_len
 
     def fit(self, shot: Shot, half: int | None, advance: Advance) -> Fitted:
-        """Train in the first process; the others take over its weights."""
+        """Train in the first process, whose weights the others take over."""
         session, config = self.session, self.session.config
 
         def train() -> Corrected:
@@ -49,7 +49,7 @@ class CorrectionStage(Stage):
                 self._how(shot),
                 batch_size=config.lora_batch_size,
                 precision=config.precision,
-                # Other sequences and other random factors in each shot.
+                # Each shot has sequences and random factors of its own.
                 seed=config.seed + shot.number,
                 advance=advance,
             )
@@ -77,7 +77,7 @@ class CorrectionStage(Stage):
 
     @classmethod
     def trace(cls, tracer: Tracer, config: PruneConfig) -> int:
-        """Bytes of a batch with gradients."""
+        """Bytes of a batch with its gradients."""
         how = Estimation(config.lora_batch_size, config.precision)
 
         def prepare(session: Session) -> Measure:
@@ -91,7 +91,7 @@ class CorrectionStage(Stage):
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
-        """A pass with gradients; low-rank factors in float32, with gradients and two moments."""
+        """Bytes of a pass with gradients, and of low-rank factors in float32 with their gradients and two moments."""
         sides = sum(layer.rows + layer.columns for layer in skeleton.anatomy.layers.values())
         return {"passes": traced.stages[cls.name], "adapters": 4 * 4 * config.lora_rank * sides}
 

@@ -1,10 +1,9 @@
-"""Reconstruction after a shot: what writes into the residual stream takes over the error that the stream has so far.
+"""Reconstruction after a shot: layers that write into the residual stream correct the error that it has so far.
 
-The dense and the pruned model go through the calibration tokens side by side, block by block. In each block the output
-projections of the attention and of the feed-forward part are corrected, in this order, on the inputs that they really
-get: from blocks that are pruned and corrected already. At the end the last norm is scaled for predictions that are as
-sure as they are right. ``least_squares`` says what each correction
-minimises.
+The calibration tokens go through the dense and the pruned model side by side, block by block. In each block the output
+projections of the attention and of the feed-forward part are corrected, in this order. Their inputs come from blocks
+that are pruned and corrected already, as in the result. At the end the last norm is scaled for predictions that are as
+sure as they are right. ``mathematics.least_squares`` says what each correction minimises.
 """
 
 from __future__ import annotations
@@ -36,20 +35,21 @@ from llm_surgeon.system.storage import Stored, in_turn
 
 Advance = Callable[[int], None]
 
-# Times that a block of the dense model and one of the pruned model are run.
+# Number of runs of each block of the dense model, and of the pruned model.
 DENSE_RUNS, PRUNED_RUNS = 1, 3
-# A stream that is a sum is met up to rounding; one that is normalised on the way is missed by its own size.
+# Largest relative error of a stream that is a plain sum, which only rounding makes. In a stream that is normalised on
+# the way, the error is as large as the stream itself.
 _ROUNDING = 0.05
 _PROBE = 8
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How to reconstruct.
+    """Options of a reconstruction.
 
     Attributes:
-        ridge: What holds the weights where they are, as a fraction of the mean square of the layer's inputs.
-        batch_size: Sequences per pass.
+        ridge: Penalty on changes of the weights, as a fraction of the mean square of the layer's inputs.
+        batch_size: Number of sequences per pass.
         precision: ``bfloat16`` or ``float32`` arithmetic; sums are float32 in any case.
     """
 
@@ -72,12 +72,12 @@ class Reconstructed:
 
 
 def dense_copy(model: PreTrainedModel, anatomy: Anatomy, beside: Iterable[str] = ()) -> PreTrainedModel:
-    """A copy of a dense model that pruning the model does not change; what stays in both is shared.
+    """Copy of a dense model that does not change when the model is pruned; parameters that never change are shared.
 
     Args:
         model: The model.
-        anatomy: Its prunable layers.
-        beside: Names of parameters beside these layers and the last norm that stages change.
+        anatomy: Prunable layers of the model.
+        beside: Names of parameters that stages change beside these layers and the last norm.
     """
     layers = (model.get_submodule(name) for name in anatomy.layers)
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -87,10 +87,10 @@ def dense_copy(model: PreTrainedModel, anatomy: Anatomy, beside: Iterable[str] =
 
 
 def check_stream(session: Session) -> None:
-    """Make sure that a block adds what its two parts put out to what enters it, by running one on a few tokens.
+    """Check that a block adds the outputs of its two parts to its input, by running one block on a few tokens.
 
     Raises:
-        UnsupportedModelError: If it does not, as where outputs are normalised before they are added.
+        UnsupportedModelError: If it does not, as in models that normalise the outputs before they add them.
     """
     model, anatomy = session.model, session.anatomy
     few = CalibrationTokens(session.tokens.input_ids[:1, :_PROBE], None, {})
@@ -125,21 +125,21 @@ def reconstruct(
     """Correct the layers of a pruned model that write into the residual stream, and scale its last norm, in place.
 
     Args:
-        session: The run, with the model as pruned so far and the dense model; layers that are not prunable stay as
-            they are. Hidden states of both models wait in its store, or in the memory of the model's device.
-        keep: Rows and columns that are left; agrees with the model.
+        session: The run, with the model as pruned so far and the dense model; layers that are not prunable do not
+            change. Hidden states of both models wait in its store, or in the memory of the model's device.
+        keep: Masks of the rows and columns that are left, which agree with the model.
         how: Ridge, batches and precision.
         part: Tokens of this process to take; None takes the session's own.
-        text: How many of the sequences, the first ones, are text whose next tokens are right; all if None.
-        advance: Takes the number of tokens after each batch that went through a block of either model:
-            ``DENSE_RUNS + PRUNED_RUNS`` times all tokens a block.
+        text: Number of sequences, from the first on, that are real text rather than copies; None: all.
+        advance: Function that is called with the number of tokens after each batch that went through a block of either
+            model: in total ``DENSE_RUNS + PRUNED_RUNS`` times all tokens for each block.
 
     Returns:
         The error of the stream behind the last block, relative to the stream itself, and the scale of the last norm.
 
     Raises:
         NonFiniteError: If inputs or corrected weights are not finite.
-        NotPositiveDefiniteError: If inputs have no decomposition even with a larger ridge.
+        NotPositiveDefiniteError: If the inputs' matrix cannot be decomposed even with a larger ridge.
     """
     model, anatomy, dense, processes = session.model, session.anatomy, session.dense, session.processes
     assert dense is not None, "the dense model is what reconstruction aims at"
@@ -161,10 +161,10 @@ def reconstruct(
 
 
 def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
-    """Paths of the two layers of a block that write into the stream: of the attention, of the feed-forward part.
+    """Paths of the two layers of a block that write into the stream: first of the attention, then of the feed-forward.
 
     Raises:
-        UnsupportedModelError: If there are not two.
+        UnsupportedModelError: If the number of such layers is not two.
     """
     writers = [name for part in anatomy.located if part.block == block for name in part.writers]
     if len(writers) != 2:
@@ -178,7 +178,7 @@ def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
 
 
 def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: str, advance: Advance) -> list[Stored]:
-    """Take the dense model through a block; returns its stream behind the attention, a tensor a batch, flat."""
+    """Run a block of the dense model, and return its stream behind the attention, a flat tensor for each batch."""
     entered = [batch.hidden for batch in goal.batches]
     outputs: list[Stored] = []
     with Hooks() as hooks:
@@ -193,7 +193,7 @@ def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: s
 
 
 class _Enough(Exception):  # noqa: N818 - no error
-    """Ends a pass through a block behind a layer, whose ``output [n, width]`` it brings."""
+    """End of a pass through a block behind a layer, with the layer's ``output [n, width]``."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -201,13 +201,13 @@ class _Enough(Exception):  # noqa: N818 - no error
 
 
 def _stop(output: Tensor) -> None:
-    """The feed-forward part, most of a block, need not be run for what stands in front of it."""
+    """End the pass: the stream in front of the feed-forward part, which is most of a block, does not need that part."""
     raise _Enough(output)
 
 
 @dataclass(frozen=True)
 class _Corrections:
-    """What all corrections of a shot have in common."""
+    """Corrections of one shot: the models, the sweep of the pruned one, and the options."""
 
     session: Session
     keep: Mapping[str, KeepMask]
@@ -221,9 +221,9 @@ class _Corrections:
 
         Args:
             block: Number of the block.
-            name: The layer, which may be one that is not to be changed.
-            goals: The stream of the dense model behind it, a tensor a batch.
-            inside: Whether that is inside the block, behind the attention, or behind the block.
+            name: Path of the layer; a layer that is not prunable, or empty, does not change.
+            goals: Stream of the dense model behind the layer, a tensor for each batch.
+            inside: Whether the layer is inside the block, behind the attention; otherwise it ends the block.
         """
         layer = self.session.anatomy.layers.get(name)
         if layer is None or not core_of(self.session.model, layer).weight.numel():
@@ -246,7 +246,7 @@ class _Corrections:
         self._change(layer, inputs.mean(count, None, layer.bias), cross / count)
 
     def _seen(self, block: int, layer: LinearLayer, inside: bool) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Run the block; yields each batch with a layer's inputs ``[n, C]`` and the stream behind it ``[n, width]``."""
+        """Run the block; yields batches with the layer's inputs ``[n, C]`` and the stream behind it ``[n, width]``."""
         inputs: list[Tensor] = []
         with Hooks() as hooks:
             hooks.on_input(core_of(self.session.model, layer), inputs.append)
@@ -273,7 +273,7 @@ class _Corrections:
 
 
 def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:
-    """``|dense - pruned| / |dense|`` of the streams behind the last block; they are given back to the store."""
+    """Error ``|dense - pruned| / |dense|`` of the stream behind the last block; releases the hidden states of both."""
     error = size = 0.0
     for (batch, wanted), (_, reached) in zip(goal.entering(), stream.entering(), strict=True):
         there = _counted(wanted.get(), batch.positions)
@@ -286,6 +286,6 @@ def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:
 
 
 def _counted(hidden: Tensor, positions: Tensor) -> Tensor:
-    """The tokens of ``[batch, length, width]`` that count, ``[n, width]`` float32; what is flat has been counted."""
+    """Hidden states ``[n, width]`` float32 of the tokens that count, of ``[batch, length, width]`` or flat already."""
     flat = hidden if hidden.dim() == 2 else hidden.flatten(0, -2).index_select(0, positions)
     return flat.float()

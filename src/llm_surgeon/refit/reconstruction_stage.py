@@ -22,12 +22,12 @@ from llm_surgeon.refit.resampled_text import with_copies
 from llm_surgeon.refit.stage import Advance, Fitted, Order, Parts, Shot, Stage, TracedBytes
 from llm_surgeon.session.session import Session
 
-# Float32 tensors of the size of the logits while it is found how sure predictions are.
+# Number of float32 tensors of the size of the logits in the computation of the last norm's scale.
 _SHARPNESS = 4
 
 
 class ReconstructionStage(Stage):
-    """Least squares on the layers that write into the residual stream, and the scale of the last norm."""
+    """Reconstruction: least squares on the layers that write into the residual stream, and a scale of the last norm."""
 
     name = "reconstruction"
     half = "own"
@@ -43,12 +43,12 @@ class ReconstructionStage(Stage):
 
     @classmethod
     def check_model(cls, session: Session) -> None:
-        """Make sure that a block adds what its parts put out to the stream; see ``check_stream``."""
+        """Check that a block adds the outputs of its parts to the stream; see ``check_stream``."""
         check_stream(session)
 
     @classmethod
     def changes(cls, model: nn.Module, anatomy: Anatomy) -> list[str]:
-        """The parameters of the last norm."""
+        """Names of the parameters of the last norm."""
         return last_norm_parameters(model, anatomy)
 
     def begin(self) -> None:
@@ -56,11 +56,11 @@ class ReconstructionStage(Stage):
         _ = self._text
 
     def work(self, shot: Shot, half: int | None) -> int:
-        """All tokens of text and copies through each block of both models."""
+        """Number of tokens of text and copies that go through the blocks of both models."""
         return self._tokens(half).input_ids.numel() * self.session.anatomy.blocks * (DENSE_RUNS + PRUNED_RUNS)
 
     def fit(self, shot: Shot, half: int | None, advance: Advance) -> Fitted:
-        """Correct what writes into the stream, by all sequences or by half of them."""
+        """Correct the layers that write into the stream, by all sequences or by half of them."""
         config, tokens = self.session.config, self._tokens(half)
         how = Reconstruction(config.reconstruction_ridge, config.sequences_per_pass, config.precision)
         text = tokens.n_samples // (1 + config.reconstruction_copies)
@@ -80,7 +80,7 @@ class ReconstructionStage(Stage):
 
     @cached_property
     def _text(self) -> CalibrationTokens:
-        """This process's part of the tokens, and copies of it."""
+        """Calibration tokens of this process, and copies of them."""
         session, config = self.session, self.session.config
         copies, own = config.reconstruction_copies, session.own
         if not copies:
@@ -92,7 +92,7 @@ class ReconstructionStage(Stage):
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
-        """Streams of both models, and that of the dense one inside a block; at the end, logits and their like."""
+        """Bytes of both models' streams and the dense stream inside a block; and of a pass, or of logits at the end."""
         sequences = config.samples * (1 + config.reconstruction_copies)
         batches = math.ceil(sequences / config.sequences_per_pass)
         vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
@@ -104,7 +104,7 @@ class ReconstructionStage(Stage):
     def operations(cls, skeleton: Skeleton, config: PruneConfig, kept: Sequence[float], order: Order) -> float:
         """Operations of the runs of both models' blocks, and of the passes that write copies."""
         prunable = skeleton.anatomy.prunable_weights
-        # One run of the pruned model ends behind the attention.
+        # One of the runs of the pruned model ends behind the attention.
         pruned = PRUNED_RUNS * prunable - _feed_forward_weights(skeleton)
         runs = sum(DENSE_RUNS * prunable + share * pruned for share in kept)
         copies = config.reconstruction_copies
@@ -112,7 +112,7 @@ class ReconstructionStage(Stage):
 
 
 def _feed_forward_weights(skeleton: Skeleton) -> int:
-    """Prunable weights of all blocks behind the first part of each, which is the attention."""
+    """Number of prunable weights behind the first part of each block, which is the attention."""
     anatomy = skeleton.anatomy
     first = {part.block: set(part.layers) for part in reversed(anatomy.located)}
     layers = anatomy.layers.items()

@@ -1,9 +1,8 @@
-"""More text like the calibration text: copies of it in which the model itself has written some of the tokens.
+"""Resampled text: copies of the calibration text in which the model itself has written some of the tokens.
 
-Least squares need inputs, and no labels. Where calibration tokens are few, what is fitted to them says little about
-other text. A copy of a sequence in which some tokens are draws from the dense model's own prediction, each given the
-tokens that really precede it, is text that the model finds likely and has not been fitted to yet, at the price of one
-forward pass.
+Least squares need inputs and no labels. Where calibration tokens are few, a fit to them says little about other text.
+In a copy of a sequence, some tokens are drawn from the dense model's own prediction, given the tokens that really
+precede them. The model finds such text likely and has not been fitted to it yet. A copy takes one forward pass.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ def with_copies(
     Args:
         model: The dense model.
         tokens: Calibration tokens of this process.
-        copies: Of each sequence.
-        share: Of the tokens that are replaced, each by chance; the first of a sequence stays.
+        copies: Number of copies of each sequence.
+        share: Probability of each token to be replaced; the first token of a sequence stays.
         how: Batches, precision and seed.
-        advance: Called with the number of tokens after each batch of each copy.
+        advance: Function that is called with the number of tokens after each batch of each copy.
 
     Returns:
         ``(copies + 1) * samples`` sequences.
@@ -60,7 +59,7 @@ def with_copies(
 def _resampled(
     model: PreTrainedModel, tokens: CalibrationTokens, share: float, how: Estimation, advance: Advance
 ) -> Tensor:
-    """One copy of the sequences, ``[samples, length]``."""
+    """Tokens of one copy of the sequences, ``[samples, length]``."""
     device = next(model.parameters()).device
     rows, sequence = [], tokens.first
     bos = tokens.provenance.get("bos")
@@ -71,13 +70,13 @@ def _resampled(
             with arithmetic(device, how.precision):
                 states = last_states(model, ids, None if mask is None else mask.to(device))
                 positions, labels = label_positions(ids, None if mask is None else mask.to(device))
-                # Two numbers a token: whether it is replaced, and by what.
+                # Two draws for each token: one decides whether it is replaced, the other its replacement.
                 draws = draws_of(input_ids.shape, sequence, 2, how.seed).to(device)[positions]
                 written = sample_labels(model, states.index_select(0, positions), draws[:, 1:])[0]
             flat = ids.flatten().clone()
-            # What begins a window within a sequence stays; to a model, nothing precedes it.
+            # The token that begins a window within a sequence stays: for the model, nothing precedes it.
             redrawn = (draws[:, 0] < share) & (labels != begins)
-            # What is predicted at a position stands at the next one.
+            # The prediction at a position is for the next position.
             flat[positions + 1] = torch.where(redrawn, written, labels)
             rows.append(flat.view_as(ids).to(input_ids.device))
             sequence += len(input_ids)

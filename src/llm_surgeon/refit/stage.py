@@ -1,7 +1,7 @@
-"""The socket for stages after a shot: each fits the weights that the shot has left.
+"""The socket for stages after a shot, each of which fits the weights that the shot has left.
 
 A stage is a class with a name. A run makes one instance of each class that its recipe wants, and keeps it for all of
-its shots. Plan, progress, record, report page and checkpoint loop over stages and know none by name.
+its shots. Plan, progress, record, report page and checkpoint loop over the stages and know none by name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Shot:
 
     Attributes:
         number: Number of the shot, from 1.
-        keep: Rows and columns that are left of each layer; agrees with the model.
+        keep: Masks of the rows and columns that are left of each layer, which agree with the model.
         elements: Kept weights of each layer, ``[rows, columns]`` bool, if zeros are stored; None if matrices shrink.
     """
 
@@ -42,14 +42,14 @@ class Shot:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The figures of one fit, and what they mean in a sentence or two."""
+    """Figures of one fit, and a note that explains them in a sentence or two."""
 
     figures: tuple[Figure, ...] = ()
     note: str = ""
 
 
 class LiveBytes(Protocol):
-    """Bytes of the tensors that a traced pass makes: those that live now, and the most that lived at once."""
+    """Bytes of the tensors that a traced pass makes: tensors that live now, and the most that lived at once."""
 
     now: int
     peak: int
@@ -59,25 +59,25 @@ Measure = Callable[[LiveBytes], int]
 
 
 class Tracer(Protocol):
-    """Runs code of a stage on a model whose tensors have shapes and types but no numbers.
+    """A runner of a stage's code on a model whose tensors have shapes and types but no numbers.
 
     Attributes:
-        anatomy: The prunable layers at full depth.
+        anatomy: Prunable layers of the model at full depth.
     """
 
     anatomy: Anatomy
 
     def fake(self, tensor: Tensor) -> Tensor:
-        """A tensor without numbers of the same shape and type, which code under the tracer may take."""
+        """Make a tensor without numbers, of the same shape and type, for code under the tracer."""
 
     def by_depth(self, prepare: Callable[[Session], Measure], sequences: int | None = None) -> int:
-        """Bytes of a pass on the whole model; those of a deep one follow from two shallow ones.
+        """Bytes of a pass on the whole model; the bytes of a deep model follow from two shallow ones.
 
         Args:
-            prepare: Makes the measure of one batch in a session without numbers, whose tokens are that batch, and
-                whose dense model is the model itself. It is called where tensors have numbers; its result runs the
-                batch, and says the bytes beside the weights.
-            sequences: Sequences of the batch; None takes those of a pass of the recipe.
+            prepare: Function that makes the measure of one batch in a session without numbers, whose tokens are that
+                batch, and whose dense model is the model itself. It is called where tensors have numbers. The measure
+                runs the batch, and returns the bytes beside the weights.
+            sequences: Number of sequences of the batch; None takes as many as a pass of the recipe has.
         """
 
 
@@ -85,9 +85,9 @@ class TracedBytes(Protocol):
     """Bytes that passes of a run take beside the weights, as far as stages ask for them.
 
     Attributes:
-        waiting: Hidden states of one batch in front of a block.
-        watching: A batch in a block that is watched, beside those.
-        stages: The result of ``Stage.trace`` of each stage.
+        waiting: Bytes of the hidden states of one batch in front of a block.
+        watching: Bytes of a batch in a block that is watched, beside its hidden states in front of the block.
+        stages: Bytes that ``Stage.trace`` found, by the stage's name.
     """
 
     @property
@@ -103,17 +103,18 @@ class TracedBytes(Protocol):
 class Stage(ABC):
     """One stage of a run, made once for all of its shots.
 
-    A new one needs a name, ``work`` and ``fit``, and its row in ``stages.STAGES`` (``stages.register_stage`` adds it);
-    the rest has defaults.
+    A new stage needs a name, ``work`` and ``fit``, and a row in ``stages.STAGES``; ``stages.register_stage`` adds the
+    row. Everything else has a default.
 
     Attributes:
-        name: Name of its phase in plan, progress, record and report.
-        half: The text that the stage takes under cross-fitting: ``own`` half, the ``other`` one, or ``whole`` for a
+        name: Name of the stage's phase in plan, progress, record and report.
+        half: Text that the stage takes under cross-fitting: the ``own`` half, the ``other`` half, or ``whole`` for a
             stage that runs once after both halves.
         needs_dense: Whether the stage needs the dense model beside the pruned one (``session.dense``).
-        sweeps: Whether the stage takes all text through the model block by block.
+        sweeps: Whether the stage passes all text through the model block by block.
         decomposes: Whether the stage decomposes matrices of the size of a layer's sides.
-        stores: Whether the stage's passes take gradients and wait in the session's store if it has one.
+        stores: Whether the stage's passes take gradients, and put tensors that wait into the session's store if there
+            is one.
         streams: Whether the stage can work with streamed weights.
     """
 
@@ -136,7 +137,7 @@ class Stage(ABC):
 
     @classmethod
     def check(cls, config: PruneConfig) -> None:
-        """Find out early whether the stage is possible here.
+        """Check, before any work, that the stage is possible on this machine.
 
         Raises:
             ConfigError: If something is missing, such as an optional package.
@@ -145,39 +146,39 @@ class Stage(ABC):
 
     @classmethod
     def resolved(cls, config: PruneConfig, anatomy: Anatomy) -> PruneConfig:
-        """The recipe with options of the stage that depend on the whole text, before processes share that."""
+        """The recipe with the stage's options that depend on the whole text, set before processes share the text."""
         return config
 
     @classmethod
     def check_model(cls, session: Session) -> None:
-        """Find out on the dense model whether the stage is possible for it, and warn of what will not help.
+        """Check on the dense model that the stage is possible, and warn if it will not help.
 
         Raises:
-            SurgeonError: If the stage is not possible.
+            SurgeonError: If the stage is not possible for this model.
         """
         return
 
     @classmethod
     def changes(cls, model: nn.Module, anatomy: Anatomy) -> list[str]:
-        """Names of parameters beside the prunable layers that the stage changes, for the checkpoints."""
+        """Names of parameters that the stage changes beside the prunable layers, for the checkpoints."""
         return []
 
     def begin(self) -> None:
-        """Make what fits have in common, once, before progress of the first one is shown."""
+        """Prepare data that all fits share, once, before the progress of the first fit is shown."""
         return
 
     @abstractmethod
     def work(self, shot: Shot, half: int | None) -> int:
-        """Tokens that ``fit`` reports as its progress, all together."""
+        """Number of tokens that ``fit`` reports as its progress, in total."""
 
     @abstractmethod
     def fit(self, shot: Shot, half: int | None, advance: Advance) -> Fitted:
-        """Fit what is left, in place.
+        """Fit the weights that are left, in place.
 
         Args:
             shot: The shot whose removals are done.
-            half: Which half of the calibration sequences to take, 0 or 1; None takes all.
-            advance: Takes the number of tokens that went through.
+            half: Half of the calibration sequences to take, 0 or 1; None takes all.
+            advance: Function that is called with the number of tokens of each pass.
 
         Returns:
             Figures for the record.
@@ -190,17 +191,17 @@ class Stage(ABC):
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
-        """Bytes that the stage takes at its peak where the model runs, beside weights and store, by what holds them."""
+        """Bytes of the stage's peak where the model runs, beside weights and store, by the name of each part."""
         return {"passes": traced.stages.get(cls.name, 0)}
 
     @classmethod
     def operations(cls, skeleton: Skeleton, config: PruneConfig, kept: Sequence[float], order: Order) -> float:
-        """Operations of the stage in all shots together.
+        """Floating-point operations of the stage in all shots together.
 
         Args:
             skeleton: The model without its weights.
             config: The recipe, with the tokens of one process.
             kept: Share of the prunable weights that each shot leaves.
-            order: Order of passes that take gradients.
+            order: Order of the passes that take gradients.
         """
         return 0.0

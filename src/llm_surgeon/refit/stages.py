@@ -1,4 +1,4 @@
-"""The table of stages after a shot, and the order in which a run goes through them."""
+"""The table of stages after a shot, and the order in which a run takes them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from llm_surgeon.refit.stage import Fitted, Shot, Stage
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.clock import Clock
 
-# In the order in which they run.
+# The stages are in the order in which they run.
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (ReconstructionStage, GatesStage, CorrectionStage)}
 
 
 def stages_of(config: PruneConfig) -> list[type[Stage]]:
-    """The stages that a recipe wants: those that its options switch on, and then those that it names."""
+    """Stages that a recipe wants: first the ones that its options switch on, and then the ones that it names."""
     own = [stage for stage in STAGES.values() if stage.wanted(config)]
     return own + [STAGES[name] for name in config.stages if STAGES[name] not in own]
 
 
 def register_stage(stage: type[Stage], summary: str) -> None:
-    """Let recipes name a stage of one's own (``stages``), within this process.
+    """Let recipes name a stage of your own (``stages``), within this process.
 
     Args:
-        stage: The stage; ``wanted`` may leave the switch to the recipe's list of names.
+        stage: The stage. If it does not override ``wanted``, it runs where the recipe's list names it.
         summary: Purpose of the stage, in a few words.
 
     Raises:
@@ -48,7 +48,7 @@ def register_stage(stage: type[Stage], summary: str) -> None:
 
 
 def check_stages(config: PruneConfig) -> None:
-    """Find out early whether the stages of a recipe are possible here.
+    """Check, before any work, that the stages of a recipe are possible on this machine.
 
     Raises:
         ConfigError: If something is missing, such as an optional package, or a stage cannot work with streamed weights.
@@ -63,7 +63,7 @@ def check_stages(config: PruneConfig) -> None:
 
 
 def with_dense(session: Session) -> Session:
-    """The session with all that its stages need of the dense model; its model has to be dense still.
+    """The session with a copy of the dense model, if a stage needs that; the session's model still has to be dense.
 
     Raises:
         SurgeonError: If the model does not allow a stage.
@@ -78,20 +78,20 @@ def with_dense(session: Session) -> Session:
 
 
 def changed_beside(model: nn.Module, anatomy: Anatomy, config: PruneConfig) -> list[str]:
-    """Names of parameters beside the prunable layers that the stages of a recipe change."""
+    """Names of parameters that the stages of a recipe change beside the prunable layers."""
     names = (name for stage in stages_of(config) for name in stage.changes(model, anatomy))
     return list(dict.fromkeys(names))
 
 
 def halves_of(stage: type[Stage], config: PruneConfig) -> list[int | None]:
-    """The parts of the text that a stage is fitted to one after the other: both halves, or None for all of it."""
+    """Parts of the text that a stage is fitted to, one after the other: both halves, or None for all of it."""
     if not config.cross_fit or stage.half == "whole":
         return [None]
     return [half if stage.half == "own" else HALVES - 1 - half for half in range(HALVES)]
 
 
 def phase_name(shot: int, shots: int, stage: str, half: int | None = None) -> str:
-    """Words for the progress of a stage of a shot."""
+    """Words for a stage of a shot in the progress."""
     by = "" if half is None else f" by half {half + 1} of {HALVES}"
     return f"shot {shot}/{shots}: {stage}{by}"
 
@@ -129,7 +129,7 @@ class Stages:
 
         Args:
             shot: The shot whose removals are done.
-            clock: Measures each stage.
+            clock: Clock that measures each stage.
 
         Returns:
             A record of each stage, without its time.
@@ -140,7 +140,7 @@ class Stages:
             model, anatomy = self._session.model, self._session.anatomy
             other = OtherWeights(model, anatomy, changed_beside(model, anatomy, config))
             first = {stage.name: self._fit(stage, shot, 0, clock) for stage in fitted}
-            # The second half begins where the first one did, and the model of the first waits in its place.
+            # The second half begins with the weights that the first began with, and the first half's weights wait.
             other.exchange()
             second = {stage.name: self._fit(stage, shot, 1, clock) for stage in fitted}
             other.take_mean()

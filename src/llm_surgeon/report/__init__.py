@@ -1,1 +1,1 @@
-"""Showing what a run did: tables, pictures, the model card, and the progress of a run under way."""
+"""Reports of runs for readers: tables for the terminal, pictures, the page of a run, and the model card."""

@@ -1,4 +1,4 @@
-"""What ``llm-surgeon bench`` measured, as tables for the terminal: the models, their speed, and how it was measured."""
+"""Results of ``llm-surgeon bench`` as tables for the terminal: models, speed, and notes on the measurement."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SPEED_HEADINGS = (
 
 
 def bench_tables(bench: Bench) -> RenderableType:
-    """Draw everything for a terminal of 100 columns."""
+    """Draw all tables, problems and notes for a terminal of 100 columns."""
     notes = [Text(note, style="dim") for note in footnotes(bench)]
     problems = [Text(problem) for problem in [*zeros(bench), *types(bench), *failures(bench)]]
     return Group(_models_table(bench), _speed_table(bench), *problems, *notes)
 
 
 def model_row(model: BenchModel) -> Row:
-    """The cells of ``MODEL_HEADINGS``."""
+    """Cells of a model's row, in the order of ``MODEL_HEADINGS``."""
     own = model.own
     share = own.zero_weights / own.linear_weights if own.linear_weights else 0.0
     return (
@@ -43,13 +43,13 @@ def model_row(model: BenchModel) -> Row:
 
 
 def speed_rows(bench: Bench) -> list[list[Row]]:
-    """The cells of ``SPEED_HEADINGS``, a section for each batch and way of running: first the reference's row."""
+    """Rows in the order of ``SPEED_HEADINGS``, in a section for each batch and way of running, reference first."""
     grouped = groupby(bench.runs, key=lambda run: (run.compiled, run.batch))
     return [_section(bench, list(runs)) for _, runs in grouped]
 
 
 def zeros(bench: Bench) -> list[str]:
-    """Name the models with zeros in matrices of the old shape, and say that these save nothing."""
+    """Warn of models with zeros in matrices of the old shape, which save nothing."""
     names = [model.name for model in bench.models if model.own.stores_zeros]
     if not names:
         return []
@@ -60,7 +60,7 @@ def zeros(bench: Bench) -> list[str]:
 
 
 def types(bench: Bench) -> list[str]:
-    """Warn if the models are not of one type."""
+    """Warn if the models' parameters differ in type."""
     names = dict.fromkeys(model.own.dtype for model in bench.models)
     if len(names) < 2:
         return []
@@ -68,14 +68,14 @@ def types(bench: Bench) -> list[str]:
 
 
 def failures(bench: Bench) -> list[str]:
-    """Say of each model that could not be timed why not."""
+    """Sentences on the models that could not be timed, with the cause."""
     return list(dict.fromkeys(_failures(bench.runs)))
 
 
 def footnotes(bench: Bench) -> list[str]:
-    """Say what the columns count, and on what and how everything was measured."""
+    """Notes on the meaning of the columns, and on the machine and the way of measuring."""
     stored = "as stored" if bench.dtype == "auto" else bench.dtype
-    # The words for a CPU name its threads.
+    # The name of a CPU already says its threads.
     threads = "" if bench.device.startswith("cpu") else f", {bench.threads} CPU threads"
     return [
         f"Measured on {bench.device}{threads}, type {stored}.",
@@ -91,7 +91,7 @@ def footnotes(bench: Bench) -> list[str]:
 def _models_table(bench: Bench) -> Table:
     table = _empty_table("Models", MODEL_HEADINGS, names=1)
     for model in bench.models:
-        # As text: names of directories are not markup.
+        # Cells are plain text, as names of directories are not markup.
         table.add_row(*map(Text, model_row(model)))
     return table
 
@@ -106,17 +106,17 @@ def _speed_table(bench: Bench) -> Table:
 
 
 def _empty_table(title: str, headings: Row, names: int) -> Table:
-    """A table whose first columns are names, and the others numbers."""
+    """Table without rows, whose first columns are for names, and the others for numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for number, heading in enumerate(headings):
         name = number < names
-        # A long name is broken rather than a number.
+        # Long names may be broken, but not numbers.
         table.add_column(heading, justify="left" if name else "right", overflow="fold", no_wrap=not name)
     return table
 
 
 def _section(bench: Bench, runs: Sequence[BenchRun]) -> list[Row]:
-    """All models of one batch and way of running; what they have in common is in the first row only."""
+    """Rows of all models for one batch and way of running; only the first row says these two."""
     batch, compiled = runs[0].batch, runs[0].compiled
     rows = [_speed_cells([run.timings[0] for run in runs], None, None)]
     for run in runs:
@@ -130,12 +130,12 @@ def _section(bench: Bench, runs: Sequence[BenchRun]) -> list[Row]:
 
 
 def _speed_cells(timings: Sequence[BenchTiming], prefill: float | None, decode: float | None) -> Row:
-    """A model's name, its speed in one pair, or the reference's in several, the ratios, and the time to compile."""
+    """Cells of a model: its name, its speed (the reference's is the median of several), ratios, and compile time."""
     name = timings[0].model
     speeds = [timing.speed for timing in timings if timing.speed]
     if not speeds:
         return (name, "failed", *[UNKNOWN] * 4)
-    # The first time; after that, torch finds most of it in its cache.
+    # Only the first run counts: after it, torch finds most of its code in a cache.
     seconds = next((timing.compile_seconds for timing in timings if timing.compile_seconds is not None), None)
     return (
         name,

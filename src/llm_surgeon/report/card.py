@@ -1,4 +1,4 @@
-"""The model card: the README.md of an exported checkpoint."""
+"""Model card: the README.md of an exported checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CITATION = """\
 
 
 def model_card(report: PruneReport) -> str:
-    """Write the README.md of the exported checkpoint: what was done, how to load it, what was measured, and limits."""
+    """Write the README.md of the exported checkpoint: the removal, the loading, the measures, and the limits."""
     sections = [
         f"---\n{to_yaml(_front_matter(report))}---\n",
         f"# {escape(title_name(report))}, pruned\n",
@@ -64,14 +64,14 @@ def model_card(report: PruneReport) -> str:
 
 
 def _citation(report: PruneReport) -> str:
-    """The paper of a global method's frame, or where a layer-wise method comes from."""
+    """Citation of the paper of all global methods, or the source of a layer-wise method."""
     config = PruneConfig.model_validate(report.config)
     source = LAYERWISE[config.method].source if config.layerwise else ""
     return f"## Source\n\n{source}.\n" if source else CITATION
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a model's name is ``owner/name`` as the hub has them, and not a path on this machine."""
+    """Whether a model's name is ``owner/name``, as on the hub, and not a path on this machine."""
     part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
     return re.fullmatch(f"{part}/{part}", model) is not None and not Path(model).exists()
 
@@ -82,7 +82,7 @@ def _loading(report: PruneReport) -> str:
 
 
 def _front_matter(report: PruneReport) -> dict[str, Any]:
-    """What the hub reads; of the dense model, what is known of it."""
+    """Values that the hub reads, with the dense model's own statements as far as they are known."""
     known = {key: value for key, value in report.origin.items() if value}
     if is_hub_id(report.model):
         known["base_model"] = report.model
@@ -98,25 +98,25 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
 
 
 def _hub_data(report: PruneReport) -> list[str]:
-    """The calibration text, if it is a data set of the hub."""
+    """Name of the calibration text, if it is a data set of the hub."""
     spec = str(report.config.get("calibration", ""))
     name = spec.split(":")[0]
     return [name] if is_hub_id(name) and not spec.lower().endswith(FILE_TYPES) else []
 
 
 def title_name(report: PruneReport) -> str:
-    """The name of the dense model for a heading; of ``demo``, the name of the model that it stands for, if known."""
+    """Name of the dense model for a heading; for ``demo``, the name of the model that it stands for, if known."""
     base = report.origin.get("base_model")
     return model_name(base if report.model == "demo" and isinstance(base, str) else report.model)
 
 
 def model_name(model: str) -> str:
-    """Give the last part of a hub id or of a path: cards are published, the directories of their authors are not."""
+    """Last part of a hub id or of a path: cards are published, but not the directories of their authors."""
     return Path(model).name or model
 
 
 def _what_was_done(report: PruneReport) -> str:
-    """What was removed and how, in two sentences, and where there is more."""
+    """Two sentences on the removal and its method, and where to read more."""
     kept = report.shots[-1].size.prunable / report.dense_size.prunable if report.shots else 1.0
     shots = "one shot" if len(report.shots) == 1 else f"{len(report.shots)} shots"
     return (
@@ -128,14 +128,14 @@ def _what_was_done(report: PruneReport) -> str:
 
 
 def _removed(config: Mapping[str, Any]) -> str:
-    """What was removed as a unit, in words."""
+    """Removed units in words."""
     recipe = PruneConfig.model_validate(config)
     words = " and ".join((STRUCTURES[part].noun or part) for part in recipe.parts)
     return f"Whole {words}" if words else f"Single weights ({recipe.structure})"
 
 
 def _how(config: Mapping[str, Any]) -> str:
-    """How the method works, in one sentence."""
+    """Sentence on the way in which the method works."""
     recipe = PruneConfig.model_validate(config)
     if not recipe.layerwise:
         how = METHODS[recipe.method]
@@ -151,7 +151,7 @@ def _how(config: Mapping[str, Any]) -> str:
 
 
 def _measured(report: PruneReport) -> str:
-    """The dense model beside the pruned one, and how that was measured."""
+    """Section on the dense model beside the pruned one, and on the way of measuring."""
     headings = ("", "dense", "pruned", "pruned to dense")
     table = "\n".join(markdown_rows(headings, dense_and_pruned(report)))
     notes = "\n".join(f"- {note}" for note in (*map(escape, footnotes(report)), *_checks(report)))
@@ -181,16 +181,16 @@ def _origin(report: PruneReport) -> str:
 
 
 def _plain(report: PruneReport) -> dict[str, Any]:
-    """The report with JSON's types only, which safe YAML can write: no tuples, no paths."""
+    """The report with JSON's types only, as safe YAML can write neither tuples nor paths."""
     return report.model_dump(mode="json")
 
 
 def to_yaml(values: Any) -> str:
-    """Write JSON values as YAML, in the order in which they are."""
+    """Write JSON values as YAML, in their order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _fenced(language: str, text: str) -> str:
-    # Longer than any fence in the text, which would end it.
+    # The fence has to be longer than any in the text, which would end the block.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

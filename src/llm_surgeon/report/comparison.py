@@ -19,7 +19,7 @@ HEADINGS = ("method", "perplexity", "KL (nats/token)", "sparsity reached", "seco
 
 @dataclass(frozen=True)
 class Panel:
-    """The cells under one setting as rows, the dense model first; ``best`` is the row of the lowest perplexity."""
+    """Rows of the cells under one setting, the dense model first; ``best`` is the row of the lowest perplexity."""
 
     setting: Setting
     rows: list[Row]
@@ -27,12 +27,12 @@ class Panel:
 
 
 def panels(comparison: Comparison) -> list[Panel]:
-    """Every number as text, in the order of ``HEADINGS``, setting by setting."""
+    """Panels of all settings, with numbers as text in the order of ``HEADINGS``."""
     return [_panel(comparison, setting, cells) for setting, cells in cells_by_setting(comparison)]
 
 
 def cells_by_setting(comparison: Comparison) -> list[tuple[Setting, list[Cell]]]:
-    """The cells of each setting, both in the order in which they are on record."""
+    """Settings with their cells, both in the order of the record."""
     settings = dict.fromkeys(cell.setting for cell in comparison.cells)
     return [(setting, [cell for cell in comparison.cells if cell.setting == setting]) for setting in settings]
 
@@ -45,7 +45,7 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """Write the comparison as Markdown: a table per setting, what is missing and why, and the way of measuring."""
+    """Write the comparison as Markdown: a table per setting, missing cells with their causes, and notes."""
     parts = [f"# {escape(model_name(comparison.model))}: methods compared"]
     for panel in panels(comparison):
         rows = [_bold(row) if number == panel.best else row for number, row in enumerate(panel.rows)]
@@ -55,12 +55,12 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def problems(comparison: Comparison) -> list[str]:
-    """Say of each cell without numbers why it has none."""
+    """Sentences on the cells without numbers, with the cause."""
     return [_problem(cell) for cell in comparison.cells if cell.failure is not None]
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """Say what the columns count, and on what and how everything was measured."""
+    """Notes on the meaning of the columns, and on the texts and the way of measuring."""
     shared = comparison.shared
     sequences = f"{shared['samples']:,} sequences of {shared['seq_len']:,} tokens"
     if shared["windows_per_sample"] > 1:
@@ -77,7 +77,7 @@ def footnotes(comparison: Comparison) -> list[str]:
 
 def _panel(comparison: Comparison, setting: Setting, cells: list[Cell]) -> Panel:
     dense = ("dense", perplexity_cell(comparison.dense.perplexity.perplexity), "0", "0.0 %", UNKNOWN, UNKNOWN)
-    # Counted from 1, behind the dense model.
+    # Rows of cells count from 1, as the dense model has row 0.
     values = {n: cell.measures.perplexity.perplexity for n, cell in enumerate(cells, start=1) if cell.measures}
     return Panel(setting, [dense, *map(_row, cells)], min(values, key=values.__getitem__, default=None))
 
@@ -108,7 +108,7 @@ def _problem(cell: Cell) -> str:
 
 
 def _versions(comparison: Comparison) -> list[str]:
-    """Versions of all that was measured; of a package that changed meanwhile, all."""
+    """Versions of the packages in all measures; a package that changed in between has several."""
     measured = [cell.measures.versions for cell in comparison.cells if cell.measures]
     found: dict[str, list[str]] = {}
     for versions in [comparison.dense.versions, *measured]:

@@ -1,4 +1,4 @@
-"""The picture of a comparison: perplexity of every method, a panel per setting."""
+"""Picture of a comparison: the perplexity of every method, in a panel per setting."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llm_surgeon.report.plots import BLUE, VERMILION, Axes, Figure, FigureCanvas
 from llm_surgeon.report.table import perplexity_cell
 
 _COLUMNS = 3
-# Perplexities that are this many times the best one stand at the edge, with their number: a method that destroys the
-# model would press all others together.
+# Multiple of the best perplexity from which on a method is drawn at the edge, with its number: a method that destroys
+# the model would press all others together.
 _FAR = 30
 
 
@@ -22,8 +22,8 @@ def comparison_png(comparison: Comparison, path: Path) -> None:
     """Draw the perplexities of each setting as dots, the best method on top, with the dense model as a line.
 
     Args:
-        comparison: What to draw; cells without numbers are left out.
-        path: Where the PNG goes.
+        comparison: The comparison; cells without numbers are left out.
+        path: Path of the PNG file.
     """
     groups, dense = cells_by_setting(comparison), comparison.dense.perplexity.perplexity
     columns = max(1, min(_COLUMNS, len(groups)))
@@ -34,7 +34,7 @@ def comparison_png(comparison: Comparison, path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (setting, cells) in zip(panels, groups, strict=False):
-        # In the title, where no number of a method can be in its way.
+        # The dense perplexity is in the title, where it meets no method's number.
         axes.set_title(f"{setting.label} (dashed: dense, {perplexity_cell(dense)})")
         draw_setting(axes, cells, dense)
     for axes in panels[len(groups) :]:
@@ -44,7 +44,7 @@ def comparison_png(comparison: Comparison, path: Path) -> None:
 
 
 def draw_setting(axes: Axes, cells: list[Cell], dense: float) -> None:
-    """Draw one setting; says so if nothing was measured."""
+    """Draw one setting, or the words "not measured" if there is no number."""
     points = [(cell.measures.perplexity.perplexity, cell.variant) for cell in cells if cell.measures]
     if not points:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
@@ -69,7 +69,7 @@ def draw_setting(axes: Axes, cells: list[Cell], dense: float) -> None:
 
 
 def _widen(axes: Axes, values: list[float]) -> None:
-    """Leave room on both sides, on the right for the number of the worst method as well."""
+    """Widen the axis on both sides, on the right also for the number of the worst method."""
     low, high = math.log10(min(values)), math.log10(max(values))
     span = max(high - low, 0.1)
     axes.set_xlim(10 ** (low - 0.06 * span), 10 ** (high + 0.34 * span))

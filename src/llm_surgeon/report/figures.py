@@ -1,4 +1,4 @@
-"""The pictures of the run page, as SVG to stand inside HTML."""
+"""Pictures of the run page, as SVG inside HTML."""
 
 from __future__ import annotations
 
@@ -54,24 +54,24 @@ PHASE_COLOURS = {
     "correction": SKY,
     "evaluation": VERMILION,
 }
-# Histograms shown, and bars that get their numbers, at most.
+# Largest number of histograms, and of bars that get their numbers.
 PANELS = 6
 NUMBERED = 24
 
-# Inches; at 72 points each and a third more pixels than points this fills the column of the page.
+# Width in inches: with 72 points per inch and 4/3 pixels per point, it fills the column of the page.
 WIDTH = 11.0
-# Text stays text: it is small, it can be searched, and the page's own font draws it.
+# Text stays text, which is small, can be searched, and has the page's own font.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "text.parse_math": False,
-    # Neither a ground nor black: the page has its own, light or dark.
+    # No background, and no black: the page has its own colours, light or dark.
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
-# Colours of the figures as the style sheet names them, which has others for a dark ground.
+# Names of the colours in the style sheet, which has other colours for a dark background.
 VARIABLES = {
     INK: "currentColor",
     GROUND: "var(--ground)",
@@ -92,7 +92,7 @@ T = TypeVar("T")
 
 
 def curves_svg(report: PruneReport) -> str | None:
-    """Draw perplexity and calibration loss against the size kept, whichever has two points; None if neither has."""
+    """Draw perplexity and calibration loss against the size kept, each if it has two points; None if neither has."""
     panels: list[Callable[[Axes, PruneReport], None]] = []
     if len(perplexity_points(report)) - has_dense(report) > 1:
         panels.append(draw_perplexity)
@@ -110,7 +110,7 @@ def curves_svg(report: PruneReport) -> str | None:
 
 
 def kept_svg(layers: tuple[LayerRecord, ...]) -> str | None:
-    """Draw what each layer kept, by depth and kind; None without layers."""
+    """Draw the kept fraction of each layer, by depth and kind; None without layers."""
     if not layers:
         return None
     kinds, _ = kept_by_kind(layers)
@@ -120,7 +120,7 @@ def kept_svg(layers: tuple[LayerRecord, ...]) -> str | None:
 
 
 def costs_svg(shots: Sequence[ShotRecord]) -> str | None:
-    """Draw the distribution of the costs in each shot given; None if none of them recorded it."""
+    """Draw the distribution of the costs in each of the shots; None if no shot recorded it."""
     panels = [(shot.shot, shot.costs) for shot in shots if shot.costs is not None]
     if not panels:
         return None
@@ -170,12 +170,12 @@ def phases_of(shots: Sequence[ShotRecord]) -> list[str]:
 
 
 def phase_colour(phase: str) -> str:
-    """The colour of a stage; grey for one without its own."""
+    """Colour of a stage; grey if the stage has no colour of its own."""
     return PHASE_COLOURS.get(phase, GREY)
 
 
 def stage_losses(shot: ShotRecord) -> dict[str, tuple[float, float]]:
-    """First and last of the losses that a stage reports, by stage; stages with fewer than two are left out."""
+    """First and last loss of each stage that reports at least two losses, by the stage's name."""
     found = {}
     for stage in shot.stages:
         losses = [figure.value for figure in stage.figures if figure.kind == "loss" and figure.value is not None]
@@ -185,7 +185,7 @@ def stage_losses(shot: ShotRecord) -> dict[str, tuple[float, float]]:
 
 
 def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
-    """Choose at most ``most`` items (two or more): the first, the last, and evenly spaced ones between."""
+    """Choose at most ``most`` items (two or more): the first, the last, and evenly spaced items between them."""
     if len(items) <= most:
         return list(items)
     return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
@@ -220,7 +220,7 @@ def draw_loss(axes: Axes, report: PruneReport) -> None:
 
 def draw_costs(axes: Axes, costs: CostHistogram) -> None:
     """Draw one histogram over powers of ten, removed in front of kept, and the threshold as a vertical line."""
-    # Empty bins lie on the lower edge: half a candidate, since zero has no place on a logarithmic axis.
+    # The lower edge is half a candidate, as zero has no place on a logarithmic axis.
     edge = 0.5
     for counts, colour, label in ((costs.kept, BLUE, "kept"), (costs.removed, VERMILION, "removed")):
         heights = np.maximum(np.asarray(counts, dtype=float), edge)
@@ -280,7 +280,7 @@ def draw_memory(figure: Figure, shots: Sequence[ShotRecord], floor: int) -> None
 
 
 def _number_shots(axis: Axis, shots: Sequence[ShotRecord]) -> None:
-    """Write the shots' numbers at their bars, all of them as long as there is room."""
+    """Write the shots' numbers at their bars; if there is little room, only every second, third, and so on."""
     step = math.ceil(len(shots) / NUMBERED)
     axis.set_ticks(range(0, len(shots), step), [str(shot.shot) for shot in shots[::step]])
     axis.set_label_text("shot")
@@ -295,7 +295,7 @@ def _finish_bars(figure: Figure, axes: Axes, values: Literal["x", "y"]) -> None:
 
 
 def power_of_ten(exponent: float) -> str:
-    """Write a power of ten with a raised exponent; nothing between whole exponents."""
+    """Write a power of ten with a raised exponent; empty unless the exponent is whole."""
     return f"10{str(round(exponent)).translate(_SUPERSCRIPTS)}" if exponent == round(exponent) else ""
 
 
@@ -303,13 +303,13 @@ def inline_svg(name: str, label: str, size: tuple[float, float], draw: Callable[
     """Draw a figure as an SVG element for an HTML document: the same bytes each time, and no clash of ids.
 
     Args:
-        name: Of the figure, unique in the document.
-        label: What the picture shows, for readers who cannot see it.
+        name: Name of the figure, unique in the document.
+        label: Description of the picture, for readers who cannot see it.
         size: Width and height in inches.
-        draw: Draws on the empty figure.
+        draw: Function that draws on the empty figure.
     """
     stream = io.StringIO()
-    # The settings also hold while drawing, since text decides then whether its dollar signs are mathematics.
+    # The settings have to hold while drawing, when matplotlib decides whether dollar signs in text are mathematics.
     with own_style({**STYLE, "svg.hashsalt": name}):
         # The object interface, as in plots.py.
         figure = Figure(figsize=size, layout="constrained")
@@ -317,7 +317,7 @@ def inline_svg(name: str, label: str, size: tuple[float, float], draw: Callable[
         figure.savefig(stream, format="svg")
     text = stream.getvalue()
     svg = text[text.index("<svg") :].strip()
-    # Metadata has a date; the one style rule would hold for the whole document, which has its own.
+    # The metadata has a date. The style rule would hold for the whole document, which has a style sheet of its own.
     for part in (r"<metadata>.*?</metadata>", r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", r"<!--.*?-->"):
         svg = re.sub(part, "", svg, flags=re.DOTALL)
     svg = re.sub(r">\s*\n\s*<", "><", _without_idle_ids(svg))
@@ -327,6 +327,6 @@ def inline_svg(name: str, label: str, size: tuple[float, float], draw: Callable[
 
 
 def _without_idle_ids(svg: str) -> str:
-    """Drop the ids that nothing refers to: matplotlib numbers groups alike in every figure; the others are salted."""
+    """Drop ids that nothing refers to, as they would clash: matplotlib numbers groups alike in every figure."""
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
     return re.sub(r'(<[a-zA-Z][^<>]*?) id="([^"]*)"', lambda tag: tag[0] if tag[2] in used else tag[1], svg)

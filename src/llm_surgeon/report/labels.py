@@ -1,4 +1,4 @@
-"""Numbers at the points of a curve, placed where they cover nothing."""
+"""Labels with the numbers at the points of a curve, placed so that they cover nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from llm_surgeon.report.plots import Axes
 
 Point = tuple[float, float]
-# Left, bottom, right, top, in points of type.
+# Edges of a box: left, bottom, right, top, in points of type.
 Box = tuple[float, float, float, float]
 
-# Longer curves have a number at their ends only.
+# Largest number of points with a label; longer curves have labels at their ends only.
 MOST = 11
 _MARKER, _LINE, _STEP = 5.5, 1.5, 4.0
-# Around a point: above and below first. Offset in points, and the side of the number that stands there.
+# Places of a label around its point, above and below first: the offset in points, and the edges of the label there.
 _PLACES = (
     *((0, 7, "center", "bottom"), (0, -7, "center", "top")),
     *((-7, 4, "right", "bottom"), (-7, -4, "right", "top"), (7, 4, "left", "bottom"), (7, -4, "left", "top")),
@@ -26,16 +26,15 @@ _PLACES = (
 
 
 def write_values(axes: Axes, points: Sequence[Point], others: Iterable[Point] = (), size: float = 10.0) -> None:
-    """Write the value at each point of a curve, or at its ends only if it has many.
+    """Write the value at each point of a curve, or only at its ends if it has many points.
 
-    The axes have their limits already. A number that would cover a marker, the line or another number has no place and
-    is left out; the ends of the curve are served first.
+    A number that would cover a marker, the line or another number is left out. The ends of the curve go first.
 
     Args:
-        axes: With the curve.
-        points: Of the curve, in its order.
-        others: More markers that are not to be covered.
-        size: Of the type, in points.
+        axes: Axes with the curve, whose limits are set already.
+        points: Points of the curve, in order.
+        others: Further markers that must not be covered.
+        size: Size of the type, in points.
     """
     places = [_place(axes, point) for point in points]
     taken = [_around(place) for place in (*places, *(_place(axes, other) for other in others))]
@@ -57,13 +56,13 @@ def write_values(axes: Axes, points: Sequence[Point], others: Iterable[Point] = 
 
 
 def _extent(axes: Axes) -> tuple[float, float]:
-    """Width and height of the axes in points, before the layout makes them fit exactly."""
+    """Width and height of the axes in points, before the layout fits them exactly."""
     scale = 72 / axes.figure.dpi
     return scale * axes.bbox.width, scale * axes.bbox.height
 
 
 def _place(axes: Axes, point: Point) -> Point:
-    """A point of the data in points of type from the lower left corner of the axes."""
+    """Place of a point of the data, in points of type from the lower left corner of the axes."""
     x, y = (axes.transScale + axes.transLimits).transform(point)
     width, height = _extent(axes)
     return float(x) * width, float(y) * height
@@ -82,7 +81,7 @@ def _along(start: Point, end: Point) -> list[Box]:
 
 
 def _box(place: Point, at: tuple[float, float, str, str], text: str, size: float) -> Box:
-    """The box of a number, a little larger than its digits are."""
+    """Box of a number, a little larger than its digits."""
     dx, dy, side, edge = at
     width, height = 0.66 * size * len(text), 1.1 * size
     left = place[0] + dx - width * {"left": 0, "center": 0.5, "right": 1}[side]

@@ -1,4 +1,4 @@
-"""Loading an export: lines of Python to paste, and a reason for what they ask."""
+"""Lines of Python that load an export, and the reason for their arguments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ZEROS = (
 
 
 def loading_lines(report: PruneReport, place: str) -> list[str]:
-    """The lines of Python that load the export of a run, three where ``from_pretrained`` does.
+    """Lines of Python that load the export of a run: three lines if ``from_pretrained`` loads it.
 
     Args:
-        report: The run.
-        place: Where the export is, as Python has it: with its quotes.
+        report: Report of the run.
+        place: Path of the export as a Python literal, with its quotes.
     """
     if (form := _only_format(report)) is not None:
         inside = f"{place[:-1]}/{form.directory}{place[-1]}"
@@ -56,7 +56,7 @@ def brings_code(report: PruneReport) -> bool:
 
 
 def why_so(report: PruneReport) -> str:
-    """Why the export is loaded as it is, in Markdown."""
+    """Reason for the arguments of the lines that load the export, in Markdown."""
     if (form := _only_format(report)) is not None:
         return f"The files are those of the format `{form.name}` alone, so that `from_pretrained` does not load them."
     if brings_code(report):

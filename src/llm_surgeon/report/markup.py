@@ -7,7 +7,7 @@ from html import escape
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text whose first column names the rows; the table scrolls by itself where the page is narrow."""
+    """Table of text whose first column names the rows; on a narrow page the table scrolls by itself."""
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
@@ -25,12 +25,12 @@ def folded(summary: str, content: str) -> str:
 
 
 def figure(svg: str, caption: str) -> str:
-    """A picture with its caption; the picture scrolls by itself where the page is narrow."""
+    """Picture with its caption; on a narrow page the picture scrolls by itself."""
     return f'<figure>\n<div class="card">{svg}</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """A list of terms, each with its fact."""
+    """List of terms, each with a fact."""
     return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(fact)}</dd>' for term, fact in pairs)}</dl>"
 
 
@@ -40,5 +40,5 @@ def code(text: str) -> str:
 
 
 def said(sentence: str, style: str = "said") -> str:
-    """A paragraph; the style is a class of the style sheet."""
+    """Paragraph with a sentence; the style is a class of the style sheet."""
     return f'<p class="{style}">{escape(sentence)}</p>'

@@ -1,4 +1,4 @@
-"""The page of a run: everything its report holds in one HTML file that needs no network and no scripts."""
+"""The page of a run: its whole report in one HTML file that needs no network and no scripts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llm_surgeon.report.table import TIMES, perplexity_cell, scaled_bytes
 
 
 def report_page(report: PruneReport) -> str:
-    """Write the page of a run as one HTML document that loads nothing; what was not measured is left out or named."""
+    """Write the page of a run as one HTML document that loads nothing; missing measures are left out or named."""
     title = f"{escape(title_name(report))}, pruned"
     sections = (
         ("result", "Result", result_section(report)),
@@ -96,10 +96,10 @@ def _summary(report: PruneReport) -> str:
 
 
 def _loading(report: PruneReport) -> str:
-    """How to load the export and let it write; empty if there is none."""
+    """Code that loads the export and lets it write; empty without an export."""
     if report.export is None:
         return ""
-    # The directory as the published report has it: its last part, from wherever it is now.
+    # The published report has only the last part of the directory's path.
     place = repr(model_name(report.export.path))
     lines = [*loading_lines(report, place), "", *using_lines(report)]
     return f"{code(chr(10).join(lines))}\n{said(why_so(report).replace('`', ''), 'notes')}"

@@ -1,4 +1,4 @@
-"""The sections of a run's page on what it took and where it is from: time, memory, plan, export, speed, origin."""
+"""Sections of a run's page on the machine: time, memory, plan, export, speed and origin."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def time_section(shots: Sequence[ShotRecord]) -> str:
 
 
 def _profile(shots: Sequence[ShotRecord]) -> str:
-    """What the time of the shots went to; empty if it was not measured."""
+    """Table of the shots' time by kind of work; empty if it was not measured."""
     parts = list(dict.fromkeys(part for shot in shots for part in shot.profile))
     if not parts:
         return ""
@@ -64,7 +64,7 @@ def _peak_cell(shot: ShotRecord, phase: str) -> str:
 
 
 def plan_section(report: PruneReport) -> str:
-    """The prediction of the plan beside what was measured."""
+    """Predictions of the plan beside the measured values."""
     rows = compared(report)
     if not rows:
         return said("Nothing was predicted.")
@@ -81,7 +81,7 @@ def _bytes(count: int) -> str:
 
 
 def export_section(export: ExportRecord | None) -> str:
-    """Files of the export, and the check that they compute what the model in memory did."""
+    """Files of the export, and the check that they compute the same as the model in memory."""
     if export is None:
         return said("The model was not exported.")
     share = 100 * export.weight_bytes / export.dense_weight_bytes if export.dense_weight_bytes else 100.0
@@ -122,7 +122,7 @@ def speed_section(speed: SpeedComparison | None) -> str:
         "wide as they were, small matrices run at a lower rate, and rows and columns of the residual stream are "
         "gathered by index."
     )
-    # How it was measured already stands among the notes of the first table.
+    # The notes of the first table already say how speed was measured.
     return table("Tokens per second", ("", "dense", "pruned", "pruned to dense", "limit"), rows) + limits
 
 
@@ -132,7 +132,7 @@ def _speed_row(name: str, dense: float, pruned: float, ratio: float, limit: floa
 
 
 def origin_section(report: PruneReport) -> str:
-    """Command, recipe, calibration data and versions: all that it takes to do the run again."""
+    """Command, recipe, calibration data and versions: all that is needed to repeat the run."""
     plain = report.model_dump(mode="json")
     called = said("Called from Python: llm_surgeon.prune with the recipe below.")
     versions = facts(report.versions.items()) if report.versions else said("Not recorded.")

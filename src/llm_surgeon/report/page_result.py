@@ -1,4 +1,4 @@
-"""The sections of a run's page on its result: what was removed, shot by shot and layer by layer, and what it cost."""
+"""Sections of a run's page on its result: sizes and perplexities, shots, layers, and costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_surgeon.report.table import (
 
 
 def result_section(report: PruneReport) -> str:
-    """The dense model and the model after each shot in numbers, and how they were measured."""
+    """Table of the dense model and the model after each shot, with notes on the way of measuring."""
     states = table("The dense model, and the model after each shot", HEADINGS, table_rows(report))
     notes = "".join(f"<li>{escape(note)}</li>" for note in footnotes(report))
     return f'{states}\n<ul class="notes">{notes}</ul>'
@@ -49,11 +49,11 @@ def _shot_row(shot: ShotRecord) -> tuple[str, ...]:
 
 
 def _workings(report: PruneReport) -> str:
-    """What decided on each shot, and what its stages say of themselves."""
+    """Table of the inner workings: thresholds, removals and losses of each shot, and the figures of its stages."""
     headings = [
         "shot", "target sparsity", "sparsity reached", "threshold", "structures removed", "implied", "calibration loss",
     ]  # fmt: skip
-    # A stage says itself what it found; what no shot has is no column.
+    # Stages report figures of their own; a figure that no shot has gets no column.
     stages = [stage for shot in report.shots for stage in shot.stages]
     figures = dict.fromkeys((stage.name, figure.name) for stage in stages for figure in stage.figures)
     headings += [name for _, name in figures]
@@ -84,7 +84,7 @@ def _inner_row(shot: ShotRecord) -> tuple[str, ...]:
 
 
 def _figure_cell(shot: ShotRecord, stage: str, name: str) -> str:
-    """One figure of a stage as its kind is written."""
+    """Cell with one figure of a stage, written by its kind."""
     record = shot.stage(stage)
     found = next((figure for figure in record.figures if figure.name == name), None) if record else None
     if found is None or found.value is None:
@@ -95,7 +95,7 @@ def _figure_cell(shot: ShotRecord, stage: str, name: str) -> str:
 
 
 def curves_section(report: PruneReport) -> str:
-    """Perplexity and loss against size: curves, or a table if there is one point of a curve only."""
+    """Perplexity and loss against size: curves, or a table if a curve would have only one point."""
     measured = (
         ("Perplexity", any(shot.perplexity is not None for shot in report.shots)),
         ("The calibration loss", any(shot.loss is not None for shot in report.shots)),
@@ -114,9 +114,9 @@ def curves_section(report: PruneReport) -> str:
 
 
 def changes(report: PruneReport) -> list[tuple[str, str, str]]:
-    """Perplexity and losses before and after, as text; without those that were not measured.
+    """Rows of perplexity and losses before and after, as text; measures that are not known are left out.
 
-    The perplexities are those of the dense and of the final model, the losses those of the last shot.
+    The perplexities are of the dense and of the final model, the losses of the last shot.
     """
     last = report.shots[-1] if report.shots else None
     perplexities = report.dense_perplexity, None if last is None else last.perplexity
@@ -132,7 +132,7 @@ def changes(report: PruneReport) -> list[tuple[str, str, str]]:
 
 
 def layers_section(layers: tuple[LayerRecord, ...]) -> str:
-    """The share of each layer that is left: a map, and the numbers folded."""
+    """Share of each layer that is left: a map, and the folded numbers."""
     svg = kept_svg(layers)
     if svg is None:
         return said("No layers were recorded.")
@@ -151,7 +151,7 @@ def layers_section(layers: tuple[LayerRecord, ...]) -> str:
 
 
 def costs_section(shots: Sequence[ShotRecord]) -> str:
-    """How the scores of all candidates are distributed, and which of them went."""
+    """Distribution of the scores of all candidates, kept and removed."""
     recorded = [shot for shot in shots if shot.costs is not None]
     shown = evenly_spaced(recorded, PANELS)
     svg = costs_svg(shown)

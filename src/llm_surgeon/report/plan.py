@@ -1,4 +1,4 @@
-"""A plan as tables for the terminal, and beside what the run measured."""
+"""A plan as tables for the terminal, and compared with the measures of the run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llm_surgeon.report.table import UNKNOWN, scaled, scaled_bytes
 
 
 def plan_tables(plan: Plan) -> Group:
-    """Draw a plan for a terminal of 100 columns: what is pruned, what comes out, and what each phase takes."""
+    """Draw a plan for a terminal of 100 columns: prunable layers, result, and memory and time of each phase."""
     loaders = Text("".join(f"  Loads it: {loader}.\n" for loader in plan.loaders), style="dim")
     return Group(_kinds(plan), _result(plan), loaders, _phases(plan))
 
 
 def compared(report: PruneReport) -> list[tuple[str, str, str, str]]:
-    """Predicted and measured, with the ratio of the two, row by row; empty without a plan."""
+    """Rows of predicted and measured values, with the ratio of the two; empty without a plan."""
     plan, export = report.plan, report.export
     if plan is None:
         return []
@@ -96,7 +96,7 @@ def _scratch(plan: Plan) -> str:
 
 
 def _largest(phase: PlannedPhase) -> str:
-    """The two largest parts, of the GPU if there is one."""
+    """The two largest parts of a phase's memory, on the GPU if there is one."""
     parts = sorted((phase.device or phase.host).items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {scaled_bytes(size)}" for name, size in parts[:2] if size)
 

@@ -1,4 +1,4 @@
-"""Pictures of a run; and matplotlib, which other modules take from here, see ``undisturbed``."""
+"""Pictures of a run, and the import of matplotlib for all modules of the report, see ``undisturbed``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _BACKEND, _SETTINGS = "MPLBACKEND", "MATPLOTLIBRC"
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Import matplotlib so that what only windows need neither ends a run nor says anything.
+    """Import matplotlib without errors or warnings about things that only windows need.
 
-    That is a backend that is not installed, a file of settings that cannot be read, or a place for settings that cannot
-    be written: here, only ``Figure`` and the Agg canvas are used. What others in this process draw has the backend and
-    the settings that the user wants, if they are possible.
+    Such things are a backend that is not installed, a file of settings that cannot be read, and a directory for
+    settings that cannot be written: the report uses only ``Figure`` and the Agg canvas. Other code in this process
+    still has the user's backend and settings, if they are possible.
     """
     logger = logging.getLogger("matplotlib")
     level, backend = logger.level, os.environ.pop(_BACKEND, None)
@@ -41,7 +41,7 @@ def undisturbed() -> Iterator[None]:
         except (OSError, ValueError):  # a file of settings that cannot be read, or is no text
             with _without_settings():
                 matplotlib = importlib.import_module("matplotlib")
-        # Setting it means nothing until something asks for a window.
+        # The backend has no effect until some code asks for a window.
         if first and backend:
             with contextlib.suppress(ValueError):
                 matplotlib.rcParams["backend"] = backend
@@ -54,8 +54,8 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_settings() -> Iterator[None]:
-    """Let matplotlib find no file of settings: it looks in the working directory first, then where it is told."""
-    # What the first attempt has imported knows of the module that failed.
+    """Hide all files of settings from matplotlib, in the working directory and in the directory of ``MATPLOTLIBRC``."""
+    # Modules of the first attempt hold the module that failed.
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         del sys.modules[name]
     former = os.environ.get(_SETTINGS)
@@ -69,7 +69,7 @@ def _without_settings() -> Iterator[None]:
             os.environ[_SETTINGS] = former
 
 
-# "as" makes them names of this module, for the others.
+# "as" makes these names of this module, so that other modules can import them.
 with undisturbed():
     import matplotlib as mpl
     from matplotlib.axes import Axes as Axes
@@ -86,7 +86,7 @@ with undisturbed():
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
 GRID = "#e6e6e6"
-# Layers that a block does not have.
+# Colour of layers that a block does not have.
 ABSENT = "#d9d9d9"
 # Perplexities that differ by less than this factor do not fill the axis.
 _LEAST_SPAN = 1.1
@@ -94,11 +94,11 @@ _LEAST_SPAN = 1.1
 
 @contextlib.contextmanager
 def own_style(changes: Mapping[Any, Any] = MappingProxyType({})) -> Iterator[None]:
-    """Draw in matplotlib's default style, whatever the user's is: it may need LaTeX, or fonts that are not there.
+    """Draw in matplotlib's default style, as the user's may need LaTeX, or fonts that are not installed.
 
     Args:
-        changes: Settings that differ from it. Keys are of type Any as matplotlib's type for them differs between its
-            versions.
+        changes: Settings that differ from the default style. Keys have the type Any, as matplotlib's own type differs
+            between its versions.
     """
     with mpl.rc_context():
         mpl.rcdefaults()
@@ -108,11 +108,11 @@ def own_style(changes: Mapping[Any, Any] = MappingProxyType({})) -> Iterator[Non
 
 @own_style()
 def kept_fraction_png(report: PruneReport, path: Path) -> None:
-    """Draw what each layer kept, by depth and kind (paper, Fig. 4), beside perplexity against size.
+    """Draw the kept fraction of each layer, by depth and kind (paper, Fig. 4), beside perplexity against size.
 
     Args:
-        report: The run.
-        path: Where the PNG goes.
+        report: Report of the run.
+        path: Path of the PNG file.
     """
     # The object interface: pyplot would keep every figure in a global list and pick a backend for the process.
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -134,7 +134,7 @@ def _title(report: PruneReport) -> str:
 def kept_by_kind(layers: tuple[LayerRecord, ...]) -> tuple[list[str], np.ndarray]:
     """Kept fraction of the weights as a matrix of kinds by blocks.
 
-    Several layers of one kind in a block (experts) are taken together; NaN where a block has no such layer.
+    Several layers of one kind in a block (experts) count together. The fraction is NaN if a block has no such layer.
 
     Returns:
         The kinds in the order in which a block has them, and one row of fractions per kind.
@@ -168,7 +168,7 @@ def draw_kept(figure: Figure, axes: Axes, layers: tuple[LayerRecord, ...]) -> No
 
 
 def perplexity_points(report: PruneReport) -> list[tuple[float, float]]:
-    """Size kept in per cent and perplexity, dense model first; without those that were not measured or are infinite."""
+    """Pairs of size kept in per cent and perplexity, dense model first; only perplexities that are known and finite."""
     measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
     return [
         (kept, perplexity.perplexity)
@@ -178,12 +178,12 @@ def perplexity_points(report: PruneReport) -> list[tuple[float, float]]:
 
 
 def has_dense(report: PruneReport) -> bool:
-    """Whether the first of the perplexities is that of the dense model."""
+    """Whether the first of ``perplexity_points`` is the dense model's."""
     return report.dense_perplexity is not None and math.isfinite(report.dense_perplexity.perplexity)
 
 
 def draw_perplexity(axes: Axes, report: PruneReport) -> None:
-    """Draw perplexity against the size kept, dense model first; as bars if the pruned model has one point only."""
+    """Draw perplexity against the size kept, dense model first; as bars if there is only one point after pruning."""
     points, dense = perplexity_points(report), has_dense(report)
     if not points:
         axes.set_title("Perplexity after each shot")
@@ -200,7 +200,7 @@ def draw_perplexity(axes: Axes, report: PruneReport) -> None:
     axes.set_yscale("log")
     values = [perplexity for _, perplexity in points]
     finish_size_axes(axes)
-    # A curve that is nearly flat is drawn so: its last digits are not to fill the axis.
+    # A curve that is nearly flat has to look flat, so its last digits must not fill the axis.
     low, high = min(values), max(values)
     if high < _LEAST_SPAN * low:
         middle = math.sqrt(low * high)
@@ -210,7 +210,7 @@ def draw_perplexity(axes: Axes, report: PruneReport) -> None:
 
 
 def _draw_bars(axes: Axes, points: list[tuple[float, float]], dense: bool) -> None:
-    """Draw the perplexities of one shot: two points make no curve."""
+    """Draw the perplexities of one shot as bars, as two points make no curve."""
     names = ["dense", "pruned"] if dense else ["pruned"]
     values = [perplexity for _, perplexity in points]
     colours = [VERMILION, BLUE] if dense else [BLUE]
@@ -226,8 +226,8 @@ def _draw_bars(axes: Axes, points: list[tuple[float, float]], dense: bool) -> No
 
 
 def tick_perplexity(axis: Axis, values: list[float]) -> None:
-    """Label a logarithmic axis of perplexities so that it can be read, whether it spans a factor of 2 or of 10^6."""
-    # Powers of ten alone would leave an axis of less than some decades nearly unlabelled.
+    """Label a logarithmic axis of perplexities legibly, whether it spans a factor of 2 or of 10^6."""
+    # Powers of ten alone would leave an axis of a few decades nearly without labels.
     spread = max(values) / min(values)
     subs = next((subs for limit, subs in ((12, (1, 2, 3, 5, 7)), (1000, (1, 2, 5))) if spread < limit), (1,))
     axis.set_major_locator(MaxNLocator(7) if spread < 3 else LogLocator(subs=subs))
@@ -237,17 +237,17 @@ def tick_perplexity(axis: Axis, values: list[float]) -> None:
 
 
 def finish_size_axes(axes: Axes) -> None:
-    """Give a curve against size its axis, from dense to small, its grid and, below it, its legend."""
+    """Finish the axes of a curve against size: direction from dense to small, grid, and legend below."""
     axes.margins(x=0.12, y=0.2)  # room for the numbers
     axes.invert_xaxis()  # a run goes from left to right
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
     axes.set_xlabel("prunable weights kept (%)")
-    # Inside, it would cover a curve that falls or one that rises.
+    # Inside the axes, the legend would cover a falling or a rising curve.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False)
 
 
 def kept_percent(report: PruneReport) -> list[float]:
-    """Share of the prunable weights in per cent: of the dense model, then after each shot."""
+    """Shares of the prunable weights that are kept, in per cent: of the dense model, then after each shot."""
     sizes = [report.dense_size, *(shot.size for shot in report.shots)]
     return [100 * size.prunable / report.dense_size.prunable for size in sizes]

@@ -1,4 +1,4 @@
-"""A report as it may be published: without the paths of the machine that it was made on."""
+"""Reports and recipes for publication: without the paths of the machine that they were made on."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import PruneReport
 
-# An absolute path, or one from the home directory, of two parts at least; addresses of the web have a colon before it.
+# An absolute path, or one from the home directory, of at least two parts. Addresses of the web do not match, as they
+# have a colon before the path.
 _PART = r"[^\s/\\'\",;:<>|]+"
 _PATH = re.compile(rf"(?<![\w./\\~:-])(?:~\w*|[A-Za-z]:)?[/\\]+(?:{_PART}[/\\]+)+({_PART})?")
 
 
 def without_paths(report: PruneReport) -> PruneReport:
-    """A report in which every absolute path is its last part.
+    """The report with the last part of each absolute path in place of the path.
 
     Exports are uploaded as they are, and the directories of their authors are nobody's business.
     """
     given = [report.model, report.config.get("calibration"), report.config.get("evaluation")]
     if report.export is not None:
         given.append(report.export.path)
-    # Paths with spaces are known as a whole only; the longest first, as one may be within another.
+    # A path with spaces can only be found as a whole. The longest goes first, as one may be part of another.
     known = sorted({text for text in given if isinstance(text, str) and _is_absolute(text)}, key=len, reverse=True)
     return PruneReport.model_validate(_masked(report.model_dump(mode="json"), known))
 

@@ -1,4 +1,4 @@
-"""The look of the page of a run: light, dark, narrow and on paper."""
+"""Style sheet of the page of a run: light, dark, narrow and on paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The summary of a run as tables: shot by shot for the terminal, dense and pruned for the model card."""
+"""Summary of a run as tables: shot by shot for the terminal, dense and pruned for the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llm_surgeon.records import Perplexity, PruneReport, Size, SpeedComparison
 
-# "as" makes them names of this module, for the others.
+# "as" makes these names of this module, so that other modules can import them.
 from llm_surgeon.records.summary import TIMES as TIMES
 from llm_surgeon.records.summary import perplexity_cell as perplexity_cell
 from llm_surgeon.records.summary import scaled as scaled
@@ -34,7 +34,7 @@ Row = tuple[str, ...]
 
 
 def summary_table(report: PruneReport) -> Table:
-    """Draw the run for a terminal of 100 columns, one row per state and the way of measuring below it."""
+    """Draw the run for a terminal of 100 columns: a row for each state, and notes on the way of measuring below."""
     caption = Text("\n".join(footnotes(report)))
     table = Table(
         title=Text(f"{report.model} ({report.family})"),
@@ -45,7 +45,7 @@ def summary_table(report: PruneReport) -> Table:
         box=box.SIMPLE_HEAD,
     )
     for number, heading in enumerate(HEADINGS):
-        # Two short lines of heading leave the width to the numbers.
+        # A heading of two short lines leaves more width for the numbers.
         table.add_column(heading.replace(" ", "\n", 1), justify="right" if number else "left")
     for row in table_rows(report):
         table.add_row(*row)
@@ -59,9 +59,9 @@ def markdown_rows(headings: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def table_rows(report: PruneReport) -> list[Row]:
-    """Every cell as text, in the order of ``HEADINGS``: the dense model first, then the model after each shot.
+    """Rows of cells as text, in the order of ``HEADINGS``: the dense model first, then the model after each shot.
 
-    Bytes on disk and speed are known of the dense and of the final model only.
+    Bytes on disk and speed are known for the dense and the final model only.
     """
     export, speed = report.export, report.speed
     rows = [
@@ -90,7 +90,7 @@ def table_rows(report: PruneReport) -> list[Row]:
 
 
 def dense_and_pruned(report: PruneReport) -> list[Row]:
-    """The dense model beside the pruned one, a measure in each row: name, dense, pruned, and their ratio.
+    """Rows of the dense model beside the pruned one, a measure in each row: name, dense, pruned, and their ratio.
 
     Measures without a number are left out.
     """
@@ -128,7 +128,7 @@ def _times(before: float | None, after: float | None) -> str:
 
 
 def footnotes(report: PruneReport) -> list[str]:
-    """Say what the columns count and how they were measured, one sentence or two a line."""
+    """Notes on the meaning of the columns and the way of measuring, a sentence or two in each."""
     notes = [
         "Size kept is the share of the prunable weights; embeddings and lm_head are not pruned and not in the "
         "prunable count.",
@@ -137,7 +137,7 @@ def footnotes(report: PruneReport) -> list[str]:
     if not report.smaller:
         notes.append("Removed weights are stored as zeros: neither the files nor the time per token shrink.")
     measured = [report.dense_perplexity, *(shot.perplexity for shot in report.shots)]
-    # All states are measured alike, so this is one line; were they not, the reader must see it.
+    # All states are measured alike, which makes one note. If they were not, the reader would see several.
     notes += dict.fromkeys(perplexity_note(perplexity) for perplexity in measured if perplexity is not None)
     if report.speed is not None:
         notes.append(_speed_note(report.speed))
@@ -174,7 +174,7 @@ def _pruned_layers(report: PruneReport) -> str:
 
 
 def perplexity_note(perplexity: Perplexity) -> str:
-    """Say on what and how a perplexity was measured."""
+    """Note on the text of a perplexity and the way of measuring."""
     begun = " each begun with the token that begins a text," if perplexity.bos else ""
     return (
         f"Perplexity: {perplexity.data}; windows of {perplexity.window:,} tokens,{begun} stride {perplexity.stride:,}, "
@@ -193,5 +193,5 @@ def _speed_note(speed: SpeedComparison) -> str:
 
 
 def escape(text: str) -> str:
-    """Keep the names of data and patterns of layers from being read as Markdown."""
+    """Escape text for Markdown, such as names of data and patterns of layers."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)

@@ -1,4 +1,4 @@
-"""What the tasks gave, as a table for the terminal: a row a task, the mean, and what the mean is of."""
+"""Scores of tasks as a table for the terminal: a row for each task, the mean, and notes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OWN_COLUMNS = ("acc", "acc_norm")
 
 
 def task_table(model: str, scores: TaskScores) -> Table:
-    """Draw the tasks of one model for a terminal of 100 columns, and the way of measuring below them."""
+    """Draw the tasks of one model for a terminal of 100 columns, with notes on the way of measuring below."""
     table = Table(
         title=Text(model),
         caption=Text("\n".join(task_notes(scores))),
@@ -27,19 +27,19 @@ def task_table(model: str, scores: TaskScores) -> Table:
     for score in scores.scores:
         table.add_row(*_row(score))
     for failure in scores.failures:
-        # The reason goes to standard error, and is in the JSON.
+        # The cause is printed to standard error, and is in the JSON file.
         table.add_row(failure.task, "failed", "", "", "")
     if scores.mean is not None:
         table.add_section()
         mean = f"{100 * scores.mean:.2f} %"
-        # In the column of acc only if it is of nothing else.
+        # The mean is in the column of acc only if all accuracies are acc.
         of_acc = all(score.accuracy in (None, "acc") for score in scores.scores)
         table.add_row("mean", *((mean, "", "", "") if of_acc else ("", "", mean, "")))
     return table
 
 
 def task_notes(scores: TaskScores) -> list[str]:
-    """What the mean is of and what is missing in it, what makes it less than it seems, and how it was measured."""
+    """Notes on the mean and the tasks that it lacks, on reservations about the scores, and on the way of measuring."""
     return [*_notes_on_the_mean(scores), *_reservations(scores), *_notes_on_measuring(scores)]
 
 
@@ -69,7 +69,7 @@ def _reservations(scores: TaskScores) -> list[str]:
 
 
 def _drawn(score: TaskScore) -> str:
-    """A task whose solved examples are measured samples, and how many of them if not all are."""
+    """Name of a task whose solved examples are measured samples, with the number of these if not all are."""
     if score.examples_measured == score.examples:
         return score.task
     return f"{score.task} ({score.examples_measured:,} of {score.examples:,})"
@@ -103,6 +103,6 @@ def _percent(metric: TaskMetric | None) -> str:
 
 
 def _other(metric: TaskMetric) -> str:
-    """Not as a percentage: the scale is the metric's own."""
+    """Write a metric in its own scale, which is no percentage."""
     error = "" if metric.stderr is None else f" \N{PLUS-MINUS SIGN} {metric.stderr:.4g}"
     return f"{metric.value:.4g}{error}"

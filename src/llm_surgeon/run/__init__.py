@@ -1,1 +1,1 @@
-"""One opening, the shots, the checkpoints and the export of a run."""
+"""Runs: their opening, their shots, their directory with the checkpoints, and their export."""

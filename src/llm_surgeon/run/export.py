@@ -33,7 +33,7 @@ _PROMPT, _GENERATED = 512, 32
 
 
 def export_shot(job: Job, run: RunDirectory, state: RunState) -> None:
-    """Export a shot that is to be exported as well, unless that was done before; the last one is the result."""
+    """Export a shot that the recipe names in ``export_shots``, unless it is exported already or is the last shot."""
     shot = state.shot
     directory = run.export / f"shot-{shot}"
     if shot in job.config.export_shots and shot < job.config.shots and not directory.exists():
@@ -51,15 +51,18 @@ def export_result(
     dense: str | None = None,
     asked: PruneConfig | None = None,
 ) -> PruneReport:
-    """Write the model as it is, check it and time it.
+    """Write the model as it is, check the export and time it.
 
     Args:
-        job: What was worked on.
-        state: What is left, and what is known so far.
-        directory: Where to write.
-        place: Where the directory will be in the end.
-        dense: What to time the result against.
-        asked: The recipe as it was given, if this is its result.
+        job: The run.
+        state: State of the run, with the report so far.
+        directory: Directory to write to.
+        place: Path that the directory will have in the end.
+        dense: Source of the dense model to time the result against; None does not time it.
+        asked: The recipe as it was given, if this export is its result.
+
+    Returns:
+        The report, with the export, and with speed and target if they were measured.
     """
     logger.info("writing the export and reloading it in a fresh process")
     report, keep = report_of(state), smaller(state.masks)
@@ -86,14 +89,14 @@ def export_result(
 
 
 def _write(exported: Exported, form: Format, export: Path) -> FormatRecord:
-    """Write a model in one format into the directory of the export, and check what was written."""
+    """Write a model in one format into the directory of the export, and verify the files."""
     own = form.name if form.own_directory else ""
     directory = export / own
     with writing(directory, sum(parameter.nbytes for parameter in exported.model.parameters())):
         directory.mkdir(parents=True, exist_ok=True)
         plain = form.write(exported, directory)
         readable_as_others(directory)
-        # The model is about to be there once or twice more, in the reload check and for speed.
+        # The reload check and the timing need the model in memory once or twice more.
         hand_back_freed_memory()
         check = form.verify(exported, directory, plain)
     return FormatRecord(
@@ -108,7 +111,7 @@ def _write(exported: Exported, form: Format, export: Path) -> FormatRecord:
 
 
 def smaller(masks: Masks) -> dict[str, KeepMask] | None:
-    """The masks if the matrices have shrunk; None if there are zeros in matrices of the old shape."""
+    """Masks of rows and columns if the matrices have shrunk; None if zeros are stored in matrices of the old shape."""
     shrunk = {name: mask for name, mask in masks.items() if isinstance(mask, KeepMask)}
     return shrunk or None
 

@@ -1,4 +1,4 @@
-"""The shots of a run, measured and put on record one by one."""
+"""The shots of a run, each measured and put on record."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A session with its texts, and what report and export say of it.
+    """A session with its texts, and with names and files for the report and the export.
 
     Attributes:
-        session: The run; its model is dense, or as a checkpoint has left it.
+        session: The run, whose model is dense, or as a checkpoint has left it.
         tokenizer: Tokenizer of the model.
-        texts: Both texts.
+        texts: Calibration and evaluation text.
         source: Name of the model.
         command: The command line; None if the run was called from Python.
         plan: The plan of the run; None without one.
-        files: Directory of the dense checkpoint, whose tokenizer and licence go along with the result; None if the
-            model comes from none.
+        files: Directory of the dense checkpoint, whose tokenizer and licence go along with the result; None if there is
+            no such directory.
     """
 
     session: Session
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def anatomy(self) -> Anatomy:
-        """The prunable layers of the dense model."""
+        """Anatomy of the dense model."""
         return self.session.anatomy
 
     @property
@@ -73,7 +73,7 @@ class Job:
 
 
 def report_of(state: RunState) -> PruneReport:
-    """The report up to the shot of a state that has one."""
+    """The report of a state, which has to have one."""
     assert state.report is not None, "a run keeps its report"
     return state.report
 
@@ -81,16 +81,16 @@ def report_of(state: RunState) -> PruneReport:
 def run_job(
     job: Job, after_shot: Callable[[RunState], None] = lambda _state: None, since: RunState | None = None
 ) -> RunState:
-    """Prune in place, with an evaluation before the first shot and after each.
+    """Prune in place, with an evaluation before the first shot and after each shot.
 
     Args:
-        job: The run; its model is dense, or as ``since`` says.
-        after_shot: Takes the state of the run while the model is as that says: after each shot, and once more when the
-            shot's perplexity is known. What can be lost is then kept before the evaluation.
-        since: State of an earlier run of the same job, with its report.
+        job: The run, whose model is dense, or in the state of ``since``.
+        after_shot: Function that is called with the state of the run: after each shot, and once more when the shot's
+            perplexity is known. A checkpoint is thus written before the evaluation, which may fail.
+        since: State of an earlier run of the same job, with its report; None begins with the first shot.
 
     Returns:
-        The state after the last shot, with the report; the export is the caller's.
+        The state after the last shot, with the report; the caller exports the model.
     """
     state = None if since is None else _measured(job, _continued(since), after_shot)
     report = _dense_report(job) if state is None else report_of(state)
@@ -112,7 +112,7 @@ def run_job(
 
 
 def _measured(job: Job, state: RunState, after_shot: Callable[[RunState], None]) -> RunState:
-    """Measure the model as it is after the last shot of a report, if that is still to be done, and put it on record."""
+    """Measure the model after the last shot of a report, unless that is done, and put the perplexity on record."""
     report, text = report_of(state), job.texts.evaluation
     last = report.shots[-1]
     if text is not None and last.perplexity is None:
@@ -162,7 +162,7 @@ def _dense_report(job: Job) -> PruneReport:
 
 
 def _continued(since: RunState) -> RunState:
-    """The state of an earlier run, which now goes on."""
+    """State of an earlier run, with the shot after which it continues in its report."""
     report = report_of(since)
     continued = *report.continued, since.shot
     return replace(since, report=report.model_copy(update={"continued": continued, "versions": versions()}))
@@ -171,7 +171,7 @@ def _continued(since: RunState) -> RunState:
 def measure(
     model: PreTrainedModel, text: EvaluationText, progress: Progress, words: str, processes: Processes = ALONE
 ) -> Perplexity:
-    """Perplexity, with the progress of this process shown."""
+    """Measure perplexity, and show the progress of this process."""
     with progress.phase(words, len(processes.own(text.windows)) * text.stride) as phase:
         return perplexity(model, text, phase.advance, processes=processes)
 
@@ -186,7 +186,7 @@ def _shot_record(result: ShotResult, job: Job) -> ShotRecord:
         shot=result.shot,
         target_sparsity=result.target_sparsity,
         sparsity=1 - weights / dense,
-        # Zeros that are stored are no parameters.
+        # Stored zeros do not count as parameters.
         size=Size(prunable=weights, total=parameters - (stored - weights)),
         threshold=result.threshold,
         structures_removed=result.removed,
@@ -215,5 +215,5 @@ def _layer_records(anatomy: Anatomy, masks: Masks) -> list[LayerRecord]:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters of a model, tied ones once."""
+    """Number of parameters of a model, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,7 +1,7 @@
 """The opening of a run: everything that is checked, read and loaded before the first shot.
 
-``prune``, ``prune_checkpoint``, ``compare`` and ``plan`` open their runs here. Each step finds out what it can before
-the next one, which costs more.
+``prune``, ``prune_checkpoint``, ``compare`` and ``plan`` open their runs here. Each step checks all that it can before
+the next step, which costs more.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opening:
-    """A run on a checkpoint of which the configuration is read, and no weight.
+    """A run on a checkpoint whose configuration is read, but no weight.
 
     Attributes:
-        model: The model as it was named.
+        model: Name of the model, as it was given.
         skeleton: The model without its weights.
         config: The recipe with the sparsity of its target, unless that has to be timed.
         processes: The processes that share the run.
@@ -67,12 +67,12 @@ class Opening:
         """Read and tokenise the texts of the recipe.
 
         Args:
-            digest: Digest that the tokens must have, if there are results with them already.
+            digest: Digest that the tokens must have, if there are results with these tokens already.
 
         Raises:
-            DataError: If a text cannot be read or is too short, if the model does not know its tokens, or if it is not
-                the text of the digest.
-            ConfigError: If the windows make no sense.
+            DataError: If a text cannot be read or is too short, if the model does not know its tokens, or if the tokens
+                do not have the digest.
+            ConfigError: If the windows do not fit the text or each other.
         """
         _announce(self.processes, "reading and tokenising the texts")
         settings = self.skeleton.network.config
@@ -91,20 +91,20 @@ class Opening:
 
 @dataclass(frozen=True)
 class OpenedTexts:
-    """A run on a checkpoint whose texts are read as well."""
+    """A run on a checkpoint whose configuration and texts are read, but no weight."""
 
     opening: Opening
     tokenizer: PreTrainedTokenizerBase
     texts: Texts
 
     def plan(self, config: PruneConfig, device: torch.device, probe: bool = False, place: Place | None = None) -> Plan:
-        """The plan of the run.
+        """Plan the run.
 
         Args:
             config: The recipe, with its sparsity.
             device: The device of this process.
             probe: Whether to load the model, and to time and measure one batch.
-            place: The process among those that share the run; None for the only one.
+            place: Place of this process among those that share the run; None if it is the only one.
         """
         opening = self.opening
         _announce(opening.processes, "planning the run")
@@ -118,13 +118,13 @@ class OpenedTexts:
         plan: Plan | None = None,
         command: str | None = None,
     ) -> Job:
-        """Load the model that everything has been checked for.
+        """Load the weights, and begin the session; all checks without weights are done before.
 
         Args:
-            config: The recipe as it came out so far.
+            config: The recipe as resolved so far.
             device: The device of this process.
             progress: Display of progress; None shows nothing.
-            plan: The plan of the run, if there is one.
+            plan: The plan of the run; None without one.
             command: The command line, for the report.
         """
         opening, processes = self.opening, self.opening.processes
@@ -140,12 +140,12 @@ class OpenedTexts:
         store = _store(config, plan, device)
         session = Session(network, anatomy, self.texts.calibration, config, shown, store, processes)
         files = local_directory(opening.skeleton.source)
-        # Before a checkpoint is restored into the model.
+        # The dense copy is made before a checkpoint is restored into the model.
         return Job(with_dense(session), self.tokenizer, self.texts, opening.model, command, plan, files)
 
 
 def open_checkpoint(model: str, config: PruneConfig, processes: Processes = ALONE) -> Opening:
-    """Read the configuration of a checkpoint, and find out whether the recipe fits it.
+    """Read the configuration of a checkpoint, and check that the recipe fits it.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
@@ -176,11 +176,11 @@ def open_model(
     """Open a run on a model that is in memory.
 
     Args:
-        model: The dense model; is of a supported kind, see ``given``.
-        tokenizer: Its tokenizer.
+        model: The dense model, which has been checked by ``session.given``.
+        tokenizer: Tokenizer of the model.
         config: The recipe.
         progress: Display of progress; None shows nothing.
-        source: Name of the model; empty takes the one that it has.
+        source: Name of the model; empty takes the name in its configuration.
         processes: The processes that share the run.
         corpus: The calibration text, if it is in memory; None reads the one that the recipe names.
 
@@ -207,7 +207,7 @@ def open_model(
 
 
 def check_recipe(config: PruneConfig, processes: Processes) -> None:
-    """Find out what a recipe and this machine say by themselves.
+    """Check a recipe against this machine, without a model.
 
     Raises:
         ConfigError: If an optional package is missing, weights cannot be streamed here, or samples are too few.
@@ -218,17 +218,17 @@ def check_recipe(config: PruneConfig, processes: Processes) -> None:
 
 
 def without_evaluation(opened: OpenedTexts) -> OpenedTexts:
-    """The opening without its evaluation text: shots are then not measured."""
+    """The opening without its evaluation text, so that shots are not measured."""
     return replace(opened, texts=Texts(opened.texts.calibration, None))
 
 
 def shown_in_first(progress: Progress | None, processes: Processes) -> Progress:
-    """Progress in the first process only: that of the others is much the same."""
+    """Progress of the first process, as the other processes' progress is much the same; others show nothing."""
     return progress if progress is not None and processes.first else SilentProgress()
 
 
 def _store(config: PruneConfig, plan: Plan | None, device: torch.device) -> TensorStore | None:
-    """The store in which a run that goes layer by layer lets wait what it cannot hold; None batch by batch."""
+    """The store for tensors that wait in a run that goes layer by layer; None if it goes batch by batch."""
     if (plan.order if plan else config.order) != "layer-major":
         return None
     limits: dict[str, int | None] = {}
@@ -239,6 +239,6 @@ def _store(config: PruneConfig, plan: Plan | None, device: torch.device) -> Tens
 
 
 def _announce(processes: Processes, words: str) -> None:
-    """Say what is being done while nothing can be counted."""
+    """Log a step that has no progress to count."""
     if processes.first:
         logger.info(words)

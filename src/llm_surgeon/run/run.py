@@ -1,4 +1,4 @@
-"""Runs as people call them: prune a model in memory or a checkpoint, plan a run, evaluate a model."""
+"""The functions of the package: prune a model in memory or a checkpoint, plan a run, evaluate a model."""
 
 from __future__ import annotations
 
@@ -62,37 +62,38 @@ def prune(
     """Prune a model in place, and export it if asked.
 
     ``prune(model, tokenizer, texts=[...], sparsity=0.2, progress=True)`` is a whole call. Afterwards
-    ``model.save_pretrained`` writes what transformers loads again; ``out`` writes the report and the model card as
-    well, and checks the export. If an error stops a shot half-way, some layers are pruned and others are not: start
-    again from the dense model. There are no checkpoints; ``prune_checkpoint`` makes them, as what it begins with can
-    be loaded again.
+    ``model.save_pretrained`` writes files that transformers loads again; ``out`` writes the report and the model card
+    as well, and checks the export. If an error stops a shot half-way, some layers are pruned and others are not: start
+    again from the dense model. There are no checkpoints. ``prune_checkpoint`` makes them, as it can load its dense
+    model again.
 
-    Processes of torchrun that all call it with the same model and recipe share the work, and each has the result.
+    Processes of torchrun that all call this function with the same model and recipe share the work. Each has the
+    result.
 
     Args:
         model: A dense causal language model of a supported family.
-        tokenizer: Its tokenizer.
-        config: The recipe, or a mapping of its options; its ``device`` and ``dtype`` are of use when a checkpoint is
-            loaded, not here: the model is pruned where it is and as it is.
+        tokenizer: Tokenizer of the model.
+        config: The recipe, or a mapping of its options. ``device`` and ``dtype`` have no effect: the model is pruned on
+            its device and in its type.
         texts: Calibration texts in memory, a document each; None reads the text that the recipe names
             (``calibration``).
         out: Directory to export to, with the reload check of ``prune_checkpoint``; must not exist, or be empty.
-        progress: Display of progress; True shows bars, or lines where there is no terminal.
+        progress: Display of progress; True shows bars, or lines where there is no terminal; None shows nothing.
         source: Name of the model, for the report.
-        **options: Options of the recipe by name, which go before those of ``config``.
+        **options: Options of the recipe by name, which take precedence over ``config``.
 
     Returns:
-        The report of the run. Speed is not in it: the dense model is gone by then.
+        The report. It has no speed, as the dense model is gone by then.
 
     Raises:
-        UnsupportedModelError: If the model is none of transformers' causal language models, or there is no entry for
-            its architecture.
+        UnsupportedModelError: If the model is not a causal language model of transformers, or its architecture has no
+            entry.
         ConfigError: If the recipe is not valid or does not fit the model.
         DataError: If there is too little text.
         NonFiniteError: If activations, gradients or costs are not finite.
         NotPositiveDefiniteError: If a factor cannot be decomposed even with more damping.
         OutputError: If ``out`` cannot be used.
-        ExportMismatchError: If the reloaded export computes something else.
+        ExportMismatchError: If the reloaded export does not compute the same as the model.
         ProcessError: If another process of the run is gone.
     """
     corpus = None if texts is None else corpus_of(texts)
@@ -149,7 +150,7 @@ def _check_in_memory(config: PruneConfig, *, exported: bool) -> None:
 
 @contextmanager
 def _directory(out: Path, processes: Processes) -> Iterator[RunDirectory | None]:
-    """The directory of the run, for the first process, which writes for all; None for the others."""
+    """Directory of the run for the first process, which writes for all; None for the other processes."""
     with run_directory(out) if processes.first else nullcontext(None) as run:
         yield run
 
@@ -174,22 +175,22 @@ def evaluate(
     """Token perplexity of a model on a text.
 
     Args:
-        model: Dense or pruned.
-        tokenizer: Its tokenizer.
-        data: A hub data set id, a local file, or ``demo[:en|fr|es]``, of which the part that calibration never sees
-            is taken.
-        window: Tokens per window.
-        stride: Tokens between windows; the window if None.
-        max_tokens: Tokens of the text that are used, at most.
-        precision: ``bfloat16`` or ``float32``.
+        model: A dense or pruned model.
+        tokenizer: Tokenizer of the model.
+        data: A hub data set id, a local file, or ``demo[:en|fr|es]``; of the demo text, the part that calibration never
+            sees.
+        window: Number of tokens per window.
+        stride: Number of tokens between the beginnings of windows; None takes the window.
+        max_tokens: Largest number of tokens of the text to use.
+        precision: ``bfloat16`` or ``float32`` arithmetic.
         bos: Whether each window begins with the token that begins a text: ``auto`` (where the tokenizer puts one),
             ``always`` or ``never``.
-        progress: Where progress is shown; nowhere if None.
+        progress: Display of progress; None shows nothing.
 
     Raises:
         DataError: If the text cannot be read, is shorter than a window, or has tokens that the model does not know.
         ConfigError: If the stride exceeds the window, or the window the positions that the model has learned.
-        UnsupportedModelError: If the model is none of transformers' causal language models.
+        UnsupportedModelError: If the model is not a causal language model of transformers.
     """
     check_model(model)
     check_tokenizer(tokenizer)
@@ -209,28 +210,28 @@ def plan(
     processes: int = 1,
     **options: Any,
 ) -> Plan:
-    """Say what pruning a checkpoint will take and give, without loading its weights.
+    """Plan the pruning of a checkpoint without loading its weights: its sizes, its memory and its time.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
         config: The recipe, or a mapping of its options.
-        probe: Whether to load the model after all, and to time and measure one batch; for one process.
-        processes: How many of this machine are to share the run.
-        **options: Options of the recipe by name, which go before those of ``config``.
+        probe: Whether to load the model after all, and to time and measure one batch; for one process only.
+        processes: Number of processes of this machine that are to share the run.
+        **options: Options of the recipe by name, which take precedence over ``config``.
 
     Returns:
-        Sizes, memory and seconds by phase, disk, and engines that load the result. Memory of the host is that of this
+        Sizes, memory and seconds by phase, disk, and engines that load the result. The host's memory is for this
         process, in which the run is expected.
 
     Raises:
-        SurgeonError: Whatever ``prune_checkpoint`` raises before it loads the model; ``probe`` raises what a pass does.
+        SurgeonError: Errors of ``prune_checkpoint`` before it loads the model; with ``probe``, errors of a pass too.
     """
     model, config = str(model), as_recipe(config, options)
     if processes < 1:
         raise ConfigError(f"A run in {processes} processes cannot be planned.", "Give 1 or more.")
     if probe and processes > 1:
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
-    # Not joined with any: they share in numbers only.
+    # These processes do not exist: only their number counts.
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)
     device, opening = resolve_device(config.device), open_checkpoint(model, config)
     if opening.config.target is not None:
@@ -251,27 +252,26 @@ def prune_checkpoint(
     command: str | None = None,
     **options: Any,
 ) -> PruneReport:
-    """Prune a checkpoint, export it, check the export in a fresh process, and measure both.
+    """Prune a checkpoint, export it, check the export in a fresh process, and measure dense and pruned model.
 
-    What the run needs to go on after a shot is kept in a directory beside ``out``, see ``run_directory``: however the
-    process ends, the same call continues after the last shot that was complete. Whatever fails, nothing is left at
-    ``out``.
+    Checkpoints of the run are kept in a directory beside ``out``, see ``run_directory``. However the process ends, the
+    same call continues after the last complete shot. After an error there is nothing at ``out``.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
         out: The directory to make; must not exist, or be empty.
         config: The recipe, or a mapping of its options.
-        progress: Display of progress; True shows bars, or lines where there is no terminal.
+        progress: Display of progress; True shows bars, or lines where there is no terminal; None shows nothing.
         command: The command line, for the report.
-        **options: Options of the recipe by name, which go before those of ``config``.
+        **options: Options of the recipe by name, which take precedence over ``config``.
 
     Raises:
-        OutputError: If ``out`` cannot be used, another process works on it, or what is there to be continued was
-            begun with another recipe, model or text.
-        DiskSpaceError: If the disk is too full, or gets so.
-        ExportMismatchError: If the reloaded export computes something else.
+        OutputError: If ``out`` cannot be used, another process works on it, or the run to continue was begun with
+            another recipe, model or text.
+        DiskSpaceError: If the disk is too full, or becomes too full.
+        ExportMismatchError: If the reloaded export does not compute the same as the model.
         ProcessError: If another process of the run is gone.
-        SurgeonError: Whatever ``prune`` raises.
+        SurgeonError: Errors of ``prune``.
     """
     model, out, config = str(model), as_path(out), as_recipe(config, options)
     display = as_progress(progress)
@@ -314,7 +314,7 @@ def prune_checkpoint(
 
 
 def _begun(run: RunDirectory, config: PruneConfig, texts: Texts) -> tuple[PruneConfig, Checkpoint | None]:
-    """The recipe as it came out when the run was begun, and how far it came; what was measured is not measured again.
+    """The recipe as resolved when the run was begun, without measuring again, and the newest checkpoint.
 
     Raises:
         OutputError: If the run was begun with other texts.
@@ -324,14 +324,14 @@ def _begun(run: RunDirectory, config: PruneConfig, texts: Texts) -> tuple[PruneC
     if former is not None:
         if former.sparsity is not None:
             config = config.at(former.sparsity)
-        # What the memory had room for decides the last bits of the sums.
+        # The order decides the last bits of the sums, and other free memory must not change it.
         if config.order == "auto":
             config = config.model_copy(update={"order": former.circumstances.get("order", "auto")})
     return config, checkpoint
 
 
 def _circumstances(job: Job) -> dict[str, str]:
-    """Circumstances on which the last bits of the weights depend beside the recipe."""
+    """Circumstances beside the recipe on which the last bits of the weights depend."""
     return versions() | {
         "device": job.session.device.type,
         "threads": str(torch.get_num_threads()),
@@ -348,15 +348,15 @@ def _prune_into(
     record: RunRecord | None = None,
     former: Checkpoint | None = None,
 ) -> PruneReport:
-    """Prune, and export within the run's directory before moving that to its place; the first process does, for all.
+    """Prune, export within the run's directory, and move the export to its place; the first process writes for all.
 
     Args:
-        job: What to work on; its model is dense.
-        run: Where; None in other processes than the first.
+        job: The run, whose model is dense.
+        run: Directory of the run; None in other processes than the first.
         asked: The recipe as it was given.
-        dense: What to time the result against.
-        record: For the checkpoints; None makes none.
-        former: The checkpoint to continue after.
+        dense: Source of the dense model to time the result against; None does not time it.
+        record: Record for the checkpoints; None makes no checkpoints.
+        former: The checkpoint to continue after; None begins with the first shot.
     """
     processes = job.session.processes
 
@@ -378,12 +378,12 @@ def _prune_into(
         checkpoints = processes.from_first(lambda: _the(run).checkpoints)
         since = replace(checkpoints.restore(former.shot, job.model, job.anatomy), report=former.report)
         if job.texts.evaluation is None or former.report.shots[-1].perplexity is not None:
-            # It may have been ended between checkpoint and export.
+            # The earlier process may have ended between checkpoint and export.
             processes.from_first(lambda: export_shot(job, _the(run), since))
     state = run_job(job, lambda state: processes.from_first(lambda: keep(state)), since)
     save_as_pruned(job.model, job.anatomy, smaller(state.masks))
-    # Zeros in matrices of the old shape take as long to multiply by as any number, and weights that come from a disk
-    # as long as the disk takes.
+    # Timing makes sense only for smaller matrices, as zeros take as long to multiply by as any number, and only for
+    # resident weights, as streamed weights take as long as the disk does.
     resident = weights_of(job.model).blocks is None
     timed = dense if resident and smaller(state.masks) else None
 

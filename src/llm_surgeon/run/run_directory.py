@@ -1,8 +1,8 @@
-"""The directory of a run, ``OUT.run`` beside its output: who works on it, what it works on, how far it has come.
+"""The directory of a run, ``OUT.run`` beside its output: a lock, the run's identity, its checkpoints and its export.
 
-All that a run writes is in there until ``OUT`` appears, complete, and the directory goes. What a killed process leaves
-is thus in one place, where the next one finds it. There are ``run.json`` and ``recipe.yaml`` (what the run works on),
-checkpoints, ``export`` (what becomes ``OUT``) and, once that is complete, ``report.json``.
+A run writes only into this directory, until the complete ``OUT`` appears and the directory is removed. All that a
+killed process leaves is thus in one place, where the next process finds it: ``run.json`` and ``recipe.yaml`` (identity
+and recipe of the run), checkpoints, ``export`` (which becomes ``OUT``) and, when that is complete, ``report.json``.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from llm_surgeon.system.files import PARTIAL, check_output, flush, in_place, syn
 logger = logging.getLogger(__name__)
 
 _LOCK, _RUN, _RECIPE, _REPORT = "lock", "run.json", "recipe.yaml", "report.json"
-# Bytes of these, generously.
+# Upper bound of the bytes of these files.
 _WORDS = 2**20
 _Kind = TypeVar("_Kind", bound=Record)
 
 
 class RunDirectory:
-    """The directory of a run on which nobody else works, see ``run_directory``.
+    """The directory of a run, locked for this process, see ``run_directory``.
 
     Attributes:
-        out: Where the export goes in the end.
+        out: Path of the export in the end.
         path: The directory.
-        export: What becomes ``out``.
-        checkpoints: Of the run.
-        former: What an earlier process worked on here, if there is anything to go on with.
+        export: Directory that becomes ``out``.
+        checkpoints: Checkpoints of the run.
+        former: Identity of the run that an earlier process began here; None if nothing can be continued.
     """
 
     def __init__(self, out: Path) -> None:
@@ -51,23 +51,23 @@ class RunDirectory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that are there already."""
+        """Bytes of the files in the directory."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     @property
     def finished(self) -> PruneReport | None:
-        """The report of a run whose export is complete, in here or at its place already."""
+        """Report of a run whose export is complete, in this directory or at ``out``; None if it is not complete."""
         there = self.export.is_dir() or (self.out / _REPORT).is_file()
         return _read(self.path / _REPORT, PruneReport) if there else None
 
     def expect(self, now: Mapping[str, Any]) -> None:
-        """Make sure that what the run works on is what it was; without a shot to lose, what was there is forgotten.
+        """Check that the run's identity is the former one; a former run without a complete shot is discarded instead.
 
         Args:
-            now: Some entries of the ``RunRecord``.
+            now: Some entries of the ``RunRecord``, by name.
 
         Raises:
-            OutputError: If it is not; says what has changed.
+            OutputError: If the identity differs, with the differences.
         """
         if self.former is None:
             return
@@ -83,10 +83,10 @@ class RunDirectory:
         )
 
     def refuse_former(self) -> None:
-        """Make sure that no run is lost by one that keeps no checkpoints; without a shot to lose, it is forgotten.
+        """Refuse to replace a run that can be continued; a former run without a complete shot is discarded.
 
         Raises:
-            OutputError: If one would be.
+            OutputError: If there is a run that can be continued.
         """
         if self._worth_keeping:
             raise OutputError(
@@ -96,11 +96,11 @@ class RunDirectory:
         self._forget()
 
     def begin(self, record: RunRecord, config: PruneConfig) -> None:
-        """Write down what the run works on.
+        """Write the identity of the run and its recipe.
 
         Args:
-            record: What has to be found again.
-            config: The recipe with the sparsity that its target came to.
+            record: Identity that a continued run must have.
+            config: The recipe, with the sparsity for its target.
         """
         if self.former is not None:
             for line in differences(self.former.circumstances, record.circumstances):
@@ -111,13 +111,13 @@ class RunDirectory:
                     path.write_text(text, encoding="utf8")
 
     def finish(self, report: PruneReport) -> PruneReport:
-        """Let the complete export appear at ``out``.
+        """Move the complete export to ``out``.
 
         Args:
-            report: Of the whole run.
+            report: Report of the whole run.
 
         Raises:
-            OutputError: If something appeared there meanwhile.
+            OutputError: If something has appeared at ``out`` in the meantime.
         """
         with writing(self.path, _WORDS):
             if self.finished is None:
@@ -128,14 +128,14 @@ class RunDirectory:
         return report
 
     def _put_in_place(self) -> None:
-        # If it is not there, an earlier process was ended after this.
+        # Without the directory, an earlier process has moved it already.
         if self.export.is_dir():
             check_output(self.out)
             os.replace(self.export, self.out)  # replaces an empty directory too
             sync(self.out.parent)
 
     def leave(self) -> None:
-        """Keep what the same command can go on with, and say so; or nothing."""
+        """Keep the files with which the same command continues, and say so; without any, remove the directory."""
         if not self._worth_keeping:
             self.remove()
             return
@@ -165,7 +165,7 @@ class RunDirectory:
         return described and (self.finished is not None or any(_shot_exports(self.export)))
 
     def _tidied(self) -> RunRecord | None:
-        """Remove what a killed process has left half-done; returns what it worked on."""
+        """Remove unfinished files of a killed process, and return the identity of its run."""
         newest = self.checkpoints.newest()
         record = _read(self.path / _RUN, RunRecord) if newest is None else newest.run
         if record is None:
@@ -186,7 +186,7 @@ class RunDirectory:
                 _remove(path)
 
     def _empty(self) -> None:
-        """Remove all but the lock; the report last, as long as it is there all that is left to do is this."""
+        """Remove all files but the lock. The report goes last: while it is there, only this removal is left to do."""
         entries = [path for path in self.path.iterdir() if path.name != _LOCK]
         for path in sorted(entries, key=lambda path: path.name == _REPORT):
             _remove(path)
@@ -194,13 +194,14 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def run_directory(out: Path) -> Iterator[RunDirectory]:
-    """The directory of the run whose output ``out`` is, made if need be; this process's alone until the block ends.
+    """Make or open the directory of the run with the output ``out``, and lock it until the block ends.
 
-    It goes when the block ends well. If not, it stays as far as the same command can go on with it.
+    The directory is removed if the block ends without an error. Otherwise the files stay with which the same command
+    continues.
 
     Raises:
-        OutputError: If ``out`` cannot be used, another process works on it, or its run directory is none, or was left
-            by another version of this package.
+        OutputError: If ``out`` cannot be used, another process works on it, or ``OUT.run`` is no run directory, or one
+            of another version of this package.
     """
     out = Path(os.path.abspath(out))
     with _locked(out):
@@ -248,16 +249,16 @@ def _path_of(out: Path) -> Path:
 
 
 def _shot_exports(export: Path) -> Iterator[Path]:
-    """The exports of single shots that are complete."""
+    """Directories of the complete exports of single shots."""
     for path in export.iterdir() if export.is_dir() else ():
         if re.fullmatch(r"shot-\d+", path.name):
             yield path
 
 
 def _changes(name: str, before: Any, now: Any) -> list[str]:
-    """What has changed of one entry of the ``RunRecord``, in words."""
+    """Changes of one entry of the ``RunRecord``, in words."""
     if isinstance(before, dict):
-        # An option that did not exist then had its default.
+        # A record of an older version lacks later options; the run had their defaults.
         defaults = PruneConfig.from_mapping({}).resolved() if name == "recipe" else {}
         return differences({key: defaults[key] for key in now if key in defaults} | before, now)
     if name == "texts":
@@ -266,7 +267,7 @@ def _changes(name: str, before: Any, now: Any) -> list[str]:
 
 
 def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
-    """A record, or None if there is none, or a damaged one."""
+    """Read a record; None if there is none, or it is damaged."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:  # a ValidationError is a ValueError
@@ -276,7 +277,7 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
 
 
 def _remove_links(directory: Path) -> None:
-    """Remove links in a directory and below: a run makes none, and would write or empty what they lead to."""
+    """Remove links in a directory and below. A run makes no links, and would write to or empty their targets."""
     for path in directory.iterdir():
         if path.is_symlink():
             logger.warning("%s is a link that no run has made, and is removed", path)
@@ -286,7 +287,7 @@ def _remove_links(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    # A link goes itself; what it leads to is not the run's.
+    # Of a link only the link itself is removed: its target does not belong to the run.
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,7 +1,7 @@
-"""The kinds of part that a block is made of: one file each.
+"""Kinds of parts that a block is made of: one file each.
 
-A family's entry names the parts of a block (``Family.parts``). Another kind is a ``PartEntry`` and a ``Part`` in one
-file, here or in code of one's own; nothing else has to know of it (``docs/families.md``).
+A family's entry names the parts of a block (``Family.parts``). A new kind is a ``PartEntry`` and a ``Part`` in one
+file, here or in code of your own; no other file changes (``docs/families.md``).
 """
 
 from llm_surgeon.models.parts.attention import Attention, AttentionPart

@@ -1,4 +1,4 @@
-"""Attention: the rows and columns of its projections that are heads, and their dimensions."""
+"""Attention parts: the rows and columns of the projections that make up heads and their dimensions."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from llm_surgeon.models.parts.part import (
     rows_of,
 )
 
-# How the rows of queries, keys and values lie: each in a layer of their own; in one layer, all queries first, then
-# all keys, then all values; in one layer, head by head (queries, keys and values of a head together).
+# Layout of the rows of queries, keys and values. "separate": in three layers. "stacked": in one layer, all queries
+# first, then all keys, then all values. "by head": in one layer, queries, keys and values of a head together.
 Layout = Literal["separate", "stacked", "by head"]
 
-# What an attribute of an attention module counts: query heads, key/value heads, query heads that share one of these,
-# or the dimensions of all query heads.
+# Meaning of an attribute of an attention module: the number of query heads, of key/value heads, of query heads that
+# share a key/value head, or of the dimensions of all query heads.
 Count = Literal["heads", "key/value heads", "shared", "width"]
 
 
 @dataclass(frozen=True)
 class Attention(PartEntry):
-    """Names, within a block, of the attention and its linear layers.
+    """Names of an attention part's module and linear layers, within a block.
 
-    Heads are read from the configuration: ``num_attention_heads``, ``num_key_value_heads`` if it has them, and the
-    head dimension from the width of the output matrix.
+    The numbers of heads are read from the configuration (``num_attention_heads``, and ``num_key_value_heads`` if it has
+    that), the head dimension from the width of the output matrix.
 
     Attributes:
-        module: The attention itself, which is called with the hidden states and returns its output and something.
+        module: The attention module, which is called with the hidden states and returns a tuple, its output first.
         query: The query projection.
-        key: The key projection; the same name if it is one matrix with the queries.
-        value: The value projection; the same name if it is one matrix with the queries.
+        key: The key projection; the query projection's name if they are one matrix.
+        value: The value projection; the query projection's name if they are one matrix.
         output: The output projection.
         rotary: Whether dimension d of a head is rotated together with d + rotated / 2, which ties the two; the number
             of rotated dimensions is read from the configuration.
-        layout: How the rows of queries, keys and values lie.
-        head_norms: Norms over the dimensions of each head of queries and keys. A dimension whose partner is dead
-            still counts in the norm's denominator, so with them queries and keys do not die together.
-        counts: Attributes of the module, and what of the heads they count: pruned attention has them set anew.
-            ``config.NAME`` is an entry of the module's own configuration.
-        free_heads: Whether the class builds itself with any number of heads from ``num_attention_heads``,
-            ``num_key_value_heads`` and ``head_dim``, so that it needs no code of ours for fewer of them.
+        layout: Layout of the rows of queries, keys and values.
+        head_norms: Norms over the dimensions of each head of queries and keys. A dimension whose partner is dead still
+            counts in the norm's denominator, so queries and keys do not die together if there are such norms.
+        counts: Attributes of the module that count heads or dimensions, and the meaning of each. They are set anew when
+            the attention is pruned. ``config.NAME`` is an entry of the module's own configuration.
+        free_heads: Whether the class can be built with any number of heads from ``num_attention_heads``,
+            ``num_key_value_heads`` and ``head_dim``, so that fewer heads need no modelling file.
     """
 
     structures: ClassVar[tuple[str, ...]] = ("heads", "values")
@@ -69,12 +69,12 @@ class Attention(PartEntry):
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Queries, keys and values, and the output."""
+        """The projections of queries, keys and values, and the output projection."""
         return self.readers, (self.output,)
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Queries, keys and values."""
+        """The projections of queries, keys and values."""
         return self.query, self.key, self.value
 
     @property
@@ -84,17 +84,17 @@ class Attention(PartEntry):
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """The norms of heads."""
+        """Norms over the dimensions of heads."""
         return self.head_norms
 
     @property
     def emptied(self) -> str:
-        """The output projection's name within the attention."""
+        """Name of the output projection within the attention module."""
         return self.output.removeprefix(f"{self.module}.")
 
     @property
     def fixed(self) -> str | None:
-        """The reason why there cannot be fewer heads, if so."""
+        """Reason why the transformers class cannot be built with fewer heads; None if it can be."""
         return None if self.free_heads else "computes the width of a head from the number of heads"
 
     def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> AttentionPart | None:
@@ -130,7 +130,7 @@ class Attention(PartEntry):
 
 
 def _rotated(config: Any, width: int) -> int:
-    """Dimensions that are rotated: all, or a share of them from the first on."""
+    """Number of dimensions of a head that are rotated, from the first on: all of them, or a share."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return int(width * parameters.get("partial_rotary_factor", 1.0))
 
@@ -140,14 +140,14 @@ class AttentionPart(Part):
     """The heads of one block, in the coordinates of the dense model.
 
     Attributes:
-        entry: The names of the layers.
+        entry: Names of the layers.
         block: Number of the block.
-        prefix: What the names of the block's modules begin with.
-        query: Rows ``[kv heads, query heads of each, width]``.
-        key: Rows ``[kv heads, width]``.
-        value: Rows ``[kv heads, width]``.
-        output: Columns ``[kv heads, query heads of each, width]``.
-        rotated: Dimensions of a head that rotary embeddings rotate.
+        prefix: Beginning of the names of the block's modules.
+        query: Rows ``[kv heads, query heads of each, width]`` of the queries.
+        key: Rows ``[kv heads, width]`` of the keys.
+        value: Rows ``[kv heads, width]`` of the values.
+        output: Columns ``[kv heads, query heads of each, width]`` of the output projection.
+        rotated: Number of dimensions of a head that rotary embeddings rotate.
     """
 
     entry: Attention
@@ -161,31 +161,31 @@ class AttentionPart(Part):
 
     @property
     def module(self) -> str:
-        """Path of the attention."""
+        """Path of the attention module."""
         return self.prefix + self.entry.module
 
     @property
     def kv(self) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         return self.query.index.shape[0]
 
     @property
     def shared(self) -> int:
-        """Query heads that share one of the key/value heads."""
+        """Number of query heads that share a key/value head."""
         return self.query.index.shape[1]
 
     @property
     def width(self) -> int:
-        """Dimensions of a head."""
+        """Number of dimensions of a head."""
         return self.query.index.shape[2]
 
     def couplings(self) -> Iterator[Coupling]:
-        """What dies together, from single dimensions to the whole attention.
+        """Couplings of rows and columns, from single dimensions to the whole attention.
 
         A value row feeds the same column of every query head that shares its key/value head. A query dimension meets
-        the key dimension of the same number; rotary embeddings rotate two dimensions into each other, so both of the
-        pair have to be dead. If the output projection reads nothing of a query head, its queries are without effect;
-        if it reads nothing of all that share a key/value head, neither are the keys and values.
+        the key dimension of the same number. Rotary embeddings rotate two dimensions into each other, so both of the
+        pair have to be dead. If the output projection reads nothing of a query head, the head's queries have no effect.
+        If it reads nothing of all query heads that share a key/value head, the keys and values have none either.
         """
         query, key, value, output = (rows.index for rows in (self.query, self.key, self.value, self.output))
         yield Coupling(
@@ -220,7 +220,7 @@ class AttentionPart(Part):
             yield from self._query_key_couplings()
 
     def _query_key_couplings(self) -> Iterator[Coupling]:
-        """Pairs of rotated dimensions, and single dimensions that are not rotated."""
+        """Couplings of queries with keys: pairs of rotated dimensions, and single dimensions that are not rotated."""
         half = self.rotated // 2
         pairs = torch.stack([torch.arange(half), torch.arange(half) + half], dim=1)
         single = torch.arange(self.rotated, self.width).view(-1, 1)
@@ -231,20 +231,20 @@ class AttentionPart(Part):
                 yield Coupling(kind, (rows_of(self.query, query), rows_of(self.key, key)))
 
     def present_heads(self, keep: Mapping[str, KeepMask]) -> Tensor:
-        """Query heads that the attention has to have, ``[kv heads, query heads of each]``; none if none is read.
+        """Query heads that the attention has to have, bool ``[kv heads, query heads of each]``; none if none is read.
 
         Attention needs equally many query heads for each key/value head. Where dead heads leave unequal numbers, some
-        of the dead stay, with outputs that nothing reads.
+        of the dead heads stay, and nothing reads their outputs.
         """
         alive = keep[self.output.layer].columns[self.output.index].any(2)
         most = int(alive.sum(1).max())
-        # The living come first, and among the dead those that were first.
+        # Living heads come first, and then dead heads in their order.
         chosen = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         present = torch.zeros_like(alive).scatter_(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
         return present & alive.any(1, keepdim=True)
 
     def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
-        """Dimensions of the heads that are left: dead heads narrow the attention."""
+        """Dimensions of heads that the attention still has: dead heads narrow it."""
         heads = self.present_heads(keep)
         groups = heads.any(1)[:, None].expand(-1, self.width)
         queries = heads[:, :, None].expand(-1, -1, self.width)
@@ -254,7 +254,7 @@ class AttentionPart(Part):
         yield self.output, "columns", queries
 
     def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
-        """The attention's attributes that count heads, if it has fewer; none of them for an emptied one."""
+        """Attributes of the attention that count heads, if it has fewer heads; no attributes if it is emptied."""
         heads = self.present_heads(keep)
         if not bool(heads.any()):
             return {self.module: {}}
@@ -270,7 +270,7 @@ class AttentionPart(Part):
         return {self.module: {attribute: values[count] for attribute, count in self.entry.counts}}
 
     def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
-        """Numbers of heads, and their width, which does not follow from the numbers any more."""
+        """Entries for the numbers of heads, and for their width, which the numbers of heads no longer determine."""
         heads = self.present_heads(keep)
         return {
             "num_attention_heads": int(heads.sum()),
@@ -279,14 +279,14 @@ class AttentionPart(Part):
         }
 
     def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
-        """Outputs and queries of each head; to scale values or keys would have the same effects."""
+        """Gates on outputs and on queries of each head; gates on values and keys would only repeat these."""
         yield self.output, "columns", self.width
         yield self.query, "rows", self.width
 
     def orders(self) -> Iterator[ChannelOrder]:
-        """The orders of the dimensions within value heads; each head has attention weights of its own."""
+        """Orders of the dimensions within value heads; each head has attention weights of its own."""
         yield ChannelOrder("dimensions of a head", self.output, (self.value,))
 
     def products(self, keep: Mapping[str, KeepMask]) -> int:
-        """Dimensions of all query heads, in which a query meets a key, and a weight a value."""
+        """Number of dimensions of all query heads: each multiplies a query with a key, and a weight with a value."""
         return int(self.present_heads(keep).sum()) * self.width

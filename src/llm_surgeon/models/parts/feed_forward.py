@@ -1,4 +1,4 @@
-"""Feed-forward parts: a first layer or two that are multiplied, neurons, and the layer that reads these."""
+"""Feed-forward parts: one first layer or two whose outputs are multiplied, neurons, and the layer that reads them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from llm_surgeon.models.parts.part import (
 
 @dataclass(frozen=True)
 class FeedForward(PartEntry):
-    """Names, within a block, of the linear layers of its feed-forward part.
+    """Names of the linear layers of a feed-forward part, within a block.
 
     Attributes:
         inputs: Layers whose outputs are multiplied (gate and up) or the single first layer; each row is a neuron. The
             same name twice is one matrix with the rows of both, one after the other.
-        output: The layer that reads the neurons.
-        activation: The configuration's entry that names the activation, which must map 0 to 0; None if the class has
-            one of its own, which does.
-        width: The configuration's entry with the number of neurons.
+        output: Layer that reads the neurons.
+        activation: Entry of the configuration that names the activation, which must map 0 to 0; None if the class has a
+            fixed activation that does.
+        width: Entry of the configuration with the number of neurons.
     """
 
     structures: ClassVar[tuple[str, ...]] = ("neurons",)
@@ -46,7 +46,7 @@ class FeedForward(PartEntry):
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The first layers, and the output."""
+        """The first layers, and the output layer."""
         return self.inputs, (self.output,)
 
     @property
@@ -56,11 +56,11 @@ class FeedForward(PartEntry):
 
     @property
     def writers(self) -> tuple[str, ...]:
-        """The output."""
+        """The output layer."""
         return (self.output,)
 
     def check(self, config: Any, model_type: str) -> None:
-        """Make sure that a dead neuron has no output.
+        """Check that a dead neuron has no output.
 
         Raises:
             UnsupportedModelError: If the activation does not map 0 to 0.
@@ -81,7 +81,7 @@ class FeedForward(PartEntry):
             return None
         count, names = channels_in(block, self.output), self.inputs
         neurons = torch.arange(count)
-        # Of one matrix with the rows of several inputs, the rows of the second come after those of the first.
+        # Where one matrix holds the rows of both inputs, the rows of the second follow the rows of the first.
         inputs = tuple(Rows(prefix + name, neurons + names[:at].count(name) * count) for at, name in enumerate(names))
         return FeedForwardPart(self, number, prefix, inputs, Rows(prefix + self.output, neurons))
 
@@ -91,11 +91,11 @@ class FeedForwardPart(Part):
     """The neurons of one block, in the coordinates of the dense model.
 
     Attributes:
-        entry: The names of the layers.
+        entry: Names of the layers.
         block: Number of the block.
-        prefix: What the names of the block's modules begin with.
-        inputs: Rows ``[neurons]`` of each input.
-        output: Columns ``[neurons]``.
+        prefix: Beginning of the names of the block's modules.
+        inputs: Rows ``[neurons]`` of each first layer.
+        output: Columns ``[neurons]`` of the output layer.
     """
 
     entry: FeedForward
@@ -110,24 +110,24 @@ class FeedForwardPart(Part):
         return len(self.output.index)
 
     def couplings(self) -> Iterator[Coupling]:
-        """Neurons, and all of them."""
+        """Couplings of each neuron, and of all neurons together."""
         for kind, structure, shape in (("neuron", "neurons", (-1, 1)), ("feed-forward", "blocks", (1, -1))):
             inputs = (rows_of(rows, rows.index.view(shape)) for rows in self.inputs)
             sides = columns_of(self.output, self.output.index.view(shape)), *inputs
             yield Coupling(kind, sides, structure=structure)
 
     def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
-        """Neurons that are left: dead ones narrow the hidden tensor."""
+        """Neurons that the hidden tensor still has: dead neurons narrow it."""
         yield self.output, "columns", keep[self.output.layer].columns
         for rows in self.inputs:
             yield rows, "rows", keep[rows.layer].rows[rows.index]
 
     def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
-        """The number of neurons."""
+        """Entry of the configuration with the number of neurons that are left."""
         return {self.entry.width: int(keep[self.output.layer].columns.sum())}
 
     def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
-        """Outputs and switches of each group of neurons; the second input has the same effect as the output."""
+        """Gates on outputs and on switches of each group of neurons; the second input would only repeat the output."""
         yield self.output, "columns", width or self.neurons
         yield self.inputs[0], "rows", width or self.neurons
 

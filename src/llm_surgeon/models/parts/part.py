@@ -1,4 +1,4 @@
-"""The socket of parts: what a kind of part says of a block's layers, by names and in one model."""
+"""The socket for parts of blocks: a kind's entry, which names layers, and the part that it locates in one model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask, Side
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows, or columns, of one layer: ``index`` may have any shape."""
+    """Some rows, or columns, of one layer; ``index`` may have any shape."""
 
     layer: str
     index: Tensor
 
 
 def rows_of(rows: Rows, index: Tensor) -> Side:
-    """A side of a coupling: rows of the layer, ``index [groups, members]``."""
+    """Side of a coupling: rows of the layer, ``index [groups, members]``."""
     return Side(rows.layer, "rows", index)
 
 
 def columns_of(rows: Rows, index: Tensor) -> Side:
-    """A side of a coupling: columns of the layer, ``index [groups, members]``."""
+    """Side of a coupling: columns of the layer, ``index [groups, members]``."""
     return Side(rows.layer, "columns", index)
 
 
@@ -37,10 +37,10 @@ class ChannelOrder:
     """Channels inside a part whose order is free, as long as the layers that write and read them agree on it.
 
     Attributes:
-        name: The channels in words, as in "neurons".
-        reader: Columns ``[sets, readings, channels]`` of the layer that reads them, which may read a channel several
-            times. Channels change places within their set only.
-        writers: Rows ``[sets, channels]`` of the layers that write them.
+        name: Word for the channels, such as "neurons".
+        reader: Columns ``[sets, readings, channels]`` of the layer that reads the channels; it may read a channel
+            several times. Channels change places within their set only.
+        writers: Rows ``[sets, channels]`` of the layers that write the channels.
     """
 
     name: str
@@ -59,14 +59,13 @@ class ChannelOrder:
 
 
 class PartEntry(Protocol):
-    """A kind of part in a family's entry: the names, within a block, of the part's linear layers.
+    """A kind of part in a family's entry: the names of the part's linear layers within a block.
 
-    Entries are frozen dataclasses that subclass this one. A kind overrides what is not abstract where its parts are
-    otherwise.
+    Entries are frozen dataclasses that subclass this class. A kind overrides a default where its parts differ.
 
     Attributes:
-        structures: Structures of a recipe that remove something inside the part, such as ``neurons``; the part as a
-            whole goes with ``blocks``.
+        structures: Structures of a recipe that remove something inside the part, such as ``neurons``. The structure
+            ``blocks`` removes a part as a whole.
     """
 
     structures: ClassVar[tuple[str, ...]]
@@ -74,38 +73,38 @@ class PartEntry(Protocol):
     @property
     @abstractmethod
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
-        """All layers of the part, grouped by the input that they read, in the order of the forward pass."""
+        """Names of all layers of the part, grouped by the input that they read, in the order of the forward pass."""
 
     @property
     @abstractmethod
     def readers(self) -> tuple[str, ...]:
-        """Layers that read the residual stream."""
+        """Names of the layers that read the residual stream."""
 
     @property
     @abstractmethod
     def writers(self) -> tuple[str, ...]:
-        """Layers whose outputs are added to the residual stream."""
+        """Names of the layers whose outputs are added to the residual stream."""
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """Other modules of the part whose parameters do not depend on the order of the residual stream."""
+        """Names of other modules of the part, whose parameters do not depend on the order of the residual stream."""
         return ()
 
     @property
     def emptied(self) -> str | None:
-        """The output projection's name within its module, if the module of an emptied part is replaced by it."""
+        """Name, within its module, of the output projection that replaces the module of an emptied part; or None."""
         return None
 
     @property
     def fixed(self) -> str | None:
-        """The reason why the transformers class cannot be built with a smaller part, in words; None if it can."""
+        """Reason why the transformers class cannot be built with a smaller part, in words; None if it can be."""
         return None
 
     def check(self, config: Any, model_type: str) -> None:
-        """Make sure that a model is as the part's couplings assume.
+        """Check that a model is as the part's couplings assume.
 
         Raises:
-            UnsupportedModelError: If it is not.
+            UnsupportedModelError: If the model is not.
         """
         return
 
@@ -115,22 +114,21 @@ class PartEntry(Protocol):
 
         Args:
             config: Configuration of the model.
-            block: The block, whose layers may be transposed still.
+            block: The block, whose layers may still be transposed.
             number: Number of the block.
-            prefix: What the names of the block's modules begin with, as in ``model.layers.3.``.
+            prefix: Beginning of the names of the block's modules, such as ``model.layers.3.``.
         """
 
 
 class Part(Protocol):
     """One part of one block, in the coordinates of the dense model.
 
-    Parts are frozen dataclasses that subclass this one. A kind overrides what is not abstract where its parts are
-    otherwise.
+    Parts are frozen dataclasses that subclass this class. A kind overrides a default where its parts differ.
 
     Attributes:
-        entry: The entry that the part was located by.
+        entry: Entry that located the part.
         block: Number of the block.
-        prefix: What the names of the block's modules begin with.
+        prefix: Beginning of the names of the block's modules.
     """
 
     entry: PartEntry
@@ -150,7 +148,7 @@ class Part(Protocol):
 
     @property
     def neurons(self) -> int:
-        """Number of the neurons that share gates in groups."""
+        """Number of neurons, which share gates in groups; 0 for a part without neurons."""
         return 0
 
     @abstractmethod
@@ -158,41 +156,41 @@ class Part(Protocol):
         """Rows and columns that live and die together, small groups first."""
 
     def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
-        """Channels that the tensors inside the part still have, where these narrow with the matrices.
+        """Channels that the tensors inside the part still have, for tensors that narrow with the matrices.
 
         Yields:
-            Rows or columns of a layer, which of the two, and whether each is present.
+            Rows or columns of a layer, the axis that says which, and whether each of them is present.
         """
         yield from ()
 
     def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
         """Attributes of narrowed modules and their new values, by the module's path.
 
-        A module without attributes is emptied, and replaced by its output projection, ``PartEntry.emptied``.
+        A module with an empty dictionary is emptied: its output projection, ``PartEntry.emptied``, replaces it.
         """
         return {}
 
     def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
-        """Entries of the configuration with which the transformers class has the part as it is left."""
+        """Entries of the configuration with which the transformers class builds the part as pruning left it."""
         return {}
 
     def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
         """Rows and columns that gates scale.
 
         Args:
-            width: Neurons that share a gate; None takes all of a part.
+            width: Number of neurons that share a gate; None takes all of a part.
 
         Yields:
-            Rows or columns of a layer, which of the two, and how many that follow one another share a gate.
+            Rows or columns of a layer, the axis that says which, and the number of consecutive ones that share a gate.
         """
         yield from ()
 
     def orders(self) -> Iterator[ChannelOrder]:
-        """Orders of the channels inside the part that are free."""
+        """Channels inside the part whose order is free."""
         yield from ()
 
     def products(self, keep: Mapping[str, KeepMask]) -> int:
-        """Multiplications without weights, halved, for each pair of tokens of which one sees the other."""
+        """Half the number of multiplications without weights, for each pair of tokens of which one sees the other."""
         return 0
 
 
@@ -205,7 +203,7 @@ def module_of(block: nn.Module, name: str) -> nn.Module:
     """The module of a block that has this name.
 
     Raises:
-        UnsupportedModelError: If there is none.
+        UnsupportedModelError: If the block has no such module.
     """
     if not has_module(block, name):
         names = ", ".join(found for found, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
@@ -216,10 +214,10 @@ def module_of(block: nn.Module, name: str) -> nn.Module:
 
 
 def channels_in(block: nn.Module, kind: str) -> int:
-    """Inputs of a layer of a block, which may be transposed.
+    """Number of inputs of a block's layer, which may be transposed.
 
     Raises:
-        UnsupportedModelError: If it is not a dense linear layer.
+        UnsupportedModelError: If the module is not a dense linear layer.
     """
     module = module_of(block, kind)
     if not isinstance(module, (nn.Linear, Conv1D)):

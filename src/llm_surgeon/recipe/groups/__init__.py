@@ -1,4 +1,4 @@
-"""The options of a recipe in groups, a file for each, and the table of the groups."""
+"""Options of a recipe in groups, one file for each group, and the table of the groups."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Group:
 
     Attributes:
         name: Key of the group in a recipe.
-        title: Heading of its panel in the help.
-        options: The class with its options.
-        shorter: Names that options have within the group, by their flat names, where the two differ.
+        title: Heading of the group's panel in the help.
+        options: Class with the group's options.
+        shorter: Names of options within the group, by their flat names, where the two differ.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Group:
         return {name: self.shorter.get(name, name) for name in self.options.model_fields}
 
 
-# In the order of a written recipe and of the help.
+# The groups are in the order of a written recipe and of the help.
 GROUPS = (
     Group("selection", "What to remove (selection)", SelectionOptions),
     Group("calibration", "Calibration text (calibration)", CalibrationOptions, {"calibration": "text"}),

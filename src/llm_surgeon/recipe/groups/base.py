@@ -1,4 +1,4 @@
-"""The base of every group of options, and the kinds of values that several groups have."""
+"""Base of all groups of options, and the kinds of values that several groups have."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from llm_surgeon.recipe.quantity import closest, parse_quantity, shown
 
-# Most of what takes time or memory of its own, and of what texts and matrices limit: nobody means more.
+# Largest values of options: of counts that each take time or memory, and of counts that texts and matrices limit.
 FEW, MANY = 10_000, 10**9
-# PyTorch's generators take twice as much, which leaves room for the shots' own seeds.
+# Largest seed. PyTorch's generators take twice as much, which leaves room for the seeds of shots.
 MOST_SEED = 2**63 - 1
 
 
@@ -26,29 +26,29 @@ TextSource = Annotated[str, BeforeValidator(_path_as_text)]
 
 
 class Options(BaseModel):
-    """Base of the groups: strict, frozen, and without any option that it does not know."""
+    """Base of the groups: frozen and strict, without unknown options."""
 
-    # Strict: yes is no count, and 3.0 no whole number.
+    # Strict means that yes is no count, and 3.0 no whole number.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _of_numpy(cls, value: Any) -> Any:
-        """NumPy's whole numbers as Python's own, which is what strict validation takes."""
+        """Turn NumPy's whole numbers into Python's, as strict validation takes no others."""
         if isinstance(value, bool):
             return value
         return int(value) if isinstance(value, Integral) else value
 
 
 def check_names(names: tuple[str, ...], known: Iterable[str]) -> tuple[str, ...]:
-    """Names of rows of a table, once each.
+    """Check that names are rows of a table, each given once, and return them.
 
     Args:
-        names: The names that a recipe gives.
-        known: The names of the table.
+        names: Names that a recipe gives.
+        known: Names of the table's rows.
 
     Raises:
-        ValueError: If one is not in the table, or there twice; in words that go behind the name of an option.
+        ValueError: If a name is not in the table, or is given twice; in words that follow the name of an option.
     """
     known = list(known)
     for position, name in enumerate(names):

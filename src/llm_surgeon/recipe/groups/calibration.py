@@ -10,13 +10,13 @@ from llm_surgeon.recipe.groups.base import MANY, MOST_SEED, Options, TextSource
 
 Bos = Literal["auto", "always", "never"]
 
-# Fewer do not keep matrix units busy, more need more memory: on 2 cores, passes over 1,024, 2,048 and 4,096 tokens take
-# 1.14, 1 and 0.95 times as long.
+# Number of tokens of a pass. Fewer do not keep matrix units busy, and more need more memory: on 2 cores, passes over
+# 1,024, 2,048 and 4,096 tokens take 1.14, 1 and 0.95 times as long.
 PASS_TOKENS = 2048
 
 
 class CalibrationOptions(Options):
-    """The text that curvature is estimated on and stages are fitted to, and the form in which a run reads it."""
+    """The text for curvature and stages, and the form in which a run reads it."""
 
     calibration: TextSource = Field(
         "demo", min_length=1, description="A hub data set id, a local .txt/.jsonl/.parquet, or demo[:en|fr|es]."
@@ -55,5 +55,5 @@ class CalibrationOptions(Options):
 
     @property
     def sequences_per_pass(self) -> int:
-        """Calibration sequences of a pass."""
+        """Number of calibration sequences of a pass."""
         return self.batch_size or max(1, min(self.samples, PASS_TOKENS // self.seq_len))

@@ -1,4 +1,4 @@
-"""Options of the curvature and of the update that follows from it."""
+"""Options of the curvature, and of the update that it gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the text that perplexity is measured on."""
+"""Options of the evaluation text, on which perplexity is measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llm_surgeon.recipe.groups.base import MANY, Options, TextSource
 
 
 class EvaluationOptions(Options):
-    """The evaluation text, and the windows that it is measured in, one behind the other."""
+    """The evaluation text, and the consecutive windows in which perplexity is measured."""
 
     evaluation: TextSource | None = Field(
         None, description="Text to measure perplexity on; unset: held-out text of the calibration source, none: skip."

@@ -1,4 +1,4 @@
-"""Options of the stages that fit what a shot has left, without training: reconstruction, gates, and further ones."""
+"""Options of the stages that fit the weights left by a shot, without training: reconstruction, gates, further ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from llm_surgeon.recipe.groups.base import FEW, MANY, Options, check_names
 from llm_surgeon.recipe.stages import STAGES_KNOWN
 
-# Into so many parts cross-fitting divides the calibration sequences.
+# Number of parts into which cross-fitting divides the calibration sequences.
 HALVES = 2
 
 
@@ -76,5 +76,5 @@ class RefitOptions(Options):
 
     @property
     def parts_of_text(self) -> int:
-        """Parts of the calibration sequences that are fitted to apart; each process needs one of each at least."""
+        """Number of parts of the text that have a fit of their own; each process needs a sequence of each part."""
         return HALVES if self.cross_fit else 1

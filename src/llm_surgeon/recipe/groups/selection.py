@@ -1,4 +1,4 @@
-"""Options of what is removed: how much, as what units, by which method, in how many shots."""
+"""Options of the removal: its size, its units, its method and its shots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = ("target_params", "target_bytes", "target_latency")
 
 
 class SelectionOptions(Options):
-    """How much is removed, as what units, by which method, and in how many shots and steps."""
+    """Size, units and method of the removal, and its shots and steps."""
 
     sparsity: float = Field(
         0.5,
@@ -162,27 +162,27 @@ class SelectionOptions(Options):
 
     @property
     def pattern(self) -> Pattern | None:
-        """The N:M pattern, if the structure is one."""
+        """The N:M pattern; None if the structure is no N:M."""
         return Pattern.parse(self.structure)
 
     @property
     def target(self) -> str | None:
-        """Name of the target that is given instead of the sparsity."""
+        """Name of the target that is given instead of the sparsity; None without a target."""
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The structures whose removal shrinks the matrices; none for single weights and N:M."""
+        """Names of the structures whose removal shrinks the matrices; none for single weights and N:M."""
         return structures.parts_of(self.structure)
 
     @property
     def widths_multiple(self) -> int:
-        """Number that the neurons left in each block are a multiple of."""
+        """Multiple that the number of neurons left in each block has to be."""
         return self.round_to or structures.multiple_of(self.parts) or 1
 
     @property
     def least_width(self) -> float:
-        """Share of its neurons, heads and value dimensions that each block keeps at least."""
+        """Least share of its neurons, heads and value dimensions that each block keeps."""
         return structures.min_width_of(self.parts) if self.min_width is None else self.min_width
 
     @property
