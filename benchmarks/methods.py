@@ -16,7 +16,7 @@ from common import PROTOCOL, RESULTS, circumstances
 
 from llm_surgeon import compare
 from llm_surgeon.comparison.variants import parse_methods, settings_of
-from llm_surgeon.report.comparison import comparison_markdown
+from llm_surgeon.report.comparison_table import comparison_markdown
 
 # Fast methods come first, so that an interrupted table has most rows.
 METHODS = (

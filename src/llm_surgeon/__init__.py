@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_surgeon.benchmark.measuring import bench
-    from llm_surgeon.comparison.comparison import compare
+    from llm_surgeon.comparison.compare import compare
     from llm_surgeon.errors import SurgeonError
     from llm_surgeon.evaluation.tasks import evaluate_tasks
     from llm_surgeon.models import register_family
@@ -75,7 +75,7 @@ _HOMES = {
     "SurgeonError": "errors",
     "TaskScores": "records",
     "bench": "benchmark.measuring",
-    "compare": "comparison.comparison",
+    "compare": "comparison.compare",
     "evaluate": "run.run",
     "evaluate_tasks": "evaluation.tasks",
     "load": "models.loading",

@@ -141,7 +141,7 @@ def test_unknown_recipe_keys_are_named(checkpoint, tmp_path):
 @pytest.fixture
 def compare(checkpoint, text_file, tmp_path, monkeypatch):
     """Runs the command, with the work done in this process, which is quick."""
-    monkeypatch.setattr("llm_surgeon.comparison.comparison.work_in_process", work)
+    monkeypatch.setattr("llm_surgeon.comparison.compare.work_in_process", work)
     given = ["--out", str(tmp_path / "out"), "--calibration", str(text_file), *SMALL]
     return lambda *arguments: runner.invoke(app, ["compare", str(checkpoint), *given, *arguments])
 
@@ -218,7 +218,7 @@ def test_an_interrupt_of_compare_says_that_it_can_go_on(compare, monkeypatch):
     def interrupt(_task):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm_surgeon.comparison.comparison.work_in_process", interrupt)
+    monkeypatch.setattr("llm_surgeon.comparison.compare.work_in_process", interrupt)
     done = compare("--methods", "surgeon")
     assert done.exit_code == 130
     assert "the same command goes on" in flat(done.output)

@@ -7,7 +7,7 @@ from llm_surgeon import PruneConfig, plan, prune, prune_checkpoint
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.models.skeleton import skeleton_of
 from llm_surgeon.passes.layer_major import LayerMajorPass
-from llm_surgeon.planning import plan as plan_module
+from llm_surgeon.planning import foresee as plan_module
 from llm_surgeon.planning import schedule as way
 from llm_surgeon.planning.order import Available, Waiting, budgets_of, goes_layer_major, placed
 from llm_surgeon.planning.seconds import pass_operations

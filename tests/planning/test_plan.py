@@ -11,6 +11,7 @@ from llm_surgeon.errors import ConfigError, DataError, ModelError
 from llm_surgeon.export.formats import loaders
 from llm_surgeon.models.skeleton import skeleton_of
 from llm_surgeon.passes.head import CHUNK
+from llm_surgeon.planning.foresee import warn_if_short
 from llm_surgeon.planning.memory import (
     ELEMENT_BYTES,
     GAPS,
@@ -22,7 +23,6 @@ from llm_surgeon.planning.memory import (
     passes_within,
     weights_read,
 )
-from llm_surgeon.planning.plan import warn_if_short
 from llm_surgeon.planning.probe import Probe
 from llm_surgeon.planning.seconds import default_rates, phase_seconds
 from llm_surgeon.planning.trace import factor_bytes

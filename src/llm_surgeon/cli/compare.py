@@ -90,8 +90,8 @@ def compare(
         )
         log_to_stderr()
         logger.info(STARTING)
-        from llm_surgeon.comparison.comparison import compare as run
-        from llm_surgeon.report.comparison import comparison_tables
+        from llm_surgeon.comparison.compare import compare as run
+        from llm_surgeon.report.comparison_table import comparison_tables
 
         result = run(model, out, variants, settings, common, show_progress=True, command=command_line())
         output = console()

@@ -42,8 +42,8 @@ def plan(
         log_to_stderr()
         logger.info(STARTING)
         # Imported late, see prune.
-        from llm_surgeon.planning.plan import warn_if_short
-        from llm_surgeon.report.plan import plan_tables
+        from llm_surgeon.planning.foresee import warn_if_short
+        from llm_surgeon.report.plan_table import plan_tables
         from llm_surgeon.run.run import plan as foresee
         from llm_surgeon.system.files import check_result_file
 

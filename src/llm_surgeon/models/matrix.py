@@ -8,7 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.mathematics.keep_masks import KeepMask
+from llm_surgeon.mathematics.linalg import is_finite
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.modeling_pruned import PrunedLinear, narrow_attention, shrink_linears
 
@@ -106,3 +108,29 @@ def _shape_of(module: nn.Module) -> dict[str, int | None]:
         "kept_in": kept_in,
         "kept_out": kept_out,
     }
+
+
+def check_finite(layer: LinearLayer, *costs: Tensor) -> None:
+    """Make sure that a layer's costs can be compared.
+
+    Raises:
+        NonFiniteError: If a cost is NaN or infinite.
+    """
+    if not all(is_finite(cost) for cost in costs):
+        raise NonFiniteError(
+            f"The pruning costs of {layer.name} are not finite.",
+            "Run with --precision float32 and --dtype float32, or use more calibration samples.",
+        )
+
+
+def check_written(layer: LinearLayer, core: nn.Linear) -> None:
+    """Make sure that an update has left finite weights and bias, in the type that the layer stores.
+
+    Raises:
+        NonFiniteError: If a weight or the bias is NaN or infinite.
+    """
+    if not all(is_finite(part) for part in (core.weight, core.bias) if part is not None):
+        raise NonFiniteError(
+            f"The update of {layer.name} overflows in {core.weight.dtype}.".replace("torch.", ""),
+            "Run with --dtype float32, or with larger --dampening-a and --dampening-g.",
+        )

@@ -18,8 +18,9 @@ from llm_surgeon.mathematics.unstructured_selection import (
     whole_groups,
 )
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
+from llm_surgeon.models.matrix import check_finite
 from llm_surgeon.models.modes import products
-from llm_surgeon.models.solving import check_finite, solver_of
+from llm_surgeon.pruning.solver import solver_of
 from llm_surgeon.recipe.config import PruneConfig
 
 

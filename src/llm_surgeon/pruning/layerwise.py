@@ -23,9 +23,8 @@ from llm_surgeon.mathematics.scores import SCORES, ScoreOptions, wanda
 from llm_surgeon.mathematics.sparsegpt import inverse_factor, solve
 from llm_surgeon.mathematics.unstructured_selection import ElementMask, keep_in_scope, select_elements
 from llm_surgeon.models.anatomy import LinearLayer
-from llm_surgeon.models.matrix import core_of
+from llm_surgeon.models.matrix import check_written, core_of
 from llm_surgeon.models.permutation import check_residual
-from llm_surgeon.models.solving import check_written
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.pruning.loop import Loop

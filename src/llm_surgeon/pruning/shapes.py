@@ -17,7 +17,8 @@ from llm_surgeon.mathematics.keep_masks import AXES, Coupling, KeepMask, Side, S
 from llm_surgeon.mathematics.structured_selection import Selection, select
 from llm_surgeon.mathematics.widths import Widths, bundle, merge
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, restricted, to_index
-from llm_surgeon.models.solving import check_finite, solver_of
+from llm_surgeon.models.matrix import check_finite
+from llm_surgeon.pruning.solver import solver_of
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.structures import STRUCTURES, StructureRow
 

@@ -14,8 +14,7 @@ from llm_surgeon.curvature import Curvature, WarmStart, estimate, estimation_of,
 from llm_surgeon.errors import TargetError
 from llm_surgeon.mathematics.fisher import Damping
 from llm_surgeon.models.anatomy import LinearLayer
-from llm_surgeon.models.matrix import core_of, narrow_heads, read_matrix, write_matrix
-from llm_surgeon.models.solving import check_written
+from llm_surgeon.models.matrix import check_written, core_of, narrow_heads, read_matrix, write_matrix
 from llm_surgeon.pruning.histogram import cost_histogram
 from llm_surgeon.pruning.loop import Loop
 from llm_surgeon.pruning.result import RunState, ShotResult

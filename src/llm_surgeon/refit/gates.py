@@ -17,8 +17,7 @@ from llm_surgeon.mathematics.keep_masks import Axis
 from llm_surgeon.mathematics.linalg import damping_of
 from llm_surgeon.mathematics.newton_gates import effects, evidence_damping, newton_step, rise_at, step_length
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
-from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
-from llm_surgeon.models.solving import check_written
+from llm_surgeon.models.matrix import check_written, core_of, read_matrix, write_matrix
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.hooks import Hooks, PairReceive, Side
 from llm_surgeon.passes.task import Task
@@ -162,7 +161,7 @@ def set_gates(task: Task, steps: int, damping: float | None = None, width: int |
         ProcessError: If another process is gone.
     """
     gates = (_left(task, gated) for gated in gates_of(task.anatomy, width))
-    work = _Work(task, [gated for gated in gates if gated.members.numel()])
+    work = _GateSteps(task, [gated for gated in gates if gated.members.numel()])
     count = count_gates(work.gates)
     if not count:
         return SetGates(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0, damping=None)
@@ -236,7 +235,7 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _GateSteps:
     """Gates of layers that have weights left, and the task whose text sets the gates."""
 
     task: Task

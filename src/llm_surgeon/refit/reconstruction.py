@@ -23,9 +23,8 @@ from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.least_squares import reconstructing_change
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
-from llm_surgeon.models.matrix import core_of, read_matrix, write_matrix
+from llm_surgeon.models.matrix import check_written, core_of, read_matrix, write_matrix
 from llm_surgeon.models.modes import products
-from llm_surgeon.models.solving import check_written
 from llm_surgeon.passes.hooks import Hooks, with_bias
 from llm_surgeon.passes.sweep import Batch, Sweep
 from llm_surgeon.refit.last_norm import last_norm_parameters, scale_last_norm

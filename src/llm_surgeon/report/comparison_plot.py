@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm_surgeon.records import Cell, Comparison
 from llm_surgeon.report.card import model_name
-from llm_surgeon.report.comparison import cells_by_setting
+from llm_surgeon.report.comparison_table import cells_by_setting
 from llm_surgeon.report.plots import BLUE, VERMILION, Axes, Figure, FigureCanvasAgg, own_style, tick_perplexity
 from llm_surgeon.report.table import perplexity_cell
 

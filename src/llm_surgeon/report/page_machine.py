@@ -8,7 +8,7 @@ from llm_surgeon.records import ExportRecord, FormatRecord, Memory, PruneReport,
 from llm_surgeon.report.card import model_name, to_yaml
 from llm_surgeon.report.figures import memory_svg, phases_of, times_svg
 from llm_surgeon.report.markup import code, facts, figure, folded, said, table
-from llm_surgeon.report.plan import compared
+from llm_surgeon.report.plan_table import compared
 from llm_surgeon.report.table import TIMES, UNKNOWN, scaled_bytes
 
 

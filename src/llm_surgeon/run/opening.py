@@ -23,7 +23,7 @@ from llm_surgeon.models.loading import load_tokenizer, local_directory, resolve_
 from llm_surgeon.models.skeleton import Skeleton, loaded, skeleton_of
 from llm_surgeon.models.streaming import require_streaming
 from llm_surgeon.planning.forecast import seconds_of_phases
-from llm_surgeon.planning.plan import foresee
+from llm_surgeon.planning.foresee import foresee
 from llm_surgeon.pruning.structures import check_structure
 from llm_surgeon.pruning.targets import count_based, latency_based, settled
 from llm_surgeon.recipe.config import PruneConfig

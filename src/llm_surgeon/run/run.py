@@ -17,7 +17,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.in_memory import save_as_pruned
 from llm_surgeon.models.loading import resolve_device, source_files
 from llm_surgeon.models.streaming import weights_of
-from llm_surgeon.planning.plan import warn_if_short
+from llm_surgeon.planning.foresee import warn_if_short
 from llm_surgeon.planning.sizes import disk_bytes
 from llm_surgeon.pruning.checkpoint import Checkpoint, tensors_of
 from llm_surgeon.pruning.result import RunState

@@ -19,15 +19,15 @@ from llm_surgeon.comparison.variants import SHARED, Options, PlannedCell, plan
 from llm_surgeon.errors import ComparisonError
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Cell, Comparison, DenseRecord, Failure, Setting
-from llm_surgeon.report.comparison import comparison_markdown
 from llm_surgeon.report.comparison_plot import comparison_png
+from llm_surgeon.report.comparison_table import comparison_markdown
 from llm_surgeon.system.files import in_place
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Common:
     """Settings that all processes of a comparison share."""
 
     model: str
@@ -72,7 +72,7 @@ def compare(
     cells = plan(variants, settings, common or {})
     recipe = next(cell.config.resolved() for cell in cells if cell.config is not None)
     shared = {name: recipe[name] for name in SHARED}
-    work = _Work(model, ComparisonDirectory(out), show_progress, command)
+    work = _Common(model, ComparisonDirectory(out), show_progress, command)
     former = work.directory.former(model, shared)
     results = work.directory.finished(model, cells)
     due = [(cell, cell.config) for cell in cells if cell.config is not None and cell.name not in results]
@@ -94,7 +94,7 @@ def compare(
     return comparison
 
 
-def _measure_dense(work: _Work, recipe: Options, former: DenseRecord | None) -> DenseRecord:
+def _measure_dense(work: _Common, recipe: Options, former: DenseRecord | None) -> DenseRecord:
     """Measure the dense model; if that fails, the directory is left as it was.
 
     A comparison that is continued needs the hidden states again. It keeps the former record, which its cells were
@@ -126,7 +126,7 @@ def _dense_error(failure: Failure | None) -> ComparisonError:
     return ComparisonError(failure.cause, failure.remedy)
 
 
-def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, dense: bool = False) -> CellOrder:
+def _task(work: _Common, recipe: Options, dense_record: DenseRecord | None, *, dense: bool = False) -> CellOrder:
     return CellOrder(
         model=work.model,
         recipe=dict(recipe),
@@ -137,7 +137,7 @@ def _task(work: _Work, recipe: Options, dense_record: DenseRecord | None, *, den
     )
 
 
-def _run(work: _Work, planned: PlannedCell, config: PruneConfig, dense: DenseRecord) -> Cell:
+def _run(work: _Common, planned: PlannedCell, config: PruneConfig, dense: DenseRecord) -> Cell:
     """Run one cell and keep its record."""
     recipe = config.resolved()
     answer = work_in_process(_task(work, recipe, dense))
@@ -147,7 +147,7 @@ def _run(work: _Work, planned: PlannedCell, config: PruneConfig, dense: DenseRec
     return _kept(work, planned, recipe=recipe, status="finished", measures=answer.measures)
 
 
-def _kept(work: _Work, planned: PlannedCell, **outcome: Any) -> Cell:
+def _kept(work: _Common, planned: PlannedCell, **outcome: Any) -> Cell:
     """Write the record of a cell and return it."""
     cell = Cell(name=planned.name, variant=planned.variant, setting=planned.setting, model=work.model, **outcome)
     work.directory.write_cell(cell)
@@ -155,7 +155,7 @@ def _kept(work: _Work, planned: PlannedCell, **outcome: Any) -> Cell:
 
 
 def _publish(
-    work: _Work, comparison: Comparison, cells: Sequence[PlannedCell], results: Mapping[str, Cell]
+    work: _Common, comparison: Comparison, cells: Sequence[PlannedCell], results: Mapping[str, Cell]
 ) -> Comparison:
     """Write record, table and picture of the results so far, so that a long comparison can be read while it runs."""
     names = [cell.name for cell in cells]

@@ -5,7 +5,7 @@ from rich.console import Console
 from llm_surgeon.recipe.quantity import duration
 from llm_surgeon.records import LayerKind, Plan, PlannedPhase, Size
 from llm_surgeon.report.page import report_page
-from llm_surgeon.report.plan import compared, plan_tables
+from llm_surgeon.report.plan_table import compared, plan_tables
 from report.test_table import sample_report
 
 GIB = 2**30

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Cell, CellMeasures, Comparison, DenseRecord, Failure, Setting
-from llm_surgeon.report.comparison import HEADINGS, comparison_markdown, comparison_tables, footnotes, panels
 from llm_surgeon.report.comparison_plot import comparison_png, draw_setting
+from llm_surgeon.report.comparison_table import HEADINGS, comparison_markdown, comparison_tables, footnotes, panels
 from llm_surgeon.report.table import UNKNOWN
 from report.test_table import perplexity
 
