@@ -16,7 +16,6 @@ from llm_surgeon import PruneConfig, prune_checkpoint
 from llm_surgeon.errors import DiskSpaceError
 from llm_surgeon.export import hugging_face
 from llm_surgeon.pruning.checkpoint import Checkpoints
-from llm_surgeon.run import run as run_module
 
 sys.path.append(str(Path(__file__).parent.parent))  # for the script
 from quick import without_what_has_other_tests
@@ -92,13 +91,13 @@ def refused(full, out, model, text, patch):
     run = out.with_name("out.run")
     assert {path.name for path in run.glob("shot-*")} == {f"shot-1.{e}" for e in ("safetensors", "json", "sha256")}
     patch.setattr(Checkpoints, "write", write)
-    patch.setattr(run_module, "save_model", save_full)
+    patch.setattr(hugging_face, "save_model", save_full)
     with pytest.raises(DiskSpaceError, match=r"out\.run/export needs about"):
         prune_checkpoint(str(model), out, recipe(text))
     assert Checkpoints(run).shots() == [3, 2]
     assert not any((run / "export").iterdir())
     assert not out.exists()
-    patch.setattr(run_module, "save_model", save)
+    patch.setattr(hugging_face, "save_model", save)
     assert prune_checkpoint(str(model), out, recipe(text)).continued == (1, 3)
     assert [path.name for path in out.parent.iterdir() if path.name.startswith("out")] == ["out"]
 
