@@ -38,7 +38,7 @@ class UnsupportedModelError(ModelError):
 
 
 class TargetError(SurgeonError):
-    """What a run removes differs from what was asked for by more than one candidate's weights."""
+    """A run that misses its sparsity by more than one candidate's weights."""
 
 
 class OutputError(SurgeonError):

@@ -1,4 +1,4 @@
-"""Where the time of a shot goes: parts of the work say what they are, whoever measures a phase is told.
+"""A stopwatch for the parts of a phase: code names the part that it does, and whoever measures the phase is told.
 
 On a GPU work goes on after a call has returned, so there the device itself notes when a part begins and ends.
 """

@@ -282,7 +282,7 @@ class FamilyChecks:
         return network
 
     def _random_masks(self, sparsity: float) -> Mapping[str, KeepMask]:
-        """What is left if rows and columns go at random, with all that dies with them."""
+        """Masks after rows and columns went at random, with all that dies with them."""
         recipe = PruneConfig.from_mapping({"structure": "rows-columns", "sparsity": sparsity})
         return Shapes(recipe, self.anatomy).random_masks(sparsity, seed=1)
 

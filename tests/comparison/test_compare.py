@@ -7,7 +7,7 @@ import torch
 
 from llm_surgeon import Comparison, PruneConfig, Setting, compare, load, prune
 from llm_surgeon.comparison import cell_process as process
-from llm_surgeon.comparison import comparison as comparison_module
+from llm_surgeon.comparison import compare as comparison_module
 from llm_surgeon.comparison.cell_process import CellAnswer, CellOrder, work, work_in_process
 from llm_surgeon.data.texts import prepare_texts
 from llm_surgeon.errors import ComparisonError, ConfigError, OutputError
