@@ -43,7 +43,7 @@ test-newest:  ## run the tests of loading, export and passes with the newest tra
 	$(NEWEST_PIP) install --quiet --no-deps -r requirements-oracle.txt
 	$(NEWEST_PIP) install --quiet --upgrade $(TORCH) $(RENEWED)
 	@$(NEWEST_PIP) freeze | grep -E "^($$(echo torch $(RENEWED) | tr ' ' '|'))=="
-	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) tests/models tests/export tests/curvature \
+	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) tests/models tests/export tests/passes tests/curvature \
 	  tests/evaluation/test_perplexity.py
 
 check: lint types  ## lint and types
