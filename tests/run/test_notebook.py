@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import llm_surgeon
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.errors import ConfigError, DataError
+from llm_surgeon.session.given import as_recipe
 from tiny import build, tokenizer, tokens
 
 SMALL = {"samples": 8, "seq_len": 16, "eval_window": 32, "eval_tokens": 128, "precision": "float32", "preset": "fast"}
@@ -78,6 +79,17 @@ def test_options_go_before_the_recipe():
     assert report.config["sparsity"] == 0.3
     assert report.config["seq_len"] == 16
     assert config.sparsity == 0.2
+
+
+@pytest.mark.parametrize("options", [{"structure": "unstructured"}, {"method": "wanda"}, {"preset": "none"}])
+def test_options_replace_what_the_preset_of_a_recipe_brings(options):
+    given = PruneConfig(sparsity=0.2, samples=4)
+    assert as_recipe(given, options) == PruneConfig.from_mapping({"sparsity": 0.2, "samples": 4, **options})
+
+
+def test_options_that_a_recipe_names_stay():
+    given = PruneConfig(sparsity=0.2, gate_steps=1, shots=2)
+    assert (as_recipe(given, {"seed": 1}).gate_steps, as_recipe(given, {"preset": "none"}).shots) == (1, 2)
 
 
 def test_the_same_texts_from_a_file_give_the_same_model(tmp_path):

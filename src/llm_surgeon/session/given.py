@@ -38,9 +38,22 @@ def as_recipe(config: Any, options: Mapping[str, Any] | None = None) -> PruneCon
     if isinstance(config, PruneConfig):
         if not options:
             return config
-        # What was not given may depend on what is given now.
-        config = {name: getattr(config, name) for name in config.model_fields_set}
+        config = _asked(config)
     return PruneConfig.from_mapping(dict(flat(config or {})) | dict(options or {}))
+
+
+def _asked(config: PruneConfig) -> dict[str, Any]:
+    """Options of a recipe that do not follow from its others: presets and methods bring options that new ones may not.
+
+    ``model_fields_set`` has both kinds, as defaults that depend on other options are filled in before the validation.
+    """
+    asked = {name: getattr(config, name) for name in config.model_fields_set}
+    for name in sorted(asked):
+        rest = {other: value for other, value in asked.items() if other != name}
+        with contextlib.suppress(ConfigError):
+            if PruneConfig.from_mapping(rest).model_dump() == config.model_dump():
+                asked = rest
+    return asked
 
 
 def as_progress(progress: Any) -> Progress | None:
