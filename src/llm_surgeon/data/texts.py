@@ -47,11 +47,14 @@ def corpus_of(texts: Sequence[str]) -> Corpus:
     Raises:
         DataError: If they are not a sequence of texts, or hold no text.
     """
-    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise DataError(
-            f"The texts are a {type(texts).__name__}, not a list of strings.",
-            "Give texts=['first text', 'second text'].",
-        )
+    remedy = "Give a list of strings: texts=['one text', 'another']."
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise DataError(f"The texts are a {type(texts).__name__}, not a list of strings.", remedy)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"texts[{number}] is a {type(text).__name__}, in what is to be a list of strings.", remedy)
+    if not texts:
+        raise DataError("The list of texts is empty, so it holds no text.", remedy)
     return Corpus(tuple(texts), IN_MEMORY)
 
 

@@ -24,8 +24,8 @@ LIMITS = """\
 
 - What to remove, and how to correct the rest, was decided on the calibration data below. Text unlike it (other
   languages, code, dialogue) may have lost more than the table shows.
-- Only the linear layers of the decoder blocks were pruned. Embeddings, norms and the output head are those of the
-  original model, so the whole model shrinks by less than its prunable weights.
+- Only the linear layers of the decoder blocks were pruned, so the whole model shrinks by less than its prunable
+  weights. Embeddings and the output head are those of the original model, and so are norms that no stage changed.
 - Perplexity measures the prediction of one text. It says little about reasoning, instruction following or safety:
   evaluate on your own task before use. It compares only with numbers of the same data, window and stride.
 - Speed, where it was measured, holds for the machine, the type and the lengths in the table.
@@ -121,10 +121,16 @@ def _what_was_done(report: PruneReport) -> str:
     shots = "one shot" if len(report.shots) == 1 else f"{len(report.shots)} shots"
     return (
         f"{_removed(report.config)} of the linear layers of {escape(title_name(report))} were removed in {shots}, "
-        f"until {100 * kept:.1f} % of the prunable weights were left. {_how(report.config)}\n\n"
+        f"until {100 * kept:.1f} % of the prunable weights were left. {_how(report.config)}{_stages(report)}\n\n"
         "More: [recipe.yaml](recipe.yaml) (all options; the same recipe gives this model again), "
         "[report.html](report.html) (all that was measured, in one page), [report.json](report.json) (its numbers).\n"
     )
+
+
+def _stages(report: PruneReport) -> str:
+    """A sentence on the stages that fitted what was left; empty if there was none."""
+    names = dict.fromkeys(stage.name for shot in report.shots for stage in shot.stages if stage.figures)
+    return f" What was left was fitted to the calibration text: {', '.join(names)}." if names else ""
 
 
 def _removed(config: Mapping[str, Any]) -> str:

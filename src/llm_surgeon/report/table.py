@@ -187,8 +187,8 @@ def _speed_note(speed: SpeedComparison) -> str:
     dtypes = " and ".join(dict.fromkeys((dense.dtype, pruned.dtype)))
     return (
         f"Speed: {dense.device}, {dtypes}, batch {dense.batch}; prefill of {dense.prompt:,} tokens, then "
-        f"{dense.generated:,} decoded with the cache. Medians of {dense.repeats} alternating pairs; {TIMES} is pruned "
-        "to dense."
+        f"{dense.generated:,} decoded with the cache. Medians of {dense.repeats} alternating pairs; {TIMES} is the "
+        "median of the pairs' ratios, pruned to dense."
     )
 
 
