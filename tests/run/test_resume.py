@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_surgeon import PruneConfig, prune, prune_checkpoint
-from llm_surgeon.errors import NonFiniteError, OutputError
+from llm_surgeon.errors import ConfigError, NonFiniteError, OutputError
 from llm_surgeon.export import hugging_face
 from llm_surgeon.export.verify import ReloadCheck
 from llm_surgeon.pruning import targets
@@ -122,6 +122,18 @@ def test_corrections_go_on_to_the_same_bits(structure, text_file, tmp_path, ende
 @pytest.mark.parametrize("options", [{"method": "stochria"}, {"method": "wanda", "permute": True, "structure": "2:4"}])
 def test_layerwise_methods_have_only_their_export_left(options, text_file, tmp_path, ended, caplog):
     compare_ended_and_not("llama", recipe(text_file, shots=1, **options), tmp_path, ended, caplog)
+
+
+@pytest.mark.parametrize("changes", [{"sparsity": 0.4}, {"structure": "heads", "sparsity": 0.9}])
+def test_another_command_is_not_told_that_it_continues(changes, checkpoint, text_file, tmp_path, ended, caplog):
+    """Refused by the comparison with the run that is there, or by something before it."""
+    out, first = tmp_path / "out", recipe(text_file, sparsity=0.3, shots=2)
+    ended(checkpoint, out, first, 1)
+    caplog.clear()
+    with pytest.raises((OutputError, ConfigError)):
+        prune_checkpoint(str(checkpoint), out, recipe(text_file, shots=2, **changes))
+    assert "the same command" not in caplog.text
+    assert ended(checkpoint, out, first, 0).continued == (1,)
 
 
 def compare_ended_and_not(family, config, tmp_path, ended, caplog):

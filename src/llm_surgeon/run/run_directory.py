@@ -27,6 +27,8 @@ from llm_surgeon.system.files import PARTIAL, check_output, flush, in_place, syn
 logger = logging.getLogger(__name__)
 
 _LOCK, _RUN, _RECIPE, _REPORT = "lock", "run.json", "recipe.yaml", "report.json"
+# Entries of a run's record by which the same command is recognised.
+_IDENTITY = frozenset({"files", "recipe", "texts"})
 # Upper bound of the bytes of these files.
 _WORDS = 2**20
 _Kind = TypeVar("_Kind", bound=Record)
@@ -48,6 +50,7 @@ class RunDirectory:
         _remove_links(self.path)
         self.export, self.checkpoints = self.path / "export", Checkpoints(self.path)
         self.former = self._tidied()
+        self._compared: set[str] = set()
 
     @property
     def nbytes(self) -> int:
@@ -71,12 +74,14 @@ class RunDirectory:
         """
         if self.former is None:
             return
+        self._compared |= now.keys()
         changed = [line for name in now for line in _changes(name, getattr(self.former, name), now[name])]
         if not changed:
             return
         if not self._worth_keeping:
             self._forget()
             return
+        self._compared.clear()
         raise OutputError(
             f"The run in {self.path} was begun with something else: {'; '.join(changed)}.",
             f"Restore that to continue it, or remove {self.path}, or give another --out.",
@@ -142,6 +147,9 @@ class RunDirectory:
         if self.finished is None:
             with contextlib.suppress(OSError):
                 self._remove_unfinished_export()
+        # An error before the comparison, or in it, may be that of another command.
+        if self.former is not None and not self._compared >= _IDENTITY:
+            return
         shots = self.checkpoints.shots()
         where = f"continues after shot {shots[0]}" if shots else "continues"
         logger.warning("the same command %s (%s has what it needs)", where, self.path)
