@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
 
@@ -15,6 +16,9 @@ pytest.register_assert_rewrite("extensions")
 
 def pytest_configure(config):
     """Make one server of fresh Pythons for all processes of the tests: the first makes it, the others find it."""
+    # A shell starts what it runs in the background with interrupts ignored, and children would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if fresh.VARIABLE not in os.environ and fresh.possible():
         server = fresh.Server(tempfile.mkdtemp(prefix="fresh-"))
         os.environ[fresh.VARIABLE] = server.program
