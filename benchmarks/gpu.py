@@ -135,7 +135,7 @@ def measured(order: str, size: float, arguments: argparse.Namespace, device: tor
     return {
         "order": order,
         "size": size,
-        "seconds": shot.seconds,
+        "seconds": {stage.name: stage.seconds for stage in shot.stages},
         "profile": shot.profile,
         "peak": max(stage.peak for stage in shot.stages),
         "tokens": arguments.samples * arguments.seq_len,
