@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,10 +50,10 @@ class FormatContract:
             for name in anatomy.layers:
                 weight = model.get_submodule(name).weight.data
                 weight[weight.abs() < weight.abs().median()] = 0
-            return Exported(model, tokenizer(), anatomy, None)
+            return Exported(model, tokenizer(), anatomy.family, anatomy, None)
         keep = Shapes(config, anatomy).random_masks(0.3, seed=1)
         cut_out(model, anatomy, keep)
-        return Exported(model, tokenizer(), anatomy, keep)
+        return Exported(model, tokenizer(), anatomy.family, anatomy, keep)
 
     def test_recipes_know_it(self):
         assert FORMATS[self.form.name] is self.form
@@ -61,7 +62,7 @@ class FormatContract:
 
     def test_a_plan_can_say_what_loads_it(self):
         for kind in self.holds:
-            found = loaders(self.config(kind), "llama")
+            found = loaders(self.config(kind), build("llama").config)
             assert found
             assert all(line.strip() for line in found)
 
@@ -70,10 +71,10 @@ class FormatContract:
         anatomy = examine(model, family_of("llama"))
         for kind in RECIPES:
             if kind in self.holds:
-                check_formats(self.config(kind), anatomy)
+                check_formats(self.config(kind), anatomy, model.config)
                 continue
             with pytest.raises(ConfigError) as refused:
-                check_formats(self.config(kind), anatomy)
+                check_formats(self.config(kind), anatomy, model.config)
             assert self.form.name in refused.value.cause
             assert "--" in refused.value.remedy
 
@@ -111,7 +112,7 @@ class FormatContract:
         with torch.no_grad():
             next(other.model.layers[0].mlp.parameters()).mul_(1.5)
         with pytest.raises(ExportMismatchError) as found:
-            self.form.verify(Exported(other, exported.tokenizer, exported.anatomy, exported.keep), tmp_path, plain)
+            self.form.verify(replace(exported, model=other), tmp_path, plain)
         assert found.value.remedy
 
     def test_lines_of_python_load_the_files(self, tmp_path):

@@ -21,10 +21,10 @@ class Npz(Format):
 
     name = "npz"
 
-    def loaders(self, config, model_type):
-        return (f"numpy, and everything that has {model_type} with arrays for its weights",)
+    def loaders(self, config, settings):
+        return (f"numpy, and everything that has {settings.model_type} with arrays for its weights",)
 
-    def check(self, config, anatomy):
+    def check(self, config, anatomy, settings):
         if config.parts and not config.uniform:
             raise ConfigError(
                 f"The format npz has names for the weights of a plain model only, and as {config.structure} layers "

@@ -304,9 +304,9 @@ def test_mistakes_are_found_as_in_a_run(checkpoint, recipe, tmp_path):
 
 
 def test_loaders_tell_shapes_apart():
-    (smaller,) = loaders(PruneConfig(), "llama")
+    (smaller,) = loaders(PruneConfig(), build("llama").config)
     assert "trust_remote_code" in smaller
     for structure in ("unstructured", "2:4"):
-        (zeros,) = loaders(PruneConfig(structure=structure), "qwen2")
+        (zeros,) = loaders(PruneConfig(structure=structure), build("qwen2").config)
         assert "qwen2" in zeros
         assert "no faster" in zeros

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_surgeon.export.verify import ReloadCheck
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.family import Family
 from llm_surgeon.recipe.config import PruneConfig
 
 
@@ -23,15 +24,17 @@ class Exported:
 
     Attributes:
         model: The model in memory.
-        tokenizer: Its tokenizer.
-        anatomy: Its prunable layers.
+        tokenizer: Tokenizer of the model.
+        family: Entry of the model's architecture.
+        anatomy: Prunable layers of the dense model; None for a model that was read from an export.
         keep: Rows and columns that are left of them; None if all are, and removed weights are zeros.
-        source: Directory of the dense checkpoint; None for a model that comes from none.
+        source: Directory whose tokenizer, licence and the like belong to the model; None if there is none.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    anatomy: Anatomy
+    family: Family
+    anatomy: Anatomy | None
     keep: Mapping[str, KeepMask] | None
     source: Path | None = None
 
@@ -49,19 +52,36 @@ class Format(ABC):
     own_directory: ClassVar[bool] = True
 
     @abstractmethod
-    def loaders(self, config: PruneConfig, model_type: str) -> tuple[str, ...]:
+    def loaders(self, config: PruneConfig, settings: Any) -> tuple[str, ...]:
         """Engines that load the export of a recipe, and what not to expect of them.
 
         Args:
             config: The recipe.
-            model_type: ``config.model_type`` of the dense model.
+            settings: Configuration of the dense model.
         """
 
-    def check(self, config: PruneConfig, anatomy: Anatomy) -> None:
+    def check(self, config: PruneConfig, anatomy: Anatomy, settings: Any) -> None:
         """Find out before the work whether the format can say what a recipe leaves.
+
+        Args:
+            config: The recipe.
+            anatomy: Prunable layers of the dense model.
+            settings: Configuration of the dense model.
 
         Raises:
             ConfigError: If it cannot; says what would make it possible.
+        """
+        return
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, settings: Any) -> None:
+        """Find out before the work whether the format can say a tokenizer.
+
+        Args:
+            tokenizer: The tokenizer.
+            settings: Configuration of the dense model.
+
+        Raises:
+            UnsupportedModelError: If it cannot; says what would make it possible.
         """
         return
 
@@ -89,13 +109,17 @@ class Format(ABC):
             Whether a plain class of the engine loads it, without code that the export brings.
 
         Raises:
+            ConfigError: If the format cannot say the model; nothing is written then.
             DiskSpaceError: If the disk is full.
             OutputError: If writing fails for another reason.
         """
 
     @abstractmethod
-    def verify(self, exported: Exported, directory: Path, plain: bool) -> ReloadCheck:
-        """Load the files as the engine does, and compare logits with the model in memory.
+    def verify(self, exported: Exported, directory: Path, plain: bool) -> ReloadCheck | None:
+        """Load the files with the engine itself, and compare logits with the model in memory.
+
+        Returns:
+            The largest difference; None if the engine is not installed here.
 
         Raises:
             ExportMismatchError: If they differ.

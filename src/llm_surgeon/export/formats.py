@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
 from llm_surgeon.export.format import Format
 from llm_surgeon.export.hugging_face import HuggingFace
 from llm_surgeon.models.anatomy import Anatomy
@@ -39,16 +43,26 @@ def main_format(config: PruneConfig) -> Format:
     return next((form for form in formats if not form.own_directory), formats[0])
 
 
-def check_formats(config: PruneConfig, anatomy: Anatomy) -> None:
-    """Find out before the work whether the formats of a recipe can say what it leaves.
+def check_formats(config: PruneConfig, anatomy: Anatomy, settings: Any) -> None:
+    """Find out before the work whether the formats of a recipe can say what it leaves; see ``Format.check``.
 
     Raises:
         ConfigError: If one cannot.
     """
     for form in formats_of(config):
-        form.check(config, anatomy)
+        form.check(config, anatomy, settings)
 
 
-def loaders(config: PruneConfig, model_type: str) -> tuple[str, ...]:
-    """Engines that load the export of a recipe, format by format."""
-    return tuple(line for form in formats_of(config) for line in form.loaders(config, model_type))
+def check_tokenizer(config: PruneConfig, tokenizer: PreTrainedTokenizerBase, settings: Any) -> None:
+    """Find out before the work whether the formats of a recipe can say a tokenizer; see ``Format.check_tokenizer``.
+
+    Raises:
+        UnsupportedModelError: If one cannot.
+    """
+    for form in formats_of(config):
+        form.check_tokenizer(tokenizer, settings)
+
+
+def loaders(config: PruneConfig, settings: Any) -> tuple[str, ...]:
+    """Engines that load the export of a recipe, format by format; see ``Format.loaders``."""
+    return tuple(line for form in formats_of(config) for line in form.loaders(config, settings))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.format import Exported, Format
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import ReloadCheck, verify_export
@@ -16,8 +18,9 @@ class HuggingFace(Format):
     name = "hf"
     own_directory = False
 
-    def loaders(self, config: PruneConfig, model_type: str) -> tuple[str, ...]:
+    def loaders(self, config: PruneConfig, settings: Any) -> tuple[str, ...]:
         """Engines that load the export; see ``Format.loaders``."""
+        model_type = settings.model_type
         if not config.parts:
             return (
                 f"transformers, and each serving engine that loads {model_type}: all shapes are those of the dense "
@@ -36,6 +39,8 @@ class HuggingFace(Format):
     def write(self, exported: Exported, directory: Path) -> bool:
         """Write the model; see ``Format.write``."""
         e = exported
+        if e.anatomy is None:
+            raise ConfigError("The export is in the format hf already.", "Give another --format.")
         return save_model(e.model, e.tokenizer, e.anatomy, e.keep, directory, e.source).plain
 
     def verify(self, exported: Exported, directory: Path, plain: bool) -> ReloadCheck:

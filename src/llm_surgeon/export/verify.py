@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,10 +29,17 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 @dataclass(frozen=True)
 class ReloadCheck:
-    """Result of the check: largest absolute difference of the reloaded logits, and largest absolute logit."""
+    """Result of the check: how far the logits of the reloaded export are from those of the model in memory.
+
+    Attributes:
+        difference: Largest absolute difference of the logits.
+        scale: Largest absolute logit.
+        engine: Engine that loaded the export, with its version.
+    """
 
     difference: float
     scale: float
+    engine: str = f"transformers {transformers.__version__}"
 
 
 def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) -> ReloadCheck:

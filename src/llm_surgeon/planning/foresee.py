@@ -78,7 +78,7 @@ def foresee(
         phases=_phases(course.needs(way), seconds),
         host_available=room.host,
         device_available=room.device,
-        loaders=loaders(config, skeleton.anatomy.family.model_type),
+        loaders=loaders(config, skeleton.network.config),
         probed=probe,
         order=order_name(way.layer_major),
         store_host=None if way.budgets.host == math.inf else round(way.budgets.host),

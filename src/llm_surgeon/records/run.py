@@ -30,22 +30,24 @@ class Memory(Record):
 class FormatRecord(Record):
     """One format of an export: the size of its weight files, and the distance of its logits from the model in memory.
 
-    ``plain`` says whether the format's engine loads it without running code of the export. ``directory`` names the
-    directory of the files inside the export; it is empty if ``from_pretrained`` loads them from the export itself.
-    ``loading`` has lines of Python that load the files, with ``{place}`` for their directory.
+    ``engine`` is the engine that loaded the files for that, with its version; the three are None if no engine is
+    installed that could. ``plain`` says whether the format's engine loads it without running code of the export.
+    ``directory`` names the directory of the files inside the export; it is empty if ``from_pretrained`` loads them from
+    the export itself. ``loading`` has lines of Python that load the files, with ``{place}`` for their directory.
     """
 
     name: str
     weight_bytes: int
-    max_logit_difference: float
-    logit_scale: float
+    max_logit_difference: float | None
+    logit_scale: float | None
     plain: bool
+    engine: str | None = None
     directory: str = ""
     loading: tuple[str, ...] = ()
 
 
 class ExportRecord(Record):
-    """Path and size of the export, and the distance of its reloaded logits from the model in memory.
+    """Path and size of the export, and the distance of its reloaded logits from the model in memory, if measured.
 
     ``plain`` says whether transformers loads the export without running code of the checkpoint.
     """
@@ -53,10 +55,22 @@ class ExportRecord(Record):
     path: str
     weight_bytes: int
     dense_weight_bytes: int
-    max_logit_difference: float
-    logit_scale: float
+    max_logit_difference: float | None
+    logit_scale: float | None
     plain: bool = False
     formats: tuple[FormatRecord, ...] = ()
+
+    @property
+    def written(self) -> tuple[FormatRecord, ...]:
+        """Formats of the export; reports of former versions have none, as there was one only."""
+        former = FormatRecord(
+            name="hf",
+            weight_bytes=self.weight_bytes,
+            max_logit_difference=self.max_logit_difference,
+            logit_scale=self.logit_scale,
+            plain=self.plain,
+        )
+        return self.formats or (former,)
 
     @property
     def pretrained(self) -> bool:

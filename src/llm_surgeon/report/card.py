@@ -14,7 +14,7 @@ from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
 from llm_surgeon.recipe.structures import STRUCTURES
 from llm_surgeon.records import PruneReport
-from llm_surgeon.report.loading import loading_lines, using_lines, why_so
+from llm_surgeon.report.loading import loading_lines, reloaded, using_lines, why_so
 from llm_surgeon.report.table import dense_and_pruned, escape, footnotes, markdown_rows, scaled_bytes
 
 _UNTOUCHED = "the rest stays as it was"
@@ -169,10 +169,7 @@ def _checks(report: PruneReport) -> list[str]:
     seconds = sum(shot.seconds for shot in report.shots)
     notes = [f"Pruning took {seconds:,.0f} s, with a peak of {scaled_bytes(report.memory.peak)} resident."]
     if report.export is not None:
-        notes.append(
-            f"Loaded again from disk, its logits differ from the pruned model's by "
-            f"{report.export.max_logit_difference:.1e} at most, on a scale of {report.export.logit_scale:.3g}."
-        )
+        notes += [reloaded(form) for form in report.export.written]
     return notes
 
 

@@ -35,6 +35,17 @@ def loading_lines(report: PruneReport, place: str) -> list[str]:
     ]
 
 
+def reloaded(form: FormatRecord) -> str:
+    """Result of loading the files of a format again, in one sentence."""
+    if form.max_logit_difference is None:
+        return f"The files of the format {form.name} were not loaded again, as no engine for them is installed."
+    by = f" by {form.engine}" if form.engine else ""
+    return (
+        f"Loaded again from disk{by}, its logits differ from the pruned model's by "
+        f"{form.max_logit_difference:.1e} at most, on a scale of {form.logit_scale:.3g}."
+    )
+
+
 def using_lines(report: PruneReport) -> list[str]:
     """Lines of Python that let the loaded model write a few words; none where ``from_pretrained`` loads none."""
     if _only_format(report) is not None:

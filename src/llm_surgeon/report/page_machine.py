@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llm_surgeon.records import ExportRecord, FormatRecord, Memory, PruneReport, ShotRecord, SpeedComparison
 from llm_surgeon.report.card import model_name, to_yaml
 from llm_surgeon.report.figures import memory_svg, phases_of, times_svg
+from llm_surgeon.report.loading import reloaded
 from llm_surgeon.report.markup import code, facts, figure, folded, said, table
 from llm_surgeon.report.plan_table import compared
 from llm_surgeon.report.table import TIMES, UNKNOWN, scaled_bytes
@@ -89,10 +90,8 @@ def export_section(export: ExportRecord | None) -> str:
         (
             ("directory", model_name(export.path)),
             ("weight files", f"{scaled_bytes(export.weight_bytes)} ({share:.1f} % of the dense model's)"),
-            ("largest difference of the logits", f"{export.max_logit_difference:.1e}, loaded again from disk"),
-            ("scale of the logits", f"{export.logit_scale:.3g}"),
             *((("loads as", _class_of(export)),) if export.pretrained else ()),
-            *(_format_fact(form) for form in export.formats if form.directory),
+            *((f"format {form.name}", _format_fact(form)) for form in export.written),
         )
     )
 
@@ -101,10 +100,10 @@ def _class_of(export: ExportRecord) -> str:
     return "a plain transformers class" if export.plain else "a class that the checkpoint brings"
 
 
-def _format_fact(form: FormatRecord) -> tuple[str, str]:
-    """A format in a directory of its own: its files, and how far its logits are from the model in memory."""
-    files = f"{scaled_bytes(form.weight_bytes)} in {form.directory}"
-    return f"format {form.name}", f"{files}; largest difference of the logits {form.max_logit_difference:.1e}"
+def _format_fact(form: FormatRecord) -> str:
+    """Files of a format, and how far the logits that its engine computes are from the model in memory."""
+    files = f"{scaled_bytes(form.weight_bytes)}{f' in {form.directory}' if form.directory else ''}"
+    return f"{files}. {reloaded(form)}"
 
 
 def speed_section(speed: SpeedComparison | None) -> str:

@@ -66,7 +66,7 @@ def export_result(
     """
     logger.info("writing the export and reloading it in a fresh process")
     report, keep = report_of(state), smaller(state.masks)
-    exported = Exported(job.model, job.tokenizer, job.anatomy, keep, job.files)
+    exported = Exported(job.model, job.tokenizer, job.anatomy.family, job.anatomy, keep, job.files)
     records = [_write(exported, form, directory) for form in formats_of(job.config)]
     described = main_format(job.config).name
     main = next(record for record in records if record.name == described)
@@ -102,8 +102,9 @@ def _write(exported: Exported, form: Format, export: Path) -> FormatRecord:
     return FormatRecord(
         name=form.name,
         weight_bytes=form.weight_bytes(directory),
-        max_logit_difference=check.difference,
-        logit_scale=check.scale,
+        max_logit_difference=check.difference if check else None,
+        logit_scale=check.scale if check else None,
+        engine=check.engine if check else None,
         plain=plain,
         directory=own,
         loading=form.loading(),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_surgeon.data.corpora import Corpus
 from llm_surgeon.data.texts import Texts, prepare_texts
 from llm_surgeon.errors import DataError
-from llm_surgeon.export.formats import check_formats
+from llm_surgeon.export.formats import check_formats, check_tokenizer
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.classes import check_class
 from llm_surgeon.models.loading import load_tokenizer, local_directory, resolve_source
@@ -78,6 +78,7 @@ class Opening:
         settings = self.skeleton.network.config
         tokenizer = load_tokenizer(self.skeleton.source, self.config.trust_remote_code)
         warn_of_tokenizer(settings, tokenizer)
+        check_tokenizer(self.config, tokenizer, settings)
         texts = prepare_texts(tokenizer, self.config)
         check_texts(settings, texts)
         warn_of_unknown(tokenizer, texts)
@@ -160,7 +161,7 @@ def open_checkpoint(model: str, config: PruneConfig, processes: Processes = ALON
     skeleton = skeleton_of(resolve_source(model), config)
     check_recipe_fits(config, skeleton.network.config)
     config = settled(skeleton, config)
-    check_formats(config, skeleton.anatomy)
+    check_formats(config, skeleton.anatomy, skeleton.network.config)
     return Opening(model, skeleton, config, processes)
 
 
@@ -195,7 +196,8 @@ def open_model(
     check_layers_apart(model, anatomy)
     resolved = count_based(config, anatomy, count_parameters(model), model.dtype.itemsize)
     check_structure(resolved, anatomy)
-    check_formats(resolved, anatomy)
+    check_formats(resolved, anatomy, model.config)
+    check_tokenizer(resolved, tokenizer, model.config)
     texts = prepare_texts(tokenizer, config, corpus)
     check_texts(model.config, texts)
     resolved = processes.from_first(partial(latency_based, resolved, model, anatomy))
