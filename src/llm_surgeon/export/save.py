@@ -65,8 +65,8 @@ def save_model(
         if tokenizer is not None and not copied:
             tokenizer.save_pretrained(directory)
         _write_config(model, anatomy, form, directory, aside)
-        if not form.plain:
-            (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
+        if form.kind != "plain":
+            (directory / MODELING_FILE).write_text(modeling_text(anatomy.family, form.kind), encoding="utf8")
     return form
 
 
@@ -88,7 +88,7 @@ def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
 
 def state_of(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
     """Parameters under the names and in the layout of the class that will load them; None if nothing changes."""
-    transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
+    transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.kind != "gaps"}
     empty = emptied(model, anatomy)
     if len(form.blocks) == anatomy.blocks and not transposed and not empty:
         return None

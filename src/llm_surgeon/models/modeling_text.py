@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Template
+from typing import Literal
+
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from llm_surgeon.models.family import Family
 
 MODELING_FILE = "modeling_pruned.py"
 
+# Forms of an export that need a modelling file, and the module of this package whose text the file begins with.
+Brought = Literal["per layer", "gaps"]
+_COMMON: dict[Brought, str] = {"per layer": "modeling_per_layer.py", "gaps": "modeling_pruned.py"}
 
-# What the export adds to the common modelling text: the classes of one family, subclasses of transformers' own.
-_FAMILY_CLASSES = Template('''
+# The rest of the file: the classes of one family, subclasses of transformers' own.
+_GAPS = Template('''
 
-from transformers import $config_class, $model_class  # noqa: E402
+from transformers import $config_class, $model_class$and_base  # noqa: E402
 
 
 class Pruned$config_class($config_class):
@@ -29,19 +35,82 @@ class Pruned$model_class($model_class):
 
     def __init__(self, config: Pruned$config_class) -> None:
         super().__init__(config)
-        shrink_linears(self, config.pruned_linears)
-        narrow_attention(self, config.pruned_attention, config.pruned_attention_output)
-        drop_empty_linears(self, config.pruned_linears)
+        prune(self, config)
+''')
+_BASE_OF_GAPS = Template('''
+
+class Pruned$base_class($base_class):
+    """transformers' own blocks with smaller layers, without the head for tokens."""
+
+    config_class = Pruned$config_class
+
+    def __init__(self, config: Pruned$config_class) -> None:
+        super().__init__(config)
+        prune(self, config, self.base_model_prefix)
+''')
+_PER_LAYER = Template('''
+
+from transformers import $config_class, $base_class, $model_class  # noqa: E402
+
+
+class Pruned$config_class($config_class):
+    """The dense model's configuration, with the widths of each block."""
+
+    model_type = "$model_type"
+    # The entries of the model as a whole are those of the dense model.
+    allow_global_per_layer_attribute_access = True
+
+
+class Pruned$base_class(OwnWidths, $base_class):
+    """transformers' own blocks, each with its own widths, without the head for tokens."""
+
+    config_class = Pruned$config_class
+
+    def __init__(self, config: Pruned$config_class) -> None:
+        super().__init__(config)
+        narrow_blocks(self.get_submodule("$blocks"), config)
+        self.post_init()
+
+
+class Pruned$model_class(OwnWidths, $model_class):
+    """transformers' own model, its blocks each with their own widths."""
+
+    config_class = Pruned$config_class
+
+    def __init__(self, config: Pruned$config_class) -> None:
+        super().__init__(config)
+        narrow_blocks(self.base_model.get_submodule("$blocks"), config)
+        self.post_init()
 ''')
 
 
-def modeling_text(family: Family) -> str:
-    """Text of the self-contained modelling file of an export."""
-    common = (Path(__file__).parent / MODELING_FILE).read_text(encoding="utf8")
-    classes = _FAMILY_CLASSES.substitute(
-        config_class=family.config_class, model_class=family.model_class, model_type=export_type(family)
-    )
-    return common + classes
+def modeling_text(family: Family, form: Brought = "gaps") -> str:
+    """Text of the self-contained modelling file of an export.
+
+    Args:
+        family: Entry of the architecture.
+        form: Form of the export.
+    """
+    common = (Path(__file__).parent / _COMMON[form]).read_text(encoding="utf8")
+    base = base_class(family)
+    names = {
+        "config_class": family.config_class,
+        "model_class": family.model_class,
+        "base_class": base,
+        "and_base": f", {base}" if base else "",
+        "model_type": export_type(family),
+        # The first name of the path is that of the model without its head.
+        "blocks": family.blocks.partition(".")[2],
+    }
+    if form == "per layer":
+        return common + _PER_LAYER.substitute(names)
+    return common + _GAPS.substitute(names) + (_BASE_OF_GAPS.substitute(names) if base else "")
+
+
+def base_class(family: Family) -> str | None:
+    """Name of the class in transformers that computes the hidden states; None if it is not known by the model type."""
+    name = MODEL_MAPPING_NAMES.get(family.model_type)
+    return name if isinstance(name, str) else None
 
 
 def export_type(family: Family) -> str:
@@ -51,8 +120,14 @@ def export_type(family: Family) -> str:
 
 def auto_map(family: Family) -> dict[str, str]:
     """Entry ``auto_map`` of an export's configuration: the classes of the modelling file that load it."""
-    module = Path(MODELING_FILE).stem
+    module, base = Path(MODELING_FILE).stem, base_class(family)
     return {
         "AutoConfig": f"{module}.Pruned{family.config_class}",
+        **({"AutoModel": f"{module}.Pruned{base}"} if base else {}),
         "AutoModelForCausalLM": f"{module}.Pruned{family.model_class}",
     }
+
+
+def former_auto_map(family: Family) -> dict[str, str]:
+    """Entry ``auto_map`` as former versions of this package wrote it."""
+    return {name: value for name, value in auto_map(family).items() if name != "AutoModel"}
