@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def _last_error(log: str) -> str:
     return (errors or lines or ["no message"])[-1].rstrip(".")
 
 
-def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
+def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
     """Make sure that llama.cpp makes the tokens of a tokenizer, with special tokens at the ends and without.
 
     Special tokens that are written in a text count as such, as in the tokenizer.
@@ -71,15 +71,18 @@ def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, texts: Iterable
         ConfigError: If llama.cpp is not installed.
         ExportMismatchError: If the tokens of a text differ, or llama.cpp does not load the file.
     """
-    asked = [(text, special) for text in texts for special in (False, True)]
+    texts = list(texts)
+    asked = [(text, special) for special in (False, True) for text in texts]
+    if not asked:
+        return 0
     answers = ask_engine(file, {"tokenize": asked})["tokenize"]
-    compared = 0
-    for (text, special), found in zip(asked, answers, strict=True):
-        expected = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        if found != expected:
-            raise _differs(tokenizer, text, special, expected, found)
-        compared += len(found)
-    return compared
+    expected = [
+        ids for special in (False, True) for ids in tokenizer([*texts], add_special_tokens=special)["input_ids"]
+    ]
+    for (text, special), wanted, found in zip(asked, expected, answers, strict=True):
+        if found != wanted:
+            raise _differs(tokenizer, text, special, wanted, found)
+    return sum(map(len, expected))
 
 
 def _differs(
