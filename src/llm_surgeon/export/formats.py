@@ -8,12 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_surgeon.export.format import Format
 from llm_surgeon.export.hugging_face import HuggingFace
+from llm_surgeon.export.vllm.nemotron_nas import NemotronNas
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.formats import FORMATS as KNOWN
 from llm_surgeon.recipe.formats import FormatRow
 
-FORMATS: dict[str, Format] = {form.name: form for form in (HuggingFace(),)}
+FORMATS: dict[str, Format] = {form.name: form for form in (HuggingFace(), NemotronNas())}
 
 
 def register_format(form: Format, summary: str) -> None:

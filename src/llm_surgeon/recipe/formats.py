@@ -16,4 +16,7 @@ class FormatRow:
     summary: str
 
 
-FORMATS: dict[str, FormatRow] = {"hf": FormatRow("a directory that transformers loads")}
+FORMATS: dict[str, FormatRow] = {
+    "hf": FormatRow("a directory that transformers loads"),
+    "nemotron-nas": FormatRow("a directory for vLLM's own class, whose blocks differ in the number of neurons"),
+}
