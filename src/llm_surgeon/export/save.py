@@ -109,11 +109,11 @@ def _write_config(
     # Code of the dense checkpoint is not part of the export.
     config.pop("auto_map", None)
     config |= {**aside, **{names.get(name, name): value for name, value in form.settings.items()}}
-    if not form.plain:
+    if form.kind != "plain":
         config |= {
             "model_type": export_type(family),
             "architectures": [f"Pruned{family.model_class}"],
-            "auto_map": auto_map(family),
+            "auto_map": auto_map(family, form.kind),
         }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 

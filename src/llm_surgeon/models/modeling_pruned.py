@@ -212,17 +212,13 @@ def narrow_attention(model: nn.Module, counts: dict[str, dict[str, int]], output
                 setattr(module, name, value)
 
 
-def prune(model: nn.Module, config: Any, prefix: str = "") -> None:
+def prune(model: nn.Module, config: Any) -> None:
     """Give a model the shapes of its export, values still to be loaded.
 
     Args:
         model: The dense architecture.
         config: Configuration of the export, with the shapes of the pruned layers and the heads that are left.
-        prefix: Name of the model within the one that the configuration describes.
     """
-    start = f"{prefix}." if prefix else ""
-    shapes = {name.removeprefix(start): shape for name, shape in config.pruned_linears.items()}
-    counts = {name.removeprefix(start): count for name, count in config.pruned_attention.items()}
-    shrink_linears(model, shapes)
-    narrow_attention(model, counts, config.pruned_attention_output)
-    drop_empty_linears(model, shapes)
+    shrink_linears(model, config.pruned_linears)
+    narrow_attention(model, config.pruned_attention, config.pruned_attention_output)
+    drop_empty_linears(model, config.pruned_linears)

@@ -19,7 +19,7 @@ _COMMON: dict[Brought, str] = {"per layer": "modeling_per_layer.py", "gaps": "mo
 # The rest of the file: the classes of one family, subclasses of transformers' own.
 _GAPS = Template('''
 
-from transformers import $config_class, $model_class$and_base  # noqa: E402
+from transformers import $config_class, $model_class  # noqa: E402
 
 
 class Pruned$config_class($config_class):
@@ -36,17 +36,6 @@ class Pruned$model_class($model_class):
     def __init__(self, config: Pruned$config_class) -> None:
         super().__init__(config)
         prune(self, config)
-''')
-_BASE_OF_GAPS = Template('''
-
-class Pruned$base_class($base_class):
-    """transformers' own blocks with smaller layers, without the head for tokens."""
-
-    config_class = Pruned$config_class
-
-    def __init__(self, config: Pruned$config_class) -> None:
-        super().__init__(config)
-        prune(self, config, self.base_model_prefix)
 ''')
 _PER_LAYER = Template('''
 
@@ -92,19 +81,17 @@ def modeling_text(family: Family, form: Brought = "gaps") -> str:
         form: Form of the export.
     """
     common = (Path(__file__).parent / _COMMON[form]).read_text(encoding="utf8")
-    base = base_class(family)
     names = {
         "config_class": family.config_class,
         "model_class": family.model_class,
-        "base_class": base,
-        "and_base": f", {base}" if base else "",
+        "base_class": base_class(family),
         "model_type": export_type(family),
         # The first name of the path is that of the model without its head.
         "blocks": family.blocks.partition(".")[2],
     }
     if form == "per layer":
         return common + _PER_LAYER.substitute(names)
-    return common + _GAPS.substitute(names) + (_BASE_OF_GAPS.substitute(names) if base else "")
+    return common + _GAPS.substitute(names)
 
 
 def base_class(family: Family) -> str | None:
@@ -118,16 +105,18 @@ def export_type(family: Family) -> str:
     return f"llm_surgeon_{family.model_type}"
 
 
-def auto_map(family: Family) -> dict[str, str]:
-    """Entry ``auto_map`` of an export's configuration: the classes of the modelling file that load it."""
-    module, base = Path(MODELING_FILE).stem, base_class(family)
-    return {
-        "AutoConfig": f"{module}.Pruned{family.config_class}",
-        **({"AutoModel": f"{module}.Pruned{base}"} if base else {}),
-        "AutoModelForCausalLM": f"{module}.Pruned{family.model_class}",
-    }
+def auto_map(family: Family, form: Brought) -> dict[str, str]:
+    """Entry ``auto_map`` of an export's configuration: the classes of the modelling file that load it.
 
+    The model without its head is named where its blocks are standard ones. vLLM begins with that model, and does not
+    load the indices of layers that skip channels: it would compute something else without a word.
 
-def former_auto_map(family: Family) -> dict[str, str]:
-    """Entry ``auto_map`` as former versions of this package wrote it."""
-    return {name: value for name, value in auto_map(family).items() if name != "AutoModel"}
+    Args:
+        family: Entry of the architecture.
+        form: Form of the export.
+    """
+    module = Path(MODELING_FILE).stem
+    names = {"AutoConfig": family.config_class, "AutoModelForCausalLM": family.model_class}
+    if form == "per layer":
+        names["AutoModel"] = f"{base_class(family)}"
+    return {name: f"{module}.Pruned{value}" for name, value in names.items()}

@@ -17,7 +17,6 @@ from llm_surgeon.models.modeling_text import (
     Brought,
     auto_map,
     export_type,
-    former_auto_map,
     modeling_text,
 )
 
@@ -103,7 +102,7 @@ def is_own_export(directory: Path) -> bool:
     """Tell whether all code in a checkpoint is, byte for byte, that of an export of this or a former version."""
     settings = _json(directory / "config.json")
     family = next((f for f in FAMILIES.values() if export_type(f) == settings.get("model_type")), None)
-    if family is None or settings.get("auto_map") not in (auto_map(family), former_auto_map(family)):
+    if family is None or settings.get("auto_map") not in [auto_map(family, form) for form in get_args(Brought)]:
         return False
     if "auto_map" in _json(directory / "tokenizer_config.json"):
         return False
