@@ -18,9 +18,10 @@ from llm_surgeon.errors import ConfigError, ExportMismatchError
 from llm_surgeon.export.format import Exported
 from llm_surgeon.export.formats import check_formats
 from llm_surgeon.export.hugging_face import HuggingFace
-from llm_surgeon.export.vllm.nemotron_nas import CONFIGURATION_FILE, NemotronNas
+from llm_surgeon.export.vllm.nemotron_nas import NemotronNas
 from llm_surgeon.export.vllm.verify import verify_in_vllm, vllm_python
 from llm_surgeon.models import examine, family_of
+from llm_surgeon.models.modeling_text import BLOCK_CONFIGS_FILE
 from llm_surgeon.pruning.shapes import Shapes
 from llm_surgeon.recipe.config import PruneConfig
 from tiny import build, llama, llama_like, tokenizer, tokens
@@ -152,7 +153,7 @@ def test_biases_of_queries_keys_and_values_alone_are_said(tmp_path):
 
 def test_the_configuration_has_entries_as_attributes_and_is_written_again(tmp_path):
     FORM.write(pruned("uneven neurons"), tmp_path)
-    spec = importlib.util.spec_from_file_location("block_configs", tmp_path / CONFIGURATION_FILE)
+    spec = importlib.util.spec_from_file_location("block_configs", tmp_path / BLOCK_CONFIGS_FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.BlockConfigsConfig.from_pretrained(tmp_path)

@@ -11,6 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from llm_surgeon.models.family import Family
 
 MODELING_FILE = "modeling_pruned.py"
+# What the format nemotron-nas brings along in a directory of its own.
+BLOCK_CONFIGS_FILE = "configuration_block_configs.py"
 
 # Forms of an export that need a modelling file, and the module of this package whose text the file begins with.
 Brought = Literal["per layer", "gaps"]
@@ -92,6 +94,11 @@ def modeling_text(family: Family, form: Brought = "gaps") -> str:
     if form == "per layer":
         return common + _PER_LAYER.substitute(names)
     return common + _GAPS.substitute(names)
+
+
+def block_configs_text() -> str:
+    """Text of the file with the configuration that has ``block_configs``."""
+    return (Path(__file__).parent / BLOCK_CONFIGS_FILE).read_text(encoding="utf8")
 
 
 def base_class(family: Family) -> str | None:

@@ -13,9 +13,11 @@ from typing import Any, get_args
 from llm_surgeon.errors import ModelError
 from llm_surgeon.models import FAMILIES
 from llm_surgeon.models.modeling_text import (
+    BLOCK_CONFIGS_FILE,
     MODELING_FILE,
     Brought,
     auto_map,
+    block_configs_text,
     export_type,
     modeling_text,
 )
@@ -44,6 +46,8 @@ _FORMER = (
     "623b9c7c376af1a237c51f8b05e4fdb7205fef1d4e4139eccf04a944e19b2262",
     "7afa5a8689f0f6c8f3ea37e1218e6981eacd91eea4a0897790f63a52a1e0c91f",
 )
+# Directory of the format of that name within an export.
+_NEMOTRON_NAS = "nemotron-nas"
 _PART = r"[\w][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}(/{_PART})?")
 
@@ -106,12 +110,15 @@ def is_own_export(directory: Path) -> bool:
         return False
     if "auto_map" in _json(directory / "tokenizer_config.json"):
         return False
-    texts = (modeling_text(family, form) for form in get_args(Brought))
+    texts = (*(modeling_text(family, form) for form in get_args(Brought)), block_configs_text())
     known = *(hashlib.sha256(text.encode("utf8")).hexdigest() for text in texts), *_FORMER
     code = [path for path in directory.rglob("*.py") if path.parent.name != "__pycache__"]
     # Exports of single shots may lie below, and each has the file; transformers looks for code in other places too.
     places = {directory, *(path for path in directory.glob("shot-*") if path.is_dir())}
-    in_place = all(path.name == MODELING_FILE and path.parent in places for path in code)
+    expected = {
+        path for place in places for path in (place / MODELING_FILE, place / _NEMOTRON_NAS / BLOCK_CONFIGS_FILE)
+    }
+    in_place = all(path in expected for path in code)
     return in_place and directory / MODELING_FILE in code and all(_digest(path) in known for path in code)
 
 

@@ -8,27 +8,27 @@ arXiv:2411.19146). Key/value heads are equal too here, as pruning removes them t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.companions import GENERATION_FILE, copy_companions
 from llm_surgeon.export.format import Exported, Format
 from llm_surgeon.export.save import weight_bytes
-from llm_surgeon.export.standard_layers import BlockWidths, block_widths, full_matrix, head_width
+from llm_surgeon.export.standard_layers import BlockWidths, block_widths, check_without_gaps, full_matrix, head_width
 from llm_surgeon.export.verify import ReloadCheck
 from llm_surgeon.export.vllm.verify import verify_in_vllm
 from llm_surgeon.models.anatomy import Anatomy
+from llm_surgeon.models.modeling_text import BLOCK_CONFIGS_FILE, block_configs_text
 from llm_surgeon.models.parts import Attention, FeedForward
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.system.files import writing
 
-CONFIGURATION_FILE = "configuration_block_configs.py"
 VERIFIED = "vLLM 0.32.0"
 # Families whose blocks are those of vLLM's class.
 _FAMILIES = ("llama", "mistral", "qwen2")
@@ -74,6 +74,7 @@ class NemotronNas(Format):
         """Write the model; see ``Format.write``."""
         model, settings = exported.model, exported.model.config
         _check_family(exported.family.model_type, settings)
+        check_without_gaps(model, self.name)
         heads = check_heads(block_widths(model, exported.family))
         blocks = blocks_of(exported)
         state = dict(outside(exported))
@@ -86,8 +87,7 @@ class NemotronNas(Format):
             generation = getattr(model, "generation_config", None)
             if generation is not None and not (directory / GENERATION_FILE).exists():
                 (directory / GENERATION_FILE).write_text(generation.to_json_string(), encoding="utf8")
-            text = (Path(__file__).parent / CONFIGURATION_FILE).read_text(encoding="utf8")
-            (directory / CONFIGURATION_FILE).write_text(text, encoding="utf8")
+            (directory / BLOCK_CONFIGS_FILE).write_text(block_configs_text(), encoding="utf8")
             entries = json.dumps(configuration(exported, blocks, heads), indent=2)
             (directory / "config.json").write_text(f"{entries}\n", encoding="utf8")
         return True
@@ -194,29 +194,30 @@ def state_of_block(block: BlockPlan, exported: Exported, heads: tuple[int, int],
     module = exported.model.get_submodule(f"{exported.family.blocks}.{block.number}")
     width, hidden = head_width(exported.model.config), exported.model.config.hidden_size
     queries, keys = heads[0] * width, heads[1] * width
-    names: dict[str, tuple[int, int]] = {}
+    biased = getattr(exported.model.config, "attention_bias", False)
+    # Rows, columns, and whether the class has a bias there.
+    names: dict[str, tuple[int, int, bool]] = {}
     for entry in exported.family.parts:
         if isinstance(entry, Attention) and block.attention:
-            shapes = (queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)
-            names |= dict(zip((entry.query, entry.key, entry.value, entry.output), shapes, strict=True))
+            of_readers = biased or exported.family.model_type == "qwen2"
+            names[entry.query] = queries, hidden, of_readers
+            names |= dict.fromkeys((entry.key, entry.value), (keys, hidden, of_readers))
+            names[entry.output] = hidden, queries, biased
         elif isinstance(entry, FeedForward) and block.neurons:
-            names |= dict.fromkeys(entry.inputs, (block.neurons, hidden)) | {entry.output: (hidden, block.neurons)}
+            biases = getattr(exported.model.config, "mlp_bias", False)
+            names |= dict.fromkeys(entry.inputs, (block.neurons, hidden, biases))
+            names[entry.output] = hidden, block.neurons, biases
     found: dict[str, Tensor] = {}
     for written, norm in ((block.attention, _ATTENTION_NORM), (block.neurons, _FEED_FORWARD_NORM)):
         found |= {f"{norm}.weight": module.get_parameter(f"{norm}.weight").detach()} if written else {}
-    for name, shape in names.items():
-        found |= {f"{name}.{kind}": tensor for kind, tensor in _whole(module.get_submodule(name), shape, found).items()}
+    zeros = next(iter(found.values())).new_zeros
+    for name, (rows, columns, bias) in names.items():
+        # Of a part without weights, zeros are written.
+        weight, added = full_matrix(module.get_submodule(name))
+        found[f"{name}.weight"] = zeros(rows, columns) if weight is None else weight
+        if bias:
+            found[f"{name}.bias"] = zeros(rows) if added is None else added
     return {f"{exported.family.blocks}.{number}.{name}": tensor.contiguous() for name, tensor in found.items()}
-
-
-def _whole(layer: nn.Module, shape: tuple[int, int], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of a layer in a shape; zeros if nothing is left of them, in the type of other weights."""
-    weight, bias = full_matrix(layer)
-    zeros = next(iter(like.values())).new_zeros
-    found = {"weight": weight if weight is not None and weight.numel() else zeros(shape)}
-    if bias is not None:
-        found["bias"] = bias if len(bias) else zeros(shape[0])
-    return found
 
 
 def configuration(exported: Exported, blocks: Sequence[BlockPlan], heads: tuple[int, int]) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def configuration(exported: Exported, blocks: Sequence[BlockPlan], heads: tuple[
         **kinds,
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
-        "auto_map": {"AutoConfig": f"{Path(CONFIGURATION_FILE).stem}.BlockConfigsConfig"},
+        "auto_map": {"AutoConfig": f"{Path(BLOCK_CONFIGS_FILE).stem}.BlockConfigsConfig"},
         "num_hidden_layers": len(blocks),
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
