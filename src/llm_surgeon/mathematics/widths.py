@@ -77,10 +77,14 @@ def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> 
             cost.index_add_(0, level[inside], group.side_costs.amin(0).double()[inside])
             freed.index_add_(0, level[inside], group.freed[inside])
         score = cost / freed.clamp(min=1) if per_weight else cost
+        if widths.counts is not None:
+            # Bundles of unequal sizes lead to allowed widths in their order only.
+            score = score.cummax(0).values
         for number in members:
             level = levels[number]
             scores = torch.where(level >= 0, torch.cat([score, score.new_full((1,), INFINITY)])[level], INFINITY)
             bundled[number] = replace(groups[number], score=scores, bundle=level.clamp(min=0), numbering=numbering)
+            bundled[number] = replace(bundled[number], nested=widths.counts is not None)
     return bundled
 
 
