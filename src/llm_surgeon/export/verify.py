@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ExportMismatchError
+from llm_surgeon.export.fresh_process import run_script
 from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.models.probe import probe_logits, probe_tokens
 from llm_surgeon.models.streaming import weights_of
@@ -90,22 +89,9 @@ def _reload(directory: Path, ids: Tensor, device: torch.device, plain: bool, scr
     probe = scratch / "probe.safetensors"
     save_file({"input_ids": ids}, probe)
     # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
-    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("reload_check.py")
-    # The fresh process's standard input is the reading end, and so ends with this process, however this process ends.
-    reading, writing = os.pipe()
-    try:
-        done = subprocess.run(
-            [sys.executable, str(script), str(directory), str(probe), str(device), "plain" if plain else "trusted"],
-            stdin=reading,
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-    finally:
-        os.close(reading)
-        os.close(writing)
+    done = run_script(script, [str(directory), str(probe), str(device), "plain" if plain else "trusted"], environment)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         if says_full(last[0]):

@@ -1,0 +1,97 @@
+"""Run in a fresh process: load a GGUF file in llama.cpp, and answer what the exporter wants compared.
+
+Usage: ``python -P engine_check.py REQUEST``. REQUEST is a JSON file with ``model``, the path of the GGUF file, and with
+the questions. The answers are written beside it, as JSON, under the names of the questions:
+
+- ``tokenize``: a list of texts, each with whether special tokens are added; the answer is a list of token ids for each.
+
+llama.cpp ends the process that loads a file it refuses, hence a process of its own. The script imports nothing of this
+package.
+"""
+
+import http.client
+import json
+import os
+import secrets
+import sys
+import threading
+from typing import Any
+from urllib.parse import urlsplit
+
+
+def end_with_parent() -> None:
+    """End this process when the one that asked for it has ended, be it by a kill: standard input ends with it."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # Before the imports, which take a while.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+import xllamacpp  # noqa: E402
+
+
+class Engine:
+    """A GGUF file in a server of llama.cpp that listens on this machine only, on the CPU.
+
+    Args:
+        model: The file.
+    """
+
+    def __init__(self, model: str) -> None:
+        # Other users of this machine reach the port too, but do not know the key.
+        key = secrets.token_hex(16)
+        self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        self.server = xllamacpp.Server(_parameters(model, key))
+        place = urlsplit(self.server.listening_address)
+        self._connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=600)
+
+    def post(self, path: str, question: dict[str, Any]) -> dict[str, Any]:
+        """Ask the server; raises ``RuntimeError`` with its message if it refuses."""
+        self._connection.request("POST", path, json.dumps(question), self._headers)
+        response = self._connection.getresponse()
+        body = response.read()
+        if response.status != http.client.OK:
+            raise RuntimeError(f"{path} answers {response.status}: {body.decode(errors='replace')[:200]}")
+        answer: dict[str, Any] = json.loads(body)
+        return answer
+
+    def tokens(self, text: str, special: bool) -> list[int]:
+        """Token ids of a text, in which special tokens are recognized; ``special`` adds those at its ends."""
+        answer = self.post("/tokenize", {"content": text, "add_special": special, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]
+
+
+def _parameters(model: str, key: str) -> Any:
+    """Parameters of a server that does as little as possible besides answering."""
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = model
+    parameters.api_keys = [key]
+    parameters.n_ctx = 512
+    parameters.n_parallel = 1
+    parameters.n_gpu_layers = 0
+    # What fits is not looked for, and nothing is copied or computed in advance.
+    parameters.fit_params = False
+    parameters.warmup = False
+    parameters.no_extra_bufts = True
+    return parameters
+
+
+def main(request: str) -> None:
+    """Answer the questions of a request."""
+    with open(request, encoding="utf-8") as file:
+        questions = json.load(file)
+    engine = Engine(questions["model"])
+    answers: dict[str, Any] = {}
+    if "tokenize" in questions:
+        answers["tokenize"] = [engine.tokens(text, special) for text, special in questions["tokenize"]]
+    with open(f"{request}.out", "w", encoding="utf-8") as file:
+        json.dump(answers, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    # The server's threads need not be waited for.
+    sys.stdout.flush()
+    os._exit(0)
