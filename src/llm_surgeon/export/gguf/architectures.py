@@ -74,6 +74,11 @@ class Architecture:
     caps: bool = False
     odd_scale: int | None = None
 
+    @property
+    def approximate(self) -> bool:
+        """Whether the engine computes the activation from a table of rounded values."""
+        return self.activations is _GELU
+
 
 _LLAMA = Architecture("llama", neighbours=True, divisors=frozenset({"llama3", "longrope"}), biases=ALL_BIASES)
 _DECI = replace(_LLAMA, name="deci", per_block=True, attention_free=True)
@@ -107,8 +112,8 @@ _GPT2 = Architecture(
 )
 _GPTNEOX = replace(_GPT2, name="gptneox", rotary=True, partial=True, head="own")
 
-# Architectures of a family, by its model type. The first that can say a model is taken: the family's own comes first, as
-# other programs know more of it.
+# Architectures of a family, by its model type. The first that can say a model is taken: the family's own comes first,
+# as other programs know more of it.
 _CHOICES: dict[str, tuple[Architecture, ...]] = {
     "llama": (_LLAMA, _DECI),
     "mistral": (_LLAMA, _DECI),

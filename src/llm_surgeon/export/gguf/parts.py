@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.standard_layers import BlockWidths, block_widths, full_matrix, head_width
 from llm_surgeon.models.family import Family
 from llm_surgeon.models.parts import Attention, FeedForward
@@ -38,6 +39,23 @@ class Block:
     def dead(self) -> bool:
         """Whether the block adds nothing to the residual stream."""
         return not (self.widths.heads or self.widths.neurons or self.output_biases)
+
+
+def check_family(form: str, family: Family) -> None:
+    """Make sure that blocks are made of an attention and a feed-forward part.
+
+    Args:
+        form: Name of the format, for the message.
+        family: Entry of the architecture.
+
+    Raises:
+        ConfigError: If they have other parts.
+    """
+    if [type(entry) for entry in family.parts] != [Attention, FeedForward]:
+        raise ConfigError(
+            f"The format {form} has blocks of attention and feed-forward parts only, and {family.model_type} has others.",
+            "Leave the format out: --format hf takes every model.",
+        )
 
 
 def entries_of(family: Family) -> tuple[Attention, FeedForward]:

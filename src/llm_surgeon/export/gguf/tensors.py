@@ -84,7 +84,10 @@ def plan_tensors(
         reader = Reader(family, model.config, block, widths, share, rope.rest if rope else 1.0)
         planned += [
             replace(tensor, name=f"blk.{number}.{tensor.name}")
-            for tensor in (*_norms(model.config, family, row, block, widths), *_layers(row, family, model.config, block, widths, reader))
+            for tensor in (
+                *_norms(model.config, family, row, block, widths),
+                *_layers(row, family, model.config, block, widths, reader),
+            )
         ]
     return planned
 
@@ -103,9 +106,7 @@ def _outside(model: PreTrainedModel, family: Family, row: Architecture) -> Itera
         yield _parameter("output.weight", head, "weight")
 
 
-def _norms(
-    settings: Any, family: Family, row: Architecture, block: Block, widths: BlockWidths
-) -> Iterator[Planned]:
+def _norms(settings: Any, family: Family, row: Architecture, block: Block, widths: BlockWidths) -> Iterator[Planned]:
     """Norms of a block, without that of an attention that the file does not have, and norms of heads."""
     for name, path in zip(row.norms, family.residual.norms, strict=True):
         if widths.heads or name != "attn_norm":

@@ -13,7 +13,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.format import Exported
 from llm_surgeon.export.gguf.architectures import Architecture, Needs, choose
 from llm_surgeon.export.gguf.keys import add_keys, check_settings
-from llm_surgeon.export.gguf.parts import Block, biases_of, blocks_of, entries_of
+from llm_surgeon.export.gguf.parts import Block, biases_of, blocks_of, check_family, entries_of
 from llm_surgeon.export.gguf.rope import Rope, rope_kind, rope_of
 from llm_surgeon.export.gguf.tensors import Planned, plan_tensors, stored_widths
 from llm_surgeon.export.gguf.tokenizer import add_tokenizer
@@ -56,6 +56,7 @@ def say(form: str, exported: Exported) -> Said:
         ConfigError: If llama.cpp has none.
     """
     family, settings = exported.family, exported.model.config
+    check_family(form, family)
     blocks = blocks_of(exported.model, family)
     widths = [block.widths for block in blocks]
     activation = entries_of(family)[1].activation
@@ -137,4 +138,12 @@ def _values(tensor: Planned, kind: Kind) -> numpy.ndarray:
     made = tensor.make()
     # A tensor of another shape would move all that follow it.
     assert tuple(made.shape) == tensor.shape, f"{tensor.name}: {tuple(made.shape)} is not {tensor.shape}"
-    return gguf.quantize(made.cpu().float().contiguous().numpy(), kind)
+    values = made.cpu().float().contiguous().numpy()
+    with numpy.errstate(over="ignore"):
+        written: numpy.ndarray = gguf.quantize(values, kind)
+    if kind == Kind.F16 and not numpy.isfinite(written).all() and numpy.isfinite(values).all():
+        raise ConfigError(
+            f"A weight of {tensor.name} is {abs(values).max():.3g}, and float16 ends at 65504.",
+            "Choose a type with a wider range: --format gguf-bf16 or gguf-f32.",
+        )
+    return written
