@@ -96,7 +96,8 @@ def check_settings(form: str, settings: Any, row: Architecture, blocks: list[int
     }
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
         raise ConfigError(
-            f"In the format {form}, llama.cpp's architecture {row.name} cannot have {name} = {getattr(settings, name)}.",
+            f"In the format {form}, llama.cpp's architecture {row.name} cannot have {name} = "
+            f"{getattr(settings, name)}.",
             "Leave the format out: --format hf takes the model as it is.",
         )
 

@@ -53,7 +53,7 @@ def check_family(form: str, family: Family) -> None:
     """
     if [type(entry) for entry in family.parts] != [Attention, FeedForward]:
         raise ConfigError(
-            f"The format {form} has blocks of attention and feed-forward parts only, and {family.model_type} has others.",
+            f"The format {form} has attention and feed-forward parts only, and {family.model_type} has others.",
             "Leave the format out: --format hf takes every model.",
         )
 
@@ -171,7 +171,8 @@ class Reader:
             return rows
         which = ("attn_q", "attn_k", "attn_v").index(kind)
         if layout == "by head":
-            return rows.unflatten(0, (-1, 3, width))[:, which].flatten(0, 1)
+            by_head: Tensor = rows.unflatten(0, (-1, 3, width))
+            return by_head[:, which].flatten(0, 1)
         queries, keys = self._widths.heads * width, self._widths.kv_heads * width
         start = (0, queries, queries + keys)[which]
         return rows[start : start + (keys if which else queries)]
@@ -180,7 +181,8 @@ class Reader:
         """Rows of queries and keys in the order in which the architecture rotates them."""
         if self._order is None or kind == "attn_v":
             return rows
-        ordered = rows.unflatten(0, (heads, self._width))[:, self._order.to(rows.device)]
+        by_head: Tensor = rows.unflatten(0, (heads, self._width))
+        ordered = by_head[:, self._order.to(rows.device)]
         if self._rest != 1:
             # The order is a copy already, and float32 keeps the product as exact as it gets.
             ordered = ordered.float()

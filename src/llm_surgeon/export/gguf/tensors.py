@@ -45,8 +45,8 @@ class Planned:
 def stored_widths(row: Architecture, blocks: list[Block]) -> list[BlockWidths]:
     """Widths of the blocks in the file, which has zeros for parts that are gone but have to be there.
 
-    A head of zeros stands where the engine needs attention, and where the bias of the output projection is left. Neurons
-    of zeros stand in every block without neurons.
+    A head of zeros stands where the engine needs attention, and where the bias of the output projection is left.
+    Neurons of zeros stand in every block without neurons.
 
     Args:
         row: The architecture.
@@ -82,13 +82,9 @@ def plan_tensors(
     share = rope.share if rope and row.neighbours else 0
     for number, (block, widths) in enumerate(zip(blocks, stored_widths(row, blocks), strict=True)):
         reader = Reader(family, model.config, block, widths, share, rope.rest if rope else 1.0)
-        planned += [
-            replace(tensor, name=f"blk.{number}.{tensor.name}")
-            for tensor in (
-                *_norms(model.config, family, row, block, widths),
-                *_layers(row, family, model.config, block, widths, reader),
-            )
-        ]
+        norms = _norms(model.config, family, row, block, widths)
+        layers = _layers(row, family, model.config, block, widths, reader)
+        planned += [replace(tensor, name=f"blk.{number}.{tensor.name}") for tensor in (*norms, *layers)]
     return planned
 
 

@@ -25,8 +25,8 @@ from llm_surgeon.models.probe import probe_tokens
 
 # Tokens that are generated after each prompt; the first comes from one pass over the prompt, the others from the cache.
 _STEPS = 4
-# Largest difference allowed, as a fraction of the largest logit. The engine rounds what it multiplies to the type of the
-# matrices, and computes GELU with a table of float16.
+# Largest difference allowed, as a fraction of the largest logit. The engine rounds what it multiplies to the type of
+# the matrices, and computes GELU with a table of float16.
 _ALLOWED = {Kind.F32: 1e-3, Kind.F16: 1e-2, Kind.BF16: 3e-2, Kind.Q8_0: 5e-2}
 _ALLOWED_GELU = 5e-3
 # Logarithms of probabilities below this are those of numbers that float32 cannot hold with all digits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def say(form: str, exported: Exported) -> Said:
     head = exported.model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(
-            f"The output head has a bias, which llama.cpp does not add, so that the format {form} cannot say the model.",
+            f"The output head has a bias, which llama.cpp does not add, so that the format {form} cannot say it.",
             "Leave the format out: --format hf takes the model as it is.",
         )
     needs = Needs(
@@ -125,13 +126,8 @@ def _kind_of(tensor: Planned, kind: Kind) -> Kind:
 
 def _announce(writer: gguf.GGUFWriter, tensor: Planned, kind: Kind) -> None:
     """Add a tensor's name, shape and type, which stand in the file before all values."""
-    plain = {Kind.F32: numpy.dtype(numpy.float32), Kind.F16: numpy.dtype(numpy.float16)}
-    if kind in plain:
-        size = int(numpy.prod(tensor.shape)) * plain[kind].itemsize
-        writer.add_tensor_info(tensor.name, tensor.shape, plain[kind], size)
-        return
     shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
-    writer.add_tensor_info(tensor.name, shape, numpy.dtype(numpy.uint8), int(numpy.prod(shape)), raw_dtype=kind)
+    writer.add_tensor_info(tensor.name, shape, numpy.dtype(numpy.uint8), math.prod(shape), raw_dtype=kind)
 
 
 def _values(tensor: Planned, kind: Kind) -> numpy.ndarray:
