@@ -4,9 +4,9 @@ Usage: ``python -P engine_check.py REQUEST``. REQUEST is a JSON file with ``mode
 the questions. The answers are written beside it, as JSON, under the names of the questions:
 
 - ``tokenize``: a list of texts, each with whether special tokens are added; the answer is a list of token ids for each.
-- ``continue``: ``prompts``, lists of token ids, ``steps``, the number of tokens that are to follow the likeliest way,
-  and ``vocabulary``, the number of tokens that there are. The answer for each prompt is ``tokens``, those that follow,
-  and ``logprobs``, for each of them the logarithms of the probabilities of all tokens, by their ids.
+- ``continue``: ``prompts``, lists of token ids, ``steps``, the number of tokens that are to follow, and ``vocabulary``,
+  the number of tokens that there are. The answer for each prompt is ``tokens``, those that followed, and ``logprobs``,
+  for each of them the logarithms of the probabilities of all tokens in its place, by their ids.
 
 llama.cpp ends the process that loads a file it refuses, hence a process of its own. The script imports nothing of this
 package.
@@ -66,13 +66,17 @@ class Engine:
         return [int(token) for token in answer["tokens"]]
 
     def followed(self, prompt: list[int], steps: int, vocabulary: int) -> dict[str, Any]:
-        """Tokens that follow a prompt the likeliest way, with the probabilities of all others."""
+        """Tokens that follow a prompt, with the probabilities of all others.
+
+        The server says nothing of tokens that are parts of a character, so that one is chosen for it that is none. The
+        probabilities are those before the choice.
+        """
         question = {
             "prompt": prompt,
             "n_predict": steps,
             "n_probs": vocabulary,
             "temperature": 0,
-            "ignore_eos": True,
+            "logit_bias": [[self.tokens("a", False)[-1], 1e6]],
             "cache_prompt": False,
             "return_tokens": True,
         }

@@ -92,6 +92,8 @@ class GGUF(Format):
             "parameters.model.path = str(next(Path({place}).glob('*.gguf')))",
             "parameters.n_ctx = 2048",
             "server = xllamacpp.Server(parameters)",
+            # A server that is asked nothing may wait for ever when it is to end.
+            "print(server.handle_completions({'prompt': 'The', 'max_tokens': 16})['choices'][0]['text'])",
         )
 
     def nbytes(self, parameters: int, dtype: torch.dtype) -> int:
@@ -117,7 +119,8 @@ class GGUF(Format):
         return sum(path.stat().st_size for path in directory.glob("model-*.gguf"))
 
     def _type(self, dtype: torch.dtype) -> Kind:
-        kind = self.kind or _KINDS.get(dtype)
+        # Float32 has the number 0.
+        kind = _KINDS.get(dtype) if self.kind is None else self.kind
         if kind is None:
             raise ConfigError(
                 f"The format {self.name} has the type of the model in memory, and GGUF has no {dtype}.",
