@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -188,3 +188,12 @@ def tokenizer():
     core = Tokenizer(models.WordLevel(words, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0", pad_token="w0")
+
+
+def byte_tokenizer():
+    """One token per byte, as many as there is room for, one for two of them, and one that ends a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda byte: (not byte.islower(), byte))[: VOCABULARY - 2]
+    tokens = [*letters, "th", "<end>"]
+    core = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("t", "h")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")

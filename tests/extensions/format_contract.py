@@ -32,11 +32,15 @@ class FormatContract:
         form: The format, as it is in the table.
         holds: Which of ``RECIPES`` it can say.
         families: Models that it is for.
+        tokenizer: Function that makes a tokenizer that it can say.
+        tolerance: Largest difference of what was written, as a fraction of the largest logit.
     """
 
     form = None
     holds: tuple = tuple(RECIPES)
     families: tuple = ("llama", "llama-biased")
+    tokenizer = staticmethod(tokenizer)
+    tolerance = 1e-4
 
     def config(self, kind, **changes):
         options = {"preset": "none", "sparsity": 0.3, "formats": [self.form.name], **RECIPES[kind], **changes}
@@ -50,10 +54,10 @@ class FormatContract:
             for name in anatomy.layers:
                 weight = model.get_submodule(name).weight.data
                 weight[weight.abs() < weight.abs().median()] = 0
-            return Exported(model, tokenizer(), anatomy.family, anatomy, None)
+            return Exported(model, self.tokenizer(), anatomy.family, anatomy, None)
         keep = Shapes(config, anatomy).random_masks(0.3, seed=1)
         cut_out(model, anatomy, keep)
-        return Exported(model, tokenizer(), anatomy.family, anatomy, keep)
+        return Exported(model, self.tokenizer(), anatomy.family, anatomy, keep)
 
     def test_recipes_know_it(self):
         assert FORMATS[self.form.name] is self.form
@@ -88,7 +92,7 @@ class FormatContract:
             plain = self.form.write(exported, directory)
             assert isinstance(plain, bool)
             check = self.form.verify(exported, directory, plain)
-            assert 0 <= check.difference < 1e-4 * check.scale
+            assert 0 <= check.difference < self.tolerance * check.scale
             with torch.no_grad():
                 assert torch.equal(exported.model(ids).logits, before), "writing leaves the model as it was"
             assert [path.name for path in tmp_path.iterdir()].count(str(number)) == 1
@@ -103,7 +107,8 @@ class FormatContract:
             planned = self.form.nbytes(parameters, exported.model.dtype)
             indices = sum(buffer.nbytes for buffer in exported.model.buffers())
             assert planned <= self.form.weight_bytes(directory) <= planned + indices + 16_000
-            assert self.form.nbytes(2 * parameters, exported.model.dtype) == 2 * planned
+            # A format may have fractions of a byte for a parameter.
+            assert self.form.nbytes(2 * parameters, exported.model.dtype) - 2 * planned in (0, 1)
 
     def test_files_of_another_model_are_a_mismatch(self, tmp_path):
         exported = self.exported(self.holds[0])

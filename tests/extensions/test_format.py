@@ -1,5 +1,6 @@
 """A format of one's own in every place of a run, and the contract that all formats keep."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from llm_surgeon.errors import ConfigError, ExportMismatchError
 from llm_surgeon.export.formats import FORMATS, register_format
 from llm_surgeon.recipe.formats import FORMATS as KNOWN
 from llm_surgeon.records import PruneReport
-from tiny import build, tokenizer
+from tiny import build, byte_tokenizer, tokenizer
 
 EVEN = {"structure": "neurons", "uniform": True, "round_to": 4, "sparsity": 0.3}
 NPZ = Npz()
+engine = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp (xllamacpp) is missing")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,6 +167,39 @@ def test_files_that_compute_something_else_are_no_export(checkpoint, text, tmp_p
 
 class TestHuggingFace(FormatContract):
     form = FORMATS["hf"]
+
+
+class GGUFContract(FormatContract):
+    holds = ("zeros", "equal widths")
+    tokenizer = staticmethod(byte_tokenizer)
+
+
+@engine
+class TestGGUF(GGUFContract):
+    form = FORMATS["gguf"]
+
+
+@engine
+class TestGGUFFloat32(GGUFContract):
+    form = FORMATS["gguf-f32"]
+
+
+@engine
+class TestGGUFFloat16(GGUFContract):
+    form = FORMATS["gguf-f16"]
+    tolerance = 1e-2
+
+
+@engine
+class TestGGUFBFloat16(GGUFContract):
+    form = FORMATS["gguf-bf16"]
+    tolerance = 3e-2
+
+
+@engine
+class TestGGUFQ8(GGUFContract):
+    form = FORMATS["gguf-q8_0"]
+    tolerance = 3e-2
 
 
 class TestNpz(FormatContract):

@@ -15,10 +15,8 @@ _TOKENIZERS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "*.spm", "*.tiktoken", "tekken.json"),
 )
-_OTHERS = (
-    *("chat_template*", "*preprocessor_config.json", "processor_config.json", GENERATION_FILE),
-    *("license*", "licence*", "notice*", "copying*", "use_policy*"),
-)
+_LICENCES = ("license*", "licence*", "notice*", "copying*", "use_policy*")
+_OTHERS = ("chat_template*", "*preprocessor_config.json", "processor_config.json", GENERATION_FILE, *_LICENCES)
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -40,6 +38,17 @@ def copy_companions(source: Path, directory: Path) -> bool:
         (directory / _TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, directory / _TEMPLATES / path.name)
     return bool(tokenizers)
+
+
+def copy_licences(source: Path, directory: Path) -> None:
+    """Copy the licence and the like of a checkpoint, byte for byte.
+
+    Args:
+        source: Directory of the checkpoint.
+        directory: Directory to write to, which exists.
+    """
+    for path in _found(source, _LICENCES):
+        shutil.copyfile(path, directory / path.name)
 
 
 def _found(source: Path, patterns: tuple[str, ...]) -> Iterator[Path]:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llm_surgeon.export.format import Format
+from llm_surgeon.export.gguf.format import GGUF, Q8, BFloat16, Float16, Float32
 from llm_surgeon.export.hugging_face import HuggingFace
 from llm_surgeon.export.vllm.nemotron_nas import NemotronNas
 from llm_surgeon.models.anatomy import Anatomy
@@ -14,7 +15,9 @@ from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.formats import FORMATS as KNOWN
 from llm_surgeon.recipe.formats import FormatRow
 
-FORMATS: dict[str, Format] = {form.name: form for form in (HuggingFace(), NemotronNas())}
+FORMATS: dict[str, Format] = {
+    form.name: form for form in (HuggingFace(), GGUF(), Float32(), Float16(), BFloat16(), Q8(), NemotronNas())
+}
 
 
 def register_format(form: Format, summary: str) -> None:

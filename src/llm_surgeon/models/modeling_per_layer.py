@@ -6,8 +6,9 @@ wrote it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,21 @@ def narrow_blocks(blocks: nn.ModuleList, config: Any) -> None:
     """
     for number, block in enumerate(blocks):
         blocks[number] = type(block)(config_of_layer(config, number), number)
+
+
+@contextlib.contextmanager
+def as_one(config: Any) -> Iterator[None]:
+    """Let a configuration be that of the model as a whole for a while.
+
+    The blocks of the dense model are built from it before they are replaced, and transformers would warn of each entry
+    that differs between blocks.
+    """
+    aside = vars(config).pop("_heterogeneity_spec", None)
+    try:
+        yield
+    finally:
+        if aside is not None:
+            vars(config)["_heterogeneity_spec"] = aside
 
 
 class OwnWidths:

@@ -58,7 +58,8 @@ class Pruned$base_class(OwnWidths, $base_class):
     config_class = Pruned$config_class
 
     def __init__(self, config: Pruned$config_class) -> None:
-        super().__init__(config)
+        with as_one(config):
+            super().__init__(config)
         narrow_blocks(self.get_submodule("$blocks"), config)
         self.post_init()
 
@@ -69,7 +70,8 @@ class Pruned$model_class(OwnWidths, $model_class):
     config_class = Pruned$config_class
 
     def __init__(self, config: Pruned$config_class) -> None:
-        super().__init__(config)
+        with as_one(config):
+            super().__init__(config)
         narrow_blocks(self.base_model.get_submodule("$blocks"), config)
         self.post_init()
 ''')

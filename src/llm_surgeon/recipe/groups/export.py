@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from llm_surgeon.recipe.formats import FORMATS
+from llm_surgeon.recipe.formats import FORMATS, explained
 from llm_surgeon.recipe.groups.base import Options, check_names
 
 
@@ -18,7 +18,7 @@ class ExportOptions(Options):
         ("hf",),
         strict=False,
         min_length=1,
-        description="Formats of the export: hf, a directory that transformers loads; repeat for more.",
+        description=f"Formats of the export: {explained()}; repeat for more.",
     )
 
     @field_validator("formats")
