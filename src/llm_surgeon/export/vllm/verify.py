@@ -39,7 +39,10 @@ def vllm_python() -> str | None:
 
 
 def verify_in_vllm(
-    model: PreTrainedModel, directory: Path, implementation: Literal["auto", "transformers"] = "auto"
+    model: PreTrainedModel,
+    directory: Path,
+    implementation: Literal["auto", "transformers"] = "auto",
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> ReloadCheck | None:
     """Let vLLM load an export and generate greedily, and compare with the model in memory.
 
@@ -50,6 +53,7 @@ def verify_in_vllm(
         model: The model in memory.
         directory: Directory of the export.
         implementation: Classes that vLLM takes: its own where it has them, or those of transformers.
+        prompts: Token ids to begin with; None takes a few of the probe.
 
     Returns:
         Largest difference and largest size of the log-probabilities; None if vLLM is not installed.
@@ -60,7 +64,8 @@ def verify_in_vllm(
     python = vllm_python()
     if python is None:
         return None
-    prompts = probe_tokens(model)[0, : 8 * _PROMPTS].view(_PROMPTS, -1).tolist()
+    if prompts is None:
+        prompts = probe_tokens(model)[0, : 8 * _PROMPTS].view(_PROMPTS, -1).tolist()
     answer = _ask(python, directory, {"prompts": prompts, "tokens": _GENERATED}, implementation)
     difference = scale = 0.0
     for prompt, result in zip(prompts, answer["results"], strict=True):
