@@ -9,7 +9,13 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.format import Exported, Format
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import ReloadCheck, verify_export
+from llm_surgeon.models import family_of
 from llm_surgeon.recipe.config import PruneConfig
+
+# Version of the engine that the forms were verified with.
+VERIFIED = "vLLM 0.32.0"
+# Structures whose uneven widths are those of standard blocks.
+_STANDARD = frozenset({"neurons", "heads"})
 
 
 class HuggingFace(Format):
@@ -28,12 +34,21 @@ class HuggingFace(Format):
             )
         if config.uniform:
             return (
-                f"transformers without remote code; engines that read all widths of {model_type} from its "
-                "configuration",
+                f"transformers without remote code, and each engine that reads all widths of {model_type} from its "
+                f"configuration; verified with {VERIFIED} for llama and qwen2",
+            )
+        family = family_of(model_type)
+        concerned = [entry for entry in family.parts if set(entry.structures) & set(config.parts)]
+        if set(config.parts) <= _STANDARD and not any(entry.fixed for entry in concerned):
+            empty = "" if config.least_width else "; vLLM needs attention in every block, which --min-width keeps"
+            return (
+                "transformers with trust_remote_code=True, as the export brings its modelling file; vLLM with its "
+                f"backend for transformers and --trust-remote-code, verified with {VERIFIED} for llama and qwen2"
+                f"{empty}",
             )
         return (
             "transformers with trust_remote_code=True, as the export brings its modelling file; no serving engine, as "
-            "layers differ in their shapes",
+            f"{_why_not(config)}: vLLM and llama.cpp serve --structure neurons+heads",
         )
 
     def write(self, exported: Exported, directory: Path) -> bool:
@@ -50,3 +65,10 @@ class HuggingFace(Format):
     def weight_bytes(self, directory: Path) -> int:
         """Bytes of the safetensors."""
         return weight_bytes(directory)
+
+
+def _why_not(config: PruneConfig) -> str:
+    """Reason why no serving engine builds what a recipe leaves."""
+    if set(config.parts) <= _STANDARD:
+        return "the class computes the width of a head from the number of heads"
+    return "parts of blocks are missing" if "blocks" in config.parts else "layers skip channels"

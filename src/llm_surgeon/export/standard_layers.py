@@ -59,6 +59,17 @@ def _core(module: nn.Module) -> nn.Linear | None:
     return core if isinstance(core, nn.Linear) else None
 
 
+def gapless(model: nn.Module) -> bool:
+    """Whether no layer of a model skips channels."""
+    return _first_gap(model) is None
+
+
+def _first_gap(model: nn.Module) -> str | None:
+    """Path of the first layer that skips channels; None if there is none."""
+    cores = ((path, _core(module)) for path, module in model.named_modules())
+    return next((path for path, core in cores if core is not None and core.weight.numel()), None)
+
+
 def check_without_gaps(model: nn.Module, name: str) -> None:
     """Check that no layer of a model skips channels.
 
@@ -69,8 +80,7 @@ def check_without_gaps(model: nn.Module, name: str) -> None:
     Raises:
         ConfigError: If one does.
     """
-    cores = ((path, _core(module)) for path, module in model.named_modules())
-    first = next((path for path, core in cores if core is not None and core.weight.numel()), None)
+    first = _first_gap(model)
     if first is not None:
         raise ConfigError(
             f"The format {name} has no matrices without some of their rows or columns, as {first} is one.",

@@ -10,6 +10,7 @@ import torch
 from llm_surgeon.data.texts import Texts
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.formats import loaders
+from llm_surgeon.export.quantising import foreseen_fit
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.planning.memory import DENSE_COPY, PhaseMemory, host_available, weights_streamed
 from llm_surgeon.planning.order import Available, order_name
@@ -79,6 +80,7 @@ def foresee(
         host_available=room.host,
         device_available=room.device,
         loaders=loaders(config, skeleton.network.config),
+        quantising=foreseen_fit(config, skeleton.anatomy, skeleton.network.config),
         probed=probe,
         order=order_name(way.layer_major),
         store_host=None if way.budgets.host == math.inf else round(way.budgets.host),

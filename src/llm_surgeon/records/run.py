@@ -49,7 +49,8 @@ class FormatRecord(Record):
 class ExportRecord(Record):
     """Path and size of the export, and the distance of its reloaded logits from the model in memory, if measured.
 
-    ``plain`` says whether transformers loads the export without running code of the checkpoint.
+    ``plain`` says whether transformers loads the export without running code of the checkpoint. ``engines`` has
+    sentences on the engines that load it, ``quantising`` on the quantised types of llama.cpp that its matrices fit.
     """
 
     path: str
@@ -59,6 +60,8 @@ class ExportRecord(Record):
     logit_scale: float | None
     plain: bool = False
     formats: tuple[FormatRecord, ...] = ()
+    engines: tuple[str, ...] = ()
+    quantising: tuple[str, ...] = ()
 
     @property
     def written(self) -> tuple[FormatRecord, ...]:

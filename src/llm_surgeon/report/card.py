@@ -78,7 +78,13 @@ def is_hub_id(model: str) -> bool:
 
 def _loading(report: PruneReport) -> str:
     lines = [*loading_lines(report, '"path/to/this/directory"'), "", *using_lines(report)]
-    return f"## Loading\n\n{_fenced('python', chr(10).join(lines))}\n`llm-surgeon` is not needed. {why_so(report)}\n"
+    served = "".join(f"- {line}.\n" for line in report.export.engines) if report.export else ""
+    quantised = "".join(f"- {line}\n" for line in report.export.quantising) if report.export else ""
+    return (
+        f"## Loading\n\n{_fenced('python', chr(10).join(lines))}\n`llm-surgeon` is not needed. {why_so(report)}\n"
+        + (f"\nWhat loads it:\n\n{served}" if served else "")
+        + (f"\nQuantised types of llama.cpp:\n\n{quantised}" if quantised else "")
+    )
 
 
 def _front_matter(report: PruneReport) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from llm_surgeon.report.table import UNKNOWN, scaled, scaled_bytes
 
 def plan_tables(plan: Plan) -> Group:
     """Draw a plan for a terminal of 100 columns: prunable layers, result, and memory and time of each phase."""
-    loaders = Text("".join(f"  Loads it: {loader}.\n" for loader in plan.loaders), style="dim")
+    lines = [f"  Loads it: {loader}.\n" for loader in plan.loaders]
+    lines += [f"  Quantised: {sentence}\n" for sentence in plan.quantising]
+    loaders = Text("".join(lines), style="dim")
     return Group(_kinds(plan), _result(plan), loaders, _phases(plan))
 
 

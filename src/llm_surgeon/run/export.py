@@ -9,7 +9,9 @@ from pathlib import Path
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.format import Exported, Format
-from llm_surgeon.export.formats import formats_of, main_format
+from llm_surgeon.export.formats import formats_of, loaders, main_format
+from llm_surgeon.export.quantising import measured_fit
+from llm_surgeon.export.standard_layers import gapless
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.loading import load_model
 from llm_surgeon.planning.sizes import SMALL_FILES
@@ -81,6 +83,8 @@ def export_result(
         logit_scale=main.logit_scale,
         plain=main.plain,
         formats=tuple(records),
+        engines=loaders(job.config, job.anatomy.settings),
+        quantising=measured_fit(job.model, job.anatomy.family) if gapless(job.model) else (),
     )
     speed = _compare_speed(dense, job, keep) if dense is not None else None
     parameters = report.shots[-1].size.total
