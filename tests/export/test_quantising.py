@@ -10,9 +10,6 @@ from llm_surgeon.recipe.config import PruneConfig
 from tiny import llama
 
 SHAPE = {
-    **{"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4},
-    "intermediate_size": 512,
-}
     "hidden_size": 256,
     "head_dim": 64,
     "num_attention_heads": 8,
