@@ -1,10 +1,10 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
-Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``evaluate``,
-``evaluate_tasks``, ``plan`` (what a run will take), ``load``, ``compare`` (methods on identical tokens), ``bench``
-(speed and memory), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``,
-``Comparison``, ``Bench``; ``register_family`` with ``Family``, ``Attention``, ``FeedForward`` and ``Residual`` (an
-architecture of one's own); and ``SurgeonError``, the base of all errors.
+Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``export_as`` (an
+export in further formats), ``evaluate``, ``evaluate_tasks``, ``plan`` (what a run will take), ``load``, ``compare``
+(methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``,
+``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family`` with ``Family``, ``Attention``,
+``FeedForward`` and ``Residual`` (an architecture of one's own); and ``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llm_surgeon.recipe.config import PruneConfig
     from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
     from llm_surgeon.records.bench import Bench
+    from llm_surgeon.run.convert import export_as
     from llm_surgeon.run.run import evaluate, plan, prune, prune_checkpoint
     from llm_surgeon.system.progress import Progress, RichProgress, SilentProgress
 
@@ -49,6 +50,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_tasks",
+    "export_as",
     "load",
     "plan",
     "prune",
@@ -78,6 +80,7 @@ _HOMES = {
     "compare": "comparison.compare",
     "evaluate": "run.run",
     "evaluate_tasks": "evaluation.tasks",
+    "export_as": "run.convert",
     "load": "models.loading",
     "plan": "run.run",
     "prune": "run.run",

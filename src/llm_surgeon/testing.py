@@ -23,7 +23,8 @@ from llm_surgeon.mathematics.structured_selection import ALIVE, close
 from llm_surgeon.models import Anatomy, Family, examine
 from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.models.matrix import core_of, cut_out
-from llm_surgeon.models.modeling_pruned import drop_empty_linears, narrow_attention, shrink_linears
+from llm_surgeon.models.modeling_per_layer import narrow_blocks
+from llm_surgeon.models.modeling_pruned import prune
 from llm_surgeon.models.modes import frozen
 from llm_surgeon.models.parts.part import has_module
 from llm_surgeon.models.permutation import fold_order, fold_residual
@@ -225,10 +226,10 @@ class FamilyChecks:
         remedy = "Correct the configuration entries of the parts (width, counts, free_heads) and transposed."
         with _explained(self.family, f"gives an export with which {self.family.model_class} cannot be built", remedy):
             rebuilt = type(self.network)(config).eval()
-            if not form.plain:
-                shrink_linears(rebuilt, config.pruned_linears)
-                narrow_attention(rebuilt, config.pruned_attention, config.pruned_attention_output)
-                drop_empty_linears(rebuilt, config.pruned_linears)
+            if form.kind == "gaps":
+                prune(rebuilt, config)
+            elif form.kind == "per layer":
+                narrow_blocks(rebuilt.get_submodule(self.family.blocks), config)
             rebuilt.load_state_dict(state)
         words = "gives an export that computes something else than the model"
         actual = self._logits(rebuilt, "gives an export that cannot be run", remedy)

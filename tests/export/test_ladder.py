@@ -41,16 +41,21 @@ import sys
 sys.modules["llm_surgeon"] = None
 import json, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 probe, *exports = sys.argv[1:]
 ids, results = load_file(probe)["ids"], {}
 for export in exports:
-    plain = "pruned_linears" not in json.load(open(export + "/config.json"))
+    plain = "auto_map" not in json.load(open(export + "/config.json"))
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=not plain).eval()
     with torch.inference_mode():
         first = model(ids[:, :-1], use_cache=True)
         step = model(ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
         results[export] = torch.cat([first.logits, step.logits], dim=1).contiguous()
+        # The model without its head, from the same files: serving engines begin with it.
+        if plain or "AutoModel" in model.config.auto_map:
+            base = AutoModel.from_pretrained(export, trust_remote_code=not plain).eval()
+            states = model.base_model(ids).last_hidden_state
+            torch.testing.assert_close(base(ids).last_hidden_state, states, rtol=0, atol=0)
         model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
 save_file(results, probe + ".out")
 """
@@ -75,6 +80,23 @@ def possible(name, anatomy):
     return {"uniform neurons+heads": free, "uniform blocks": not biased}.get(name, True)
 
 
+def expected_kind(name, anatomy, keep):
+    """Code that an export needs, by what its structure leaves and by what the family's class can be built with."""
+    if name.startswith("uniform"):
+        return "plain"
+    emptied = any(not mask.weights for mask in keep.values())
+    concerned = [entry for entry in anatomy.family.parts if set(entry.structures) & set(name.split("+"))]
+    return (
+        "per layer"
+        if concerned
+        and not emptied
+        and "rows" not in name
+        and "values" not in name
+        and not any(entry.fixed for entry in concerned)
+        else "gaps"
+    )
+
+
 @families
 def test_every_structure_is_loaded_by_a_stranger(family, tmp_path):
     expected = {}
@@ -92,7 +114,8 @@ def test_every_structure_is_loaded_by_a_stranger(family, tmp_path):
         indexed = any(isinstance(module, PrunedLinear) for module in model.modules())
         assert not (STRUCTURES[name][1] and indexed)
         form = save_model(model, tokenizer(), anatomy, keep, tmp_path / name.replace(" ", "-"))
-        assert form.plain or not name.startswith("uniform")
+        # Where blocks happen to have lost equally much, a plain class is enough.
+        assert form.plain or form.kind == expected_kind(name, anatomy, keep)
     places = {name: str(tmp_path / name.replace(" ", "-")) for name in expected}
     save_file({"ids": IDS}, tmp_path / "probe")
     done = subprocess.run(
@@ -212,3 +235,80 @@ def test_exports_keep_their_type_and_compile(name, tmp_path):
         torch._dynamo.reset()
         compiled = torch.compile(loaded, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
+
+
+def uneven(family, **removed):
+    """A model whose first block has lost neurons and, where the class allows it, heads; its anatomy and masks."""
+    model = build(family)
+    anatomy = examine(model, family_of(model.config.model_type))
+    keep = anatomy.dense_masks()
+    part = feed_forwards(anatomy)[0]
+    for rows in part.inputs:
+        keep[rows.layer].rows[rows.index[:7]] = False
+    keep[part.output.layer].columns[part.output.index[:7]] = False
+    attention = attentions(anatomy)[0]
+    if removed.get("heads", True) and attention.entry.fixed is None:
+        for rows in (attention.query, attention.key, attention.value):
+            keep[rows.layer].rows[rows.index[0]] = False
+        keep[attention.output.layer].columns[attention.output.index[0]] = False
+    shrink(model, anatomy, keep)
+    return model, anatomy, keep
+
+
+@families
+def test_uneven_widths_are_standard_blocks_of_the_family(family, tmp_path):
+    """Serving engines know a family's own blocks and the entry per_layer_config, and no layers of ours."""
+    model, anatomy, keep = uneven(family)
+    form = save_model(model, tokenizer(), anatomy, keep, tmp_path)
+    assert form.kind == "per layer"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    dense = build(family)
+    kinds = [(name, type(module)) for name, module in loaded.base_model.named_modules() if name]
+    assert kinds == [(name, type(module)) for name, module in dense.base_model.named_modules() if name]
+    written = json.loads((tmp_path / "config.json").read_text())
+    width = feed_forwards(anatomy)[0].entry.width
+    dense_width = len(feed_forwards(anatomy)[0].output.index)
+    assert [written["per_layer_config"][number][width] for number in "01"] == [dense_width - 7, dense_width]
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} == set(written["auto_map"])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_implementation_of_attention_is_chosen_in_all_blocks(tmp_path):
+    model, anatomy, keep = uneven("llama")
+    save_model(model, tokenizer(), anatomy, keep, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    with torch.no_grad():
+        before = loaded(IDS).logits
+        loaded.set_attn_implementation("eager")
+        seen = loaded(IDS, output_attentions=True)
+    assert [weights.shape[1] for weights in seen.attentions] == [2, 4], "the heads of each block"
+    torch.testing.assert_close(seen.logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_an_uneven_export_is_saved_and_loaded_again(tmp_path):
+    """After fine-tuning, say: the widths stay, and so does the code that builds them."""
+    model, anatomy, keep = uneven("llama")
+    save_model(model, tokenizer(), anatomy, keep, tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first", trust_remote_code=True).eval()
+    loaded.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_the_class_refuses_for_all_blocks_are_said_block_by_block(tmp_path):
+    """Llama's configuration wants a width that the number of heads divides, though heads have a width of their own."""
+    model = llama(num_attention_heads=5, num_key_value_heads=5, hidden_size=20, num_hidden_layers=2)
+    anatomy = examine(model, family_of("llama"))
+    keep = anatomy.dense_masks()
+    for part in attentions(anatomy):
+        for rows in (part.query, part.key, part.value):
+            keep[rows.layer].rows[rows.index[:2]] = False
+        keep[part.output.layer].columns[part.output.index[:2]] = False
+    shrink(model, anatomy, keep)
+    form = save_model(model, tokenizer(), anatomy, keep, tmp_path)
+    assert form.kind == "per layer"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)

@@ -117,3 +117,14 @@ def test_text_that_the_tokenizer_does_not_know_is_warned_of(text_file, caplog):
         )
         warn_of_unknown(tiny.tokenizer(), texts)
     assert "100 % of the calibration tokens are 'w0'" in caplog.text
+
+
+def test_a_tokenizer_that_knows_every_text_is_not_warned_of(text_file, caplog):
+    """Byte-level tokenizers, as those of Llama 3 and Qwen, have no token for what they do not know."""
+    bytewise = tiny.tokenizer()
+    bytewise.unk_token = None
+    texts = prepare_texts(bytewise, PruneConfig(calibration=str(text_file), samples=4, seq_len=16, eval_window=32))
+    with caplog.at_level(logging.WARNING, "llm_surgeon"):
+        warn_of_unknown(bytewise, texts)
+    assert bytewise.unk_token_id is None
+    assert not caplog.records

@@ -1,10 +1,10 @@
-"""Forms of an export: a plain transformers class with other numbers in its configuration, or a modelling file."""
+"""Forms of an export: a plain transformers class, standard blocks with widths of their own, or blocks with gaps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,6 +13,11 @@ from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.matrix import core_of, layer_shape
 from llm_surgeon.models.modeling_pruned import PrunedLinear
+from llm_surgeon.models.modeling_text import base_class
+
+# "plain": a class of transformers. "per layer": blocks of a class of transformers, each with its own widths, which a
+# short modelling file builds. "gaps": a modelling file with layers that skip channels, and with emptied parts.
+FormKind = Literal["plain", "per layer", "gaps"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +25,19 @@ class Form:
     """Form in which a model is written.
 
     Attributes:
-        plain: Whether a class of transformers loads the export, without code from the checkpoint.
+        kind: Code that the export needs; see ``FormKind``.
         settings: Entries of the configuration that differ from the dense model's, by their names in transformers.
         blocks: Numbers of the blocks that are written; the others have nothing left.
     """
 
-    plain: bool
+    kind: FormKind
     settings: dict[str, Any]
     blocks: tuple[int, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a class of transformers loads the export, without code from the checkpoint."""
+        return self.kind == "plain"
 
 
 def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> Form:
@@ -40,13 +50,21 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
     """
     everything = tuple(range(anatomy.blocks))
     if keep is None:
-        return Form(True, {}, everything)
+        return Form("plain", {}, everything)
     blocks = tuple(block for block in everything if not _is_dead(anatomy, keep, block)) or everything
     settings = _depth(config, blocks) if blocks != everything else {}
-    widths = _plain_widths(anatomy, keep, blocks)
-    if widths is not None:
-        return Form(True, settings | widths, blocks)
-    return Form(False, settings | _pruned_entries(anatomy, keep, blocks), blocks)
+    widths = _widths(anatomy, keep, blocks)
+    if widths is None or not base_class(anatomy.family):
+        return Form("gaps", settings | _pruned_entries(anatomy, keep, blocks), blocks)
+    equal = {name: next(iter(values.values())) for name, values in widths.items() if len(set(values.values())) == 1}
+    equal = equal if builds(config, settings | equal) else {}
+    if equal.keys() == widths.keys():
+        return Form("plain", settings | equal, blocks)
+    own = {
+        str(number): {name: values[block] for name, values in widths.items() if name not in equal and block in values}
+        for number, block in enumerate(blocks)
+    }
+    return Form("per layer", settings | equal | {"per_layer_config": own}, blocks)
 
 
 def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> int:
@@ -115,23 +133,48 @@ def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
     return settings
 
 
-def _plain_widths(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, int] | None:
-    """Entries with which a plain class gets the widths of all blocks; None if no entries can express them."""
+def builds(config: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether a configuration class takes other numbers: some want a width that the number of heads divides.
+
+    Args:
+        config: Configuration of the dense model.
+        settings: Entries that differ.
+    """
+    try:
+        type(config).from_dict(config.to_dict() | dict(settings))
+    # A class may check its entries in any way, and raise any error.
+    except Exception:
+        return False
+    return True
+
+
+def _widths(
+    anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]
+) -> dict[str, dict[int, int]] | None:
+    """Entries of the configuration that give the blocks their widths, and each block's value.
+
+    Blocks are numbered as in the dense model. Widths that all blocks have left as they were are not among the entries.
+
+    Returns:
+        Values by the number of the block, by the name of the entry; None if no entries can express the widths.
+    """
     extents, dense = anatomy.extents(keep), anatomy.dense_masks()
     layers = [layer for block in blocks for layer in _layers_of(anatomy, block)]
     if any(keep[layer.name].shape != extents[layer.name].shape for layer in layers):
         return None
-    settings: dict[str, int] = {}
+    widths: dict[str, dict[int, int]] = {}
     for entry in anatomy.family.parts:
-        located = [part for part in anatomy.located if part.entry == entry and part.block in blocks]
-        parts = [part for part in located if anatomy.layers.keys() >= set(part.layers)]
-        left = [part.sizes(keep) for part in parts]
+        parts = [part for part in anatomy.located if part.entry == entry and part.block in blocks]
+        # A part of which a layer is ignored keeps its widths.
+        left = [part.sizes(keep if anatomy.layers.keys() >= set(part.layers) else dense) for part in parts]
         if left == [part.sizes(dense) for part in parts]:
             continue
-        if entry.fixed or len(parts) < len(located) or any(sizes != left[0] for sizes in left):
+        if entry.fixed or any(0 in sizes.values() for sizes in left):
             return None
-        settings |= left[0]
-    return None if 0 in settings.values() else settings
+        for part, sizes in zip(parts, left, strict=True):
+            for name, value in sizes.items():
+                widths.setdefault(name, {})[part.block] = value
+    return widths
 
 
 def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, Any]:

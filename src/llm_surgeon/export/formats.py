@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from llm_surgeon.export.format import Format
 from llm_surgeon.export.gguf.format import GGUF, Q8, BFloat16, Float16, Float32
 from llm_surgeon.export.hugging_face import HuggingFace
+from llm_surgeon.export.vllm.nemotron_nas import NemotronNas
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.formats import FORMATS as KNOWN
 from llm_surgeon.recipe.formats import FormatRow
 
 FORMATS: dict[str, Format] = {
-    form.name: form for form in (HuggingFace(), GGUF(), Float32(), Float16(), BFloat16(), Q8())
+    form.name: form for form in (HuggingFace(), GGUF(), Float32(), Float16(), BFloat16(), Q8(), NemotronNas())
 }
 
 

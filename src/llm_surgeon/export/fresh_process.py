@@ -10,9 +10,12 @@ from pathlib import Path
 
 
 def run_script(
-    script: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    script: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    python: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script with this Python, and wait for it.
+    """Run a script with this Python or another one, and wait for it.
 
     The script has to watch its standard input, which is at its end as soon as this process has ended.
 
@@ -20,13 +23,14 @@ def run_script(
         script: The script.
         arguments: Its arguments.
         environment: Variables in addition to those of this process.
+        python: The Python to run it with.
     """
     # The fresh process's standard input is the reading end, and so ends with this process, however this process ends.
     reading, writing = os.pipe()
     try:
         # Without -P, modules beside the script would hide installed ones of the same names.
         return subprocess.run(
-            [sys.executable, "-P", str(script), *arguments],
+            [python, "-P", str(script), *arguments],
             stdin=reading,
             capture_output=True,
             text=True,

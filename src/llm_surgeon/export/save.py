@@ -65,8 +65,8 @@ def save_model(
         if tokenizer is not None and not copied:
             tokenizer.save_pretrained(directory)
         _write_config(model, anatomy, form, directory, aside)
-        if not form.plain:
-            (directory / MODELING_FILE).write_text(modeling_text(anatomy.family), encoding="utf8")
+        if form.kind != "plain":
+            (directory / MODELING_FILE).write_text(modeling_text(anatomy.family, form.kind), encoding="utf8")
     return form
 
 
@@ -88,7 +88,7 @@ def _writable(model: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
 
 def state_of(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, Tensor] | None:
     """Parameters under the names and in the layout of the class that will load them; None if nothing changes."""
-    transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.plain}
+    transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.kind != "gaps"}
     empty = emptied(model, anatomy)
     if len(form.blocks) == anatomy.blocks and not transposed and not empty:
         return None
@@ -109,11 +109,11 @@ def _write_config(
     # Code of the dense checkpoint is not part of the export.
     config.pop("auto_map", None)
     config |= {**aside, **{names.get(name, name): value for name, value in form.settings.items()}}
-    if not form.plain:
+    if form.kind != "plain":
         config |= {
             "model_type": export_type(family),
             "architectures": [f"Pruned{family.model_class}"],
-            "auto_map": auto_map(family),
+            "auto_map": auto_map(family, form.kind),
         }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 

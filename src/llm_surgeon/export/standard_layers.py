@@ -1,8 +1,7 @@
-"""A model in memory as standard layers: whole matrices, and the widths of each block.
+"""A model in memory as standard layers: the matrices and the widths of each block.
 
-Formats of serving engines know matrices of a block with fewer rows or columns, but no matrix that skips channels, and
-no module that is not there. Here a pruned layer is put back to the shape that its neighbours expect, with zeros where
-it has nothing.
+Formats of serving engines know blocks whose matrices have fewer rows and columns, but no matrix that skips channels.
+Layers are told apart by what they have, not by their class: those of an export are of classes that the export brings.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llm_surgeon.errors import ConfigError
 from llm_surgeon.models.family import Family
-from llm_surgeon.models.modeling_pruned import NoLinear, PrunedLinear
 from llm_surgeon.models.parts import Attention, FeedForward
 
 
@@ -35,31 +34,48 @@ class BlockWidths:
 
 
 def full_matrix(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """The matrix ``[outputs, inputs]`` of a linear layer between tensors as wide as its neighbours, and its bias.
+    """The matrix ``[outputs, inputs]`` of a linear layer, and its bias ``[outputs]``.
 
     Args:
-        module: A linear layer, transposed (``Conv1D``), pruned, or emptied.
+        module: A linear layer, transposed (``Conv1D``) or emptied.
 
     Returns:
-        Matrix and bias ``[outputs]``. The matrix is None if no weight is left, the bias is None if there is none.
+        Matrix and bias. The matrix is None if no weight is left, the bias is None if there is none.
     """
-    if isinstance(module, NoLinear):
-        return None, None if module.bias is None else module.bias.detach()
-    if isinstance(module, Conv1D):
-        return module.weight.detach().T, module.bias.detach()
-    if not isinstance(module, PrunedLinear):
-        linear = cast(nn.Linear, module)
-        return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    weight: Tensor = module.core.weight.detach()
-    bias = None if module.core.bias is None else module.core.bias.detach()
-    if module.input_index is not None:
-        wide = weight.new_zeros(weight.shape[0], module.in_features)
-        weight = wide.index_copy(1, module.input_index, weight)
-    if module.output_index is not None:
-        weight = weight.new_zeros(module.out_features, weight.shape[1]).index_copy(0, module.output_index, weight)
-    if bias is not None and module.output_index is not None:
-        bias = bias.new_zeros(module.out_features).index_copy(0, module.output_index, bias)
-    return weight, bias
+    core = _core(module)
+    weight, bias = (getattr(core or module, name, None) for name in ("weight", "bias"))
+    bias = None if bias is None else bias.detach()
+    index = getattr(module, "output_index", None)
+    if bias is not None and index is not None:
+        bias = bias.new_zeros(module.out_features).scatter(0, index, bias)
+    if weight is None or not weight.numel():
+        return None, bias if bias is not None and len(bias) else None
+    return (weight.detach().T if isinstance(module, Conv1D) else weight.detach()), bias
+
+
+def _core(module: nn.Module) -> nn.Linear | None:
+    """The matrix inside a layer that skips channels; None for other modules."""
+    core = getattr(module, "core", None)
+    return core if isinstance(core, nn.Linear) else None
+
+
+def check_without_gaps(model: nn.Module, name: str) -> None:
+    """Check that no layer of a model skips channels.
+
+    Args:
+        model: The model.
+        name: Name of the format that cannot say such layers.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    cores = ((path, _core(module)) for path, module in model.named_modules())
+    first = next((path for path, core in cores if core is not None and core.weight.numel()), None)
+    if first is not None:
+        raise ConfigError(
+            f"The format {name} has no matrices without some of their rows or columns, as {first} is one.",
+            "Prune with --structure neurons+heads, or one of the two.",
+        )
 
 
 def head_width(settings: Any) -> int:
@@ -95,14 +111,10 @@ def _widths_of(block: nn.Module, family: Family, width: int) -> BlockWidths:
 
 
 def _shape(block: nn.Module, name: str) -> tuple[int, int] | None:
-    """Outputs and inputs of a linear layer of a block, as its neighbours see it; None if no weight is left of it."""
+    """Outputs and inputs of a linear layer of a block; None if no weight is left of it."""
     try:
-        module: Any = block.get_submodule(name)
+        module = block.get_submodule(name)
     except AttributeError:
         return None
-    if isinstance(module, NoLinear):
-        return None
-    if isinstance(module, Conv1D):
-        rows, columns = module.weight.shape[1], module.weight.shape[0]
-        return rows, columns
-    return (module.out_features, module.in_features) if module.in_features else None
+    weight, _ = full_matrix(module)
+    return None if weight is None else (weight.shape[0], weight.shape[1])

@@ -35,6 +35,7 @@ class Group:
             have the same score.
         numbering: What the numbers of ``bundle`` count within. Couplings that have the same object here can share
             candidates.
+        nested: Whether a candidate can go only after the one of the number before it.
     """
 
     coupling: Coupling
@@ -43,6 +44,7 @@ class Group:
     score: Tensor
     bundle: Tensor
     numbering: object = field(default_factory=object)
+    nested: bool = False
 
 
 def single_scores(keep: KeepMask, costs: StructureCosts, per_weight: bool) -> StructureCosts:
@@ -129,12 +131,24 @@ class Line:
         freed: ``[candidates]``, weights that each frees alone, without what it implies.
         singles: Position of each row and column in the line, per layer; beyond the end where it is no candidate.
         groups: Position of each group in the line, per coupling ``[groups]``; beyond the end where it is no candidate.
+        after: ``[candidates]``, position of the candidate that has to go first; -1 where there is none.
     """
 
     scores: Tensor
     freed: Tensor
     singles: Mapping[str, KeepMask]
     groups: Sequence[Tensor]
+    after: Tensor
+
+    def ready(self, positions: Tensor, going: Tensor) -> Tensor:
+        """Those of some positions whose candidates can go beside others.
+
+        Args:
+            positions: Positions in line.
+            going: bool ``[candidates + 1]``, candidates that go already; the last entry is none.
+        """
+        before = self.after[positions]
+        return positions[(before < 0) | going[before]]
 
 
 def line_up(keep: Mapping[str, KeepMask], singles: Mapping[str, StructureCosts], groups: Sequence[Group]) -> Line:
@@ -147,7 +161,11 @@ def line_up(keep: Mapping[str, KeepMask], singles: Mapping[str, StructureCosts],
     """
     numbers, first = _number_bundles(groups)
     bundled, freed = torch.full((first,), float("inf"), dtype=torch.float64), torch.zeros(first, dtype=torch.float64)
+    before = torch.full((first,), -1)
     for group, number in zip(groups, numbers, strict=True):
+        if group.nested:
+            later = number[(number >= 0) & (group.bundle > 0)]
+            before[later] = later - 1
         bundled[number[number >= 0]] = group.score[number >= 0].double()
         freed.index_add_(0, number[number >= 0], group.freed[number >= 0])
     lines, gains = [bundled], [freed]
@@ -166,6 +184,7 @@ def line_up(keep: Mapping[str, KeepMask], singles: Mapping[str, StructureCosts],
         torch.cat(gains)[order],
         {name: KeepMask(next(of_singles), next(of_singles)) for name in singles},
         [position[number] for number in numbers],
+        torch.cat([torch.where(before < 0, -1, position[before]), before.new_full((len(scores) - first,), -1)])[order],
     )
 
 

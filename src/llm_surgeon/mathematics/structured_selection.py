@@ -141,7 +141,7 @@ def select(
         if len(rest) < 2:
             break
         # The first of the rest does not fit, nor does a candidate that alone frees more than there is room for.
-        rest = rest[1:][line.freed[rest[1:]] <= left(going) - target_weights]
+        rest = line.ready(rest[1:][line.freed[rest[1:]] <= left(going) - target_weights], going)
         more = _how_many_fit(going, rest, fits)
         going[rest[:more]] = True
         rest = rest[more:]

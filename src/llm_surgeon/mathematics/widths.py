@@ -27,19 +27,34 @@ class Widths:
         multiple: Living groups in a pool are a multiple of this after any removal.
         least: Smallest number of groups that stay in each pool.
         uniform: Whether all couplings keep equally many groups.
+        counts: Numbers of living groups that a pool may have after a removal; None allows all.
     """
 
     multiple: int = 1
     least: int = 0
     uniform: bool = False
+    counts: frozenset[int] | None = None
+
+    def allowed(self, alive: int) -> list[int]:
+        """Numbers of living groups that a removal may leave in a pool, largest first.
+
+        Args:
+            alive: Living groups before the removal.
+        """
+        return [
+            count
+            for count in range(alive - 1, self.least - 1, -1)
+            if count % self.multiple == 0 and (self.counts is None or count in self.counts)
+        ]
 
 
 def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> list[Group]:
     """Score groups of one kind in bundles, so that any threshold leaves the widths wanted.
 
-    Within each pool the candidates are ordered by score. The first bundle holds as many of the cheapest as exceed the
-    multiple, each further one as many as the multiple; the last groups, which have to stay, are no candidates. The
-    bundles of the same number of all pools go together, with ``uniform`` those of all couplings too.
+    Within each pool the candidates are ordered by score. The first bundle holds as many of the cheapest as have to go
+    to leave the largest allowed width, each further one as many as lead to the next; the last groups, which have to
+    stay, are no candidates. The bundles of the same number of all pools go together, with ``uniform`` those of all
+    couplings too.
 
     Args:
         groups: One per block, of the same kind.
@@ -62,10 +77,14 @@ def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> 
             cost.index_add_(0, level[inside], group.side_costs.amin(0).double()[inside])
             freed.index_add_(0, level[inside], group.freed[inside])
         score = cost / freed.clamp(min=1) if per_weight else cost
+        if widths.counts is not None:
+            # Bundles of unequal sizes lead to allowed widths in their order only.
+            score = score.cummax(0).values
         for number in members:
             level = levels[number]
             scores = torch.where(level >= 0, torch.cat([score, score.new_full((1,), INFINITY)])[level], INFINITY)
             bundled[number] = replace(groups[number], score=scores, bundle=level.clamp(min=0), numbering=numbering)
+            bundled[number] = replace(bundled[number], nested=widths.counts is not None)
     return bundled
 
 
@@ -77,12 +96,11 @@ def _levels(group: Group, widths: Widths) -> Tensor:
     for pool in pools.unique():
         alive = ((pools == pool) & group.score.isfinite()).nonzero().flatten()
         order = alive[group.score[alive].argsort(stable=True)]
-        first = len(order) % widths.multiple
-        level = (torch.arange(len(order)) - first) // widths.multiple + 1
-        # A group that has to stay keeps the rest of its bundle too.
-        if widths.least and len(order):
-            level[level >= level[max(0, len(order) - widths.least)]] = -1
-        levels[order] = level
+        # Groups of one bundle lead from one allowed width to the next; those that no allowed width is without stay.
+        before = len(order)
+        for number, count in enumerate(widths.allowed(len(order))):
+            levels[order[len(order) - before : len(order) - count]] = number
+            before = count
     return levels
 
 

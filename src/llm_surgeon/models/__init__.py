@@ -16,12 +16,22 @@ from llm_surgeon.models.families.opt import OPT
 from llm_surgeon.models.families.phi3 import PHI3
 from llm_surgeon.models.families.qwen import QWEN2, QWEN3
 from llm_surgeon.models.family import Family
+from llm_surgeon.models.modeling_text import export_type
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX)
 }
 
-__all__ = ["FAMILIES", "Anatomy", "Family", "LinearLayer", "examine", "family_of", "register_family"]
+__all__ = [
+    "FAMILIES",
+    "Anatomy",
+    "Family",
+    "LinearLayer",
+    "examine",
+    "family_of",
+    "pruned_family_of",
+    "register_family",
+]
 
 
 def register_family(family: Family) -> None:
@@ -33,6 +43,15 @@ def register_family(family: Family) -> None:
     if family.model_type in FAMILIES:
         raise ValueError(f"there is a family {family.model_type!r} already")
     FAMILIES[family.model_type] = family
+
+
+def pruned_family_of(model_type: str) -> Family:
+    """Family of a ``config.model_type``, which may be that of an export.
+
+    Raises:
+        UnsupportedModelError: If there is no entry for the ``model_type``.
+    """
+    return next((f for f in FAMILIES.values() if export_type(f) == model_type), None) or family_of(model_type)
 
 
 def family_of(model_type: str) -> Family:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -53,6 +53,7 @@ class Anatomy:
         layers: Prunable linear layers by name, in the order of the forward pass.
         couplings: Rows and columns that die together.
         located: Parts of all blocks, in the order of the forward pass.
+        settings: Configuration of the dense model.
     """
 
     family: Family
@@ -60,6 +61,7 @@ class Anatomy:
     layers: dict[str, LinearLayer]
     couplings: tuple[Coupling, ...]
     located: tuple[Part, ...] = ()
+    settings: Any = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -135,6 +137,7 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
         layers,
         restricted(couplings, layers),
         tuple(parts),
+        model.config,
     )
 
 

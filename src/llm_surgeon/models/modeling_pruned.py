@@ -151,7 +151,11 @@ def drop_empty_linears(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> N
             setattr(parent, child, left.train(module.training))
 
 
-class EmptyAttention(nn.Module):
+# transformers takes the text "Attention(nn.Module)" for attention that has one implementation only.
+Module = nn.Module
+
+
+class EmptyAttention(Module):
     """An attention without any heads: what is left of it is the bias of its output projection, or zero.
 
     Args:
@@ -206,3 +210,15 @@ def narrow_attention(model: nn.Module, counts: dict[str, dict[str, int]], output
                 setattr(module.config, name.removeprefix("config."), value)
             else:
                 setattr(module, name, value)
+
+
+def prune(model: nn.Module, config: Any) -> None:
+    """Give a model the shapes of its export, values still to be loaded.
+
+    Args:
+        model: The dense architecture.
+        config: Configuration of the export, with the shapes of the pruned layers and the heads that are left.
+    """
+    shrink_linears(model, config.pruned_linears)
+    narrow_attention(model, config.pruned_attention, config.pruned_attention_output)
+    drop_empty_linears(model, config.pruned_linears)

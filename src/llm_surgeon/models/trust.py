@@ -8,11 +8,19 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llm_surgeon.errors import ModelError
 from llm_surgeon.models import FAMILIES
-from llm_surgeon.models.modeling_text import MODELING_FILE, auto_map, export_type, modeling_text
+from llm_surgeon.models.modeling_text import (
+    BLOCK_CONFIGS_FILE,
+    MODELING_FILE,
+    Brought,
+    auto_map,
+    block_configs_text,
+    export_type,
+    modeling_text,
+)
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # SHA-256 of the modelling files that former versions of this package wrote, one for each family.
@@ -27,7 +35,19 @@ _FORMER = (
     "91131b9f93373711c0fde75e288e3cf0b518fe912bf87a6a67278b8bade40ef8",
     "0ced41ca0c7636eb3875bd1c92be431c6faf76135ed9a481cef71de83ea01e8a",
     "5685854308d6d9b0dc81146451f3f60f19b4300336d1922e308f5e27e03623da",
+    "4d1245b1e6667bd83815c958bba9b0c3097b6101a59fc05e926b01bc8db8ba51",
+    "c83d59c37818b164d518f13ccf5c994d8119da42f2e257bd6e15b79ccdbb9fde",
+    "54d4781099ce2ee06e1efdf9242e69f9267dd58fe11b2c400783844b404d77aa",
+    "a1fc2ce5dcc4409f0b07d34bf4ae7a5ab2ff0a0c38f895fdc6fd70224bc670d1",
+    "d6da46c529a51e6ad03b671e6457767fc7b856eb6f1e832537c029a838e1073e",
+    "7671ff5139f182acac76d51b1f7af7ba7214f4f7233017aef0d75dd915bf04b8",
+    "9f3bc8c25213a564739bbbf24a931ea19d11eb41c363fbb9b7d0372ac26750d5",
+    "143d75a138f59142180445f9395b2acd3e9e8db595cf9cddac6d528d40bcda8f",
+    "623b9c7c376af1a237c51f8b05e4fdb7205fef1d4e4139eccf04a944e19b2262",
+    "7afa5a8689f0f6c8f3ea37e1218e6981eacd91eea4a0897790f63a52a1e0c91f",
 )
+# Directory of the format of that name within an export.
+_NEMOTRON_NAS = "nemotron-nas"
 _PART = r"[\w][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}(/{_PART})?")
 
@@ -86,15 +106,19 @@ def is_own_export(directory: Path) -> bool:
     """Tell whether all code in a checkpoint is, byte for byte, that of an export of this or a former version."""
     settings = _json(directory / "config.json")
     family = next((f for f in FAMILIES.values() if export_type(f) == settings.get("model_type")), None)
-    if family is None or settings.get("auto_map") != auto_map(family):
+    if family is None or settings.get("auto_map") not in [auto_map(family, form) for form in get_args(Brought)]:
         return False
     if "auto_map" in _json(directory / "tokenizer_config.json"):
         return False
-    known = hashlib.sha256(modeling_text(family).encode("utf8")).hexdigest(), *_FORMER
+    texts = (*(modeling_text(family, form) for form in get_args(Brought)), block_configs_text())
+    known = *(hashlib.sha256(text.encode("utf8")).hexdigest() for text in texts), *_FORMER
     code = [path for path in directory.rglob("*.py") if path.parent.name != "__pycache__"]
     # Exports of single shots may lie below, and each has the file; transformers looks for code in other places too.
     places = {directory, *(path for path in directory.glob("shot-*") if path.is_dir())}
-    in_place = all(path.name == MODELING_FILE and path.parent in places for path in code)
+    expected = {
+        path for place in places for path in (place / MODELING_FILE, place / _NEMOTRON_NAS / BLOCK_CONFIGS_FILE)
+    }
+    in_place = all(path in expected for path in code)
     return in_place and directory / MODELING_FILE in code and all(_digest(path) in known for path in code)
 
 

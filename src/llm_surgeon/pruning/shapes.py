@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.export.form import builds
 from llm_surgeon.mathematics.candidates import Group, bystanders, joint_group, line_up, score_groups, single_scores
 from llm_surgeon.mathematics.fisher import Fisher, Split
 from llm_surgeon.mathematics.keep_masks import AXES, Coupling, KeepMask, Side, StructureCosts, count_weights
@@ -57,6 +59,29 @@ def _couplings(config: PruneConfig, anatomy: Anatomy) -> list[Coupling]:
     return [*added, *of_parts]
 
 
+def _allowed_counts(config: PruneConfig, anatomy: Anatomy) -> dict[tuple[int, str], frozenset[int]]:
+    """Numbers of groups that may be left, by block and kind of coupling; what is not there may have any number.
+
+    Uniform widths are such that the class takes them. For a quantised type, the dimensions of all heads are a multiple
+    of its block, as the columns of the output projection are.
+    """
+
+    @functools.cache
+    def accepted(sizes: tuple[tuple[str, int], ...]) -> bool:
+        left = dict(sizes)
+        columns = left.get("num_attention_heads", 0) * left.get("head_dim", 0)
+        return columns % config.block_of_quantised == 0 and (not config.uniform or builds(anatomy.settings, left))
+
+    if not config.uniform and config.block_of_quantised == 1:
+        return {}
+    return {
+        (part.block, kind): counts
+        for part in anatomy.parts
+        if set(part.entry.structures) & set(config.parts)
+        for kind, counts in part.widths(lambda sizes: accepted(tuple(sizes.items()))).items()
+    }
+
+
 class SideKey(NamedTuple):
     """Key of one side of one coupling."""
 
@@ -85,6 +110,7 @@ class Shapes:
         self._per_weight = config.rank_by == "cost-per-weight"
         self._singles = "rows-columns" in config.parts
         self._couplings = _couplings(config, anatomy)
+        self._counts = _allowed_counts(config, anatomy)
         self.masks: Mapping[str, KeepMask] = anatomy.dense_masks()
         self.score_name = "cost per weight freed" if self._per_weight else "cost"
         if not self._singles and not any(self._is_candidate(coupling) for coupling in self._couplings):
@@ -197,7 +223,8 @@ class Shapes:
             # A part of a block goes as a whole, and has no width.
             return Widths()
         multiple = self._config.widths_multiple if row.multiple is not None else 1
-        return Widths(multiple, least, self._config.uniform)
+        counts = self._counts.get((self._anatomy.block_of(coupling), coupling.kind))
+        return Widths(multiple, least, self._config.uniform, counts)
 
     def _whole_blocks(self, groups: Sequence[Group]) -> list[Group]:
         """Merge all parts of a block into one candidate."""

@@ -236,7 +236,7 @@ class PruneConfig(
             "batch_size": self.sequences_per_pass,
             "curvature": self.resolved_curvature,
             "scope": self.resolved_scope if self.layerwise and self.pattern is None else None,
-            "round_to": self.widths_multiple if self.parts else None,
+            "round_to": self.rounding if self.parts else None,
             "min_width": self.least_width if self.parts else None,
         }
 

@@ -23,6 +23,7 @@ FORMATS: dict[str, FormatRow] = {
     "gguf-f16": FormatRow("a file for llama.cpp, float16"),
     "gguf-bf16": FormatRow("a file for llama.cpp, bfloat16"),
     "gguf-q8_0": FormatRow("a file for llama.cpp, 8 bits for a weight"),
+    "nemotron-nas": FormatRow("a directory for vLLM's own class, whose blocks differ in the number of neurons"),
 }
 
 

@@ -67,7 +67,10 @@ def export_result(
     logger.info("writing the export and reloading it in a fresh process")
     report, keep = report_of(state), smaller(state.masks)
     exported = Exported(job.model, job.tokenizer, job.anatomy.family, job.anatomy, keep, job.files)
-    records = [_write(exported, form, directory) for form in formats_of(job.config)]
+    records = [
+        write_format(exported, form, directory / (form.name if form.own_directory else ""))
+        for form in formats_of(job.config)
+    ]
     described = main_format(job.config).name
     main = next(record for record in records if record.name == described)
     export = ExportRecord(
@@ -88,10 +91,20 @@ def export_result(
     return report
 
 
-def _write(exported: Exported, form: Format, export: Path) -> FormatRecord:
-    """Write a model in one format into the directory of the export, and verify the files."""
-    own = form.name if form.own_directory else ""
-    directory = export / own
+def write_format(exported: Exported, form: Format, directory: Path) -> FormatRecord:
+    """Write a model in one format, and verify the files.
+
+    Args:
+        exported: The model.
+        form: The format.
+        directory: Directory of the files, which is made if it is not there.
+
+    Raises:
+        ConfigError: If the format cannot say the model.
+        DiskSpaceError: If the disk is full.
+        OutputError: If writing fails for another reason.
+        ExportMismatchError: If the engine computes something else than the model.
+    """
     with writing(directory, sum(parameter.nbytes for parameter in exported.model.parameters())):
         directory.mkdir(parents=True, exist_ok=True)
         plain = form.write(exported, directory)
@@ -106,7 +119,7 @@ def _write(exported: Exported, form: Format, export: Path) -> FormatRecord:
         logit_scale=check.scale if check else None,
         engine=check.engine if check else None,
         plain=plain,
-        directory=own,
+        directory=form.name if form.own_directory else "",
         loading=form.loading(),
     )
 

@@ -86,8 +86,12 @@ def check_texts(settings: Any, texts: Texts) -> None:
 
 def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
     """Log a warning if much of the calibration text is unknown to the tokenizer."""
-    share = float((texts.calibration.input_ids == tokenizer.unk_token_id).float().mean())
-    if tokenizer.unk_token_id is not None and share > _MOST_UNKNOWN:
+    unknown = tokenizer.unk_token_id
+    # Tokenizers that know every byte, as those of Llama 3 and Qwen, have no token for what they do not know.
+    if unknown is None:
+        return
+    share = float((texts.calibration.input_ids == unknown).float().mean())
+    if share > _MOST_UNKNOWN:
         logger.warning(
             "%.0f %% of the calibration tokens are %r, the token for what the tokenizer does not know: is the text "
             "what the model was made for?",

@@ -18,6 +18,7 @@ import os
 import secrets
 import sys
 import threading
+import traceback
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,6 +34,9 @@ if __name__ == "__main__":
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 import xllamacpp  # noqa: E402
+
+# A server that is deleted may wait for ever for its threads, so that none is deleted.
+_RUNNING: list[Any] = []
 
 
 class Engine:
@@ -111,6 +115,7 @@ def main(request: str) -> None:
     with open(request, encoding="utf-8") as file:
         questions = json.load(file)
     engine = Engine(questions["model"])
+    _RUNNING.append(engine)
     answers: dict[str, Any] = {}
     if "tokenize" in questions:
         answers["tokenize"] = [engine.tokens(text, special) for text, special in questions["tokenize"]]
@@ -124,7 +129,13 @@ def main(request: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    # The server's threads need not be waited for.
-    sys.stdout.flush()
-    os._exit(0)
+    status = 1
+    try:
+        main(*sys.argv[1:])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Without the end of the interpreter, which would wait for the server's threads.
+        sys.stderr.flush()
+        os._exit(status)

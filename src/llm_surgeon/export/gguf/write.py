@@ -18,7 +18,7 @@ from llm_surgeon.export.gguf.parts import Block, biases_of, blocks_of, check_fam
 from llm_surgeon.export.gguf.rope import Rope, rope_kind, rope_of
 from llm_surgeon.export.gguf.tensors import Planned, plan_tensors, stored_widths
 from llm_surgeon.export.gguf.tokenizer import add_tokenizer
-from llm_surgeon.export.standard_layers import head_width
+from llm_surgeon.export.standard_layers import check_without_gaps, head_width
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.system.files import writing
 
@@ -58,6 +58,7 @@ def say(form: str, exported: Exported) -> Said:
     """
     family, settings = exported.family, exported.model.config
     check_family(form, family)
+    check_without_gaps(exported.model, form)
     blocks = blocks_of(exported.model, family)
     widths = [block.widths for block in blocks]
     activation = entries_of(family)[1].activation

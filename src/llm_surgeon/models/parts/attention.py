@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -277,6 +277,26 @@ class AttentionPart(Part):
             "num_key_value_heads": int(heads.any(1).sum()),
             "head_dim": self.width,
         }
+
+    def widths(self, accepted: Callable[[Mapping[str, int]], bool]) -> dict[str, frozenset[int]]:
+        """Numbers of key/value heads, and of query heads of each, any of which together are accepted.
+
+        Of the two largest sets of that kind, one begins with the key/value heads, the other with the query heads.
+        """
+
+        def fits(kv: int, shared: int) -> bool:
+            whole = (kv, shared) == (self.kv, self.shared)
+            sizes = {"num_attention_heads": kv * shared, "num_key_value_heads": kv, "head_dim": self.width}
+            return whole or accepted(sizes)
+
+        groups, queries = range(1, self.kv + 1), range(1, self.shared + 1)
+        first_groups = [kv for kv in groups if fits(kv, self.shared)]
+        then_queries = [shared for shared in queries if all(fits(kv, shared) for kv in first_groups)]
+        first_queries = [shared for shared in queries if fits(self.kv, shared)]
+        then_groups = [kv for kv in groups if all(fits(kv, shared) for shared in first_queries)]
+        choices = (first_groups, then_queries), (then_groups, first_queries)
+        left_groups, left_queries = max(choices, key=lambda choice: len(choice[0]) * len(choice[1]))
+        return {"key/value group": frozenset(left_groups), "query head": frozenset(left_queries)}
 
     def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
         """Gates on outputs and on queries of each head; gates on values and keys would only repeat these."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -150,6 +150,17 @@ class Part(Protocol):
     def neurons(self) -> int:
         """Number of neurons, which share gates in groups; 0 for a part without neurons."""
         return 0
+
+    def widths(self, accepted: Callable[[Mapping[str, int]], bool]) -> dict[str, frozenset[int]]:
+        """Numbers of groups that may be left of some couplings, so that any choice among them is accepted.
+
+        Args:
+            accepted: Whether entries of the configuration, as ``sizes`` gives them, are.
+
+        Returns:
+            Numbers of groups, in each pool, by the kind of the coupling; kinds that are not there may leave any number.
+        """
+        return {}
 
     @abstractmethod
     def couplings(self) -> Iterator[Coupling]:

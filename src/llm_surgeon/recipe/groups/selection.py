@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.recipe import structures
 from llm_surgeon.recipe.groups.base import FEW, MANY, Options, Quantity
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS, method_names
 from llm_surgeon.recipe.presets import DEFAULT, METHOD, Preset
+from llm_surgeon.recipe.quantised import QUANTISED, parse_multiple, quantised_type
 from llm_surgeon.recipe.quantity import shown
 from llm_surgeon.recipe.structures import STRUCTURES, UNSTRUCTURED
 
 RankBy = Literal["cost-per-weight", "cost"]
+RoundTo = Annotated[Annotated[int, Field(ge=1, le=MANY)] | str, BeforeValidator(parse_multiple)]
 
 # Options that may be given instead of the sparsity.
 TARGETS = ("target_params", "target_bytes", "target_latency")
@@ -78,11 +80,10 @@ class SelectionOptions(Options):
         description="For neurons, heads or blocks: the same widths in every block, so that plain transformers classes "
         "load the export; blocks then go whole.",
     )
-    round_to: int | None = Field(
+    round_to: RoundTo | None = Field(
         None,
-        ge=1,
-        le=MANY,
-        description="For neurons: what is left in each block is a multiple of this (unset: 32 with neurons, else 1).",
+        description="For neurons: what is left in each block is a multiple of this (unset: 32 with neurons, else 1). "
+        f"Or a type of quantised weights ({', '.join(QUANTISED)}): neurons, and dimensions of all heads, as it needs.",
     )
     min_width: float | None = Field(
         None,
@@ -154,7 +155,10 @@ class SelectionOptions(Options):
             raise ValueError(
                 f"uniform {whole} go whole: {', '.join(others)} and {last} cannot be removed in the same run"
             )
-        if self.round_to not in (None, 1) and structures.multiple_of(self.parts) is None:
+        if isinstance(self.round_to, str):
+            if not rows or not set(self.parts) <= {"neurons", "heads"}:
+                raise ValueError(f"round_to {self.round_to} is for neurons and heads, not for {self.structure}")
+        elif self.round_to not in (None, 1) and structures.multiple_of(self.parts) is None:
             raise ValueError("round_to is for structures with neurons and without rows-columns")
         if self.min_width is not None and not rows:
             raise ValueError(f"min_width is for structures that shrink, not for {self.structure}")
@@ -178,7 +182,20 @@ class SelectionOptions(Options):
     @property
     def widths_multiple(self) -> int:
         """Multiple that the number of neurons left in each block has to be."""
+        if isinstance(self.round_to, str):
+            return self.block_of_quantised
         return self.round_to or structures.multiple_of(self.parts) or 1
+
+    @property
+    def rounding(self) -> int | str:
+        """Multiple of the number of neurons, or name of the quantised type that says it."""
+        return self.round_to if isinstance(self.round_to, str) else self.widths_multiple
+
+    @property
+    def block_of_quantised(self) -> int:
+        """Columns of a block of the quantised type in ``round_to``; 1 if it names none."""
+        name = quantised_type(self.round_to) if isinstance(self.round_to, str) else None
+        return QUANTISED[name].block if name else 1
 
     @property
     def least_width(self) -> float:
