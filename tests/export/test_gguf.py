@@ -1,6 +1,7 @@
 """GGUF files in llama.cpp itself: every architecture, widths of all kinds, and what is refused."""
 
 import importlib.util
+import resource
 
 import gguf
 import numpy
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from gguf_models import BOTH, HEADS, NEURONS, ROPES, dense, emptied, narrowed, seeded, small_llama
-from llm_surgeon.errors import ConfigError, ExportMismatchError
+from llm_surgeon.errors import ConfigError, DiskSpaceError, ExportMismatchError
 from llm_surgeon.export.format import Exported
 from llm_surgeon.export.formats import FORMATS
 from llm_surgeon.export.gguf import verify as checking
@@ -290,6 +291,17 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
     exported.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
     with pytest.raises(ConfigError, match=r"ffn_up.* float16 ends at 65504.*gguf-bf16"):
         FORMATS["gguf-f16"].write(exported, tmp_path)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    exported = dense(seeded(llama_like, config=LlamaConfig, model=LlamaForCausalLM, hidden_size=256))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(DiskSpaceError, match="disk is full"):
+            GGUF.write(exported, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_licence_goes_with_the_weights(tmp_path):
