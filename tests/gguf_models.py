@@ -8,7 +8,17 @@ from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import cut_out
 from llm_surgeon.models.parts.attention import AttentionPart
 from llm_surgeon.pruning.shapes import Shapes
-from tiny import build, byte_tokenizer
+from tiny import build, byte_tokenizer, llama_like
+
+HEADS = {"structure": "heads"}
+NEURONS = {"structure": "neurons", "round_to": 1}
+BOTH = {"structure": "neurons+heads", "round_to": 1}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 32},
+}
 
 
 def anatomy_of(model):
@@ -55,3 +65,9 @@ def seeded(make, **settings):
     """A model that is always the same."""
     torch.manual_seed(0)
     return make(**settings).eval()
+
+
+def small_llama(config, model, rope, **settings):
+    sizes = {"hidden_size": 32, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    given = {"rope_theta": 10000.0, **rope}
+    return seeded(llama_like, config=config, model=model, **{**sizes, "rope_parameters": given, **settings})

@@ -1,7 +1,7 @@
 """GGUF files in llama.cpp itself: every architecture, widths of all kinds, and what is refused."""
 
 import importlib.util
-import re
+import resource
 
 import gguf
 import numpy
@@ -21,22 +21,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gguf_models import dense, emptied, narrowed, seeded
-from llm_surgeon import PruneConfig
-from llm_surgeon.errors import ConfigError, ExportMismatchError, UnsupportedModelError
+from gguf_models import BOTH, HEADS, NEURONS, ROPES, dense, emptied, narrowed, seeded, small_llama
+from llm_surgeon.errors import ConfigError, DiskSpaceError, ExportMismatchError
 from llm_surgeon.export.format import Exported
 from llm_surgeon.export.formats import FORMATS
 from llm_surgeon.export.gguf import verify as checking
 from llm_surgeon.export.gguf.parts import Reader
 from llm_surgeon.export.gguf.tokenizer import tokenizer_keys
 from llm_surgeon.export.save import save_model
-from tiny import WINDOW, build, byte_tokenizer, llama_like, tokenizer
+from tiny import WINDOW, byte_tokenizer, llama_like
 
 engine = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp (xllamacpp) is missing")
 GGUF = FORMATS["gguf"]
-HEADS = {"structure": "heads"}
-NEURONS = {"structure": "neurons", "round_to": 1}
-BOTH = {"structure": "neurons+heads", "round_to": 1}
 DENSE = {
     **{"llama": "llama", "llama-biased": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
     **{"gemma2": "gemma2", "gemma3": "gemma3", "phi3": "phi3", "gpt2": "gpt2"},
@@ -68,12 +64,6 @@ def widths(path, name):
     suffixes = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
     found = [keys[f"{name}.{suffix}"] for suffix in suffixes]
     return [tuple(block) for block in zip(*found, strict=True)] if isinstance(found[0], list) else tuple(found)
-
-
-def small_llama(config, model, rope, **settings):
-    sizes = {"hidden_size": 32, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    given = {"rope_theta": 10000.0, **rope}
-    return seeded(llama_like, config=config, model=model, **{**sizes, "rope_parameters": given, **settings})
 
 
 def phi3(**rope):
@@ -165,14 +155,6 @@ def test_a_block_without_anything_is_left_out(family, tmp_path):
     path, name = written(emptied(family, "attention 1", "feed-forward 1"), tmp_path)
     assert name == family
     assert keys_of(path)[f"{name}.block_count"] == 1
-
-
-ROPES = {
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    | {"original_max_position_embeddings": 32},
-}
 
 
 @engine
@@ -311,6 +293,17 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
         FORMATS["gguf-f16"].write(exported, tmp_path)
 
 
+def test_a_full_disk_is_named(tmp_path):
+    exported = dense(seeded(llama_like, config=LlamaConfig, model=LlamaForCausalLM, hidden_size=256))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(DiskSpaceError, match="disk is full"):
+            GGUF.write(exported, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_the_licence_goes_with_the_weights(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
@@ -327,95 +320,3 @@ def test_the_tokenizer_is_that_of_the_model(tmp_path):
     GGUF.write(exported, tmp_path)
     keys = tokenizer_keys(exported.tokenizer, exported.model.config.vocab_size)
     assert keys_of(tmp_path / "model-F32.gguf")["tokenizer.ggml.tokens"] == list(keys.tokens)
-
-
-def turned(rope):
-    return small_llama(LlamaConfig, LlamaForCausalLM, rope)
-
-
-def untied_qwen3():
-    return seeded(llama_like, config=Qwen3Config, model=Qwen3ForCausalLM, tie_word_embeddings=False)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: dense("opt"), "no architecture for opt"),
-        (lambda: narrowed("gpt2", **NEURONS), r"gpt2 has one width for all blocks.*neurons with --uniform"),
-        (lambda: narrowed("gemma2", **BOTH), r"gemma2 has one width .*neurons\+heads with --uniform"),
-        (lambda: emptied("gpt-neox", "attention 0"), "gptneox has one width for all blocks"),
-        (lambda: narrowed("gpt2", **HEADS), "gpt2 has one width for all blocks"),
-        (
-            lambda: narrowed(untied_qwen3(), **BOTH),
-            "openelm takes its embedding for the output head.*--uniform",
-        ),
-        (lambda: dense(turned({"rope_type": "dynamic", "factor": 2.0})), "of the kind dynamic"),
-        (lambda: dense(turned(ROPES["yarn"] | {"beta_slow": 2.0})), "yarn with beta_slow = 2.0"),
-        (
-            lambda: dense(small_llama(Qwen3Config, Qwen3ForCausalLM, ROPES["llama3"])),
-            "qwen3 reads no divisors of frequencies.* llama3",
-        ),
-        (
-            lambda: dense(seeded(llama_like, config=LlamaConfig, model=LlamaForCausalLM, hidden_act="relu")),
-            "computes other activations than relu",
-        ),
-        (lambda: emptied("gemma2", "attention 0", "feed-forward 0"), "gemma2 cannot have layer_types"),
-    ],
-)
-def test_what_llama_cpp_computes_otherwise_is_refused_before_anything_is_written(make, words, tmp_path):
-    exported = make()
-    with pytest.raises(ConfigError, match=words) as refused:
-        GGUF.write(exported, tmp_path)
-    assert "--" in refused.value.remedy
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "words"),
-    [
-        ("llama", {"structure": "rows-columns"}, r"rows-columns leaves matrices with gaps.*neurons\+heads"),
-        ("llama", {"structure": "heads+values"}, "values leaves matrices with gaps"),
-        ("opt", NEURONS, "no architecture for opt"),
-        ("gemma3", BOTH, "gemma3 has one width .*--uniform"),
-        ("gpt2", {**HEADS, "uniform": True}, "gpt2 needs heads that together are as wide"),
-        ("gemma2", {"structure": "blocks"}, "gemma2 has one width"),
-    ],
-)
-@pytest.mark.parametrize("name", ["gguf", "gguf-q8_0"])
-def test_a_recipe_is_refused_before_the_work(name, family, options, words):
-    exported = dense(family)
-    config = PruneConfig.from_mapping({"preset": "none", "sparsity": 0.3, "formats": [name], **options})
-    with pytest.raises(ConfigError, match=words) as refused:
-        FORMATS[name].check(config, exported.anatomy, exported.model.config)
-    assert "--" in refused.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "words"),
-    [
-        ("llama", {"structure": "unstructured"}, "as architecture llama; .*zeros by themselves make it no faster"),
-        ("llama", {**BOTH, "uniform": True}, "as architecture llama;"),
-        ("llama", BOTH, "as architecture deci; verified with llama.cpp of xllamacpp 2026"),
-        ("llama", {"structure": "blocks"}, "as architecture deci;"),
-        ("qwen3", BOTH, "as architecture openelm;"),
-        ("phi3", {**HEADS, "uniform": True}, "as architecture deci;"),
-        ("mistral", BOTH, f"for texts of at most {WINDOW} tokens"),
-        ("gpt2", {**NEURONS, "uniform": True}, "its GELU is an approximation"),
-    ],
-)
-def test_the_plan_says_what_loads_it(family, options, words):
-    exported = dense(family)
-    config = PruneConfig.from_mapping({"preset": "none", "sparsity": 0.3, "formats": ["gguf"], **options})
-    GGUF.check(config, exported.anatomy, exported.model.config)
-    (line,) = GGUF.loaders(config, exported.model.config)
-    assert re.search(words, line)
-
-
-def test_a_tokenizer_is_refused_before_the_work():
-    with pytest.raises(UnsupportedModelError, match="WordLevel"):
-        GGUF.check_tokenizer(tokenizer(), build("llama").config)
-
-
-def test_bytes_of_a_parameter():
-    found = {name: form.nbytes(32, torch.bfloat16) for name, form in FORMATS.items() if name.startswith("gguf")}
-    assert found == {"gguf": 64, "gguf-f32": 128, "gguf-f16": 64, "gguf-bf16": 64, "gguf-q8_0": 34}

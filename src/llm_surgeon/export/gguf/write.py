@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +114,7 @@ def write_file(said: Said, exported: Exported, kind: Kind, path: Path) -> None:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in tensors:
-                writer.write_tensor_data(_values(tensor, _kind_of(tensor, kind)))
+                _write_values(writer, _values(tensor, _kind_of(tensor, kind)))
                 weights_of(model).forget()
         finally:
             writer.close()
@@ -129,6 +131,16 @@ def _announce(writer: gguf.GGUFWriter, tensor: Planned, kind: Kind) -> None:
     """Add a tensor's name, shape and type, which stand in the file before all values."""
     shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
     writer.add_tensor_info(tensor.name, shape, numpy.dtype(numpy.uint8), math.prod(shape), raw_dtype=kind)
+
+
+def _write_values(writer: gguf.GGUFWriter, values: numpy.ndarray) -> None:
+    try:
+        writer.write_tensor_data(values)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy says how much it could not write, but not why.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _values(tensor: Planned, kind: Kind) -> numpy.ndarray:
