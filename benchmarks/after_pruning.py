@@ -14,9 +14,9 @@ begins a block says how, after its language:
 
 To blocks that quantise or merge a model and save it, lines are added that compare the logits with those of the saved
 model. Blocks named ``upload`` run with the two functions of the hub replaced: the stand-ins check the arguments against
-the real functions and print the files that would go, so that nothing needs a network or an account. Blocks without their
-environment are reported as not run. Writes benchmarks/results/after_pruning.json and after_pruning.md; the exit status
-is 1 if a block failed.
+the real functions and print the files that would go, so that nothing needs a network or an account. Blocks without
+their environment are reported as not run. Writes benchmarks/results/after_pruning.json and after_pruning.md; the exit
+status is 1 if a block failed.
 """
 
 from __future__ import annotations
