@@ -14,6 +14,7 @@ import typer
 
 from llm_surgeon.cli.options import COMMON, config_of, with_recipe
 from llm_surgeon.cli.shared import command_line, console, errors_as_messages
+from llm_surgeon.errors import ExportMismatchError
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import own_place
 
@@ -64,6 +65,8 @@ def prune(
         # Not wrapped nor coloured: some lines are to be pasted.
         for line in _closing(report, report.export, time.perf_counter() - start, output.encoding):
             output.print(line, soft_wrap=True, highlight=False)
+        if report.export.failures:
+            raise ExportMismatchError(report.export.failures[0], f"All else of the export at {out} is complete.")
 
 
 def _how_to_go_on(out: Path) -> str:
