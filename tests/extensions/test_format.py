@@ -129,6 +129,7 @@ def test_a_format_that_its_engine_fails_at_costs_no_other(checkpoint, text, tmp_
     assert not (out / "npz").exists()
     assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == report.shots[-1].size.total
     assert "was left out" in (out / "report.html").read_text()
+    assert "The format npz was left out" in " ".join(done.output.split())
 
 
 def test_alone_it_is_the_whole_export_and_nothing_promises_transformers(checkpoint, text, tmp_path):
