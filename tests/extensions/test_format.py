@@ -110,6 +110,28 @@ def test_a_run_ended_after_a_shot_goes_on_to_the_same_arrays(run, checkpoint, te
         assert all(numpy.array_equal(found[name], expected[name]) for name in found.files)
 
 
+def test_a_format_that_its_engine_fails_at_costs_no_other(checkpoint, text, tmp_path, monkeypatch):
+    def differs(*_):
+        raise ExportMismatchError("The arrays are of another model.", "Please report this.")
+
+    monkeypatch.setattr(Npz, "verify", differs)
+    out = tmp_path / "out"
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    words = ["--structure=neurons", "--uniform", "--round-to=4", "--sparsity=0.3", "--format=hf", "--format=npz"]
+    done = CliRunner().invoke(
+        app, ["prune", str(checkpoint), "--out", str(out), "--calibration", str(text), *small, *words]
+    )
+    assert done.exit_code == 1, done.output
+    assert "The arrays are of another model" in done.output
+    assert "is complete" in " ".join(done.output.split())
+    report = PruneReport.model_validate_json((out / "report.json").read_text())
+    assert report.export.failures == ("The arrays are of another model.",)
+    assert not (out / "npz").exists()
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == report.shots[-1].size.total
+    assert "was left out" in (out / "report.html").read_text()
+    assert "The format npz was left out" in " ".join(done.output.split())
+
+
 def test_alone_it_is_the_whole_export_and_nothing_promises_transformers(checkpoint, text, tmp_path):
     out = tmp_path / "out"
     small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]

@@ -14,6 +14,7 @@ import typer
 
 from llm_surgeon.cli.options import COMMON, config_of, with_recipe
 from llm_surgeon.cli.shared import command_line, console, errors_as_messages
+from llm_surgeon.errors import ExportMismatchError
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import own_place
 
@@ -64,6 +65,8 @@ def prune(
         # Not wrapped nor coloured: some lines are to be pasted.
         for line in _closing(report, report.export, time.perf_counter() - start, output.encoding):
             output.print(line, soft_wrap=True, highlight=False)
+        if report.export.failures:
+            raise ExportMismatchError(report.export.failures[0], f"All else of the export at {out} is complete.")
 
 
 def _how_to_go_on(out: Path) -> str:
@@ -80,10 +83,11 @@ def _how_to_go_on(out: Path) -> str:
 
 def _closing(report: PruneReport, export: ExportRecord, seconds: float, encoding: str) -> list[str]:
     """Lines below the table: time, sizes, path of the export, the code that loads it, and paths of report and card."""
-    from llm_surgeon.report.loading import loading_lines
+    from llm_surgeon.report.loading import loading_lines, reloaded
     from llm_surgeon.report.table import scaled_bytes
 
     out = Path(export.path)
+    others = [form for form in export.formats if form.directory] if export.pretrained else export.formats[1:]
     # Absolute, so that the lines work in any directory; an escape if the terminal does not have a character.
     place = repr(export.path) if _can_show(export.path, encoding) else ascii(export.path)
     return [
@@ -93,6 +97,7 @@ def _closing(report: PruneReport, export: ExportRecord, seconds: float, encoding
         "",
         *loading_lines(report, place),
         "",
+        *(f"{out / form.directory}: {scaled_bytes(form.weight_bytes)}. {reloaded(form)}" for form in others),
         f"Report: {out / 'report.html'} (numbers: {out / 'report.json'}), model card: {out / 'README.md'}",
     ]
 

@@ -30,6 +30,7 @@ class Memory(Record):
 class FormatRecord(Record):
     """One format of an export: the size of its weight files, and the distance of its logits from the model in memory.
 
+    ``failed`` is the message of an engine that computes something else from the files, which were removed then.
     ``engine`` is the engine that loaded the files for that, with its version; the three are None if no engine is
     installed that could. ``plain`` says whether the format's engine loads it without running code of the export.
     ``directory`` names the directory of the files inside the export; it is empty if ``from_pretrained`` loads them from
@@ -42,6 +43,7 @@ class FormatRecord(Record):
     logit_scale: float | None
     plain: bool
     engine: str | None = None
+    failed: str | None = None
     directory: str = ""
     loading: tuple[str, ...] = ()
 
@@ -74,6 +76,11 @@ class ExportRecord(Record):
             plain=self.plain,
         )
         return self.formats or (former,)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Messages of the formats whose engines compute something else than the model."""
+        return tuple(form.failed for form in self.formats if form.failed)
 
     @property
     def pretrained(self) -> bool:

@@ -37,6 +37,8 @@ def loading_lines(report: PruneReport, place: str) -> list[str]:
 
 def reloaded(form: FormatRecord) -> str:
     """Result of loading the files of a format again, in one sentence."""
+    if form.failed is not None:
+        return f"The format {form.name} was left out: {form.failed}"
     if form.max_logit_difference is None:
         return f"The files of the format {form.name} were not loaded again, as no engine for them is installed."
     by = f" by {form.engine}" if form.engine else ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_surgeon.errors import ExportMismatchError
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.format import Exported, Format
@@ -69,11 +71,8 @@ def export_result(
     logger.info("writing the export and reloading it in a fresh process")
     report, keep = report_of(state), smaller(state.masks)
     exported = Exported(job.model, job.tokenizer, job.anatomy.family, job.anatomy, keep, job.files)
-    records = [
-        write_format(exported, form, directory / (form.name if form.own_directory else ""))
-        for form in formats_of(job.config)
-    ]
     described = main_format(job.config).name
+    records = [_written(exported, form, directory, form.name == described) for form in formats_of(job.config)]
     main = next(record for record in records if record.name == described)
     export = ExportRecord(
         path=str(place),
@@ -93,6 +92,31 @@ def export_result(
     with writing(directory, SMALL_FILES):
         _write_report(report, job.config, directory)
     return report
+
+
+def _written(exported: Exported, form: Format, directory: Path, main: bool) -> FormatRecord:
+    """Write a model in one of several formats; an engine that fails at one of them does not cost the others.
+
+    Raises:
+        ExportMismatchError: If the format is the one that report and card describe, and its engine fails.
+    """
+    place = directory / (form.name if form.own_directory else "")
+    try:
+        return write_format(exported, form, place)
+    except ExportMismatchError as error:
+        if main:
+            raise
+        logger.error("the format %s was left out: %s", form.name, error)
+        shutil.rmtree(place)
+        return FormatRecord(
+            name=form.name,
+            weight_bytes=0,
+            max_logit_difference=None,
+            logit_scale=None,
+            plain=False,
+            directory=form.name,
+            failed=error.cause,
+        )
 
 
 def write_format(exported: Exported, form: Format, directory: Path) -> FormatRecord:
