@@ -211,6 +211,8 @@ class Runner:
             self._command(block), cwd=self._directory, env=self._variables(block), capture_output=True, check=False
         )
         output, errors = (text.decode(errors="replace").strip() for text in (done.stdout, done.stderr))
+        if block.name in PROGRAMS and (version := re.search(r"^version: (\S+)", f"{output}\n{errors}", re.MULTILINE)):
+            self._versions[block.name] = f"llama.cpp {version[1]}"
         lines = [line for line in output.splitlines() if line.strip()]
         said = lines[-1] if lines else ""
         if done.returncode != 0:
@@ -271,14 +273,10 @@ class Runner:
         return variables
 
     def _version(self, name: str) -> str:
-        """Versions of the packages of an environment, or of a program as it says it."""
-        if name not in self._versions:
-            self._versions[name] = (
-                _program_version(self._environments[name])
-                if name in PROGRAMS
-                else _package_versions(self._environments[name], (HERE | ELSEWHERE)[name])
-            )
-        return self._versions[name]
+        """Versions of the packages of an environment, or of a program if its output told it."""
+        if name not in self._versions and name not in PROGRAMS:
+            self._versions[name] = _package_versions(self._environments[name], (HERE | ELSEWHERE)[name])
+        return self._versions.get(name, "")
 
 
 def _contains(output: str, text: str) -> bool:
@@ -295,13 +293,6 @@ def _package_versions(python: str, packages: Sequence[str]) -> str:
     )
     done = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def _program_version(program: str) -> str:
-    """Version of a program of llama.cpp; empty if it does not say one."""
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    found = re.search(r"version: (.+)", done.stdout + done.stderr)
-    return f"llama.cpp {found[1]}" if found else ""
 
 
 def link_exports(directory: Path, exports: Mapping[str, Path]) -> None:
@@ -327,7 +318,7 @@ def _markdown(outcomes: Sequence[Outcome], about: Mapping[str, object]) -> str:
             each.outcome,
             each.seconds,
             each.versions or None,
-            f"`{each.said[-90:].strip()}`" if each.said else None,
+            f"`{' '.join(each.said.split())[-90:].strip()}`" if each.said else None,
         ]
         for each in outcomes
     ]
