@@ -37,6 +37,7 @@ def outcomes_of(runner, *names):
     return [runner.run(block) for block in BLOCKS if block.name in names]
 
 
+@pytest.mark.slow
 def test_exports_generate_and_are_converted_and_llama_cpp_writes_the_same_text(runner, tmp_path):
     pytest.importorskip("xllamacpp", reason="the engine of GGUF files is not installed")
     outcomes = outcomes_of(runner, "llm-surgeon", "transformers", "xllamacpp")
