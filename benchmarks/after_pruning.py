@@ -309,6 +309,12 @@ def link_exports(directory: Path, exports: Mapping[str, Path]) -> None:
                 (directory / name / file.name).symlink_to(file.resolve())
 
 
+def _cell(said: str) -> str | None:
+    """End of an output as code in a table."""
+    end = " ".join(said.split())[-90:].strip().replace("|", "\\|")
+    return f"`{end}`" if end else None
+
+
 def _markdown(outcomes: Sequence[Outcome], about: Mapping[str, object]) -> str:
     """Table of the outcomes."""
     rows = [
@@ -318,7 +324,7 @@ def _markdown(outcomes: Sequence[Outcome], about: Mapping[str, object]) -> str:
             each.outcome,
             each.seconds,
             each.versions or None,
-            f"`{' '.join(each.said.split())[-90:].strip()}`" if each.said else None,
+            _cell(each.said),
         ]
         for each in outcomes
     ]
