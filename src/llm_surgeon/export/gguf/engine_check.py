@@ -52,13 +52,18 @@ class Engine:
         self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         self.server = xllamacpp.Server(_parameters(model, key))
         place = urlsplit(self.server.listening_address)
-        self._connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=600)
+        self._place = str(place.hostname), place.port
 
     def post(self, path: str, question: dict[str, Any]) -> dict[str, Any]:
         """Ask the server; raises ``RuntimeError`` with its message if it refuses."""
-        self._connection.request("POST", path, json.dumps(question), self._headers)
-        response = self._connection.getresponse()
-        body = response.read()
+        # A connection for each question: on a busy machine, the server has ended an idle one before the next.
+        connection = http.client.HTTPConnection(*self._place, timeout=600)
+        try:
+            connection.request("POST", path, json.dumps(question), self._headers)
+            response = connection.getresponse()
+            body = response.read()
+        finally:
+            connection.close()
         if response.status != http.client.OK:
             raise RuntimeError(f"{path} answers {response.status}: {body.decode(errors='replace')[:200]}")
         answer: dict[str, Any] = json.loads(body)
