@@ -1,7 +1,7 @@
 """Run in a fresh process: load a GGUF file in llama.cpp, and answer what the exporter wants compared.
 
-Usage: ``python -P engine_check.py REQUEST``. REQUEST is a JSON file with ``model``, the path of the GGUF file, and with
-the questions. The answers are written beside it, as JSON, under the names of the questions:
+Usage: ``python -P engine_check.py REQUEST``. REQUEST is a JSON file with ``model``, the path of the GGUF file, the
+number of ``threads``, and the questions. The answers are written beside it, as JSON, under the names of the questions:
 
 - ``tokenize``: a list of texts, each with whether special tokens are added; the answer is a list of token ids for each.
 - ``continue``: ``prompts``, lists of token ids, ``steps``, the number of tokens that are to follow, and ``vocabulary``,
@@ -44,21 +44,27 @@ class Engine:
 
     Args:
         model: The file.
+        threads: Threads that compute.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, threads: int) -> None:
         # Other users of this machine reach the port too, but do not know the key.
         key = secrets.token_hex(16)
         self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        self.server = xllamacpp.Server(_parameters(model, key))
+        self.server = xllamacpp.Server(_parameters(model, key, threads))
         place = urlsplit(self.server.listening_address)
-        self._connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=600)
+        self._place = str(place.hostname), place.port
 
     def post(self, path: str, question: dict[str, Any]) -> dict[str, Any]:
         """Ask the server; raises ``RuntimeError`` with its message if it refuses."""
-        self._connection.request("POST", path, json.dumps(question), self._headers)
-        response = self._connection.getresponse()
-        body = response.read()
+        # A connection for each question: on a busy machine, the server has ended an idle one before the next.
+        connection = http.client.HTTPConnection(*self._place, timeout=600)
+        try:
+            connection.request("POST", path, json.dumps(question), self._headers)
+            response = connection.getresponse()
+            body = response.read()
+        finally:
+            connection.close()
         if response.status != http.client.OK:
             raise RuntimeError(f"{path} answers {response.status}: {body.decode(errors='replace')[:200]}")
         answer: dict[str, Any] = json.loads(body)
@@ -92,7 +98,7 @@ class Engine:
         return {"tokens": [int(token) for token in answer["tokens"]], "logprobs": logprobs}
 
 
-def _parameters(model: str, key: str) -> Any:
+def _parameters(model: str, key: str, threads: int) -> Any:
     """Parameters of a server that does as little as possible besides answering."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = model
@@ -100,6 +106,9 @@ def _parameters(model: str, key: str) -> Any:
     parameters.n_ctx = 512
     parameters.n_parallel = 1
     parameters.n_gpu_layers = 0
+    for of in (parameters.cpuparams, parameters.cpuparams_batch):
+        # Threads that wait for work ask for it again and again by default, and keep others from the cores.
+        of.n_threads, of.poll = threads, 0
     # Keys, values and their products are not to be rounded.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -114,7 +123,7 @@ def main(request: str) -> None:
     """Answer the questions of a request."""
     with open(request, encoding="utf-8") as file:
         questions = json.load(file)
-    engine = Engine(questions["model"])
+    engine = Engine(questions["model"], questions["threads"])
     _RUNNING.append(engine)
     answers: dict[str, Any] = {}
     if "tokenize" in questions:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from llm_surgeon.errors import ConfigError, ExportMismatchError
@@ -36,7 +37,9 @@ def ask_engine(file: Path, questions: Mapping[str, Any]) -> dict[str, Any]:
     script = Path(__file__).with_name("engine_check.py")
     with tempfile.TemporaryDirectory() as scratch:
         request = Path(scratch) / "request.json"
-        request.write_text(json.dumps({"model": str(file), **questions}), encoding="utf-8")
+        request.write_text(
+            json.dumps({"model": str(file), "threads": torch.get_num_threads(), **questions}), encoding="utf-8"
+        )
         done = run_script(script, [str(request)])
         if done.returncode != 0:
             raise ExportMismatchError(
