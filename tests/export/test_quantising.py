@@ -30,8 +30,8 @@ def test_the_plan_says_what_the_widths_will_fit(round_to, fits):
     assert "every matrix" in small
     assert ("every matrix" in large) == fits
     # Neurons are rounded by a number too, heads by the name of a type only.
-    assert ("o_proj where" in large) == (not fits)
-    assert ("down_proj where" in large) == (round_to is None)
+    assert ("o_proj in blocks" in large) == (not fits)
+    assert ("down_proj in blocks" in large) == (round_to is None)
 
 
 def test_a_width_of_the_model_that_no_rounding_mends_is_said():

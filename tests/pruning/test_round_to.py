@@ -89,7 +89,7 @@ def test_a_quantised_type_is_for_neurons_and_heads():
     for structure in ("rows-columns", "values", "blocks", "2:4"):
         with pytest.raises(ConfigError, match=r"round_to q4_k is for neurons and heads"):
             recipe(structure=structure, round_to="q4_k", sparsity=0.5)
-    with pytest.raises(ConfigError, match="neither a number nor a quantised type"):
+    with pytest.raises(ConfigError, match="neither a whole number nor a quantised type"):
         recipe(round_to="q4k")
 
 

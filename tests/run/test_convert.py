@@ -70,10 +70,10 @@ def test_wrong_calls_are_refused_before_the_weights_are_read(uneven, tmp_path, m
         raise AssertionError("the weights are read")
 
     monkeypatch.setattr("llm_surgeon.run.convert.load_model", read)
-    for formats, words in ((["gguff"], "not known"), (["hf"], "read in the format hf"), ([], "No format")):
+    for formats, words in ((["gguff"], "not known"), (["hf"], "in the format hf already"), ([], "No format")):
         with pytest.raises(ConfigError, match=words):
             export_as(uneven, formats)
-    with pytest.raises(ConfigError, match="no local directory"):
+    with pytest.raises(ConfigError, match="There is no directory"):
         export_as("demo", FORMAT)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text(json.dumps({"model_type": "t5"}))

@@ -46,10 +46,12 @@ class Format(ABC):
         name: Name in the recipe.
         own_directory: Whether its files stand in a directory of its name inside that of the export. Only what
             ``from_pretrained`` loads stands in that of the export itself: it is what report and card describe.
+        engine: What has to be there for ``verify``, in words, where it may be missing.
     """
 
     name: ClassVar[str]
     own_directory: ClassVar[bool] = True
+    engine: ClassVar[str] = ""
 
     @abstractmethod
     def loaders(self, config: PruneConfig, settings: Any) -> tuple[str, ...]:
@@ -82,6 +84,14 @@ class Format(ABC):
 
         Raises:
             UnsupportedModelError: If it cannot; says what would make it possible.
+        """
+        return
+
+    def check_result(self, exported: Exported) -> None:
+        """Find out before anything is written whether the format can say a model.
+
+        Raises:
+            ConfigError: If it cannot; says what would make it possible.
         """
         return
 

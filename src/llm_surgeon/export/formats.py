@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.format import Format
 from llm_surgeon.export.gguf.format import GGUF, Q8, BFloat16, Float16, Float32
 from llm_surgeon.export.hugging_face import HuggingFace
@@ -55,6 +57,20 @@ def check_formats(config: PruneConfig, anatomy: Anatomy, settings: Any) -> None:
     """
     for form in formats_of(config):
         form.check(config, anatomy, settings)
+
+
+def possible(config: PruneConfig, anatomy: Anatomy, settings: Any) -> tuple[str, ...]:
+    """Names of the formats that can say what a recipe leaves, whether or not it names them; see ``Format.check``.
+
+    Formats that differ from another in the type of the weights only, and are named after it, are left out.
+    """
+    found = []
+    for name, form in FORMATS.items():
+        if not any(name.startswith(f"{other}-") for other in FORMATS):
+            with contextlib.suppress(ConfigError):
+                form.check(config, anatomy, settings)
+                found.append(name)
+    return tuple(found)
 
 
 def check_tokenizer(config: PruneConfig, tokenizer: PreTrainedTokenizerBase, settings: Any) -> None:

@@ -48,7 +48,7 @@ class HuggingFace(Format):
             )
         return (
             "transformers with trust_remote_code=True, as the export brings its modelling file; no serving engine, as "
-            f"{_why_not(config)}: vLLM and llama.cpp serve --structure neurons+heads",
+            f"{_why_not(config)}",
         )
 
     def write(self, exported: Exported, directory: Path) -> bool:
@@ -68,7 +68,8 @@ class HuggingFace(Format):
 
 
 def _why_not(config: PruneConfig) -> str:
-    """Reason why no serving engine builds what a recipe leaves."""
+    """Reason why no serving engine builds what a recipe leaves, and the structure that one does."""
     if set(config.parts) <= _STANDARD:
-        return "the class computes the width of a head from the number of heads"
-    return "parts of blocks are missing" if "blocks" in config.parts else "layers skip channels"
+        return "the class computes the width of a head from the number of heads: vLLM serves --structure neurons"
+    missing = "parts of blocks are missing" if "blocks" in config.parts else "layers skip channels"
+    return f"{missing}: vLLM and llama.cpp serve --structure neurons+heads"

@@ -85,7 +85,11 @@ def _sentence(block: int, fixed: Mapping[str, int], changing: Mapping[str, int])
     for columns in dict.fromkeys(count for count in fixed.values() if count % block):
         names = ", ".join(name for name, count in fixed.items() if count == columns)
         misfits.append(f"{names} ({columns:,} columns)")
-    misfits += [f"{name} where it is left so" for name, multiple in changing.items() if multiple % block]
+    misfits += [
+        f"{name} in blocks whose width does not happen to fit"
+        for name, multiple in changing.items()
+        if multiple % block
+    ]
     if not misfits:
         return f"{_types(block)}: {_NOTHING}."
     return f"{_types(block)}: not for {', '.join(misfits)}, which become {_fallbacks(block)}."

@@ -9,7 +9,7 @@ import torch
 
 from llm_surgeon.data.texts import Texts
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.export.formats import loaders
+from llm_surgeon.export.formats import loaders, possible
 from llm_surgeon.export.quantising import foreseen_fit
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.planning.memory import DENSE_COPY, PhaseMemory, host_available, weights_streamed
@@ -66,6 +66,8 @@ def foresee(
     way = course.with_store(way)
     seconds = phase_seconds(skeleton, config, rates, _evaluated(texts), way.order, place.count)
     last = config.sparsity_schedule[-1]
+    settings = skeleton.network.config
+    formats = possible(config, skeleton.anatomy, settings)
     return Plan(
         model=model,
         family=skeleton.anatomy.family.model_type,
@@ -79,8 +81,9 @@ def foresee(
         phases=_phases(course.needs(way), seconds),
         host_available=room.host,
         device_available=room.device,
-        loaders=loaders(config, skeleton.network.config),
-        quantising=foreseen_fit(config, skeleton.anatomy, skeleton.network.config),
+        loaders=loaders(config, settings),
+        further=tuple(name for name in formats if name not in config.formats),
+        quantising=foreseen_fit(config, skeleton.anatomy, settings) if "gguf" in formats else (),
         probed=probe,
         order=order_name(way.layer_major),
         store_host=None if way.budgets.host == math.inf else round(way.budgets.host),

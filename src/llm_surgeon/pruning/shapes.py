@@ -323,12 +323,13 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
         _check_uniform(config, anatomy)
     structures = Shapes(config, anatomy)
     most = 1 - structures.least_weights() / anatomy.prunable_weights
+    rounding = "" if config.round_to is None else f"another --round-to than {config.round_to}, "
     # The sparsity for a latency is not known before the model is timed.
     if config.sparsity > most and config.target != "target_latency":
         raise ConfigError(
             f"With {config.structure} {100 * most:.1f} % of the prunable weights can be removed, and "
             f"{100 * config.sparsity:g} % are to be.",
-            "Ask for a lower --sparsity, a lower --min-width, or add structures, as in neurons+heads.",
+            f"Ask for a lower --sparsity, {rounding}a lower --min-width, or add structures, as in neurons+heads.",
         )
     least = structures.smallest_candidate() / anatomy.prunable_weights
     if config.sparsity < least and config.target != "target_latency":

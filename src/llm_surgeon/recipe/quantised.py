@@ -7,9 +7,10 @@ quantiser. Types and block sizes are those of ggml (``ggml-common.h``).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
-from llm_surgeon.recipe.quantity import closest, shown
+from llm_surgeon.recipe.quantity import closest
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class QuantisedType:
 
 
 _SMALL, _LARGE = 32, 256
+# Largest multiple of a width.
+MOST = 10**9
 QUANTISED: dict[str, QuantisedType] = {
     **{name: QuantisedType(_SMALL, "F16") for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")},
     "q2_k": QuantisedType(_LARGE, "Q4_0"),
@@ -50,16 +53,19 @@ def parse_multiple(value: object) -> object:
     """Parse the option ``round_to``: a whole number, also as text, or the name of a quantised type.
 
     Raises:
-        ValueError: If it is text that is neither; in words that follow the name of an option.
+        ValueError: If it is neither, or out of range; in words that follow the name of an option.
     """
+    with contextlib.suppress(ValueError):
+        value = int(value) if isinstance(value, str) else value
+    if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= MOST:
+        raise ValueError(f"has to be from 1 to {MOST:,}")
     if not isinstance(value, str):
         return value
-    if value.strip().lstrip("+-").isdecimal():
-        return int(value)
     if quantised_type(value) is None:
         meant = closest(value.lower(), QUANTISED)
         hint = f" (did you mean {meant}?)" if meant else ""
         raise ValueError(
-            f"is {shown(value)}, which is neither a number nor a quantised type{hint}; known are {', '.join(QUANTISED)}"
+            f"is neither a whole number nor a quantised type{hint}; known are {', '.join(QUANTISED)}, and mixtures "
+            "such as q4_k_m"
         )
     return value

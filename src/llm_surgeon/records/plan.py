@@ -61,6 +61,7 @@ class Plan(Record):
         host_available: Bytes of memory that are free for the run, with the bytes that this process already has.
         device_available: Bytes of the GPU that are free for the run; None without a GPU.
         loaders: Engines that can load the result.
+        further: Formats that the recipe does not name, and that can say the result.
         quantising: Sentences on the quantised types of llama.cpp that the matrices fit.
         probed: Whether a batch was timed and measured; otherwise the time is for a common machine.
         order: Order of the passes, ``batch-major`` or ``layer-major``, also if the recipe says ``auto``.
@@ -84,6 +85,7 @@ class Plan(Record):
     host_available: int
     device_available: int | None
     loaders: tuple[str, ...]
+    further: tuple[str, ...] = ()
     quantising: tuple[str, ...] = ()
     probed: bool = False
     order: Literal["batch-major", "layer-major"] = "batch-major"

@@ -31,6 +31,7 @@ class FormatRecord(Record):
     """One format of an export: the size of its weight files, and the distance of its logits from the model in memory.
 
     ``failed`` is the message of an engine that computes something else from the files, which were removed then.
+    ``needs`` says what has to be installed for the check, if it was not there.
     ``engine`` is the engine that loaded the files for that, with its version; the three are None if no engine is
     installed that could. ``plain`` says whether the format's engine loads it without running code of the export.
     ``directory`` names the directory of the files inside the export; it is empty if ``from_pretrained`` loads them from
@@ -44,6 +45,7 @@ class FormatRecord(Record):
     plain: bool
     engine: str | None = None
     failed: str | None = None
+    needs: str = ""
     directory: str = ""
     loading: tuple[str, ...] = ()
 

@@ -40,10 +40,11 @@ def reloaded(form: FormatRecord) -> str:
     if form.failed is not None:
         return f"The format {form.name} was left out: {form.failed}"
     if form.max_logit_difference is None:
-        return f"The files of the format {form.name} were not loaded again, as no engine for them is installed."
+        needed = f" That needs {form.needs}." if form.needs else ""
+        return f"The files of the format {form.name} were not loaded again, as their engine is not installed.{needed}"
     by = f" by {form.engine}" if form.engine else ""
     return (
-        f"Loaded again from disk{by}, its logits differ from the pruned model's by "
+        f"Loaded again from disk{by}, its logits differ from those of the model in memory by "
         f"{form.max_logit_difference:.1e} at most, on a scale of {form.logit_scale:.3g}."
     )
 

@@ -15,6 +15,8 @@ from llm_surgeon.report.table import UNKNOWN, scaled, scaled_bytes
 def plan_tables(plan: Plan) -> Group:
     """Draw a plan for a terminal of 100 columns: prunable layers, result, and memory and time of each phase."""
     lines = [f"  Loads it: {loader}.\n" for loader in plan.loaders]
+    if plan.further:
+        lines.append(f"  Further formats: {', '.join(f'--format {name}' for name in plan.further)}.\n")
     lines += [f"  Quantised: {sentence}\n" for sentence in plan.quantising]
     loaders = Text("".join(lines), style="dim")
     return Group(_kinds(plan), _result(plan), loaders, _phases(plan))

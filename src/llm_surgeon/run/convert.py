@@ -78,6 +78,8 @@ def export_as(
     parameters = sum(parameter.numel() for parameter in network.parameters())
     check_disk_space(directory / chosen[0].name, sum(form.nbytes(parameters, network.dtype) for form in chosen))
     exported = Exported(network, tokenizer, family, None, None, local_directory(source))
+    for form in chosen:
+        form.check_result(exported)
     return tuple(_written(exported, form, directory) for form in chosen)
 
 
@@ -96,9 +98,7 @@ def _formats(names: Sequence[str] | str) -> list[Format]:
     within = next((name for name in names if name not in others), None)
     if within is not None or not names:
         raise ConfigError(
-            f"A model is read in the format {within}, and need not be written in it."
-            if names
-            else "No format is given.",
+            f"The model is in the format {within} already." if names else "No format is given.",
             f"Give {', '.join(others)}, or several of them.",
         )
     return [FORMATS[name] for name in names]
@@ -113,7 +113,10 @@ def _place(model: str, out: str | Path | None) -> Path:
     if out is not None:
         return as_path(out)
     if not Path(model).is_dir():
-        raise ConfigError(f"{model} is no local directory, which could take the files.", "Give a directory with --out.")
+        raise ConfigError(
+            f"There is no directory {model!r} that could take the files.",
+            "Correct the path; for a hub id or demo, give a directory with --out.",
+        )
     return Path(model)
 
 
@@ -137,6 +140,7 @@ def _written(exported: Exported, form: Format, directory: Path) -> FormatRecord:
         record = write_format(exported, form, beside)
         flush(beside)
         beside.rename(directory / form.name)
+        logger.info("%s is complete", directory / form.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return record

@@ -11,7 +11,7 @@ from llm_surgeon.errors import ExportMismatchError
 from llm_surgeon.evaluation.limits import speed_limits
 from llm_surgeon.evaluation.speed import compare_speed
 from llm_surgeon.export.format import Exported, Format
-from llm_surgeon.export.formats import formats_of, loaders, main_format
+from llm_surgeon.export.formats import formats_of, loaders, main_format, possible
 from llm_surgeon.export.quantising import measured_fit
 from llm_surgeon.export.standard_layers import gapless
 from llm_surgeon.mathematics.keep_masks import KeepMask
@@ -34,6 +34,8 @@ from llm_surgeon.system.files import PARTIAL, flush, readable_as_others, writing
 logger = logging.getLogger(__name__)
 
 _PROMPT, _GENERATED = 512, 32
+# A share of the weights by which a result may miss its sparsity without a warning.
+_MISSED = 0.01
 
 
 def export_shot(job: Job, run: RunDirectory, state: RunState) -> None:
@@ -83,15 +85,35 @@ def export_result(
         plain=main.plain,
         formats=tuple(records),
         engines=loaders(job.config, job.anatomy.settings),
-        quantising=measured_fit(job.model, job.anatomy.family) if gapless(job.model) else (),
+        quantising=_quantising(job),
     )
     speed = _compare_speed(dense, job, keep) if dense is not None else None
+    if asked is not None:
+        _warn_of_missed(report, job.config)
     parameters = report.shots[-1].size.total
     target = None if asked is None else targets.reached(asked, job.model, parameters, export.weight_bytes)
     report = report.model_copy(update={"export": export, "speed": speed, "target": target})
     with writing(directory, SMALL_FILES):
         _write_report(report, job.config, directory)
     return report
+
+
+def _warn_of_missed(report: PruneReport, config: PruneConfig) -> None:
+    """Warn if clearly less was removed than asked for, as units are large or widths are rounded."""
+    removed = report.shots[-1].sparsity
+    if config.target is None and config.sparsity - removed > _MISSED:
+        logger.warning(
+            "%.1f %% of the prunable weights were removed, and %.1f %% were asked for: units go whole, and widths are "
+            "rounded (a lower --round-to comes closer)",
+            *(100 * removed, 100 * config.sparsity),
+        )
+
+
+def _quantising(job: Job) -> tuple[str, ...]:
+    """Sentences on the quantised types of llama.cpp that the matrices fit; none where it cannot have the model."""
+    if not gapless(job.model) or "gguf" not in possible(job.config, job.anatomy, job.anatomy.settings):
+        return ()
+    return measured_fit(job.model, job.anatomy.family)
 
 
 def _written(exported: Exported, form: Format, directory: Path, main: bool) -> FormatRecord:
@@ -146,6 +168,7 @@ def write_format(exported: Exported, form: Format, directory: Path) -> FormatRec
         max_logit_difference=check.difference if check else None,
         logit_scale=check.scale if check else None,
         engine=check.engine if check else None,
+        needs="" if check else form.engine,
         plain=plain,
         directory=form.name if form.own_directory else "",
         loading=form.loading(),

@@ -47,6 +47,12 @@ class GGUF(Format):
 
     name = "gguf"
     kind: ClassVar[Kind | None] = None
+    engine = "llama.cpp, by pip install xllamacpp"
+
+    def check_result(self, exported: Exported) -> None:
+        """Refuse what no architecture of llama.cpp can be; see ``Format.check_result``."""
+        self._type(exported.model.dtype)
+        say(self.name, exported)
 
     def loaders(self, config: PruneConfig, settings: Any) -> tuple[str, ...]:
         """Engines that load the file; see ``Format.loaders``."""

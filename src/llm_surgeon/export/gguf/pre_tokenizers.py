@@ -14,7 +14,7 @@ from typing import Any
 from llm_surgeon.errors import UnsupportedModelError
 
 Step = tuple[str | bool, ...]
-REMEDY = "Take the tokenizer's keys from a GGUF file of the dense model, made by llama.cpp's own converter."
+REMEDY = "Leave the GGUF formats out of --format; llama.cpp's own converter may know this tokenizer."
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"

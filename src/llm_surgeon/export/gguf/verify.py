@@ -93,7 +93,8 @@ def verify_file(said: Said, exported: Exported, kind: Kind, path: Path) -> Reloa
             f"Nothing was written. Please report this with the model's name and the version of {ENGINE}; without the "
             "format, the export is possible (--format hf).",
         )
-    return ReloadCheck(difference, scale, f"llama.cpp ({ENGINE} {importlib.metadata.version(ENGINE)})")
+    rounded = ", with weights of 8 bits" if kind is Kind.Q8_0 else ""
+    return ReloadCheck(difference, scale, f"llama.cpp ({ENGINE} {importlib.metadata.version(ENGINE)}{rounded})")
 
 
 def _ask(said: Said, model: PreTrainedModel, path: Path) -> list[_Followed]:

@@ -22,7 +22,7 @@ from llm_surgeon.export.format import Exported, Format
 from llm_surgeon.export.save import weight_bytes
 from llm_surgeon.export.standard_layers import BlockWidths, block_widths, check_without_gaps, full_matrix, head_width
 from llm_surgeon.export.verify import ReloadCheck
-from llm_surgeon.export.vllm.verify import verify_in_vllm
+from llm_surgeon.export.vllm.verify import PYTHON, verify_in_vllm
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.modeling_text import BLOCK_CONFIGS_FILE, block_configs_text
 from llm_surgeon.models.parts import Attention, FeedForward
@@ -35,7 +35,7 @@ _FAMILIES = ("llama", "mistral", "qwen2")
 # Entries of exports that say in another way what block_configs says.
 _OTHER_ENTRIES = ("auto_map", "per_layer_config", "pruned_linears", "pruned_attention", "pruned_attention_output")
 _ATTENTION_NORM, _FEED_FORWARD_NORM = "input_layernorm", "post_attention_layernorm"
-_ALTERNATIVE = "Use --format hf, which vLLM loads with its backend for transformers."
+_ALTERNATIVE = "Leave nemotron-nas out of --format: vLLM loads the format hf with its backend for transformers."
 # Neurons of a feed-forward part that has none, but whose bias is left.
 _PLACEHOLDER = 32
 
@@ -44,6 +44,7 @@ class NemotronNas(Format):
     """A directory that vLLM loads with its own class, whose blocks differ in the number of neurons."""
 
     name = "nemotron-nas"
+    engine = f"vLLM, in this environment or in one whose Python {PYTHON} names"
 
     def loaders(self, config: PruneConfig, settings: Any) -> tuple[str, ...]:
         """Engines that load the export; see ``Format.loaders``."""
@@ -63,8 +64,15 @@ class NemotronNas(Format):
             raise ConfigError(
                 f"In the format {self.name} all blocks have equally many heads, and as {config.structure} they lose "
                 "them unevenly.",
-                f"Use --structure neurons, or --uniform. {_ALTERNATIVE}",
+                f"Use --structure neurons or --uniform, or leave {self.name} out of --format: vLLM loads the format hf "
+                "with its backend for transformers.",
             )
+
+    def check_result(self, exported: Exported) -> None:
+        """Refuse what vLLM's class cannot be; see ``Format.check_result``."""
+        _check_family(exported.family.model_type, exported.model.config)
+        check_without_gaps(exported.model, self.name)
+        check_heads(block_widths(exported.model, exported.family))
 
     def loading(self) -> tuple[str, ...]:
         """Lines of Python that load the export in vLLM."""
@@ -72,9 +80,8 @@ class NemotronNas(Format):
 
     def write(self, exported: Exported, directory: Path) -> bool:
         """Write the model; see ``Format.write``."""
-        model, settings = exported.model, exported.model.config
-        _check_family(exported.family.model_type, settings)
-        check_without_gaps(model, self.name)
+        self.check_result(exported)
+        model = exported.model
         heads = check_heads(block_widths(model, exported.family))
         blocks = blocks_of(exported)
         state = dict(outside(exported))
@@ -147,7 +154,7 @@ def check_heads(widths: Sequence[BlockWidths]) -> tuple[int, int]:
     raise ConfigError(
         "In the format nemotron-nas all blocks have equally many heads, and the model's have "
         f"{', '.join(f'{query}/{kv}' for query, kv in found)} query and key/value heads.",
-        f"Prune with --structure neurons, or with --uniform. {_ALTERNATIVE}",
+        f"Prune with --structure neurons or --uniform. {_ALTERNATIVE}",
     )
 
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.recipe import structures
-from llm_surgeon.recipe.groups.base import FEW, MANY, Options, Quantity
+from llm_surgeon.recipe.groups.base import FEW, Options, Quantity
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS, method_names
 from llm_surgeon.recipe.presets import DEFAULT, METHOD, Preset
 from llm_surgeon.recipe.quantised import QUANTISED, parse_multiple, quantised_type
@@ -17,7 +17,7 @@ from llm_surgeon.recipe.quantity import shown
 from llm_surgeon.recipe.structures import STRUCTURES, UNSTRUCTURED
 
 RankBy = Literal["cost-per-weight", "cost"]
-RoundTo = Annotated[Annotated[int, Field(ge=1, le=MANY)] | str, BeforeValidator(parse_multiple)]
+RoundTo = Annotated[int | str, BeforeValidator(parse_multiple)]
 
 # Options that may be given instead of the sparsity.
 TARGETS = ("target_params", "target_bytes", "target_latency")
