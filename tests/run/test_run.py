@@ -220,7 +220,7 @@ def test_an_export_that_differs_is_an_error_and_leaves_nothing(checkpoint, text_
 def test_an_export_that_needs_this_package_is_an_error(checkpoint, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "llm_surgeon.export.save.modeling_text",
-        lambda _family: "import llm_surgeon\nraise SystemError('loaded')\n",
+        lambda _family, _form: "import llm_surgeon\nraise SystemError('loaded')\n",
     )
     with pytest.raises(ExportMismatchError, match="fresh process"):
         prune_checkpoint(str(checkpoint), tmp_path / "out", config(text_file, shots=1))
