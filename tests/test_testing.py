@@ -7,6 +7,7 @@ import torch
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models import family_of
+from llm_surgeon.models.families.llama import ATTENTION, FEED_FORWARD
 from llm_surgeon.testing import check_family
 from tiny import build, opt
 
@@ -27,6 +28,7 @@ def with_residual(name, **changes):
 
 
 LLAMA = family_of("llama")
+OLMO_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 # The model, the wrong entry, and what the error says.
 WRONG = {
     "type": ("llama", replace(LLAMA, model_type="lama"), "says lama, and the model has llama"),
@@ -60,6 +62,16 @@ WRONG = {
     ),
     "no rotation": ("llama", with_attention("llama", rotary=False), "dead has an effect .*query/key dimension"),
     "no norms of heads": ("qwen3", with_attention("qwen3", head_norms=()), "dead has an effect .*query/key pair"),
+    "halves for neighbours": (
+        "helium",
+        with_attention("helium", interleaved=False),
+        "dead has an effect .*query/key pair",
+    ),
+    "single heads under one norm": (
+        "olmo2",
+        replace(family_of("olmo2"), parts=(replace(ATTENTION, head_norms=OLMO_NORMS), FEED_FORWARD)),
+        "dead has an effect .*query head",
+    ),
     "layout": ("gpt-neox", with_attention("gpt_neox", layout="stacked"), "what is said to be dead has an effect"),
     "no counts": ("llama", with_attention("llama", counts=()), "cannot be run without some of its weights"),
     "wrong count": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -138,6 +139,28 @@ def phi3():
     return llama_like(Phi3Config, Phi3ForCausalLM, hidden_size=32, rope_parameters=rope, **ids)
 
 
+def of_class(name, model=None, **changes):
+    """A model of Llama's layout of the classes with this name in transformers."""
+    config = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{model or name}ForCausalLM")
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return _with_norms(_with_biases(llama_like(config, model, **{**ids, **changes})))
+
+
+def granite():
+    factors = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3}
+    return of_class("Granite", logits_scaling=2.0, **factors)
+
+
+def ministral3():
+    # Positions of the tests' texts are beyond the original ones, so that their queries are scaled.
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.3}
+    return of_class("Ministral3", rope_parameters={**rope, "original_max_position_embeddings": 4})
+
+
+# Blocks of both kinds of attention, with windows that matter.
+_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
 BUILDERS = {
     "llama": llama,
     "llama-biased": lambda: _with_biases(llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
@@ -150,6 +173,20 @@ BUILDERS = {
     "gpt2": lambda: _with_biases(gpt2()),
     "gpt-neox": lambda: _with_norms(_with_biases(gpt_neox())),
     "gpt-neox-serial": lambda: _with_biases(gpt_neox(use_parallel_residual=False)),
+    "smollm3": lambda: of_class("SmolLM3", no_rope_layers=[1, 0]),
+    "seed-oss": lambda: of_class("SeedOss", attention_bias=True),
+    "ministral3": ministral3,
+    "hunyuan": lambda: of_class("HunYuanDenseV1"),
+    "exaone4": lambda: of_class("Exaone4", **_MIXED),
+    "starcoder2": lambda: of_class("Starcoder2", hidden_size=32),
+    "granite": granite,
+    "olmo2": lambda: of_class("Olmo2"),
+    "olmo3": lambda: of_class("Olmo3", **_MIXED),
+    # Half of each head is rotated.
+    "glm4": lambda: of_class("Glm4", rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    "ernie4-5": lambda: of_class("Ernie4_5", use_bias=True),
+    "cohere2": lambda: of_class("Cohere2", hidden_size=32, logit_scale=0.5, **_MIXED),
+    "helium": lambda: of_class("Helium", hidden_size=32),
     "opt": opt,
     "opt-post-norm": lambda: opt(do_layer_norm_before=False, word_embed_proj_dim=16),
 }

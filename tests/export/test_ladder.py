@@ -75,7 +75,10 @@ def random_masks(anatomy, recipe, seed=1):
 
 def possible(name, anatomy):
     """Whether the family's plain class can be built so; everything else is possible with every family."""
-    free = not any(entry.fixed for entry in anatomy.family.parts)
+    entries = anatomy.family.parts
+    free = not any(entry.fixed or entry.refused for entry in entries)
+    if any(part in entry.refused for entry in entries for part in config(name).parts):
+        return False
     biased = any(layer.bias for layer in anatomy.layers.values())
     return {"uniform neurons+heads": free, "uniform blocks": not biased}.get(name, True)
 
@@ -171,7 +174,7 @@ def test_kinds_of_blocks_stay_with_their_blocks():
 
 def test_plain_classes_that_tie_heads_to_the_width_refuse_uniform_heads():
     anatomy = examine(build("opt"), family_of("opt"))
-    with pytest.raises(ConfigError, match="OPTForCausalLM computes the width of a head"):
+    with pytest.raises(ConfigError, match="OPTForCausalLM ties the number of heads to the hidden size"):
         check_shapes(config("uniform neurons+heads"), anatomy)
     with pytest.raises(ConfigError, match="its biases would be left"):
         check_shapes(config("uniform blocks"), anatomy)
@@ -247,7 +250,8 @@ def uneven(family, **removed):
         keep[rows.layer].rows[rows.index[:7]] = False
     keep[part.output.layer].columns[part.output.index[:7]] = False
     attention = attentions(anatomy)[0]
-    if removed.get("heads", True) and attention.entry.fixed is None:
+    free = attention.entry.fixed is None and "heads" not in attention.entry.refused
+    if removed.get("heads", True) and free:
         for rows in (attention.query, attention.key, attention.value):
             keep[rows.layer].rows[rows.index[0]] = False
         keep[attention.output.layer].columns[attention.output.index[0]] = False

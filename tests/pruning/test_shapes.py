@@ -13,7 +13,7 @@ from llm_surgeon.mathematics.fisher import Damping, KroneckerProduct
 from llm_surgeon.mathematics.keep_masks import count_weights
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.matrix import read_matrix
-from llm_surgeon.pruning.shapes import Shapes
+from llm_surgeon.pruning.shapes import Shapes, check_shapes
 from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.session.session import Session
 from oracles import constrained_minimum, fisher, random_factor
@@ -48,10 +48,26 @@ def pruned(family, **options):
     return model, anatomy, last
 
 
+def skip_refused(family, structure):
+    entries = family_of(build(family).config.model_type).parts
+    if any(part in entry.refused for entry in entries for part in structure.split("+")):
+        pytest.skip("no part of the family has heads that can go alone")
+
+
+@pytest.mark.parametrize("family", ["olmo2", "olmo3"])
+@pytest.mark.parametrize("structure", ["heads", "neurons+heads", "heads+neurons"])
+def test_heads_that_share_a_norm_are_refused(family, structure):
+    _, anatomy = examined(family)
+    with pytest.raises(ConfigError, match="normalises queries and keys over all heads") as caught:
+        check_shapes(config(structure=structure, round_to=1 if "neurons" in structure else None), anatomy)
+    assert caught.value.remedy == "Use --structure neurons."
+
+
 @families
 @pytest.mark.parametrize("structure", ["neurons", "heads", "neurons+heads", "blocks", "values+neurons"])
 def test_only_the_structures_asked_for_go(family, structure):
     """Each is taken whole, and the target is not exceeded."""
+    skip_refused(family, structure)
     sparsity, multiple = {"heads": 0.15, "neurons": 0.3}.get(structure, 0.35), 1 if "neurons" in structure else None
     _, anatomy, result = pruned(family, structure=structure, sparsity=sparsity, round_to=multiple)
     assert 0 < 1 - count_weights(result.masks) / anatomy.prunable_weights <= sparsity
@@ -73,6 +89,7 @@ def test_only_the_structures_asked_for_go(family, structure):
 @families
 def test_no_block_is_emptied_unless_asked(family):
     """At the largest sparsity that can be reached there is still something everywhere."""
+    skip_refused(family, "neurons+heads")
     _, anatomy = examined(family)
     recipe = config(structure="neurons+heads", round_to=1, min_width=0.2)
     structure = Shapes(recipe, anatomy)

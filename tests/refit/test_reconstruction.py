@@ -25,7 +25,7 @@ from pruned_models import pruned
 from tiny import BUILDERS, build, tokenizer, tokens
 
 # Outputs are normalised before they are added, or their sum with the stream is.
-NORMALISED = ("gemma2", "gemma3", "opt-post-norm")
+NORMALISED = ("gemma2", "gemma3", "opt-post-norm", "exaone4", "olmo2", "olmo3", "glm4")
 families = pytest.mark.parametrize("family", sorted(BUILDERS.keys() - set(NORMALISED)))
 TEXT = CalibrationTokens(tokens(8, 16), None, {})
 HOW = Reconstruction(ridge=1e-3, batch_size=3, precision="float32")
@@ -69,6 +69,8 @@ def test_the_last_layer_is_the_least_squares_solution_on_what_it_really_gets(fam
     x = x.double()
     damping = HOW.ridge * (x**2).mean() * len(x)
     expected = torch.linalg.solve(x.T @ x + damping * torch.eye(x.shape[1]), x.T @ error).T
+    # Granite multiplies what a part puts out before it adds it.
+    expected = expected / getattr(model.config, "residual_multiplier", 1)
     change = read_matrix(model, layer) - read_matrix(start, layer)
     assert core.weight.shape == (int(keep[name].rows.sum()), int(keep[name].columns.sum()))
     torch.testing.assert_close(change.double(), expected, rtol=1e-2, atol=1e-4 * float(expected.abs().max()))
@@ -105,6 +107,8 @@ def by_scale(model, text, scale):
     with torch.no_grad():
         states = model.base_model(input_ids=text).last_hidden_state.double()[:, :-1] * scale
         logits = states @ head.weight.double().T
+        # Cohere multiplies logits, Granite divides them.
+        logits = logits * getattr(model.config, "logit_scale", 1) / getattr(model.config, "logits_scaling", 1)
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()))
 
 
@@ -131,7 +135,8 @@ def test_the_last_norm_is_scaled_by_derivatives_of_the_loss_of_the_text(family, 
     assert slope == pytest.approx((high - low) / (2 * h), rel=0.005)
     assert curvature == pytest.approx((high - 2 * middle + low) / h**2, rel=0.005)
     below, above = (by_scale(model, TEXT.input_ids, (1 + step) / scale) for step in (-h, h))
-    assert slope != pytest.approx((above - below) / (2 * h), rel=0.01)
+    whole, counted = (above - below) / (2 * h), (high - low) / (2 * h)
+    assert abs(slope - counted) < abs(slope - whole) / 4
 
 
 def test_a_norm_of_another_kind_is_left_alone():

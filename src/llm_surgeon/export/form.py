@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
+from llm_surgeon.models.family import Family
 from llm_surgeon.models.matrix import core_of, layer_shape
 from llm_surgeon.models.modeling_pruned import PrunedLinear
 from llm_surgeon.models.modeling_text import base_class
@@ -52,7 +53,7 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
     if keep is None:
         return Form("plain", {}, everything)
     blocks = tuple(block for block in everything if not _is_dead(anatomy, keep, block)) or everything
-    settings = _depth(config, blocks) if blocks != everything else {}
+    settings = _depth(anatomy.family, config, blocks) if blocks != everything else {}
     widths = _widths(anatomy, keep, blocks)
     if widths is None or not base_class(anatomy.family):
         return Form("gaps", settings | _pruned_entries(anatomy, keep, blocks), blocks)
@@ -124,12 +125,13 @@ def _is_dead(anatomy: Anatomy, keep: Mapping[str, KeepMask], block: int) -> bool
     return len(layers) == len(names) and all(not layer.bias and not keep[layer.name].weights for layer in layers)
 
 
-def _depth(config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
+def _depth(family: Family, config: Any, blocks: tuple[int, ...]) -> dict[str, Any]:
     """Entries of the configuration that depend on the number of blocks."""
     settings: dict[str, Any] = {"num_hidden_layers": len(blocks)}
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        settings["layer_types"] = [kinds[block] for block in blocks]
+    for name in family.per_block:
+        values = getattr(config, name, None)
+        if values is not None:
+            settings[name] = [values[block] for block in blocks]
     return settings
 
 

@@ -70,6 +70,6 @@ class HuggingFace(Format):
 def _why_not(config: PruneConfig) -> str:
     """Reason why no serving engine builds what a recipe leaves, and the structure that one does."""
     if set(config.parts) <= _STANDARD:
-        return "the class computes the width of a head from the number of heads: vLLM serves --structure neurons"
+        return "the class ties the number of heads to the hidden size: vLLM serves --structure neurons"
     missing = "parts of blocks are missing" if "blocks" in config.parts else "layers skip channels"
     return f"{missing}: vLLM and llama.cpp serve --structure neurons+heads"

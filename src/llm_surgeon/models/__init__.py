@@ -7,20 +7,34 @@ from __future__ import annotations
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, examine
+from llm_surgeon.models.families.cohere import COHERE2
+from llm_surgeon.models.families.ernie import ERNIE4_5
+from llm_surgeon.models.families.exaone import EXAONE4
 from llm_surgeon.models.families.gemma import GEMMA2, GEMMA3
+from llm_surgeon.models.families.glm import GLM4
 from llm_surgeon.models.families.gpt2 import GPT2
 from llm_surgeon.models.families.gpt_neox import GPT_NEOX
+from llm_surgeon.models.families.granite import GRANITE
+from llm_surgeon.models.families.helium import HELIUM
+from llm_surgeon.models.families.hunyuan import HUNYUAN_V1_DENSE
 from llm_surgeon.models.families.llama import LLAMA
-from llm_surgeon.models.families.mistral import MISTRAL
+from llm_surgeon.models.families.mistral import MINISTRAL3, MISTRAL
+from llm_surgeon.models.families.olmo import OLMO2, OLMO3
 from llm_surgeon.models.families.opt import OPT
 from llm_surgeon.models.families.phi3 import PHI3
 from llm_surgeon.models.families.qwen import QWEN2, QWEN3
+from llm_surgeon.models.families.seed_oss import SEED_OSS
+from llm_surgeon.models.families.smollm3 import SMOLLM3
+from llm_surgeon.models.families.starcoder2 import STARCODER2
 from llm_surgeon.models.family import Family
 from llm_surgeon.models.modeling_text import export_type
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX)
-}
+_ENTRIES = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX),
+    *(SMOLLM3, SEED_OSS, MINISTRAL3, HUNYUAN_V1_DENSE, EXAONE4, STARCODER2, GRANITE, OLMO2, OLMO3, GLM4),
+    *(ERNIE4_5, COHERE2, HELIUM),
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}
 
 __all__ = [
     "FAMILIES",

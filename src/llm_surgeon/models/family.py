@@ -25,6 +25,7 @@ class Residual:
         positions: Path of the learned embedding of positions, optional.
         project_in: Path of the linear layer between token embeddings of another width and the stream, optional.
         project_out: Path of the linear layer between the stream and a head of another width, optional.
+        multiplier: Entry of the configuration with the factor of all that the parts add to the stream, optional.
     """
 
     tokens: str
@@ -33,6 +34,7 @@ class Residual:
     positions: str | None = None
     project_in: str | None = None
     project_out: str | None = None
+    multiplier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Family:
         parts: Entries of the parts of a block, such as ``Attention`` and ``FeedForward``, in the order of the forward
             pass. A block has the parts whose layers it has, so blocks may alternate between kinds.
         residual: Names of the modules that carry the residual stream.
+        per_block: Entries of the configuration that list a value for each block. In an export without some blocks
+            the lists are shorter.
         transposed: Whether the linear layers are ``Conv1D``, whose weights are stored ``[columns, rows]``.
     """
 
@@ -57,6 +61,7 @@ class Family:
     parts: tuple[PartEntry, ...]
     residual: Residual
     transposed: bool = False
+    per_block: tuple[str, ...] = ("layer_types",)
 
     def short_name(self, kind: str) -> str:
         """Last part of a layer's name within a block, or the whole name if another layer has the same last part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[T
 class Head:
     """Head of a model, which turns last hidden states ``[n, width]`` into logits ``[n, vocabulary]`` in float32.
 
-    It is the output embedding, and with some families (Gemma 2) a cap on the logits.
+    It is the output embedding, and with some families a factor (Granite, Cohere) and a cap (Gemma 2) on the logits.
 
     Args:
         model: A causal language model.
@@ -51,7 +52,9 @@ class Head:
     def __init__(self, model: PreTrainedModel, own_copy: bool = False) -> None:
         head = model.get_output_embeddings()
         self._linear = deepcopy(head) if own_copy else head
-        self._cap = getattr(model.config, "final_logit_softcapping", None)
+        settings = model.config.get_text_config()
+        self._cap = getattr(settings, "final_logit_softcapping", None)
+        self._factor = _factor(settings)
 
     def __call__(self, states: Tensor) -> Tensor:
         """Logits ``[n, vocabulary]`` of states ``[n, width]``, float32."""
@@ -59,6 +62,8 @@ class Head:
 
     def _capped(self, logits: Tensor) -> Tensor:
         values = logits.float()
+        if self._factor != 1.0:
+            values = values * self._factor
         return values if self._cap is None else self._cap * torch.tanh(values / self._cap)
 
     def likelihood(self, states: Tensor, labels: Tensor, gradient: Tensor | None = None) -> float:
@@ -86,8 +91,10 @@ class Head:
     def _likelihood_of(self, logits: Tensor, labels: Tensor, into_gradient: bool) -> float:
         """Summed negative log-likelihood from uncapped logits ``[n, vocabulary]``; its gradient may overwrite these."""
         values, label = self._capped(logits), labels[:, None]
-        # With a cap, ``l = c tanh(z / c)``, so that ``dl/dz = 1 - (l / c)^2``.
+        # With a factor f and a cap, ``l = c tanh(f z / c)``, so that ``dl/dz = f (1 - (l / c)^2)``.
         slope = None if self._cap is None or not into_gradient else 1 - (values / self._cap).square_()
+        if self._factor != 1.0 and into_gradient:
+            slope = values.new_tensor(self._factor) if slope is None else slope.mul_(self._factor)
         log_probabilities = values.log_softmax(-1)
         total = -float(log_probabilities.gather(1, label).sum())
         if into_gradient:
@@ -103,13 +110,20 @@ class Head:
         ``Var_p[u]`` over the positions. A cap on the logits is not provided for.
         """
         logits = self(states)
-        scaled = logits if self._linear.bias is None else logits - self._linear.bias.float()
+        bias = self._linear.bias
+        scaled = logits if bias is None else logits - self._factor * bias.float()
         probabilities = logits.softmax(-1)
         mean = (probabilities * scaled).sum(-1, keepdim=True)
         slope = mean - scaled.gather(1, labels[:, None])
         # The variance is not taken as a difference of two squares, which may be large beside it.
         variance = (probabilities * (scaled - mean).square_()).sum()
         return float(slope.sum()), float(variance)
+
+
+def _factor(settings: Any) -> float:
+    """Factor of the logits: Cohere multiplies them by an entry of the configuration, Granite divides them by one."""
+    times, over = (getattr(settings, name, None) for name in ("logit_scale", "logits_scaling"))
+    return float(times if times is not None else 1.0) / float(over if over is not None else 1.0)
 
 
 @torch.no_grad()

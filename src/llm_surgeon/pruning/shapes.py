@@ -19,6 +19,7 @@ from llm_surgeon.mathematics.keep_masks import AXES, Coupling, KeepMask, Side, S
 from llm_surgeon.mathematics.structured_selection import Selection, select
 from llm_surgeon.mathematics.widths import Widths, bundle, merge
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, restricted, to_index
+from llm_surgeon.models.family import Family
 from llm_surgeon.models.matrix import check_finite
 from llm_surgeon.pruning.solver import solver_of
 from llm_surgeon.recipe.config import PruneConfig
@@ -319,6 +320,7 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
     Raises:
         ConfigError: If not, with the sparsities that can be reached.
     """
+    _check_refused(config, anatomy.family)
     if config.uniform:
         _check_uniform(config, anatomy)
     structures = Shapes(config, anatomy)
@@ -339,6 +341,18 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
             f"Ask for a --sparsity of {math.ceil(1e4 * least) / 1e4:g} at least, or choose smaller structures or a "
             "lower --round-to.",
         )
+
+
+def _check_refused(config: PruneConfig, family: Family) -> None:
+    """Check that no part of the family refuses a structure of the recipe.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    for reasons in (entry.refused for entry in family.parts):
+        for structure in (structure for structure in config.parts if structure in reasons):
+            left = "+".join(part for part in config.parts if part != structure) or "neurons"
+            raise ConfigError(f"{family.model_class} {reasons[structure]}.", f"Use --structure {left}.")
 
 
 def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:

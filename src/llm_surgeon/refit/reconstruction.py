@@ -103,7 +103,7 @@ def check_stream(session: Session) -> None:
             hooks.on_output(model.get_submodule(output), parts.append)
         leaving = sweep.run(0, batch, entering).float().flatten(0, -2)
     added = leaving - entering.float().flatten(0, -2)
-    missed = added - sum(part.float() for part in parts)
+    missed = added - _multiplier(anatomy) * sum(part.float() for part in parts)
     if float(missed.norm()) > _ROUNDING * float(added.norm()):
         raise UnsupportedModelError(
             f"A block of {anatomy.family.model_class} does not add what its parts put out to the residual stream as it "
@@ -148,7 +148,7 @@ def reconstruct(
     work = _Corrections(session, keep, anatomy.extents(keep), stream, how, advance)
     for block in range(len(stream)):
         middle, last = _writers(anatomy, block)
-        behind_attention = _behind_attention(goal, dense, block, middle, advance)
+        behind_attention = _behind_attention(goal, dense, block, middle, work.multiplier, advance)
         work.correct(block, middle, behind_attention, inside=True)
         work.correct(block, last, [batch.hidden for batch in goal.batches], inside=False)
         for stored in behind_attention:
@@ -176,7 +176,15 @@ def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
     return middle, last
 
 
-def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: str, advance: Advance) -> list[Stored]:
+def _multiplier(anatomy: Anatomy) -> float:
+    """Factor of all that the parts of a block add to the residual stream."""
+    name = anatomy.family.residual.multiplier
+    return 1.0 if name is None else float(getattr(anatomy.settings, name))
+
+
+def _behind_attention(
+    goal: Sweep, dense: PreTrainedModel, block: int, output: str, multiplier: float, advance: Advance
+) -> list[Stored]:
     """Run a block of the dense model, and return its stream behind the attention, a flat tensor for each batch."""
     entered = [batch.hidden for batch in goal.batches]
     outputs: list[Stored] = []
@@ -185,7 +193,7 @@ def _behind_attention(goal: Sweep, dense: PreTrainedModel, block: int, output: s
         goal.pass_through(block, advance, keep=True, hooks=hooks)
     behind = []
     for batch, before, added in zip(goal.batches, in_turn(entered), in_turn(outputs), strict=True):
-        behind.append(goal.store.put(_counted(before.get(), batch.positions) + added.get()))
+        behind.append(goal.store.put(_counted(before.get(), batch.positions) + multiplier * added.get()))
         added.release()
         before.release()
     return behind
@@ -215,6 +223,11 @@ class _Corrections:
     how: Reconstruction
     advance: Advance
 
+    @property
+    def multiplier(self) -> float:
+        """Factor of all that the parts of a block add to the residual stream."""
+        return _multiplier(self.session.anatomy)
+
     def correct(self, block: int, name: str, goals: list[Stored], *, inside: bool) -> None:
         """Correct one layer of the block in front of which the pruned model is.
 
@@ -242,7 +255,7 @@ class _Corrections:
         inputs.add_up(self.session.processes)
         self.session.processes.add_up([cross])
         count = round(self.session.processes.total(count)[0])
-        self._change(layer, inputs.mean(count, None, layer.bias), cross / count)
+        self._change(layer, inputs.mean(count, None, layer.bias), cross / (count * self.multiplier))
 
     def _seen(self, block: int, layer: LinearLayer, inside: bool) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Run the block; yields batches with the layer's inputs ``[n, C]`` and the stream behind it ``[n, width]``."""
@@ -257,7 +270,7 @@ class _Corrections:
                 try:
                     stream = _counted(self.stream.run(block, batch, entering), batch.positions)
                 except _Enough as reached:
-                    stream = _counted(entering, batch.positions) + reached.output
+                    stream = _counted(entering, batch.positions) + self.multiplier * reached.output
                 self.advance(batch.input_ids.numel())
                 yield batch, inputs.pop(), stream
 

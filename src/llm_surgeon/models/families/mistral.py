@@ -1,7 +1,11 @@
-"""Mistral: Llama's layout, with windows in its attention."""
+"""Mistral and Ministral 3: Llama's layout, with windows in the attention, or queries scaled by their position."""
 
 from dataclasses import replace
 
 from llm_surgeon.models.families.llama import LLAMA
 
 MISTRAL = replace(LLAMA, model_type="mistral", model_class="MistralForCausalLM", config_class="MistralConfig")
+# The text model; checkpoints with images are of another type.
+MINISTRAL3 = replace(
+    LLAMA, model_type="ministral3", model_class="Ministral3ForCausalLM", config_class="Ministral3Config"
+)

@@ -6,6 +6,7 @@ file, here or in code of your own; no other file changes (``docs/families.md``).
 
 from llm_surgeon.models.parts.attention import Attention, AttentionPart
 from llm_surgeon.models.parts.feed_forward import FeedForward, FeedForwardPart
+from llm_surgeon.models.parts.jointly_normed import JointlyNormedAttention, JointlyNormedPart
 from llm_surgeon.models.parts.part import (
     ChannelOrder,
     Part,
@@ -23,6 +24,8 @@ __all__ = [
     "ChannelOrder",
     "FeedForward",
     "FeedForwardPart",
+    "JointlyNormedAttention",
+    "JointlyNormedPart",
     "Part",
     "PartEntry",
     "Rows",

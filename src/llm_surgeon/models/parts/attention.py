@@ -43,15 +43,17 @@ class Attention(PartEntry):
         key: The key projection; the query projection's name if they are one matrix.
         value: The value projection; the query projection's name if they are one matrix.
         output: The output projection.
-        rotary: Whether dimension d of a head is rotated together with d + rotated / 2, which ties the two; the number
-            of rotated dimensions is read from the configuration.
+        rotary: Whether two dimensions of a head are rotated together, which ties the two: d and d + rotated / 2. The
+            number of rotated dimensions is read from the configuration.
+        interleaved: Whether neighbours are rotated together instead, 2 d and 2 d + 1.
         layout: Layout of the rows of queries, keys and values.
         head_norms: Norms over the dimensions of each head of queries and keys. A dimension whose partner is dead still
             counts in the norm's denominator, so queries and keys do not die together if there are such norms.
         counts: Attributes of the module that count heads or dimensions, and the meaning of each. They are set anew when
             the attention is pruned. ``config.NAME`` is an entry of the module's own configuration.
         free_heads: Whether the class can be built with any number of heads from ``num_attention_heads``,
-            ``num_key_value_heads`` and ``head_dim``, so that fewer heads need no modelling file.
+            ``num_key_value_heads`` and ``head_dim``, so that fewer heads need no modelling file. Other classes compute
+            the width of a head from the number of heads, or take the hidden size for that of all heads.
     """
 
     structures: ClassVar[tuple[str, ...]] = ("heads", "values")
@@ -66,6 +68,7 @@ class Attention(PartEntry):
     head_norms: tuple[str, ...] = ()
     counts: tuple[tuple[str, Count], ...] = ()
     free_heads: bool = True
+    interleaved: bool = False
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -95,7 +98,7 @@ class Attention(PartEntry):
     @property
     def fixed(self) -> str | None:
         """Reason why the transformers class cannot be built with fewer heads; None if it can be."""
-        return None if self.free_heads else "computes the width of a head from the number of heads"
+        return None if self.free_heads else "ties the number of heads to the hidden size"
 
     def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> AttentionPart | None:
         """Find the heads of a block; None if the block has no attention."""
@@ -221,8 +224,8 @@ class AttentionPart(Part):
 
     def _query_key_couplings(self) -> Iterator[Coupling]:
         """Couplings of queries with keys: pairs of rotated dimensions, and single dimensions that are not rotated."""
-        half = self.rotated // 2
-        pairs = torch.stack([torch.arange(half), torch.arange(half) + half], dim=1)
+        rotated = torch.arange(self.rotated // 2 * 2)
+        pairs = rotated.view(-1, 2) if self.entry.interleaved else rotated.view(2, -1).T
         single = torch.arange(self.rotated, self.width).view(-1, 1)
         for kind, dimensions in (("query/key pair", pairs), ("query/key dimension", single)):
             if len(dimensions):

@@ -96,6 +96,11 @@ class PartEntry(Protocol):
         return None
 
     @property
+    def refused(self) -> dict[str, str]:
+        """Structures that the parts look like having and cannot lose, and the reason for each, as a predicate."""
+        return {}
+
+    @property
     def fixed(self) -> str | None:
         """Reason why the transformers class cannot be built with a smaller part, in words; None if it can be."""
         return None
