@@ -158,6 +158,16 @@ def ministral3():
     return of_class("Ministral3", rope_parameters={**rope, "original_max_position_embeddings": 4})
 
 
+def qwen3_moe(**changes):
+    # One block is dense.
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+    return of_class("Qwen3Moe", norm_topk_prob=True, **{**sizes, **changes})
+
+
+def mixtral(**changes):
+    return of_class("Mixtral", **{"num_local_experts": 4, "num_experts_per_tok": 2, **changes})
+
+
 # Blocks of both kinds of attention, with windows that matter.
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -192,6 +202,10 @@ BUILDERS = {
 }
 
 
+# Models with experts.
+MIXTURES = {"qwen3-moe": qwen3_moe, "mixtral": mixtral}
+
+
 def _with_norms(model):
     """Norms' weights away from where they begin, which is the same for all channels."""
     with torch.no_grad():
@@ -211,7 +225,7 @@ def _with_biases(model):
 
 def build(family):
     torch.manual_seed(0)
-    return BUILDERS[family]().eval()
+    return (BUILDERS | MIXTURES)[family]().eval()
 
 
 def tokens(samples=8, length=16, seed=0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from llm_surgeon.models.matrix import core_of, cut_out
 from llm_surgeon.models.modeling_per_layer import narrow_blocks
 from llm_surgeon.models.modeling_pruned import prune
 from llm_surgeon.models.modes import frozen
+from llm_surgeon.models.parts import MixturePart, Part
 from llm_surgeon.models.parts.part import has_module
 from llm_surgeon.models.permutation import fold_order, fold_residual
 from llm_surgeon.passes.head import Head
@@ -36,7 +37,7 @@ from llm_surgeon.recipe.config import PruneConfig
 _SAME, _VISIBLE = 1e-4, 1e-3
 _SEQUENCES, _LENGTH = 3, 12
 # Structures of which a recipe can remove equally many from each block, so that plain classes hold what is left.
-_UNIFORM = ("neurons", "heads")
+_UNIFORM = ("neurons", "heads", "experts")
 _NAMES = "Correct the names in the entry: see docs/families.md."
 
 
@@ -172,7 +173,7 @@ class FamilyChecks:
         remedy = "Correct how its module narrows: for attention the layout, counts and head numbers."
         smaller = self.cut(keep, what)
         actual = self._logits(smaller, f"cannot be run without some of its weights ({what})", remedy)
-        expected = self._logits(self.masked(keep), "cannot be run with zeros")
+        expected = self._logits(self.rerouted(keep), "cannot be run with zeros")
         self._compare(actual, expected, what, f"makes another function of a model that is cut ({what})", remedy)
 
     def check_orders(self) -> None:
@@ -201,15 +202,32 @@ class FamilyChecks:
         self.check_export(self._random_masks(0.5))
         for entry in self.family.parts:
             parts = [part for part in self.anatomy.parts if part.entry == entry]
-            for kind in {c.kind for c in parts[0].couplings() if c.structure in _UNIFORM and len(c.sides[0].index) > 1}:
-                couplings = (coupling for part in parts for coupling in part.couplings() if coupling.kind == kind)
-                keep = self.without_every_second(*couplings)
+            for kind in self._removable(parts):
+                keep = self._without_half(parts, kind)
                 if entry.fixed is None and not form_of(self.anatomy, keep, self.network.config).plain:
                     raise self._failure(
                         f"has no entries of the configuration for fewer of the same {kind} in all blocks",
                         "Add them to the part's sizes, or say why it is fixed (free_heads).",
                     )
                 self.check_export(keep)
+
+    def _removable(self, parts: Sequence[Part]) -> list[str]:
+        """Kinds of couplings of which a uniform structure removes some groups of a part, and leaves others."""
+        couplings = [c for part in parts[:1] for c in part.couplings() if c.structure in _UNIFORM]
+        groups = {kind: sum(len(c.sides[0].index) for c in couplings if c.kind == kind) for kind in _kinds(couplings)}
+        return [kind for kind, count in groups.items() if count > 1]
+
+    def _without_half(self, parts: Sequence[Part], kind: str) -> dict[str, KeepMask]:
+        """Masks without every second group of a kind in each part, and without all that is dead by implication."""
+        keep = self.anatomy.dense_masks()
+        for part in parts:
+            couplings = [coupling for coupling in part.couplings() if coupling.kind == kind]
+            if len(couplings[0].sides[0].index) == 1:
+                # Experts are a coupling each.
+                couplings = couplings[::2]
+            for side in (coupling.sides[0] for coupling in couplings):
+                _remove(keep, side, torch.arange(0, len(side.index), 2))
+        return self.implied(keep)
 
     def check_export(self, keep: Mapping[str, KeepMask]) -> None:
         """Make sure that the class rebuilds a smaller model from the settings and the state that are exported.
@@ -265,6 +283,14 @@ class FamilyChecks:
                 module.bias[~mask.rows] = 0
         return network
 
+    def rerouted(self, keep: Mapping[str, KeepMask]) -> PreTrainedModel:
+        """A copy of the model with zeros for what is not kept, whose routers choose among the experts that are left."""
+        network = self.masked(keep)
+        for part in self.anatomy.parts:
+            if isinstance(part, MixturePart):
+                part.narrow(network, keep)
+        return network
+
     def cut(self, keep: Mapping[str, KeepMask], what: str) -> PreTrainedModel:
         """A copy of the model without what is not kept.
 
@@ -283,8 +309,10 @@ class FamilyChecks:
         return network
 
     def _random_masks(self, sparsity: float) -> Mapping[str, KeepMask]:
-        """Masks after rows and columns went at random, with all that dies with them."""
-        recipe = PruneConfig.from_mapping({"structure": "rows-columns", "sparsity": sparsity})
+        """Masks after rows and columns went at random, with all that dies with them; or neurons, if these cannot go."""
+        refused = any("rows-columns" in entry.refused for entry in self.family.parts)
+        shapes = {"structure": "neurons", "round_to": 1} if refused else {"structure": "rows-columns"}
+        recipe = PruneConfig.from_mapping({**shapes, "sparsity": sparsity})
         return Shapes(recipe, self.anatomy).random_masks(sparsity, seed=1)
 
     @cached_property
@@ -310,6 +338,11 @@ class FamilyChecks:
 
     def _failure(self, cause: str, remedy: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"The entry for {self.family.model_type!r} {cause}.", remedy)
+
+
+def _kinds(couplings: Sequence[Coupling]) -> list[str]:
+    """Kinds of couplings, each once."""
+    return list(dict.fromkeys(coupling.kind for coupling in couplings))
 
 
 def _check_names(family: Family, model: PreTrainedModel) -> None:

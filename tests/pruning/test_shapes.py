@@ -188,8 +188,8 @@ def test_emptied_parts_stay_emptied_in_later_shots():
     [
         ({"structure": "neurons+neurons"}, "valid are rows-columns, neurons"),
         ({"structure": "neurons+2:4"}, "valid are"),
-        ({"structure": "values", "uniform": True}, "uniform is for neurons, heads and blocks"),
-        ({"uniform": True}, "uniform is for neurons, heads and blocks"),
+        ({"structure": "values", "uniform": True}, "uniform is for neurons, heads, experts and blocks"),
+        ({"uniform": True}, "uniform is for neurons, heads, experts and blocks"),
         ({"structure": "blocks+neurons", "uniform": True}, "uniform blocks go whole"),
         ({"structure": "heads", "round_to": 8}, "round_to is for structures with neurons"),
         ({"structure": "unstructured", "min_width": 0.1}, "min_width is for structures that shrink"),

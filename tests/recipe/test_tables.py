@@ -72,7 +72,7 @@ def test_a_structure_of_ones_own_is_a_row():
     assert (joined.parts, joined.widths_multiple, joined.least_width) == (("toys", "heads"), 5, 0.05)
     free = PruneConfig(structure="rows-columns+toys")
     assert (free.widths_multiple, free.least_width) == (1, 0.0)
-    with pytest.raises(ConfigError, match="uniform is for neurons, heads, blocks and toys, not for values"):
+    with pytest.raises(ConfigError, match="uniform is for neurons, heads, experts, blocks and toys, not for values"):
         PruneConfig.from_mapping({"structure": "values", "uniform": True})
     with pytest.raises(ConfigError, match=r"did you mean toys\?"):
         PruneConfig.from_mapping({"structure": "toyz"})
@@ -101,9 +101,13 @@ def test_defaults_of_widths_are_those_of_the_rows(structure, multiple, width):
 @pytest.mark.parametrize(
     ("structure", "options", "message"),
     [
-        ("blocks+neurons", {"uniform": True}, "uniform blocks go whole: neurons and heads cannot be removed"),
-        ("rows-columns+neurons", {"uniform": True}, "uniform is for neurons, heads and blocks, not for rows-columns"),
-        ("2:4", {"uniform": True}, "uniform is for neurons, heads and blocks, not for 2:4"),
+        ("blocks+neurons", {"uniform": True}, "uniform blocks go whole: neurons, heads and experts cannot be removed"),
+        (
+            "rows-columns+neurons",
+            {"uniform": True},
+            "uniform is for neurons, heads, experts and blocks, not for rows",
+        ),
+        ("2:4", {"uniform": True}, "uniform is for neurons, heads, experts and blocks, not for 2:4"),
         ("heads", {"round_to": 4}, "round_to is for structures with neurons and without rows-columns"),
         ("rows-columns+neurons", {"round_to": 4}, "round_to is for structures with neurons and without rows-columns"),
     ],

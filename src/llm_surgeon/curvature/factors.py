@@ -23,17 +23,20 @@ class InputSum:
 
     def __init__(self, size: int, bias: bool, device: torch.device | str) -> None:
         self.gram = GramSum(size, device)
+        self.count = 0
         self.total = torch.zeros(size, dtype=torch.float32, device=device) if bias else None
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs ``[tokens, size]``."""
         self.gram.add(inputs)
+        self.count += len(inputs)
         if self.total is not None:
             self.total += inputs.sum(0, dtype=torch.float32)
 
     def add_up(self, processes: Processes) -> None:
         """Add the sums of the other processes."""
         self.gram.add_up(processes)
+        self.count = round(processes.total(self.count)[0])
         processes.add_up([] if self.total is None else [self.total])
 
     def put_away(self, store: TensorStore) -> None:
@@ -60,6 +63,10 @@ class InputSum:
 @dataclass(frozen=True)
 class KroneckerFactors(Curvature):
     """One Kronecker product per layer, ``G (x) A``; a factor that was not estimated is the identity.
+
+    Layers of experts see the tokens that are routed to them. Their Fisher is a mean over all tokens, to which the
+    others add nothing: with ``r`` of ``n`` tokens, ``r / n`` times the product of the means over the ``r``. So ``A`` is
+    the sum over ``n``, as of every layer, and ``G`` the sum over ``r``.
 
     Attributes:
         inputs: Sums of inputs, by input group.
@@ -107,7 +114,8 @@ class KroneckerFactors(Curvature):
         """Factor G ``[R, R]`` of a layer over the rows that it had when the sums were taken; None for the identity."""
         if self.result is None or layer.name not in self.gradients:
             return None
-        return self.gradients[layer.name].dense() / (self.result.tokens * self.result.gradients_per_token)
+        tokens = self.inputs[layer.input_group].count or self.result.tokens
+        return self.gradients[layer.name].dense() / (tokens * self.result.gradients_per_token)
 
     @property
     def nbytes(self) -> int:

@@ -56,7 +56,9 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
     settings = _depth(anatomy.family, config, blocks) if blocks != everything else {}
     widths = _widths(anatomy, keep, blocks)
     if widths is None or not base_class(anatomy.family):
-        return Form("gaps", settings | _pruned_entries(anatomy, keep, blocks), blocks)
+        return Form(
+            "gaps", settings | _pruned_entries(anatomy, keep, blocks) | _of_experts(anatomy, keep, blocks), blocks
+        )
     equal = {name: next(iter(values.values())) for name, values in widths.items() if len(set(values.values())) == 1}
     equal = equal if builds(config, settings | equal) else {}
     if equal.keys() == widths.keys():
@@ -182,9 +184,12 @@ def _widths(
 def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, Any]:
     """Entries of the configuration that the modelling file reads."""
     extents = anatomy.extents(keep)
+    # Their tensors are no linear layers in the class.
+    inside = {name for part in anatomy.located if part.keeps_form for name in part.layers}
     linears = {
         renamed(anatomy, blocks, name): layer_shape(layer, keep[name], extents[name])
         for name, layer in anatomy.layers.items()
+        if name not in inside
     }
     narrowed = {renamed(anatomy, blocks, path): counts for path, counts in anatomy.counts(keep).items()}
     return {
@@ -192,6 +197,22 @@ def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tupl
         "pruned_attention": {path: counts for path, counts in narrowed.items() if path is not None},
         "pruned_attention_output": _emptied_output(anatomy, keep),
     }
+
+
+def _of_experts(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...]) -> dict[str, Any]:
+    """Entries of the configuration with the widths of parts that the modelling file builds as the class has them.
+
+    Raises:
+        UnsupportedModelError: If blocks have different widths.
+    """
+    parts = [part for part in anatomy.located if part.keeps_form and part.block in blocks]
+    sizes = [part.sizes(keep) for part in parts if anatomy.layers.keys() >= set(part.layers)]
+    if any(own != sizes[0] for own in sizes):
+        raise UnsupportedModelError(
+            "Blocks are left with different experts, and one with an emptied part, which no export can hold at once.",
+            "Give --uniform, or a --min-width above 0.",
+        )
+    return dict(sizes[0]) if sizes else {}
 
 
 def _emptied_output(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> str:

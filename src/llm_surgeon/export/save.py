@@ -90,11 +90,15 @@ def state_of(model: PreTrainedModel, anatomy: Anatomy, form: Form) -> dict[str, 
     """Parameters under the names and in the layout of the class that will load them; None if nothing changes."""
     transposed = {f"{name}.weight" for name in anatomy.layers if anatomy.family.transposed and form.kind != "gaps"}
     empty = emptied(model, anatomy)
-    if len(form.blocks) == anatomy.blocks and not transposed and not empty:
+    others = [part for part in anatomy.located if part.keeps_form]
+    if len(form.blocks) == anatomy.blocks and not transposed and not empty and not others:
         return None
+    whole = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(empty))}
+    for part in others:
+        whole = part.stored(whole)
     state = {}
-    for name, value in model.state_dict().items():
-        if (new := renamed(anatomy, form.blocks, name)) is not None and not name.startswith(tuple(empty)):
+    for name, value in whole.items():
+        if (new := renamed(anatomy, form.blocks, name)) is not None:
             state[new] = value.T.contiguous() if name in transposed else value
     biases = {f"{name}bias": bias for name, bias in empty.items() if bias is not None}
     return state | {new: bias for name, bias in biases.items() if (new := renamed(anatomy, form.blocks, name))}

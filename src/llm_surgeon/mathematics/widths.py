@@ -88,6 +88,51 @@ def bundle(groups: Sequence[Group], widths: Widths, per_weight: bool = True) -> 
     return bundled
 
 
+def bundle_parts(blocks: Sequence[Sequence[Group]], widths: Widths, per_weight: bool = True) -> list[Group]:
+    """Score groups of one kind in bundles, where the groups of a block may come from several couplings.
+
+    The couplings of a block count as one: experts are a coupling each, and their number is what a width limits.
+
+    Args:
+        blocks: Couplings of each block, of the same kind.
+        widths: Widths that may be left.
+        per_weight: Whether to rank by cost per weight freed.
+
+    Returns:
+        The groups of all blocks in the same order, as ``bundle`` gives them.
+    """
+    joined = bundle([_joined(groups) for groups in blocks], widths, per_weight)
+    result = []
+    for groups, whole in zip(blocks, joined, strict=True):
+        sizes = [len(group.score) for group in groups]
+        pairs = zip(groups, whole.score.split(sizes), whole.bundle.split(sizes), strict=True)
+        result += [
+            replace(group, score=score, bundle=number, numbering=whole.numbering, nested=whole.nested)
+            for group, score, number in pairs
+        ]
+    return result
+
+
+def pools_of(groups: Sequence[Group]) -> Tensor:
+    """Number of the pool of each group of some couplings, ``[all groups]``."""
+    pools = [(torch.zeros(len(g.score), dtype=torch.long), g.coupling.pools) for g in groups]
+    return torch.cat([none if own is None else own for none, own in pools])
+
+
+def _joined(groups: Sequence[Group]) -> Group:
+    """One coupling in place of several, whose sides are those of the first and not to be looked at."""
+    if len(groups) == 1:
+        return groups[0]
+    return replace(
+        groups[0],
+        coupling=replace(groups[0].coupling, pools=pools_of(groups)),
+        side_costs=torch.cat([group.side_costs.amin(0, keepdim=True) for group in groups], dim=1),
+        freed=torch.cat([group.freed for group in groups]),
+        score=torch.cat([group.score for group in groups]),
+        bundle=torch.arange(sum(len(group.score) for group in groups)),
+    )
+
+
 def _levels(group: Group, widths: Widths) -> Tensor:
     """Number of each group's bundle, ``[groups]``; -1 where a group has to stay, or is dead."""
     pools = group.coupling.pools

@@ -102,8 +102,8 @@ class Anatomy:
 def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) -> Anatomy:
     """Find the prunable layers of a dense model and their couplings.
 
-    Transposed linear layers (``Conv1D`` of GPT-2) are replaced, in place, by equal ``nn.Linear``; an export with the
-    dense architecture has them back.
+    Transposed linear layers (``Conv1D`` of GPT-2), and experts in three-dimensional parameters, are replaced, in place,
+    by equal ``nn.Linear``; an export has them back.
 
     Args:
         model: A model of the family, not pruned yet.
@@ -119,12 +119,12 @@ def examine(model: PreTrainedModel, family: Family, ignore: Sequence[str] = ()) 
     parts = _parts_of(model, family)
     _check_patterns(model, ignore)
     for part in parts:
-        for group in part.entry.input_groups:
-            for kind in dict.fromkeys(group):
-                name = part.prefix + kind
+        for group in part.input_groups:
+            for name in dict.fromkeys(group):
+                kind = name.removeprefix(part.prefix)
                 if not any(re.search(f"(?:{pattern})$", name) for pattern in ignore):
                     _straighten(blocks[part.block], kind)
-                    layers[name] = _linear_layer(blocks[part.block], family, kind, part.block, part.prefix + group[0])
+                    layers[name] = _linear_layer(blocks[part.block], family, kind, part.block, group[0])
     couplings = [coupling for part in parts for coupling in part.couplings()]
     if not layers:
         raise ConfigError(
@@ -151,11 +151,13 @@ def _parts_of(model: PreTrainedModel, family: Family) -> list[Part]:
     for entry in family.parts:
         entry.check(model.config, family.model_type)
     for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.blocks))):
+        for entry in family.parts:
+            entry.straighten(block)
         prefix = f"{family.blocks}.{number}."
         found = (entry.locate(model.config, block, number, prefix) for entry in family.parts)
         parts += [part for part in found if part is not None]
     for entry in family.parts:
-        if not any(part.entry == entry for part in parts):
+        if not entry.optional and not any(part.entry == entry for part in parts):
             names = ", ".join(dict.fromkeys(name for group in entry.input_groups for name in group))
             raise UnsupportedModelError(
                 f"No block of the model has the {type(entry).__name__} that the entry for {family.model_type!r} "
@@ -183,7 +185,10 @@ def _last_names(names: Sequence[str]) -> list[str]:
 
 
 def straighten(model: nn.Module, anatomy: Anatomy) -> None:
-    """Replace the transposed layers of another model of the same architecture, in place, as ``examine`` does."""
+    """Replace the layers of another model of the same architecture by plain ones, in place, as ``examine`` does."""
+    for block in cast(nn.ModuleList, model.get_submodule(anatomy.family.blocks)):
+        for entry in anatomy.family.parts:
+            entry.straighten(block)
     for name in anatomy.layers:
         _straighten(model, name)
 

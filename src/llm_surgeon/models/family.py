@@ -7,6 +7,7 @@ write it in code of your own and hand it to ``register_family`` (``docs/families
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from llm_surgeon.models.parts import PartEntry
@@ -64,7 +65,11 @@ class Family:
     per_block: tuple[str, ...] = ("layer_types",)
 
     def short_name(self, kind: str) -> str:
-        """Last part of a layer's name within a block, or the whole name if another layer has the same last part."""
+        """Last part of a layer's name within a block, or the whole name if another layer has the same last part.
+
+        Numbers in the name are left out: all experts have layers of the same kind.
+        """
+        kind = re.sub(r"\.\d+(?=\.)", "", kind)
         last = kind.rpartition(".")[2]
         return last if sum(name.rpartition(".")[2] == last for name in self.layers) == 1 else kind
 

@@ -12,7 +12,7 @@ from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.linalg import is_finite
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
-from llm_surgeon.models.modeling_pruned import PrunedLinear, narrow_attention, shrink_linears
+from llm_surgeon.models.modeling_pruned import PrunedLinear, shrink_linears
 
 
 def read_matrix(model: nn.Module, layer: LinearLayer) -> Tensor:
@@ -89,9 +89,9 @@ def cut_out(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) ->
 
 
 def narrow_heads(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
-    """Set the attributes of modules that count their heads, or the like, where the matrices have shrunk."""
+    """Fit modules that count their heads or experts, or the like, to matrices that have shrunk."""
     for part in anatomy.parts:
-        narrow_attention(model, part.counts(keep), part.entry.emptied or "")
+        part.narrow(model, keep)
 
 
 def _shape_of(module: nn.Module) -> dict[str, int | None]:

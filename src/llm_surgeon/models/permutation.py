@@ -17,7 +17,7 @@ zeros. The caller has to permute the masks in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.family import Family
-from llm_surgeon.models.parts import ChannelOrder
+from llm_surgeon.models.parts import ChannelOrder, PartEntry
 
 
 @torch.no_grad()
@@ -111,13 +111,17 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
         prefix = f"{family.blocks}.{number}."
         for name in residual.norms:
             yield from _vectors(model, prefix + name)
+        block = model.get_submodule(prefix.rstrip("."))
         for part in family.parts:
-            for name in part.readers:
+            for name in _numbered(part, part.readers, block):
                 if _optional(model, prefix + name) is not None:
                     yield from _columns(model, prefix + name)
-            for name in part.writers:
+            for name in _numbered(part, part.writers, block):
                 if _optional(model, prefix + name) is not None:
                     yield from _rows(model, prefix + name)
+            for name in part.also_read:
+                if _optional(model, prefix + name.rpartition(".")[0]) is not None:
+                    yield prefix + name, 1
     if _optional(model, residual.final_norm) is not None:
         yield from _vectors(model, residual.final_norm)
     yield from _columns(model, _head(model) if project_out is None else cast(str, residual.project_out))
@@ -125,9 +129,11 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
 
 def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int]) -> None:
     """Check that each parameter carries the stream, or belongs to a layer that the family's entry describes."""
-    layers = [*family.layers, *(name for part in family.parts for name in part.inside)]
-    blocks = range(len(cast(nn.ModuleList, model.get_submodule(family.blocks))))
-    known = {f"{family.blocks}.{number}.{name}" for number in blocks for name in layers}
+    known = set()
+    for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.blocks))):
+        groups = ((part, [name for group in part.input_groups for name in group]) for part in family.parts)
+        layers = [name for part, names in groups for name in (*_numbered(part, names, block), *part.inside)]
+        known |= {f"{family.blocks}.{number}.{name}" for name in layers}
     known |= {family.residual.tokens, _head(model)}
     known |= {name for name in (family.residual.project_in, family.residual.project_out) if name is not None}
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -136,6 +142,11 @@ def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int
                 f"The entry for {family.model_type!r} does not say how {name} depends on the order of channels.",
                 "Leave the residual stream in its order, or describe it in the entry in llm_surgeon/models.",
             )
+
+
+def _numbered(part: PartEntry, names: Iterable[str], block: nn.Module) -> Iterator[str]:
+    """Names of layers in a block, with those of all copies of a layer."""
+    return (copy for name in names for copy in part.numbered(name, block))
 
 
 def _head(model: PreTrainedModel) -> str:

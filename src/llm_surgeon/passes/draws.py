@@ -55,8 +55,15 @@ class TokenSample:
         chances = torch.full_like(drawn, torch.inf).index_copy_(0, positions, drawn[positions])
         self._chances = chances.view(sequences, length)
 
-    def take(self, x: Tensor) -> Tensor:
-        """Sample rows of ``x [..., size]``, one row per token: ``[taken, size]`` float32."""
+    def take(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Sample rows of ``x [..., size]``: ``[taken, size]`` float32.
+
+        Args:
+            x: A row for each token, or for each of ``tokens``. Tokens without a row stand for nothing.
+            tokens: Flat positions of the tokens that ``x`` has rows of; None if it has rows of all.
+        """
+        if tokens is not None:
+            x = x.new_zeros(self._chances.numel(), x.shape[-1]).index_copy_(0, tokens, x)
         with timed("factor sums"):
             rows = x.reshape(*self._chances.shape, x.shape[-1])
             weight = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_()

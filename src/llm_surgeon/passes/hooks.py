@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.models.experts import routed_tokens
 from llm_surgeon.passes.draws import TokenSample
 
 Receive = Callable[[Tensor], None]
@@ -44,65 +45,78 @@ class Hooks:
     def on_input(self, module: nn.Module, receive: Receive) -> None:
         """Hand over each input ``[tokens, columns]`` of a module."""
 
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             if self.positions is not None:
-                receive(self._counted(arguments[0].detach()))
+                receive(self._counted(arguments[0].detach(), routed_tokens(module)))
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def on_output(self, module: nn.Module, receive: Receive) -> None:
         """Hand over each output ``[tokens, rows]`` of a module."""
 
-        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if self.positions is not None:
-                receive(self._counted(output.detach()))
+                receive(self._counted(output.detach(), routed_tokens(module)))
 
         self._handles.append(module.register_forward_hook(hook))
 
     def on_gradient(self, module: nn.Module, receive: Receive) -> None:
         """Hand over each gradient ``[tokens, rows]`` of the summed loss at a module's output, for the sample if any."""
 
-        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and self.positions is not None:
+                tokens = routed_tokens(module)
                 take = self._counted if self.sample is None else self.sample.take
-                output.register_hook(lambda gradient: receive(take(gradient)))
+                output.register_hook(lambda gradient: receive(take(gradient, tokens)))
 
         self._handles.append(module.register_forward_hook(hook))
 
     def on_pair(self, module: nn.Module, receive: PairReceive) -> None:
         """Hand over input ``[tokens, columns]`` and gradient ``[tokens, rows]`` of the same tokens together."""
 
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and self.positions is not None:
+                tokens = routed_tokens(module)
                 # Tokens are selected when the gradient comes: until then the graph may hold the inputs anyway, while a
                 # copy would take memory of its own.
                 inputs = arguments[0].detach()
-                output.register_hook(lambda gradient: receive(self._counted(inputs), self._counted(gradient)))
+                output.register_hook(
+                    lambda gradient: receive(self._counted(inputs, tokens), self._counted(gradient, tokens))
+                )
 
         self._handles.append(module.register_forward_hook(hook))
 
     def on_effect(self, module: nn.Module, side: Side, receive: PairReceive) -> None:
         """Hand over the input or output of a module ``[tokens, size]`` with its gradient, for the same tokens."""
 
-        def watch(value: Tensor) -> None:
+        def watch(module: nn.Module, value: Tensor) -> None:
             if value.requires_grad and self.positions is not None:
-                held = value.detach()
-                value.register_hook(lambda gradient: receive(self._counted(held), self._counted(gradient)))
+                held, tokens = value.detach(), routed_tokens(module)
+                value.register_hook(
+                    lambda gradient: receive(self._counted(held, tokens), self._counted(gradient, tokens))
+                )
 
         if side == "input":
-            handle = module.register_forward_pre_hook(lambda _module, arguments: watch(arguments[0]))
+            handle = module.register_forward_pre_hook(lambda module, arguments: watch(module, arguments[0]))
         else:
-            handle = module.register_forward_hook(lambda _module, _arguments, output: watch(output))
+            handle = module.register_forward_hook(lambda module, _arguments, output: watch(module, output))
         self._handles.append(handle)
 
     def start_graph_at(self, embedding: nn.Module) -> None:
         """Start the graph at the embedded tokens, as no parameter requires a gradient."""
         self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
 
-    def _counted(self, x: Tensor) -> Tensor:
-        """Rows of ``x [batch, length, size]`` that count, ``[n, size]``."""
+    def _counted(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """Rows of ``x [batch, length, size]`` that count, ``[n, size]``.
+
+        Args:
+            x: A row for each token of the batch, or for each of ``tokens``.
+            tokens: Flat positions of the tokens that ``x`` has rows of; None if it has rows of all.
+        """
         x = x.flatten(0, -2)
         assert self.positions is not None
+        if tokens is not None:
+            return x.index_select(0, torch.isin(tokens, self.positions).nonzero().flatten())
         return x if len(self.positions) == len(x) else x.index_select(0, self.positions)
 
 

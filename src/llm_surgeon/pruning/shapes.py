@@ -17,7 +17,7 @@ from llm_surgeon.mathematics.candidates import Group, bystanders, joint_group, l
 from llm_surgeon.mathematics.fisher import Fisher, Split
 from llm_surgeon.mathematics.keep_masks import AXES, Coupling, KeepMask, Side, StructureCosts, count_weights
 from llm_surgeon.mathematics.structured_selection import Selection, select
-from llm_surgeon.mathematics.widths import Widths, bundle, merge
+from llm_surgeon.mathematics.widths import Widths, bundle_parts, merge, pools_of
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, restricted, to_index
 from llm_surgeon.models.family import Family
 from llm_surgeon.models.matrix import check_finite
@@ -112,6 +112,8 @@ class Shapes:
         self._singles = "rows-columns" in config.parts
         self._couplings = _couplings(config, anatomy)
         self._counts = _allowed_counts(config, anatomy)
+        self._least = {(part.block, kind): least for part in anatomy.parts for kind, least in part.least.items()}
+        self._multiples = {(part.block, kind): by for part in anatomy.parts for kind, by in part.multiples.items()}
         self.masks: Mapping[str, KeepMask] = anatomy.dense_masks()
         self.score_name = "cost per weight freed" if self._per_weight else "cost"
         if not self._singles and not any(self._is_candidate(coupling) for coupling in self._couplings):
@@ -208,23 +210,34 @@ class Shapes:
         shaped = []
         for members in by_kind.values():
             if self._is_candidate(members[0].coupling):
-                for alike in [members] if self._config.uniform else [[member] for member in members]:
-                    shaped += bundle(alike, self._widths(alike[0].coupling), self._per_weight)
+                for alike in self._alike(members):
+                    shaped += bundle_parts(alike, self._widths(alike[0]), self._per_weight)
             else:
                 shaped += members
         return self._whole_blocks(shaped) if self._config.uniform and _takes_whole(self._config) else shaped
 
-    def _widths(self, coupling: Coupling) -> Widths:
-        """Widths that the recipe allows for one kind of group."""
-        dense = len(coupling.sides[0].index)
-        pools = 1 if coupling.pools is None else int(coupling.pools.max()) + 1
-        least = math.ceil(self._config.least_width * dense / pools)
+    def _alike(self, members: Sequence[Group]) -> list[list[list[Group]]]:
+        """Groups of one kind that have to keep the same widths, by block: those of all blocks, or those of each."""
+        by_block: dict[int, list[Group]] = {}
+        for member in members:
+            by_block.setdefault(self._anatomy.block_of(member.coupling), []).append(member)
+        blocks = list(by_block.values())
+        return [blocks] if self._config.uniform else [[block] for block in blocks]
+
+    def _widths(self, groups: Sequence[Group]) -> Widths:
+        """Widths that the recipe allows for the groups of one kind in one block."""
+        coupling = groups[0].coupling
+        pools = pools_of(groups)
+        least = math.ceil(self._config.least_width * len(pools) / (int(pools.max()) + 1))
+        key = self._anatomy.block_of(coupling), coupling.kind
+        least = max(least, self._least.get(key, 0))
         row = _row_of(coupling)
         if row.whole:
             # A part of a block goes as a whole, and has no width.
             return Widths()
         multiple = self._config.widths_multiple if row.multiple is not None else 1
-        counts = self._counts.get((self._anatomy.block_of(coupling), coupling.kind))
+        multiple = math.lcm(multiple, self._multiples.get(key, 1))
+        counts = self._counts.get(key)
         return Widths(multiple, least, self._config.uniform, counts)
 
     def _whole_blocks(self, groups: Sequence[Group]) -> list[Group]:
@@ -344,15 +357,24 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
 
 
 def _check_refused(config: PruneConfig, family: Family) -> None:
-    """Check that no part of the family refuses a structure of the recipe.
+    """Check that the family's parts have the structures of the recipe, and do not refuse them.
 
     Raises:
-        ConfigError: If one does.
+        ConfigError: If not.
     """
+    offered = {structure for entry in family.parts for structure in entry.structures} | set(COUPLINGS)
+    for structure in config.parts:
+        if structure not in offered | {"rows-columns", "blocks"} and not _refusing(family, structure):
+            raise ConfigError(f"{family.model_class} has no {structure}.", "Use --structure neurons.")
     for reasons in (entry.refused for entry in family.parts):
         for structure in (structure for structure in config.parts if structure in reasons):
             left = "+".join(part for part in config.parts if part != structure) or "neurons"
             raise ConfigError(f"{family.model_class} {reasons[structure]}.", f"Use --structure {left}.")
+
+
+def _refusing(family: Family, structure: str) -> bool:
+    """Whether a part of the family says itself why it cannot lose a structure."""
+    return any(structure in entry.refused for entry in family.parts)
 
 
 def _check_uniform(config: PruneConfig, anatomy: Anatomy) -> None:

@@ -77,6 +77,8 @@ class PruneConfig(
             raise ValueError(f"only one of sparsity, {', '.join(TARGETS)} can be given")
         if given.get("weights") == "streamed" and given.get("order", "auto") == "auto":
             given["order"] = "layer-major"
+        if structures.uniform_by_default(structures.parts_of(given.get("structure"))):
+            given = {"uniform": True} | given
         pattern = Pattern.parse(given.get("structure"))
         return given if pattern is None else {"sparsity": pattern.sparsity} | given
 

@@ -27,6 +27,7 @@ class StructureRow:
         coupled: Whether all matrices of a block that share a unit of the structure lose it together, so that the block
             keeps one width.
         uniform: Whether all blocks can be given the same width.
+        uniform_by_default: Whether they are, unless a recipe says otherwise.
         whole: Whether ``uniform`` takes whole parts of a block, which leaves nothing for another structure to remove.
         multiple: Default multiple of the number of units left in each block; None if the number cannot be rounded.
         min_width: Default of the least share of the dense width that each block keeps.
@@ -38,6 +39,7 @@ class StructureRow:
     noun: str = ""
     coupled: bool = True
     uniform: bool = False
+    uniform_by_default: bool = False
     whole: bool = False
     multiple: int | None = None
     min_width: float = 0.0
@@ -50,6 +52,14 @@ STRUCTURES: dict[str, StructureRow] = {
     "neurons": StructureRow(uniform=True, multiple=ROUND_TO, min_width=_MIN_WIDTH),
     "heads": StructureRow(uniform=True, min_width=_MIN_WIDTH, joint=True, large=True),
     "values": StructureRow("single value dimensions", "value dimensions", min_width=_MIN_WIDTH, joint=True),
+    "experts": StructureRow(
+        "whole experts of a mixture; equally many in each block unless --no-uniform",
+        uniform=True,
+        uniform_by_default=True,
+        min_width=_MIN_WIDTH,
+        joint=True,
+        large=True,
+    ),
     "blocks": StructureRow(
         "attention or feed-forward parts; costly",
         "attention and feed-forward parts",
@@ -77,6 +87,12 @@ def multiple_of(parts: Iterable[str]) -> int | None:
 def min_width_of(parts: Iterable[str]) -> float:
     """Default of the least share of its dense width that each block keeps."""
     return min((STRUCTURES[part].min_width for part in parts), default=0.0)
+
+
+def uniform_by_default(parts: Iterable[str]) -> bool:
+    """Whether all blocks are given the same widths unless a recipe says otherwise."""
+    rows = [STRUCTURES.get(part, StructureRow()) for part in parts]
+    return any(row.uniform_by_default for row in rows) and all(row.uniform for row in rows)
 
 
 def uniform_structures() -> list[str]:

@@ -7,6 +7,7 @@ file, here or in code of your own; no other file changes (``docs/families.md``).
 from llm_surgeon.models.parts.attention import Attention, AttentionPart
 from llm_surgeon.models.parts.feed_forward import FeedForward, FeedForwardPart
 from llm_surgeon.models.parts.jointly_normed import JointlyNormedAttention, JointlyNormedPart
+from llm_surgeon.models.parts.mixture import MixtureOfExperts, MixturePart
 from llm_surgeon.models.parts.part import (
     ChannelOrder,
     Part,
@@ -26,6 +27,8 @@ __all__ = [
     "FeedForwardPart",
     "JointlyNormedAttention",
     "JointlyNormedPart",
+    "MixtureOfExperts",
+    "MixturePart",
     "Part",
     "PartEntry",
     "Rows",

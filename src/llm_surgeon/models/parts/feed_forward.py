@@ -35,6 +35,7 @@ class FeedForward(PartEntry):
         activation: Entry of the configuration that names the activation, which must map 0 to 0; None if the class has a
             fixed activation that does.
         width: Entry of the configuration with the number of neurons.
+        optional: Whether a model may have no such part at all.
     """
 
     structures: ClassVar[tuple[str, ...]] = ("neurons",)
@@ -43,6 +44,7 @@ class FeedForward(PartEntry):
     output: str
     activation: str | None
     width: str = "intermediate_size"
+    optional: bool = False
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:

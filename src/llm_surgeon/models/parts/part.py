@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask, Side
+from llm_surgeon.models.modeling_pruned import narrow_attention
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,16 @@ class PartEntry(Protocol):
         return ()
 
     @property
+    def also_read(self) -> tuple[str, ...]:
+        """Names of parameters, besides those of the layers, whose columns read the residual stream."""
+        return ()
+
+    @property
+    def optional(self) -> bool:
+        """Whether a model may have no such part at all."""
+        return False
+
+    @property
     def emptied(self) -> str | None:
         """Name, within its module, of the output projection that replaces the module of an emptied part; or None."""
         return None
@@ -111,6 +122,14 @@ class PartEntry(Protocol):
         Raises:
             UnsupportedModelError: If the model is not.
         """
+        return
+
+    def numbered(self, name: str, block: nn.Module) -> tuple[str, ...]:
+        """Names that a layer's name stands for in a block: itself, unless the part has numbered copies of a layer."""
+        return (name,)
+
+    def straighten(self, block: nn.Module) -> None:
+        """Replace modules of a block by equal ones with linear layers, in place, where the part's are others."""
         return
 
     @abstractmethod
@@ -141,10 +160,14 @@ class Part(Protocol):
     prefix: str
 
     @property
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of the part's layers, grouped by the input that they read, in the order of the forward pass."""
+        return tuple(tuple(self.prefix + name for name in group) for group in self.entry.input_groups)
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Paths of the part's layers, each once."""
-        names = dict.fromkeys(name for group in self.entry.input_groups for name in group)
-        return tuple(self.prefix + name for name in names)
+        return tuple(dict.fromkeys(name for group in self.input_groups for name in group))
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -152,9 +175,24 @@ class Part(Protocol):
         return tuple(self.prefix + name for name in self.entry.writers)
 
     @property
+    def keeps_form(self) -> bool:
+        """Whether exports have the part's tensors in a form of the class's own, see ``stored``."""
+        return False
+
+    @property
     def neurons(self) -> int:
         """Number of neurons, which share gates in groups; 0 for a part without neurons."""
         return 0
+
+    @property
+    def least(self) -> dict[str, int]:
+        """Numbers of groups that have to be left of some couplings, by the kind of the coupling."""
+        return {}
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """Numbers that the groups left of some couplings have to be a multiple of, by the kind of the coupling."""
+        return {}
 
     def widths(self, accepted: Callable[[Mapping[str, int]], bool]) -> dict[str, frozenset[int]]:
         """Numbers of groups that may be left of some couplings, so that any choice among them is accepted.
@@ -185,6 +223,23 @@ class Part(Protocol):
         A module with an empty dictionary is emptied: its output projection, ``PartEntry.emptied``, replaces it.
         """
         return {}
+
+    def narrow(self, model: nn.Module, keep: Mapping[str, KeepMask]) -> None:
+        """Fit the part's other modules to its matrices, in place, once these have shrunk.
+
+        Args:
+            model: The model, with the matrices that are left.
+            keep: Masks of the rows and columns that are left.
+        """
+        narrow_attention(model, self.counts(keep), self.entry.emptied or "")
+
+    def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """State of a model with the part's tensors as the transformers class has them.
+
+        Args:
+            state: Tensors of the model by name, without those of layers that have no weights left.
+        """
+        return state
 
     def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
         """Entries of the configuration with which the transformers class builds the part as pruning left it."""

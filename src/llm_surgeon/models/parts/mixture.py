@@ -1,0 +1,233 @@
+"""Mixtures of experts: a router, experts of which each token is sent to some, and the neurons of each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
+from llm_surgeon.models.experts import DOWN, GATE, UP, Experts, canonical, keep_experts, stacked
+from llm_surgeon.models.parts.part import ChannelOrder, Part, PartEntry, Rows, columns_of, has_module, rows_of
+
+# As many numbers of 16 bits as 16 bytes hold.
+_NEURONS = 8
+_APART = "has the experts of a block in one tensor, so that their matrices cannot lose different {}"
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts(PartEntry):
+    """Names of a mixture's modules and configuration entries.
+
+    The experts are gated: ``down(activation(gate(x)) * up(x))``, with the activation in the configuration.
+
+    Attributes:
+        router: The router, which is called with the hidden states and returns logits, weights and numbers of experts.
+        experts: The module with the experts' parameters.
+        count: Entry of the configuration with the number of experts.
+        chosen: Entry with the number of experts that each token is sent to.
+        width: Entry with the number of neurons of an expert.
+        router_tensors: Parameters and buffers of the router with an entry for each expert.
+        router_reads: Parameters of the mixture, besides those of its layers, whose columns read the residual stream.
+    """
+
+    structures: ClassVar[tuple[str, ...]] = ("neurons", "experts")
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    router_tensors: tuple[str, ...] = ("weight",)
+    router_reads: tuple[str, ...] = ("mlp.gate.weight",)
+
+    @property
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The layers of an expert, without its number."""
+        return tuple(tuple(f"{self.experts}.{layer}" for layer in group) for group in ((GATE, UP), (DOWN,)))
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The first layers of an expert, without its number."""
+        return self.input_groups[0]
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The last layer of an expert, without its number."""
+        return self.input_groups[1]
+
+    @property
+    def also_read(self) -> tuple[str, ...]:
+        """The router's rows."""
+        return self.router_reads
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The router, whose rows stand for experts."""
+        return (self.router,)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Structures that would leave matrices of different shapes in one tensor."""
+        return {
+            "rows-columns": _APART.format("rows and columns"),
+            "values": "has the experts of a block in one tensor, which the modelling file for single dimensions of "
+            "heads does not know",
+            "blocks": "has mixtures of experts, which no single group of rows or columns stops",
+        }
+
+    def numbered(self, name: str, block: nn.Module) -> tuple[str, ...]:
+        """Names of a layer of all experts in a block: ``mlp.experts.down_proj`` is one for each number."""
+        if not has_module(block, self.experts):
+            return ()
+        experts, layer = block.get_submodule(self.experts), name.rpartition(".")[2]
+        count = len(experts) if isinstance(experts, Experts) else 0
+        return tuple(f"{self.experts}.{number}.{layer}" for number in range(count))
+
+    def straighten(self, block: nn.Module) -> None:
+        """Give the experts of a block their canonical form, in place."""
+        if has_module(block, self.experts) and not isinstance(block.get_submodule(self.experts), Experts):
+            parent, _, child = self.experts.rpartition(".")
+            setattr(block.get_submodule(parent), child, canonical(block.get_submodule(self.experts)))
+
+    def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> MixturePart | None:
+        """Find the experts of a block; None if the block has none.
+
+        Raises:
+            UnsupportedModelError: If the module of experts is of another kind.
+        """
+        if not has_module(block, self.experts):
+            return None
+        experts = block.get_submodule(self.experts)
+        if not isinstance(experts, Experts):
+            raise UnsupportedModelError(
+                f"{prefix}{self.experts} is a {type(experts).__name__}, not a mixture of dense experts.",
+                "Give the original checkpoint, neither pruned nor quantised.",
+            )
+        first = cast(nn.Linear, experts[0].down_proj)
+        return MixturePart(self, number, prefix, len(experts), first.in_features, getattr(config, self.chosen))
+
+
+@dataclass(frozen=True)
+class MixturePart(Part):
+    """The experts of one block, in the coordinates of the dense model.
+
+    Attributes:
+        entry: Names of the modules.
+        block: Number of the block.
+        prefix: Beginning of the names of the block's modules.
+        experts: Number of experts.
+        width: Number of neurons of each.
+        chosen: Number of experts that each token is sent to.
+    """
+
+    entry: MixtureOfExperts
+    block: int
+    prefix: str
+    experts: int
+    width: int
+    chosen: int
+
+    def _rows(self, number: int, layer: str) -> Rows:
+        return Rows(f"{self.prefix}{self.entry.experts}.{number}.{layer}", torch.arange(self.width))
+
+    @property
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of the layers of all experts, grouped by the input that they read."""
+        groups = ((GATE, UP), (DOWN,))
+        return tuple(
+            tuple(self._rows(number, layer).layer for layer in group)
+            for number in range(self.experts)
+            for group in groups
+        )
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Paths of the last layers."""
+        return tuple(self._rows(number, DOWN).layer for number in range(self.experts))
+
+    @property
+    def keeps_form(self) -> bool:
+        """True: experts are in three-dimensional parameters."""
+        return True
+
+    @property
+    def least(self) -> dict[str, int]:
+        """Experts: as many as a token is sent to."""
+        return {"expert": self.chosen}
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """Neurons: the product of all experts at once, by which transformers runs them, wants rows of 16 bytes."""
+        return {"neuron of an expert": _NEURONS}
+
+    def couplings(self) -> Iterator[Coupling]:
+        """Couplings of each neuron of each expert, and of each expert's neurons together.
+
+        Neurons of different experts are in different pools, so that all experts of a block keep equally many.
+        """
+        for number in range(self.experts):
+            pools = torch.full((self.width,), number)
+            yield Coupling("neuron of an expert", self._sides(number, (-1, 1)), pools=pools, structure="neurons")
+        for number in range(self.experts):
+            yield Coupling("expert", self._sides(number, (1, -1)), structure="experts")
+
+    def _sides(self, number: int, shape: tuple[int, int]) -> tuple[Any, ...]:
+        down, gate, up = (self._rows(number, layer) for layer in (DOWN, GATE, UP))
+        index = down.index.view(shape)
+        return columns_of(down, index), rows_of(gate, index), rows_of(up, index)
+
+    def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
+        """Neurons that the hidden tensor of each expert still has."""
+        for number in range(self.experts):
+            down, gate, up = (self._rows(number, layer) for layer in (DOWN, GATE, UP))
+            yield down, "columns", keep[down.layer].columns
+            yield gate, "rows", keep[gate.layer].rows
+            yield up, "rows", keep[up.layer].rows
+
+    def kept(self, keep: Mapping[str, KeepMask]) -> list[int]:
+        """Numbers of the experts that have neurons left."""
+        return [n for n in range(self.experts) if bool(keep[self._rows(n, DOWN).layer].columns.any())]
+
+    def narrow(self, model: nn.Module, keep: Mapping[str, KeepMask]) -> None:
+        """Take the experts that are gone out of the router."""
+        block = model.get_submodule(self.prefix.rstrip("."))
+        experts = cast(Experts, block.get_submodule(self.entry.experts))
+        keep_experts(experts, block.get_submodule(self.entry.router), self.kept(keep), self.entry.router_tensors)
+
+    def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
+        """Entries of the configuration with the numbers of experts, and of the neurons of each.
+
+        Raises:
+            UnsupportedModelError: If the experts have different numbers of neurons, which one tensor cannot hold.
+        """
+        kept = self.kept(keep)
+        widths = {int(keep[self._rows(number, DOWN).layer].columns.sum()) for number in kept}
+        if len(widths) > 1:
+            raise UnsupportedModelError(
+                f"The experts of block {self.block} have different numbers of neurons, which one tensor cannot hold.",
+                "Prune whole experts, or equally many neurons of each.",
+            )
+        return {self.entry.count: len(kept), self.entry.width: next(iter(widths), 0)}
+
+    def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """State with the experts in three-dimensional parameters, as the class has them."""
+        return stacked(state, self.prefix + self.entry.experts)
+
+    def widths(self, accepted: Callable[[Mapping[str, int]], bool]) -> dict[str, frozenset[int]]:
+        """Numbers of experts, and of neurons of each, that the class takes: all."""
+        return {}
+
+    def orders(self) -> Iterator[ChannelOrder]:
+        """The order of the neurons of each expert."""
+        for number in range(self.experts):
+            down, gate, up = (self._rows(number, layer) for layer in (DOWN, GATE, UP))
+            yield ChannelOrder(
+                "neurons of an expert",
+                Rows(down.layer, down.index[None, None]),
+                tuple(Rows(rows.layer, rows.index[None]) for rows in (gate, up)),
+            )

@@ -1,0 +1,336 @@
+"""Mixtures of experts: the canonical form, K-FAC of routed tokens, whole experts and their neurons, exports."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from choosing import shrink
+from llm_surgeon import PruneConfig, prune_checkpoint
+from llm_surgeon.curvature import Estimation, estimate
+from llm_surgeon.data.tokens import CalibrationTokens
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.export.form import form_of
+from llm_surgeon.export.save import save_model
+from llm_surgeon.export.verify import verify_export
+from llm_surgeon.mathematics.fisher import Damping
+from llm_surgeon.mathematics.keep_masks import count_weights
+from llm_surgeon.models import examine, family_of
+from llm_surgeon.models.experts import Experts
+from llm_surgeon.models.parts import MixturePart
+from llm_surgeon.pruning.shapes import Shapes, check_shapes
+from llm_surgeon.pruning.shots import run_shots
+from llm_surgeon.session.session import Session
+from llm_surgeon.testing import check_family
+from tiny import MIXTURES, build, tokenizer, tokens
+
+mixtures = pytest.mark.parametrize("family", MIXTURES)
+HOW = Estimation(batch_size=3, precision="float32")
+TEXT = CalibrationTokens(tokens(8, 16), None, {})
+
+
+def recipe(structure, sparsity=0.25, **options):
+    rounding = {"round_to": 1} if "neurons" in structure else {}
+    settings = {"preset": "none", "samples": 8, "seq_len": 16, "precision": "float32", "dampening_g": 0.5, "shots": 2}
+    return PruneConfig.from_mapping({**settings, "structure": structure, "sparsity": sparsity, **rounding, **options})
+
+
+def examined(family):
+    model = build(family)
+    return model, examine(model, family_of(model.config.model_type))
+
+
+def mixtures_of(anatomy):
+    return [part for part in anatomy.parts if isinstance(part, MixturePart)]
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(tokens(3, 12, seed=7) if ids is None else ids).logits
+
+
+@mixtures
+def test_the_entry_is_right(family):
+    model = build(family)
+    check_family(family_of(model.config.model_type), model)
+
+
+@mixtures
+def test_the_canonical_form_computes_the_same_and_shares_the_weights(family):
+    model = build(family)
+    expected = logits(model)
+    parameter = model.model.layers[0].mlp.experts.down_proj
+    anatomy = examine(model, family_of(model.config.model_type))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    (first, *_) = mixtures_of(anatomy)
+    layer = model.get_submodule(first.writers[2])
+    assert layer.weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    assert torch.equal(layer.weight, parameter[2])
+    # Nothing was taken for prunable twice, or left out.
+    count = sum(p.numel() for n, p in build(family).named_parameters() if "proj" in n)
+    assert anatomy.prunable_weights == count
+
+
+def by_token(model, anatomy, ids):
+    """Gradient of each token's loss by each layer's weights, ``[tokens, R, C]``, by plain autograd."""
+    out = model(ids).logits[:, :-1].flatten(0, 1)
+    losses = F.cross_entropy(out, ids[:, 1:].flatten(), reduction="none")
+    weights = {name: model.get_submodule(name).weight for name in anatomy.layers}
+    found = {name: [] for name in weights}
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            found[name].append(torch.zeros_like(weight) if gradient is None else gradient)
+    return {name: torch.stack(items) for name, items in found.items()}
+
+
+@mixtures
+def test_one_labelled_token_gives_the_exact_fisher(family):
+    """With one token a gradient is one outer product; experts that it is not sent to have a Fisher of zero."""
+    model, anatomy = examined(family)
+    ids = tokens(1, 2)
+    keep = anatomy.dense_masks()
+    curvature = estimate(Session(model, anatomy, CalibrationTokens(ids, None, {})), keep, HOW)
+    exact = by_token(model, anatomy, ids)
+    idle = 0
+    for name, layer in anatomy.layers.items():
+        a, g = curvature.input_factor(layer, keep[name]), curvature.gradient_factor(layer)
+        wanted = exact[name].flatten(1)
+        wanted = wanted.T @ wanted
+        idle += not wanted.any()
+        torch.testing.assert_close(torch.kron(g, a), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-12)
+    assert idle >= 3 * 2, "two of four experts are not chosen"
+
+
+@mixtures
+def test_experts_are_on_the_scale_of_all_tokens(family):
+    """K-FAC keeps ``E |a|^2 |g|^2`` of the exact Fisher's trace up to a correlation, for few routed tokens as for all.
+
+    The trace of a mean over the routed tokens alone would be too large by all tokens over the routed ones, and that of
+    both sums over all tokens too small by as much.
+    """
+    model, anatomy = examined(family)
+    ids = tokens(6, 8)
+    keep = anatomy.dense_masks()
+    curvature = estimate(Session(model, anatomy, CalibrationTokens(ids, None, {})), keep, HOW)
+    plain = {name: layer for name, layer in anatomy.layers.items() if ".experts." in name}
+    count = ids[:, 1:].numel()
+    seen = {}
+
+    def watch(name):
+        def hook(_module, arguments, output):
+            output.retain_grad()
+            seen[name] = arguments[0].detach(), output, vars(_module)["_routed_tokens"]
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in plain]
+    out = model(ids).logits
+    F.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    for name, layer in plain.items():
+        x, y, routed = seen[name]
+        counted = (routed + 1) % ids.shape[1] != 0
+        a, g = x[counted].double(), y.grad[counted].double()
+        share = len(a) / count
+        assert 0 < share < 1
+        wanted = share * (a.T @ a / len(a)).trace() * (g.T @ g / len(g)).trace()
+        found = curvature.input_factor(layer, keep[name]).trace() * curvature.gradient_factor(layer).trace()
+        assert float(found) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def costs_of(model, anatomy, structure="experts"):
+    """Costs of all experts, by the number of the expert, for each mixture."""
+    keep = anatomy.dense_masks()
+    curvature = estimate(Session(model, anatomy, TEXT), keep, HOW)
+    shapes = Shapes(recipe(structure, 0.2, uniform=True), anatomy)
+    found = {}
+    for name, layer in anatomy.layers.items():
+        weight = model.get_submodule(name).weight.detach()
+        costs = shapes.costs(layer, weight, curvature.fisher(layer, keep[name], Damping(0.1, 0.1)))
+        found[name] = [float(cost) for cost in costs.sides.values()]
+    return [[min(x for layer in trio for x in found[layer]) for trio in trios(part)] for part in mixtures_of(anatomy)]
+
+
+def trios(part):
+    groups = part.input_groups
+    return [(*groups[2 * number], *groups[2 * number + 1]) for number in range(part.experts)]
+
+
+@mixtures
+def test_a_dead_expert_costs_nothing_and_goes_first(family):
+    model, anatomy = examined(family)
+    (part, *_) = mixtures_of(anatomy)
+    with torch.no_grad():
+        model.get_submodule(part.writers[1]).weight.zero_()
+    costs = costs_of(model, anatomy)[0]
+    assert costs[1] <= 1e-12 < min(costs[:1] + costs[2:])
+
+
+@mixtures
+def test_an_expert_that_the_router_never_chooses_costs_nothing(family):
+    model, anatomy = examined(family)
+    (part, *_) = mixtures_of(anatomy)
+    router = model.get_submodule(part.prefix + part.entry.router)
+    expected = logits(model)
+    with torch.no_grad():
+        # Logits of the others are equal to within rounding, and its own is far below for any state.
+        states = []
+        handle = router.register_forward_pre_hook(lambda _m, arguments: states.append(arguments[0]))
+        model(TEXT.input_ids)
+        handle.remove()
+        mean = torch.cat([x.reshape(-1, x.shape[-1]) for x in states])
+        away = torch.linalg.lstsq(mean, torch.full((len(mean), 1), -50.0)).solution[:, 0]
+        router.weight[3] = away
+        chosen = router(mean)[2]
+    if (chosen == 3).any():
+        pytest.skip("no row of the router keeps all tokens away")
+    assert not torch.equal(expected, logits(model))
+    costs = costs_of(model, anatomy)[0]
+    assert costs[3] <= 1e-12 < min(costs[:3])
+
+
+@mixtures
+@pytest.mark.parametrize(("structure", "sparsity"), [("experts", 0.25), ("neurons", 0.2), ("heads+experts", 0.3)])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_shots_shrink_the_model_and_a_plain_class_loads_it(family, structure, sparsity, uniform, tmp_path):
+    model, anatomy = examined(family)
+    sparsity = sparsity * 0.6 if family == "qwen3-moe" else sparsity
+    for result in run_shots(Session(model, anatomy, TEXT, recipe(structure, sparsity, uniform=uniform))):
+        keep = result.masks
+    assert 0 < 1 - count_weights(keep) / anatomy.prunable_weights <= sparsity + 1e-9
+    for part in mixtures_of(anatomy):
+        module = model.get_submodule(part.prefix + part.entry.experts)
+        router = model.get_submodule(part.prefix + part.entry.router)
+        assert isinstance(module, Experts)
+        assert module.present == part.kept(keep)
+        assert len(router.weight) == len(module.present) >= part.chosen
+        left = {int(keep[part.writers[number]].columns.sum()) for number in module.present}
+        assert len(left) == 1, "experts of a block have equally many neurons"
+        assert left == {part.width} or "neurons" in structure
+    form = save_model(model, tokenizer(), anatomy, keep, tmp_path)
+    assert form.plain or not uniform
+    check = verify_export(model, tmp_path)
+    assert check.difference <= 1e-4 * check.scale
+    if form.plain:
+        # The file has an entry for each expert, as checkpoints of the family have.
+        names = load_file(tmp_path / "model.safetensors")
+        assert any(".experts.1." in name for name in names)
+        written = json.loads((tmp_path / "config.json").read_text())
+        assert written["model_type"] == model.config.model_type
+
+
+STRANGER = """
+import sys
+sys.modules["llm_surgeon"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+probe, *exports = sys.argv[1:]
+ids, results = load_file(probe)["ids"], {}
+for export in exports:
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        results[export] = model(ids).logits.contiguous()
+        model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
+save_file(results, probe + ".out")
+"""
+
+
+@mixtures
+def test_uneven_experts_and_emptied_attentions_are_loaded_by_a_stranger(family, tmp_path):
+    expected = {}
+    for name in ("uneven", "emptied"):
+        model, anatomy = examined(family)
+        keep = anatomy.dense_masks()
+        parts = mixtures_of(anatomy)
+        for part in parts if name == "emptied" else parts[:1]:
+            for layer in trios(part)[0]:
+                axis = keep[layer].columns if layer.endswith("down_proj") else keep[layer].rows
+                axis[:] = False
+        if name == "emptied":
+            for layer in anatomy.layers.values():
+                if "self_attn" in layer.name and layer.block == 0:
+                    (keep[layer.name].columns if "o_proj" in layer.name else keep[layer.name].rows)[:] = False
+
+        shrink(model, anatomy, keep)
+        expected[name] = logits(model)
+        form = save_model(model, tokenizer(), anatomy, keep, tmp_path / name)
+        several = name == "uneven" and len(parts) > 1
+        assert form.kind == {"uneven": "per layer" if several else "plain", "emptied": "gaps"}[name]
+    save_file({"ids": tokens(3, 12, seed=7)}, tmp_path / "probe")
+    places = {name: str(tmp_path / name) for name in expected}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(tmp_path / "probe"), *places.values()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = load_file(tmp_path / "probe.out")
+    for name, place in places.items():
+        torch.testing.assert_close(results[place], expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@mixtures
+@pytest.mark.parametrize("structure", ["rows-columns", "values", "blocks", "experts+blocks"])
+def test_what_a_tensor_of_all_experts_cannot_hold_is_refused(family, structure):
+    _, anatomy = examined(family)
+    options = {"uniform": False} if "experts" in structure else {}
+    with pytest.raises(ConfigError, match=f"{anatomy.family.model_class} has .*experts") as caught:
+        check_shapes(recipe(structure, **options), anatomy)
+    assert "--structure" in caught.value.remedy
+
+
+def test_experts_of_a_dense_model_are_refused():
+    _, anatomy = examined("llama")
+    with pytest.raises(ConfigError, match="no experts"):
+        check_shapes(recipe("experts"), anatomy)
+
+
+def test_no_fewer_experts_stay_than_a_token_is_sent_to():
+    _, anatomy = examined("mixtral")
+    with pytest.raises(ConfigError, match="can be removed, and 60 % are to be"):
+        check_shapes(recipe("experts", 0.6), anatomy)
+
+
+def test_experts_are_uniform_unless_a_recipe_says_otherwise():
+    assert recipe("experts").uniform
+    assert recipe("heads+experts").uniform
+    assert not recipe("experts", uniform=False).uniform
+    assert not recipe("neurons").uniform
+
+
+@mixtures
+def test_a_run_goes_from_a_checkpoint_to_an_export(family, tmp_path):
+    """With resident weights and with streamed ones."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{int(x)}" for x in tokens(40, 16, seed=3).flatten()))
+    files = {"calibration": str(text), "evaluation": str(text), "eval_window": 16, "eval_tokens": 160}
+    given = {"dtype": "float32", "sparsity": 0.15 if family == "qwen3-moe" else 0.25}
+    config = recipe("experts", **{**files, **given})
+    report = prune_checkpoint(str(tmp_path / "dense"), tmp_path / "one", config)
+    assert report.shots
+    stored = load_file(tmp_path / "one" / "model.safetensors")
+    prune_checkpoint(str(tmp_path / "dense"), tmp_path / "two", config.model_copy(update={"weights": "streamed"}))
+    again = load_file(tmp_path / "two" / "model.safetensors")
+    assert stored.keys() == again.keys()
+    assert len(stored) < len(load_file(tmp_path / "dense" / "model.safetensors"))
+
+
+def test_the_form_knows_equal_counts_of_experts():
+    _, anatomy = examined("mixtral")
+    keep = anatomy.dense_masks()
+    for part in mixtures_of(anatomy):
+        for layer in trios(part)[1]:
+            (keep[layer].columns if layer.endswith("down_proj") else keep[layer].rows)[:] = False
+    settings = form_of(anatomy, keep, build("mixtral").config).settings
+    assert settings["num_local_experts"] == 3
