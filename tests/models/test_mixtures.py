@@ -20,7 +20,7 @@ from llm_surgeon.export.verify import verify_export
 from llm_surgeon.mathematics.fisher import Damping
 from llm_surgeon.mathematics.keep_masks import count_weights
 from llm_surgeon.models import examine, family_of
-from llm_surgeon.models.experts import Experts
+from llm_surgeon.models.experts import Experts, routed_tokens
 from llm_surgeon.models.parts import MixturePart
 from llm_surgeon.pruning.shapes import Shapes, check_shapes
 from llm_surgeon.pruning.shots import run_shots
@@ -124,7 +124,7 @@ def test_experts_are_on_the_scale_of_all_tokens(family):
     def watch(name):
         def hook(_module, arguments, output):
             output.retain_grad()
-            seen[name] = arguments[0].detach(), output, vars(_module)["_routed_tokens"]
+            seen[name] = arguments[0].detach(), output, routed_tokens(_module)
 
         return hook
 

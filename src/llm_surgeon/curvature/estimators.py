@@ -8,6 +8,8 @@ from llm_surgeon.curvature.diagonal import DiagonalEstimator
 from llm_surgeon.curvature.estimator import Estimator
 from llm_surgeon.curvature.kfac import IdentityEstimator, InputEstimator, KfacEstimator
 from llm_surgeon.curvature.nearest import KroneckerSumEstimator, NearestEstimator
+from llm_surgeon.curvature.routing import RoutingEstimator
+from llm_surgeon.mathematics.expert_scores import EXPERT_SCORES
 from llm_surgeon.passes.batch_major import Estimation
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import Curvature as CurvatureRow
@@ -23,6 +25,7 @@ ESTIMATORS: dict[str, Estimator] = {
         DiagonalEstimator(),
         InputEstimator(),
         IdentityEstimator(),
+        *(RoutingEstimator(name) for name in EXPERT_SCORES),
     )
 }
 

@@ -8,6 +8,7 @@ of these parameters. An export has the parameters back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,6 +17,37 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 # Names of the layers of an expert.
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+
+# Attribute of a layer that is run on some tokens of a batch only.
+_ROUTED = "_routed"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Tokens of a batch that an expert is run on.
+
+    Attributes:
+        tokens: Flat positions in the batch, ``[n]``.
+        weights: Weights by which the router multiplies the expert's outputs, ``[n]``.
+        shares: The same as shares of the weights of all experts that the token is sent to, ``[n]``.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    shares: Tensor
+
+
+def routed(module: nn.Module) -> Routed | None:
+    """Tokens that a layer is run on; None if these are all tokens of the batch."""
+    found: Routed | None = vars(module).get(_ROUTED)
+    return found
+
+
+def routed_tokens(module: nn.Module) -> Tensor | None:
+    """Flat positions ``[n]`` of the tokens that a layer is run on; None if these are all tokens of the batch."""
+    found = routed(module)
+    return None if found is None else found.tokens
 
 
 class Expert(nn.Module):
@@ -35,27 +67,17 @@ class Expert(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
         self._combine = combine
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routed: Routed) -> Tensor:
         """Output ``[n, width]`` for some tokens.
 
         Args:
             x: Their hidden states, ``[n, width]``.
-            tokens: Their flat positions in the batch, ``[n]``, by which hooks know them.
+            routed: The tokens, by which hooks know them.
         """
         for layer in (self.gate_proj, self.up_proj, self.down_proj):
             for module in layer.modules():
-                vars(module)[ROUTED] = tokens
+                vars(module)[_ROUTED] = routed
         return cast(Tensor, self.down_proj(self._combine(self.gate_proj(x), self.up_proj(x))))
-
-
-# Attribute of a layer that is run on some tokens of a batch only: their flat positions.
-ROUTED = "_routed_tokens"
-
-
-def routed_tokens(module: nn.Module) -> Tensor | None:
-    """Flat positions ``[n]`` of the tokens that a layer is run on; None if these are all tokens of the batch."""
-    tokens: Tensor | None = vars(module).get(ROUTED)
-    return tokens
 
 
 class Experts(nn.ModuleList):
@@ -80,11 +102,14 @@ class Experts(nn.ModuleList):
         pairs = top_k_index.flatten().argsort(stable=True)
         tokens = pairs // top_k_index.shape[-1]
         weights = top_k_weights.flatten().index_select(0, pairs)
+        shares = (top_k_weights / top_k_weights.sum(-1, keepdim=True)).flatten().index_select(0, pairs)
         sizes = self._loads(top_k_index)
         result = torch.zeros_like(hidden_states)
-        for number, own, share in zip(self.present, tokens.split(sizes), weights.split(sizes), strict=True):
+        parts = zip(self.present, *(x.split(sizes) for x in (tokens, weights, shares)), strict=True)
+        for number, own, weight, share in parts:
             if len(own):
-                output = self[number](hidden_states.index_select(0, own), own) * share[:, None]
+                routed = Routed(own, weight.detach(), share.detach())
+                output = self[number](hidden_states.index_select(0, own), routed) * weight[:, None]
                 result = result.index_add(0, own, output.to(result.dtype))
         return result
 

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.models.experts import routed_tokens
+from llm_surgeon.models.experts import Routed, routed, routed_tokens
 from llm_surgeon.passes.draws import TokenSample
 
 Receive = Callable[[Tensor], None]
 Side = Literal["input", "output"]
+# Takes rows of an expert's layer, and their tokens, counted among those that are handed over of other layers.
+RoutedReceive = Callable[[Tensor, Routed], None]
 PairReceive = Callable[[Tensor, Tensor], None]
 
 
@@ -87,13 +89,16 @@ class Hooks:
         self._handles.append(module.register_forward_hook(hook))
 
     def on_effect(self, module: nn.Module, side: Side, receive: PairReceive) -> None:
-        """Hand over the input or output of a module ``[tokens, size]`` with its gradient, for the same tokens."""
+        """Hand over the input or output of a module ``[tokens, size]`` with its gradient, for the same tokens.
+
+        They have rows for all tokens that count, of zeros for those that the module is not run on.
+        """
 
         def watch(module: nn.Module, value: Tensor) -> None:
             if value.requires_grad and self.positions is not None:
                 held, tokens = value.detach(), routed_tokens(module)
                 value.register_hook(
-                    lambda gradient: receive(self._counted(held, tokens), self._counted(gradient, tokens))
+                    lambda gradient: receive(self._at_all(held, tokens), self._at_all(gradient, tokens))
                 )
 
         if side == "input":
@@ -102,9 +107,39 @@ class Hooks:
             handle = module.register_forward_hook(lambda module, _arguments, output: watch(module, output))
         self._handles.append(handle)
 
+    def on_routed(self, module: nn.Module, side: Side, receive: RoutedReceive) -> None:
+        """Hand over the input or output of an expert's layer ``[n, size]`` with what the router says of its tokens."""
+
+        def hand_over(module: nn.Module, value: Tensor) -> None:
+            sent = routed(module)
+            if self.positions is None or sent is None:
+                return
+            places = torch.isin(sent.tokens, self.positions).nonzero().flatten()
+            tokens, weights, shares = (x.index_select(0, places) for x in (sent.tokens, sent.weights, sent.shares))
+            receive(
+                value.detach().index_select(0, places),
+                Routed(torch.searchsorted(self.positions, tokens), weights, shares),
+            )
+
+        if side == "input":
+            handle = module.register_forward_pre_hook(lambda module, arguments: hand_over(module, arguments[0]))
+        else:
+            handle = module.register_forward_hook(lambda module, _arguments, output: hand_over(module, output))
+        self._handles.append(handle)
+
     def start_graph_at(self, embedding: nn.Module) -> None:
         """Start the graph at the embedded tokens, as no parameter requires a gradient."""
         self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
+
+    def _at_all(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """Rows of all tokens that count, ``[n, size]``, of zeros where ``x`` has none; see ``_counted``."""
+        assert self.positions is not None
+        if tokens is None:
+            return self._counted(x, None)
+        places = torch.isin(tokens, self.positions).nonzero().flatten()
+        rows = torch.searchsorted(self.positions, tokens.index_select(0, places))
+        whole = x.new_zeros(len(self.positions), x.shape[-1])
+        return whole.index_copy_(0, rows, x.index_select(0, places))
 
     def _counted(self, x: Tensor, tokens: Tensor | None) -> Tensor:
         """Rows of ``x [batch, length, size]`` that count, ``[n, size]``.

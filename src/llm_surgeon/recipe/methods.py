@@ -32,6 +32,7 @@ class Curvature:
             can be divided into steps.
         joint: Whether there are joint costs of many rows or columns, which heads, values and blocks need.
         subsets: Whether updates can be limited to some removed structures at a time (``max_correlations``).
+        structures: Structures that there are costs of; empty if there are of all.
         samples_gradients: Whether gradient factors can be summed over a share of the tokens (``gradient_share``).
     """
 
@@ -41,6 +42,7 @@ class Curvature:
     joint: bool = True
     subsets: bool = True
     samples_gradients: bool = False
+    structures: tuple[str, ...] = ()
 
 
 CURVATURES: dict[CurvatureName, Curvature] = {
@@ -52,6 +54,9 @@ CURVATURES: dict[CurvatureName, Curvature] = {
     "diagonal": Curvature("the Fisher's exact diagonal"),
     "activations": Curvature("G = I: the inputs alone, no gradients", reads="inputs", divisible=True),
     "identity": Curvature("F = I: no data", reads="nothing", divisible=True),
+    "reap": Curvature("mean routing share times norm of an expert's outputs", reads="inputs", structures=("experts",)),
+    "mean-norm": Curvature("mean norm of an expert's outputs", reads="inputs", structures=("experts",)),
+    "frequency": Curvature("number of tokens sent to an expert", reads="inputs", structures=("experts",)),
 }
 
 
@@ -96,7 +101,7 @@ class LayerwiseMethod:
     loop: str = "layerwise"
 
 
-# All global methods work with every structure: rows and columns, single weights, N:M.
+# Global methods work with every structure (rows and columns, single weights, N:M) that their curvature has costs of.
 METHODS: dict[str, Method] = {
     "surgeon": Method(("kfac", "nearest-kronecker", "kronecker-sum"), True, "LLM Surgeon"),
     "k-obd": Method(
@@ -105,6 +110,9 @@ METHODS: dict[str, Method] = {
     "l-obd": Method(("activations",), False, "layer-wise optimal brain damage"),
     "magnitude": Method(("identity",), False, "smallest weights, no data"),
     "obs-activations": Method(("activations",), True, "layer-wise optimal brain surgeon, as in SparseGPT"),
+    "reap": Method(("reap",), False, "experts by REAP: mean routing share times norm of their outputs"),
+    "mean-norm": Method(("mean-norm",), False, "experts by the mean norm of their outputs"),
+    "frequency": Method(("frequency",), False, "experts by the number of their tokens"),
 }
 
 _SPARSEGPT = "SparseGPT: Frantar and Alistarh, ICML 2023"

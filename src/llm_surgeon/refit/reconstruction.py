@@ -9,12 +9,12 @@ sure as they are right. ``mathematics.least_squares`` says what each correction 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.factors import InputSum
@@ -23,11 +23,13 @@ from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.least_squares import reconstructing_change
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
+from llm_surgeon.models.experts import Routed, routed_tokens
 from llm_surgeon.models.matrix import check_written, core_of, read_matrix, write_matrix
 from llm_surgeon.models.modes import products
 from llm_surgeon.passes.hooks import Hooks, with_bias
 from llm_surgeon.passes.sweep import Batch, Sweep
 from llm_surgeon.refit.last_norm import last_norm_parameters, scale_last_norm
+from llm_surgeon.refit.several_writers import SeveralWriters
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.processes import Processes
 from llm_surgeon.system.storage import Stored, in_turn
@@ -99,8 +101,9 @@ def check_stream(session: Session) -> None:
     entering = batch.hidden.get()
     with torch.no_grad(), sweep.ready(0), Hooks() as hooks:
         hooks.positions = torch.arange(entering.shape[1], device=entering.device)
-        for output in _writers(anatomy, 0):
-            hooks.on_output(model.get_submodule(output), parts.append)
+        middle, last = _writers(anatomy, 0)
+        for output in (middle, *last):
+            _sum_outputs(hooks, model.get_submodule(output), parts, len(hooks.positions), entering.shape[-1])
         leaving = sweep.run(0, batch, entering).float().flatten(0, -2)
     added = leaving - entering.float().flatten(0, -2)
     missed = added - _multiplier(anatomy) * sum(part.float() for part in parts)
@@ -150,7 +153,11 @@ def reconstruct(
         middle, last = _writers(anatomy, block)
         behind_attention = _behind_attention(goal, dense, block, middle, work.multiplier, advance)
         work.correct(block, middle, behind_attention, inside=True)
-        work.correct(block, last, [batch.hidden for batch in goal.batches], inside=False)
+        behind = [batch.hidden for batch in goal.batches]
+        if len(last) == 1:
+            work.correct(block, last[0], behind, inside=False)
+        else:
+            work.correct_together(block, last, behind)
         for stored in behind_attention:
             stored.release()
         stream.pass_through(block, advance)
@@ -159,20 +166,35 @@ def reconstruct(
     return Reconstructed(_relative_error(goal, stream, processes), scale)
 
 
-def _writers(anatomy: Anatomy, block: int) -> tuple[str, str]:
-    """Paths of the two layers of a block that write into the stream: first of the attention, then of the feed-forward.
+def _sum_outputs(hooks: Hooks, module: nn.Module, parts: list[Tensor], tokens: int, width: int) -> None:
+    """Collect what a layer adds to the stream, ``[tokens, width]``; of an expert, times the router's weights."""
+
+    def of_some(output: Tensor, sent: Routed) -> None:
+        whole = output.new_zeros(tokens, width, dtype=torch.float32)
+        parts.append(whole.index_add_(0, sent.tokens, output.float() * sent.weights.float()[:, None]))
+
+    def of_all(output: Tensor) -> None:
+        if routed_tokens(module) is None:
+            parts.append(output)
+
+    hooks.on_routed(module, "output", of_some)
+    hooks.on_output(module, of_all)
+
+
+def _writers(anatomy: Anatomy, block: int) -> tuple[str, tuple[str, ...]]:
+    """Paths of the layers of a block that write into the stream: of the attention, and of all that comes behind it.
 
     Raises:
-        UnsupportedModelError: If the number of such layers is not two.
+        UnsupportedModelError: If the block has another number of parts than two, or several layers end the first.
     """
-    writers = [name for part in anatomy.located if part.block == block for name in part.writers]
-    if len(writers) != 2:
+    parts = [part for part in anatomy.located if part.block == block]
+    if len(parts) != 2 or len(parts[0].writers) != 1:
         raise UnsupportedModelError(
-            f"In a block of {anatomy.family.model_class} {len(writers)} layers write into the residual stream, and "
+            f"A block of {anatomy.family.model_class} has {len(parts)} parts that write into the residual stream, and "
             "reconstruction corrects two.",
             "Leave it out: --no-reconstruction.",
         )
-    middle, last = writers
+    (middle,), last = (part.writers for part in parts)
     return middle, last
 
 
@@ -256,6 +278,23 @@ class _Corrections:
         self.session.processes.add_up([cross])
         count = round(self.session.processes.total(count)[0])
         self._change(layer, inputs.mean(count, None, layer.bias), cross / (count * self.multiplier))
+
+    def correct_together(self, block: int, names: Sequence[str], goals: list[Stored]) -> None:
+        """Correct the layers that end a block together, with the pruned model in front of it; see ``SeveralWriters``.
+
+        Args:
+            block: Number of the block.
+            names: Paths of the layers; layers that are not prunable, or empty, do not change.
+            goals: Stream of the dense model behind the block, a tensor for each batch.
+        """
+        session = self.session
+        layers = [session.anatomy.layers[name] for name in names if name in session.anatomy.layers]
+        left = [layer for layer in layers if core_of(session.model, layer).weight.numel()]
+        SeveralWriters(
+            *(session, self.keep, self.extents, self.stream, block, left),
+            *(self.how.ridge, self.how.precision, self.multiplier),
+        ).correct(goals)
+        self.advance(sum(batch.input_ids.numel() for batch in self.stream.batches))
 
     def _seen(self, block: int, layer: LinearLayer, inside: bool) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Run the block; yields batches with the layer's inputs ``[n, C]`` and the stream behind it ``[n, width]``."""

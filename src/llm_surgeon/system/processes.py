@@ -101,6 +101,16 @@ class Processes:
             for work in pending:
                 work.wait()
 
+    def largest(self, tensor: Tensor) -> None:
+        """Replace a tensor by the largest of each element over the processes, in place.
+
+        Raises:
+            ProcessError: If another process is gone.
+        """
+        if self.count > 1:
+            with _company():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
     def total(self, *numbers: float) -> list[float]:
         """Sums of numbers over the processes.
 

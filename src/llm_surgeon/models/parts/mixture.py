@@ -145,6 +145,11 @@ class MixturePart(Part):
             for group in groups
         )
 
+    def layers_of_experts(self) -> Iterator[tuple[str, ...]]:
+        """Paths of the layers of each expert, its last layer at the end."""
+        for number in range(self.experts):
+            yield tuple(self._rows(number, layer).layer for layer in (GATE, UP, DOWN))
+
     @property
     def writers(self) -> tuple[str, ...]:
         """Paths of the last layers."""
@@ -221,6 +226,11 @@ class MixturePart(Part):
     def widths(self, accepted: Callable[[Mapping[str, int]], bool]) -> dict[str, frozenset[int]]:
         """Numbers of experts, and of neurons of each, that the class takes: all."""
         return {}
+
+    def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
+        """A gate on the output of each expert."""
+        for number in range(self.experts):
+            yield self._rows(number, DOWN), "columns", self.width
 
     def orders(self) -> Iterator[ChannelOrder]:
         """The order of the neurons of each expert."""
