@@ -202,8 +202,34 @@ BUILDERS = {
 }
 
 
+# The first block is dense; tokens go to one of two groups of experts.
+_GROUPED = {
+    **{"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 2},
+    **{"moe_intermediate_size": 16, "first_k_dense_replace": 1, "hidden_size": 32},
+}
+
+
+def glm4_moe(**changes):
+    model = of_class("Glm4Moe", **{**_GROUPED, "use_qk_norm": True, "routed_scaling_factor": 1.5, **changes})
+    return _with_corrections(model)
+
+
+def deepseek_v3(**changes):
+    ranks = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    heads = {"num_key_value_heads": 4, "head_dim": 4}
+    return _with_corrections(of_class("DeepseekV3", **{**_GROUPED, **ranks, **heads, **changes}))
+
+
+def _with_corrections(model):
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.03)
+    return model
+
+
 # Models with experts.
-MIXTURES = {"qwen3-moe": qwen3_moe, "mixtral": mixtral}
+MIXTURES = {"qwen3-moe": qwen3_moe, "mixtral": mixtral, "glm4-moe": glm4_moe, "deepseek-v3": deepseek_v3}
 
 
 def _with_norms(model):

@@ -35,7 +35,7 @@ from llm_surgeon.recipe.config import PruneConfig
 
 # Largest difference, and smallest visible one, as fractions of the largest logit.
 _SAME, _VISIBLE = 1e-4, 1e-3
-_SEQUENCES, _LENGTH = 3, 12
+_SEQUENCES, _SEQUENCES_OF_MIXTURES, _LENGTH = 3, 32, 12
 # Structures of which a recipe can remove equally many from each block, so that plain classes hold what is left.
 _UNIFORM = ("neurons", "heads", "experts")
 _NAMES = "Correct the names in the entry: see docs/families.md."
@@ -213,7 +213,8 @@ class FamilyChecks:
 
     def _removable(self, parts: Sequence[Part]) -> list[str]:
         """Kinds of couplings of which a uniform structure removes some groups of a part, and leaves others."""
-        couplings = [c for part in parts[:1] for c in part.couplings() if c.structure in _UNIFORM]
+        refused = {structure for entry in self.family.parts for structure in entry.refused}
+        couplings = [c for part in parts[:1] for c in part.couplings() if c.structure in {*_UNIFORM} - refused]
         groups = {kind: sum(len(c.sides[0].index) for c in couplings if c.kind == kind) for kind in _kinds(couplings)}
         return [kind for kind, count in groups.items() if count > 1]
 
@@ -309,17 +310,21 @@ class FamilyChecks:
         return network
 
     def _random_masks(self, sparsity: float) -> Mapping[str, KeepMask]:
-        """Masks after rows and columns went at random, with all that dies with them; or neurons, if these cannot go."""
-        refused = any("rows-columns" in entry.refused for entry in self.family.parts)
-        shapes = {"structure": "neurons", "round_to": 1} if refused else {"structure": "rows-columns"}
-        recipe = PruneConfig.from_mapping({**shapes, "sparsity": sparsity})
+        """Masks after rows and columns went at random, with all that dies with them; or neurons, or experts at last."""
+        refused = {structure for entry in self.family.parts for structure in entry.refused}
+        structure = next(name for name in ("rows-columns", "neurons", "experts") if name not in refused)
+        rounding = {"round_to": 1} if structure == "neurons" else {}
+        recipe = PruneConfig.from_mapping({"structure": structure, "sparsity": sparsity, **rounding})
         return Shapes(recipe, self.anatomy).random_masks(sparsity, seed=1)
 
     @cached_property
     def _tokens(self) -> Tensor:
         settings = self.network.config.get_text_config()
         length = min(_LENGTH, getattr(settings, "max_position_embeddings", None) or _LENGTH)
-        return torch.randint(settings.vocab_size, (_SEQUENCES, length), generator=_generator())
+        mixed = any(isinstance(part, MixturePart) for part in self.anatomy.parts)
+        # Every expert has to get tokens.
+        count = _SEQUENCES_OF_MIXTURES if mixed else _SEQUENCES
+        return torch.randint(settings.vocab_size, (count, length), generator=_generator())
 
     @cached_property
     def _dense(self) -> Tensor:

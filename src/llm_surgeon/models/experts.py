@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from llm_surgeon.errors import UnsupportedModelError
+
 # Names of the layers of an expert.
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
@@ -129,7 +131,14 @@ def canonical(experts: nn.Module) -> Experts:
     Args:
         experts: A module of transformers with ``gate_up_proj [experts, 2 neurons, width]``, the switches first, and
             ``down_proj [experts, width, neurons]``.
+
+    Raises:
+        UnsupportedModelError: If the module holds its experts in another way.
     """
+    if not (getattr(experts, "has_gate", True) and getattr(experts, "is_concatenated", True)):
+        raise _unknown(experts)
+    if getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False):
+        raise _unknown(experts)
     gate_up, down = cast(nn.Parameter, experts.gate_up_proj), cast(nn.Parameter, experts.down_proj)
     activation = cast(Callable[[Tensor], Tensor], experts.act_fn)
 
@@ -142,6 +151,13 @@ def canonical(experts: nn.Module) -> Experts:
             yield Expert(_linear(gate, gate_up), _linear(up, gate_up), _linear(last, down), combine)
 
     return Experts(all_experts()).train(experts.training)
+
+
+def _unknown(experts: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(experts).__name__} holds its experts transposed, interleaved, with biases or without gates.",
+        "Prune a model whose experts are gated, without biases, one matrix after the other.",
+    )
 
 
 def _linear(weight: Tensor, parameter: nn.Parameter) -> nn.Linear:

@@ -185,17 +185,16 @@ def _writers(anatomy: Anatomy, block: int) -> tuple[str, tuple[str, ...]]:
     """Paths of the layers of a block that write into the stream: of the attention, and of all that comes behind it.
 
     Raises:
-        UnsupportedModelError: If the block has another number of parts than two, or several layers end the first.
+        UnsupportedModelError: If the block has one part only, or several layers end the first.
     """
     parts = [part for part in anatomy.located if part.block == block]
-    if len(parts) != 2 or len(parts[0].writers) != 1:
+    if len(parts) < 2 or len(parts[0].writers) != 1:
         raise UnsupportedModelError(
-            f"A block of {anatomy.family.model_class} has {len(parts)} parts that write into the residual stream, and "
-            "reconstruction corrects two.",
+            f"A block of {anatomy.family.model_class} does not have one layer that writes into the residual stream in "
+            "front of all others, as reconstruction assumes.",
             "Leave it out: --no-reconstruction.",
         )
-    (middle,), last = (part.writers for part in parts)
-    return middle, last
+    return parts[0].writers[0], tuple(name for part in parts[1:] for name in part.writers)
 
 
 def _multiplier(anatomy: Anatomy) -> float:

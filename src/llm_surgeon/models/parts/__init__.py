@@ -18,6 +18,7 @@ from llm_surgeon.models.parts.part import (
     has_module,
     rows_of,
 )
+from llm_surgeon.models.parts.plain_layers import PlainLayers, PlainPart
 
 __all__ = [
     "Attention",
@@ -31,6 +32,8 @@ __all__ = [
     "MixturePart",
     "Part",
     "PartEntry",
+    "PlainLayers",
+    "PlainPart",
     "Rows",
     "channels_in",
     "columns_of",

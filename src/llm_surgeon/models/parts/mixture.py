@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -31,6 +32,9 @@ class MixtureOfExperts(PartEntry):
         count: Entry of the configuration with the number of experts.
         chosen: Entry with the number of experts that each token is sent to.
         width: Entry with the number of neurons of an expert.
+        groups: Entry with the number of groups of experts, of which a token goes to some only; None without groups.
+        chosen_groups: Entry with the number of groups that a token goes to.
+        tied_width: Whether the width of an expert determines that of others beside it, which always run.
         router_tensors: Parameters and buffers of the router with an entry for each expert.
         router_reads: Parameters of the mixture, besides those of its layers, whose columns read the residual stream.
     """
@@ -42,6 +46,9 @@ class MixtureOfExperts(PartEntry):
     count: str = "num_experts"
     chosen: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
+    groups: str | None = None
+    chosen_groups: str = "topk_group"
+    tied_width: bool = False
     router_tensors: tuple[str, ...] = ("weight",)
     router_reads: tuple[str, ...] = ("mlp.gate.weight",)
 
@@ -73,7 +80,8 @@ class MixtureOfExperts(PartEntry):
     @property
     def refused(self) -> dict[str, str]:
         """Structures that would leave matrices of different shapes in one tensor."""
-        return {
+        tied = {"neurons": "ties the width of its experts to that of those that always run"} if self.tied_width else {}
+        return tied | {
             "rows-columns": _APART.format("rows and columns"),
             "values": "has the experts of a block in one tensor, which the modelling file for single dimensions of "
             "heads does not know",
@@ -109,7 +117,13 @@ class MixtureOfExperts(PartEntry):
                 "Give the original checkpoint, neither pruned nor quantised.",
             )
         first = cast(nn.Linear, experts[0].down_proj)
-        return MixturePart(self, number, prefix, len(experts), first.in_features, getattr(config, self.chosen))
+        groups, taken = 1, 1
+        if self.groups is not None:
+            groups, taken = getattr(config, self.groups), getattr(config, self.chosen_groups)
+        each = math.ceil(getattr(config, self.chosen) / taken)
+        # Groups are compared by their two best experts.
+        each = each if self.groups is None else max(each, 2)
+        return MixturePart(self, number, prefix, len(experts), first.in_features, groups, each)
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,8 @@ class MixturePart(Part):
         prefix: Beginning of the names of the block's modules.
         experts: Number of experts.
         width: Number of neurons of each.
-        chosen: Number of experts that each token is sent to.
+        groups: Number of groups of experts, all of which keep equally many.
+        chosen: Number of experts of a group that a token may be sent to.
     """
 
     entry: MixtureOfExperts
@@ -130,6 +145,7 @@ class MixturePart(Part):
     prefix: str
     experts: int
     width: int
+    groups: int
     chosen: int
 
     def _rows(self, number: int, layer: str) -> Rows:
@@ -162,7 +178,7 @@ class MixturePart(Part):
 
     @property
     def least(self) -> dict[str, int]:
-        """Experts: as many as a token is sent to."""
+        """Experts of a group: as many as a token is sent to."""
         return {"expert": self.chosen}
 
     @property
@@ -179,7 +195,8 @@ class MixturePart(Part):
             pools = torch.full((self.width,), number)
             yield Coupling("neuron of an expert", self._sides(number, (-1, 1)), pools=pools, structure="neurons")
         for number in range(self.experts):
-            yield Coupling("expert", self._sides(number, (1, -1)), structure="experts")
+            pools = torch.tensor([number * self.groups // self.experts])
+            yield Coupling("expert", self._sides(number, (1, -1)), pools=pools, structure="experts")
 
     def _sides(self, number: int, shape: tuple[int, int]) -> tuple[Any, ...]:
         down, gate, up = (self._rows(number, layer) for layer in (DOWN, GATE, UP))
