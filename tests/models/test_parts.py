@@ -10,7 +10,7 @@ from tiny import build
 
 
 class OfBuilder(PartContract):
-    @pytest.fixture(autouse=True, params=["llama-biased", "qwen3", "phi3", "gpt2", "gpt-neox", "opt"])
+    @pytest.fixture(autouse=True, params=["llama-biased", "qwen3", "qwen3-5", "phi3", "gpt2", "gpt-neox", "opt"])
     def made(self, request):
         self.build = partial(build, request.param)
         self.family = family_of(self.build().config.model_type)
@@ -22,4 +22,9 @@ class TestAttention(OfBuilder):
 
 
 class TestFeedForward(OfBuilder):
-    place = 1
+    place = -1
+
+
+class TestDeltaNet(PartContract):
+    build, family = staticmethod(partial(build, "qwen3-5")), family_of("qwen3_5_text")
+    entry = family.parts[1]

@@ -5,6 +5,7 @@ file, here or in code of your own; no other file changes (``docs/families.md``).
 """
 
 from llm_surgeon.models.parts.attention import Attention, AttentionPart
+from llm_surgeon.models.parts.delta_net import DeltaNet, DeltaNetPart
 from llm_surgeon.models.parts.feed_forward import FeedForward, FeedForwardPart
 from llm_surgeon.models.parts.jointly_normed import JointlyNormedAttention, JointlyNormedPart
 from llm_surgeon.models.parts.part import (
@@ -13,6 +14,7 @@ from llm_surgeon.models.parts.part import (
     PartEntry,
     Rows,
     channels_in,
+    check_activation,
     columns_of,
     has_module,
     rows_of,
@@ -22,6 +24,8 @@ __all__ = [
     "Attention",
     "AttentionPart",
     "ChannelOrder",
+    "DeltaNet",
+    "DeltaNetPart",
     "FeedForward",
     "FeedForwardPart",
     "JointlyNormedAttention",
@@ -30,6 +34,7 @@ __all__ = [
     "PartEntry",
     "Rows",
     "channels_in",
+    "check_activation",
     "columns_of",
     "has_module",
     "rows_of",

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import UnsupportedModelError
@@ -242,3 +244,23 @@ def channels_in(block: nn.Module, kind: str) -> int:
             "Give the original checkpoint, neither pruned nor quantised.",
         )
     return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+def check_activation(config: Any, entry: str, model_type: str) -> None:
+    """Check that an activation maps 0 to 0, so that what is dead before it is dead behind it.
+
+    Args:
+        config: Configuration of the model.
+        entry: Entry of the configuration that names the activation.
+        model_type: Type of the model, for the message.
+
+    Raises:
+        UnsupportedModelError: If it does not.
+    """
+    name = getattr(config, entry)
+    zero = float(ACT2FN[name](torch.zeros(1)))
+    if zero != 0.0:
+        raise UnsupportedModelError(
+            f"The activation {name!r} maps 0 to {zero:g}, so a dead neuron still has an output.",
+            f"The entry for {model_type!r} in llm_surgeon/models would have to leave its neurons uncoupled.",
+        )
