@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.family import Family
@@ -187,19 +186,9 @@ def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tupl
         for name, layer in anatomy.layers.items()
     }
     narrowed = {renamed(anatomy, blocks, path): counts for path, counts in anatomy.counts(keep).items()}
+    emptied = {renamed(anatomy, blocks, path): left for part in anatomy.parts for path, left in part.left(keep).items()}
     return {
         "pruned_linears": {name: shape for name, shape in linears.items() if name is not None},
         "pruned_attention": {path: counts for path, counts in narrowed.items() if path is not None},
-        "pruned_attention_output": _emptied_output(anatomy, keep),
+        "pruned_attention_emptied": {path: left for path, left in emptied.items() if path is not None},
     }
-
-
-def _emptied_output(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> str:
-    """Name of the output projection within emptied modules; the modelling file has one name for all of them."""
-    names = dict.fromkeys(part.entry.emptied or "" for part in anatomy.parts if {} in part.counts(keep).values())
-    if len(names) > 1:
-        raise UnsupportedModelError(
-            f"Emptied parts end in layers of different names ({', '.join(names)}), and an export can hold one.",
-            "Keep something of each part: raise --min-width, or choose a structure other than blocks.",
-        )
-    return next(iter(names), next((entry.emptied for entry in anatomy.family.parts if entry.emptied), ""))

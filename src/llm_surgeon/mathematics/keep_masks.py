@@ -84,8 +84,6 @@ class Coupling:
         followers: Rows and columns that die with a group without being able to kill it.
         pools: ``[groups]``, numbers of pools that all have to keep equally many of their groups. None is one pool.
         structure: Structure of a recipe that removes such groups; empty if none does, and they only follow.
-        large: Whether groups of no structure have so many members that the sum of the members' costs says little of
-            the group's cost.
     """
 
     kind: str
@@ -93,7 +91,6 @@ class Coupling:
     followers: tuple[Side, ...] = ()
     pools: Tensor | None = None
     structure: str = ""
-    large: bool = False
 
 
 def count_weights(keep: Mapping[str, KeepMask]) -> int:

@@ -192,7 +192,7 @@ class Shapes:
             if self._is_candidate(coupling):
                 parts = [costs[side.layer].sides[SideKey(number, k)] for k, side in enumerate(coupling.sides)]
                 groups.append(joint_group(self.masks, coupling, torch.stack(parts), self._per_weight))
-            elif singles is not None and not (coupling.large or _row_of(coupling).large):
+            elif singles is not None and not _row_of(coupling).large:
                 groups.append(score_groups(self.masks, singles, coupling, self._per_weight))
             else:
                 groups.append(bystanders(coupling))

@@ -16,6 +16,7 @@ from llm_surgeon.models.parts.part import (
     channels_in,
     check_activation,
     columns_of,
+    equally_many,
     has_module,
     rows_of,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "channels_in",
     "check_activation",
     "columns_of",
+    "equally_many",
     "has_module",
     "rows_of",
 ]

@@ -17,6 +17,7 @@ from llm_surgeon.models.parts.part import (
     Rows,
     channels_in,
     columns_of,
+    equally_many,
     has_module,
     rows_of,
 )
@@ -265,12 +266,7 @@ class AttentionPart(Part):
         Attention needs equally many query heads for each key/value head. Where dead heads leave unequal numbers, some
         of the dead heads stay, and nothing reads their outputs.
         """
-        alive = keep[self.output.layer].columns[self.output.index].any(2)
-        most = int(alive.sum(1).max())
-        # Living heads come first, and then dead heads in their order.
-        chosen = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        present = torch.zeros_like(alive).scatter_(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
-        return present & alive.any(1, keepdim=True)
+        return equally_many(keep[self.output.layer].columns[self.output.index].any(2))
 
     def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
         """Dimensions of heads that the attention still has: dead heads narrow it."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.mathematics.keep_masks import Axis, Coupling
+from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
 from llm_surgeon.models.parts.part import (
     Part,
     PartEntry,
@@ -17,9 +17,13 @@ from llm_surgeon.models.parts.part import (
     channels_in,
     check_activation,
     columns_of,
+    equally_many,
     has_module,
     rows_of,
 )
+
+# What a convolution with a filter for each channel counts channels by.
+_CHANNELS = ("weight", "in_channels", "out_channels", "groups")
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,6 @@ class DeltaNet(PartEntry):
     has a filter of its own for each channel. The output of each head is normalised and multiplied by the activation of
     its gate. The numbers of heads, and the width of keys, are read from the configuration.
 
-    Single heads stay: the convolution and two vectors of parameters would have to become narrower with them.
-
     Attributes:
         module: The module, which is called with the hidden states and returns a tensor.
         query_key_value: The projection of queries, keys and values.
@@ -39,11 +41,13 @@ class DeltaNet(PartEntry):
         strength: The projection of a number for each head: how strongly a token is written into the state.
         decay: The projection of a number for each head: how much of the state is forgotten.
         output: The output projection.
-        others: Names of the other modules with parameters: the convolution, and the norm of heads.
+        convolution: The convolution, with a filter for each row of queries, keys and values.
+        norm: The norm of heads.
+        of_heads: Names, within the module, of parameters with a number for each head.
         activation: Entry of the configuration that names the activation behind the convolution.
     """
 
-    structures: ClassVar[tuple[str, ...]] = ("values",)
+    structures: ClassVar[tuple[str, ...]] = ("heads", "values")
 
     module: str
     query_key_value: str
@@ -51,7 +55,9 @@ class DeltaNet(PartEntry):
     strength: str
     decay: str
     output: str
-    others: tuple[str, ...]
+    convolution: str
+    norm: str
+    of_heads: tuple[str, ...] = ("A_log", "dt_bias")
     activation: str = "hidden_act"
 
     @property
@@ -72,7 +78,17 @@ class DeltaNet(PartEntry):
     @property
     def inside(self) -> tuple[str, ...]:
         """The other modules, and the module itself, which has parameters of its own."""
-        return self.module, *self.others
+        return self.module, self.convolution, self.norm
+
+    @property
+    def emptied(self) -> str:
+        """Name of the output projection within the module."""
+        return self.output.removeprefix(f"{self.module}.")
+
+    @property
+    def returns_tuple(self) -> bool:
+        """False: the module returns its output."""
+        return False
 
     def check(self, config: Any, model_type: str) -> None:
         """Check that a dead row has no effect behind the convolution, which has no biases.
@@ -133,6 +149,21 @@ class DeltaNetPart(Part):
     decay: Rows
     output: Rows
 
+    @property
+    def module(self) -> str:
+        """Path of the module."""
+        return self.prefix + self.entry.module
+
+    @property
+    def groups(self) -> int:
+        """Number of key heads."""
+        return self.output.index.shape[0]
+
+    @property
+    def shared(self) -> int:
+        """Number of value heads that share a key head."""
+        return self.output.index.shape[1]
+
     def couplings(self) -> Iterator[Coupling]:
         """Couplings of rows and columns, from single dimensions to the whole delta net.
 
@@ -151,32 +182,82 @@ class DeltaNetPart(Part):
             followers=dimension,
             structure="values",
         )
-        heads, groups = self.strength.index.numel(), len(self.key.index)
-        yield self._heads("value head", heads)
-        yield self._heads("key head", groups, self.query, self.key)
-        yield self._heads("delta net", 1, self.query, self.key, structure="blocks")
+        yield self._heads("value head", self.groups * self.shared, "heads")
+        yield self._heads("key head", self.groups, "heads", self.query, self.key)
+        yield self._heads("delta net", 1, "blocks", self.query, self.key)
 
-    def _heads(self, kind: str, groups: int, *read: Rows, structure: str = "") -> Coupling:
+    def _heads(self, kind: str, count: int, structure: str, *read: Rows) -> Coupling:
         """Coupling of whole heads.
 
         Args:
             kind: Kind of the coupling.
-            groups: Number of groups that all heads make up.
-            read: Rows beside those of value heads that belong to a group as a whole.
+            count: Number of groups that all heads make up.
             structure: Structure of a recipe that removes such groups.
+            read: Rows beside those of value heads that belong to a group as a whole.
         """
 
         def grouped(rows: Rows) -> Tensor:
-            return rows.index.reshape(groups, -1)
+            return rows.index.reshape(count, -1)
 
         sides = (rows_of(rows, grouped(rows)) for rows in (self.value, self.gate, *read))
         return Coupling(
             kind,
             (columns_of(self.output, grouped(self.output)), *sides),
             followers=tuple(rows_of(rows, grouped(rows)) for rows in (self.strength, self.decay)),
+            # Each key head keeps equally many value heads.
+            pools=None if read else torch.arange(self.groups).repeat_interleave(self.shared),
             structure=structure,
-            large=True,
         )
+
+    def present_heads(self, keep: Mapping[str, KeepMask]) -> Tensor:
+        """Value heads that the delta net has to have, bool ``[key heads, value heads of each]``; none if none is read.
+
+        Equally many value heads share a key head, so that some dead heads may stay.
+        """
+        return equally_many(keep[self.output.layer].columns[self.output.index].any(2))
+
+    def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
+        """Rows and columns of the heads that the delta net still has: dead heads narrow it."""
+        heads = self.present_heads(keep)
+        for rows in (self.query, self.key):
+            yield rows, "rows", heads.any(1)[:, None].expand_as(rows.index)
+        for rows in (self.value, self.gate):
+            yield rows, "rows", heads[:, :, None].expand_as(rows.index)
+        for rows in (self.strength, self.decay):
+            yield rows, "rows", heads
+        yield self.output, "columns", heads[:, :, None].expand_as(self.output.index)
+
+    def narrowed(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[str, Tensor]]:
+        """The filters of the convolution, and the numbers of heads."""
+        if bool(self.present_heads(keep).any()):
+            layer = self.query.layer
+            rows = [(rows, present) for rows, _axis, present in self.present(keep) if rows.layer == layer]
+            channels = torch.zeros(sum(rows.index.numel() for rows, _ in rows), dtype=torch.bool)
+            for one, present in rows:
+                channels[one.index] = present
+            yield f"{self.prefix}{self.entry.convolution}.weight", channels
+            for name in self.entry.of_heads:
+                yield f"{self.module}.{name}", self.present_heads(keep).flatten()
+
+    def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
+        """Attributes of the delta net that count heads, if it has fewer heads; no attributes if it is emptied."""
+        heads = self.present_heads(keep)
+        if not bool(heads.any()):
+            return {self.module: {}}
+        if bool(heads.all()):
+            return {}
+        groups, total = int(heads.any(1).sum()), int(heads.sum())
+        keys, values = groups * self.query.index.shape[1], total * self.value.index.shape[2]
+        convolution = self.entry.convolution.removeprefix(f"{self.entry.module}.")
+        channels = {f"{convolution}.{name}": 2 * keys + values for name in _CHANNELS}
+        dims = {"key_dim": keys, "value_dim": values, "conv_dim": 2 * keys + values}
+        counts = {"num_k_heads": groups, "num_v_heads": total, **dict.fromkeys(self.entry.of_heads, total)}
+        return {self.module: {**counts, **dims, **channels}}
+
+    def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
+        """Entries for the numbers of heads."""
+        heads = self.present_heads(keep)
+        return {"linear_num_key_heads": int(heads.any(1).sum()), "linear_num_value_heads": int(heads.sum())}
 
     def gates(self, width: int | None) -> Iterator[tuple[Rows, Axis, int]]:
         """Gates on outputs and on the gates of each head; norms undo gates on values, and nearly those on queries."""

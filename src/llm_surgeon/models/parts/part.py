@@ -98,6 +98,11 @@ class PartEntry(Protocol):
         return None
 
     @property
+    def returns_tuple(self) -> bool:
+        """Whether the module of a part returns a tuple, its output first, rather than its output."""
+        return True
+
+    @property
     def refused(self) -> dict[str, str]:
         """Structures that the parts look like having and cannot lose, and the reason for each, as a predicate."""
         return {}
@@ -184,9 +189,24 @@ class Part(Protocol):
     def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
         """Attributes of narrowed modules and their new values, by the module's path.
 
-        A module with an empty dictionary is emptied: its output projection, ``PartEntry.emptied``, replaces it.
+        The value of a parameter is its new length. A module with an empty dictionary is emptied: its output projection,
+        ``PartEntry.emptied``, replaces it.
         """
         return {}
+
+    def left(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, Any]]:
+        """Arguments of what replaces an emptied module, by the module's path; see ``EmptyAttention``."""
+        entry = self.entry
+        arguments = {"output": entry.emptied or "", "returns_tuple": entry.returns_tuple}
+        return {path: arguments for path, attributes in self.counts(keep).items() if not attributes}
+
+    def narrowed(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters beside matrices that narrow along their first axis, whose new lengths are among the counts.
+
+        Yields:
+            Path of a parameter, and whether each of its entries in the dense model is present.
+        """
+        yield from ()
 
     def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
         """Entries of the configuration with which the transformers class builds the part as pruning left it."""
@@ -264,3 +284,16 @@ def check_activation(config: Any, entry: str, model_type: str) -> None:
             f"The activation {name!r} maps 0 to {zero:g}, so a dead neuron still has an output.",
             f"The entry for {model_type!r} in llm_surgeon/models would have to leave its neurons uncoupled.",
         )
+
+
+def equally_many(alive: Tensor) -> Tensor:
+    """Heads that a part has to have, bool ``[groups, heads of each]``, of those alive; none of groups without any.
+
+    All groups need equally many heads. Where dead heads leave unequal numbers, some of the dead heads stay, and nothing
+    reads their outputs.
+    """
+    most = int(alive.sum(1).max())
+    # Living heads come first, and then dead heads in their order.
+    chosen = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    present = torch.zeros_like(alive).scatter_(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
+    return present & alive.any(1, keepdim=True)
