@@ -252,7 +252,7 @@ def uneven(family, **removed):
     attention = attentions(anatomy)[0]
     free = attention.entry.fixed is None and "heads" not in attention.entry.refused
     if removed.get("heads", True) and free:
-        for rows in (attention.query, attention.key, attention.value):
+        for rows in (attention.query_and_gate, attention.key, attention.value):
             keep[rows.layer].rows[rows.index[0]] = False
         keep[attention.output.layer].columns[attention.output.index[0]] = False
     shrink(model, anatomy, keep)

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -90,18 +88,19 @@ def _scaled(norm: nn.Module, scale: float) -> float:
     probe = torch.linspace(-1, 1, parameters[0].numel(), device=parameters[0].device, dtype=parameters[0].dtype)
     unscaled, before = norm(probe).float(), [parameter.data for parameter in parameters]
 
-    def output(change: Callable[[Tensor], Tensor]) -> Tensor:
+    def output(factor: float, one: float) -> Tensor:
         for parameter, data in zip(parameters, before, strict=True):
-            parameter.data = change(data)
+            parameter.data = (data + one) * factor - one
         result: Tensor = norm(probe).float()
         return result
 
     # The output is in proportion to the parameters, or to the parameters and 1 (Gemma's norms, and Qwen 3.5's).
     for one in (0.0, 1.0):
-        if not bool(output(lambda data, one=one: torch.full_like(data, -one)).any()):
-            missed = output(lambda data, one=one: (data + one) * scale - one) - scale * unscaled
+        if not bool(output(0.0, one).any()):
+            missed = output(scale, one) - scale * unscaled
             # Half of the change is more than the rounding of weights, unless they do not change at all.
             if float(missed.norm()) <= 0.5 * abs(1 - scale) * float(unscaled.norm()):
                 return scale
-    output(lambda data: data)
+    for parameter, data in zip(parameters, before, strict=True):
+        parameter.data = data
     return 1.0
