@@ -51,7 +51,7 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
     everything = tuple(range(anatomy.blocks))
     if keep is None:
         return Form("plain", {}, everything)
-    blocks = tuple(block for block in everything if not _is_dead(anatomy, keep, block)) or everything
+    blocks = _blocks_left(anatomy, keep)
     settings = _depth(anatomy.family, config, blocks) if blocks != everything else {}
     widths = _widths(anatomy, keep, blocks)
     if widths is None or not base_class(anatomy.family):
@@ -65,6 +65,16 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
         for number, block in enumerate(blocks)
     }
     return Form("per layer", settings | equal | {"per_layer_config": own}, blocks)
+
+
+def _blocks_left(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> tuple[int, ...]:
+    """Blocks that have something left; all if none has, and one at least that counts the tokens of a cached text."""
+    everything = range(anatomy.blocks)
+    left = {block for block in everything if not _is_dead(anatomy, keep, block)} or set(everything)
+    counting = [part.block for part in anatomy.located if part.entry.counts_tokens]
+    if left.isdisjoint(counting):
+        left.update(counting[:1])
+    return tuple(sorted(left))
 
 
 def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> int:

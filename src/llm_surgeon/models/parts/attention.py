@@ -100,6 +100,11 @@ class Attention(PartEntry):
         return self.output.removeprefix(f"{self.module}.")
 
     @property
+    def counts_tokens(self) -> bool:
+        """True: keys and values of all tokens are cached."""
+        return True
+
+    @property
     def fixed(self) -> str | None:
         """Reason why the transformers class cannot be built with fewer heads; None if it can be."""
         return None if self.free_heads else "ties the number of heads to the hidden size"

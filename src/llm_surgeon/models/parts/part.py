@@ -103,6 +103,11 @@ class PartEntry(Protocol):
         return True
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether the cache of the part says how long the cached text is; some block has to have such a part."""
+        return False
+
+    @property
     def refused(self) -> dict[str, str]:
         """Structures that the parts look like having and cannot lose, and the reason for each, as a predicate."""
         return {}
