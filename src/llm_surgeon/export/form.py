@@ -196,9 +196,10 @@ def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tupl
         for name, layer in anatomy.layers.items()
     }
     narrowed = {renamed(anatomy, blocks, path): counts for path, counts in anatomy.counts(keep).items()}
-    emptied = {renamed(anatomy, blocks, path): left for part in anatomy.parts for path, left in part.left(keep).items()}
+    left_of = {path: left for part in anatomy.parts for path, left in part.left(keep).items()}
+    replaced = {renamed(anatomy, blocks, path): left for path, left in left_of.items()}
     return {
         "pruned_linears": {name: shape for name, shape in linears.items() if name is not None},
         "pruned_attention": {path: counts for path, counts in narrowed.items() if path is not None},
-        "pruned_attention_emptied": {path: left for path, left in emptied.items() if path is not None},
+        "pruned_attention_emptied": {path: left for path, left in replaced.items() if path is not None},
     }
