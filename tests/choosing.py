@@ -7,7 +7,7 @@ from llm_surgeon.mathematics.keep_masks import StructureCosts
 from llm_surgeon.mathematics.structured_selection import select
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.matrix import cut_out
-from llm_surgeon.models.parts import AttentionPart, FeedForwardPart
+from llm_surgeon.models.parts import AttentionPart, DeltaNetPart, FeedForwardPart
 from llm_surgeon.pruning.shapes import LayerCosts
 
 # Structures whose groups are too large to be scored by the sum of their members.
@@ -16,6 +16,10 @@ LARGE = ("heads", "blocks")
 
 def attentions(anatomy):
     return [part for part in anatomy.parts if isinstance(part, AttentionPart)]
+
+
+def delta_nets(anatomy):
+    return [part for part in anatomy.parts if isinstance(part, DeltaNetPart)]
 
 
 def feed_forwards(anatomy):

@@ -22,6 +22,12 @@ def with_feed_forward(name, **changes):
     return replace(family, parts=(family.parts[0], replace(family.parts[1], **changes)))
 
 
+def with_delta_net(**changes):
+    family = family_of("qwen3_5_text")
+    attention, delta_net, feed_forward = family.parts
+    return replace(family, parts=(attention, replace(delta_net, **changes), feed_forward))
+
+
 def with_residual(name, **changes):
     family = family_of(name)
     return replace(family, residual=replace(family.residual, **changes))
@@ -71,6 +77,27 @@ WRONG = {
         "olmo2",
         replace(family_of("olmo2"), parts=(replace(ATTENTION, head_norms=OLMO_NORMS), FEED_FORWARD)),
         "dead has an effect .*query head",
+    ),
+    "no gates of attention": (
+        "qwen3-5",
+        with_attention("qwen3_5_text", gated=False),
+        "cannot be run without some of its weights .*query head",
+    ),
+    "gates that are none": ("qwen3", with_attention("qwen3", gated=True), "couples rows of .*q_proj up to number 63"),
+    "heads of a delta net without their numbers": (
+        "qwen3-5",
+        with_delta_net(of_heads=("A_log",)),
+        "cannot be run without some of its weights",
+    ),
+    "a norm in place of the convolution": (
+        "qwen3-5",
+        with_delta_net(convolution="linear_attn.norm"),
+        "does not allow to cut weights out",
+    ),
+    "gates for queries": (
+        "qwen3-5",
+        with_delta_net(query_key_value="linear_attn.in_proj_z", gate="linear_attn.in_proj_qkv"),
+        r"couples rows of model\.layers\.0\.linear_attn\.in_proj_z up to number 55, and the layer has 32",
     ),
     "layout": ("gpt-neox", with_attention("gpt_neox", layout="stacked"), "what is said to be dead has an effect"),
     "no counts": ("llama", with_attention("llama", counts=()), "cannot be run without some of its weights"),

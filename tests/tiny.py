@@ -139,10 +139,10 @@ def phi3():
     return llama_like(Phi3Config, Phi3ForCausalLM, hidden_size=32, rope_parameters=rope, **ids)
 
 
-def of_class(name, model=None, **changes):
-    """A model of Llama's layout of the classes with this name in transformers."""
-    config = getattr(transformers, f"{name}Config")
-    model = getattr(transformers, f"{model or name}ForCausalLM")
+def of_class(name, kind="", **changes):
+    """A model of Llama's layout of the classes with this name in transformers; the configuration is of a kind."""
+    config = getattr(transformers, f"{name}{kind}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     return _with_norms(_with_biases(llama_like(config, model, **{**ids, **changes})))
 
@@ -166,6 +166,20 @@ def qwen3_moe(**changes):
 
 def mixtral(**changes):
     return of_class("Mixtral", **{"num_local_experts": 4, "num_experts_per_tok": 2, **changes})
+
+
+def qwen3_5():
+    # A block of each kind. Each key head of the delta net serves two value heads, of another width.
+    return of_class(
+        "Qwen3_5",
+        kind="Text",
+        layer_types=["linear_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=6,
+        linear_value_head_dim=8,
+    )
 
 
 # Blocks of both kinds of attention, with windows that matter.
@@ -197,6 +211,7 @@ BUILDERS = {
     "ernie4-5": lambda: of_class("Ernie4_5", use_bias=True),
     "cohere2": lambda: of_class("Cohere2", hidden_size=32, logit_scale=0.5, **_MIXED),
     "helium": lambda: of_class("Helium", hidden_size=32),
+    "qwen3-5": qwen3_5,
     "opt": opt,
     "opt-post-norm": lambda: opt(do_layer_norm_before=False, word_embed_proj_dim=16),
 }

@@ -62,6 +62,7 @@ def check_family(family: Family, model: PreTrainedModel) -> None:
         anatomy = examine(deepcopy(network), family)
     checks = FamilyChecks(family, network, anatomy)
     checks.check_layers()
+    checks.check_sizes()
     checks.check_inputs()
     checks.check_head()
     for coupling in anatomy.couplings:
@@ -99,6 +100,16 @@ class FamilyChecks:
                         f"says that transposed is {self.family.transposed}, and {name} is a {type(module).__name__}",
                         "Correct transposed.",
                     )
+
+    def check_sizes(self) -> None:
+        """Make sure that the layers have all rows and columns that the parts couple."""
+        there = self.anatomy.dense_masks()
+        for coupling in self.anatomy.couplings:
+            for side in (*coupling.sides, *coupling.followers):
+                size, last = len(there[side.layer].axis(side.axis)), int(side.index.max())
+                if last >= size:
+                    words = f"couples {side.axis} of {side.layer} up to number {last}, and the layer has {size}"
+                    raise self._failure(f"{words} ({coupling.kind})", _NAMES)
 
     def check_inputs(self) -> None:
         """Make sure that layers which are said to read the same input do."""

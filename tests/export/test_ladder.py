@@ -222,6 +222,39 @@ def test_emptied_attention_keeps_count_of_the_cached_text():
     torch.testing.assert_close(step, whole[:, -1:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dead", "left", "kind"),
+    [
+        ({0: True}, (1,), "plain"),
+        # Delta nets do not know how long the cached text is.
+        ({1: True}, (0, 1), "gaps"),
+        ({0: False}, (0, 1), "gaps"),
+        ({0: False, 1: False}, (0, 1), "gaps"),
+    ],
+)
+def test_a_model_without_some_delta_nets_or_attention_continues_a_cached_text(dead, left, kind, tmp_path):
+    """Dead are the first parts of some blocks, or (True) their feed-forward parts too."""
+    model = build("qwen3-5")
+    anatomy = examine(model, family_of("qwen3_5_text"))
+    keep = anatomy.dense_masks()
+    for part in anatomy.parts:
+        if dead.get(part.block, False) or (part.block in dead and part not in feed_forwards(anatomy)):
+            for name in part.layers:
+                keep[name].rows.fill_(False)
+                keep[name].columns.fill_(False)
+    reference = masked(build("qwen3-5"), anatomy, keep)
+    shrink(model, anatomy, keep)
+    form = save_model(model, tokenizer(), anatomy, keep, tmp_path)
+    assert (form.blocks, form.kind) == (left, kind)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    with torch.no_grad():
+        whole = reference(IDS).logits
+        torch.testing.assert_close(loaded(IDS, use_cache=False).logits, whole, rtol=1e-4, atol=1e-4)
+        first = loaded(IDS[:, :-1], use_cache=True)
+        step = loaded(IDS[:, -1:], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(step, whole[:, -1:], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["neurons+heads", "blocks", "uniform neurons+heads", "heads+rows-columns"])
 def test_exports_keep_their_type_and_compile(name, tmp_path):
     """bfloat16 stays bfloat16; the graph of the whole pass is one piece; attention is torch's own."""
@@ -252,7 +285,7 @@ def uneven(family, **removed):
     attention = attentions(anatomy)[0]
     free = attention.entry.fixed is None and "heads" not in attention.entry.refused
     if removed.get("heads", True) and free:
-        for rows in (attention.query, attention.key, attention.value):
+        for rows in (attention.query_and_gate, attention.key, attention.value):
             keep[rows.layer].rows[rows.index[0]] = False
         keep[attention.output.layer].columns[attention.output.index[0]] = False
     shrink(model, anatomy, keep)

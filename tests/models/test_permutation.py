@@ -31,8 +31,8 @@ NORMS = [
     *("SeedOssRMSNorm", "Ministral3RMSNorm", "HunYuanDenseV1RMSNorm", "Exaone4RMSNorm", "GraniteRMSNorm"),
     *("Olmo2RMSNorm", "Olmo3RMSNorm", "Glm4RMSNorm", "Ernie4_5RMSNorm", "HeliumRMSNorm"),
 ]
-# The capped attention of Gemma 2 takes its softmax in float32, and ERNIE rotates in float32.
-ROUNDED = ("gemma2", "ernie4-5")
+# The capped attention of Gemma 2 takes its softmax in float32, ERNIE rotates and delta nets compute in float32.
+ROUNDED = ("gemma2", "ernie4-5", "qwen3-5")
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -46,7 +46,7 @@ def norms_in_float64(monkeypatch):
     for name in NORMS:
         norm = norm_of(name)
         monkeypatch.setattr(norm, "forward", lambda self, x: self.weight * normalised(x, self.variance_epsilon))
-    for name in ("Gemma2RMSNorm", "Gemma3RMSNorm"):
+    for name in ("Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm"):
         monkeypatch.setattr(norm_of(name), "forward", lambda self, x: (1 + self.weight) * normalised(x, self.eps))
 
     def centred(self, x):
@@ -154,17 +154,18 @@ def test_what_moves(variant):
         model = build(variant)
         family, before = entry(model), state(model)
         fold(model)
-        attention, feed_forward = family.parts
+        attention, feed_forward = family.parts[0], family.parts[-1]
         inside = {
             "neurons": {*feed_forward.inputs, feed_forward.output},
-            "values": {attention.value, attention.output},
+            "values": {attention.value, attention.output, *([attention.query] if attention.gated else [])},
         }
         moved = changed(before, state(model))
         if moving == "residual":
             # All but what has another width: biases of readers, and embeddings and head beyond a projection.
-            readers = (attention.query, attention.key, attention.value, *feed_forward.inputs)
+            readers = [name for part in family.parts for name in part.readers]
             still = {f"{family.blocks}.{n}.{name}.bias" for n in range(2) for name in readers}
-            still |= {f"{family.blocks}.{n}.{name}.weight" for n in range(2) for name in attention.inside}
+            within = {f"{family.blocks}.{n}.{name}" for n in range(2) for part in family.parts for name in part.inside}
+            still |= {name for name in before if name.rpartition(".")[0] in within}
             if model.config.to_dict().get("word_embed_proj_dim", 24) != 24:
                 still |= {f"{family.residual.tokens}.weight", "lm_head.weight"}
             assert moved == set(before) - still

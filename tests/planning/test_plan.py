@@ -306,6 +306,10 @@ def test_mistakes_are_found_as_in_a_run(checkpoint, recipe, tmp_path):
 def test_loaders_tell_shapes_apart():
     (smaller,) = loaders(PruneConfig(), build("llama").config)
     assert "trust_remote_code" in smaller
+    # vLLM's backend for transformers has full attention and windows only.
+    (hybrid,) = loaders(PruneConfig(structure="neurons+heads"), build("qwen3-5").config)
+    assert "no serving engine, as vLLM's backend" in hybrid
+    assert "DeltaNet" in hybrid
     for structure in ("unstructured", "2:4"):
         (zeros,) = loaders(PruneConfig(structure=structure), build("qwen2").config)
         assert "qwen2" in zeros

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from choosing import attentions, feed_forwards, made_up_costs
+from choosing import attentions, delta_nets, feed_forwards, made_up_costs
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
@@ -78,6 +78,11 @@ def test_only_the_structures_asked_for_go(family, structure):
         assert parts & {"heads", "blocks", "values"} or heads.all()
         assert "values" in parts or ((dims.sum(1) == 0) | (dims.sum(1) == part.width)).all()
         assert "blocks" not in parts or heads.all() or not heads.any()
+    for part in delta_nets(anatomy):
+        heads, dims = part.present_heads(result.masks), result.masks[part.value.layer].rows[part.value.index]
+        assert parts & {"heads", "blocks", "values"} or heads.all()
+        assert "values" in parts or (dims.any(2) == dims.all(2)).all()
+        assert "blocks" not in parts or heads.all() or not heads.any()
     for part in feed_forwards(anatomy):
         neurons = result.masks[part.output.layer].columns
         assert parts & {"neurons", "blocks"} or neurons.all()
@@ -96,7 +101,7 @@ def test_no_block_is_emptied_unless_asked(family):
     keep = structure.select(made_up_costs(structure, anatomy, torch.ones), 0).keep
     for part in feed_forwards(anatomy):
         assert int(keep[part.output.layer].columns.sum()) == 8
-    for part in attentions(anatomy):
+    for part in (*attentions(anatomy), *delta_nets(anatomy)):
         assert part.present_heads(keep).any()
     emptied = Shapes(config(structure="neurons+heads", round_to=1, min_width=0.0), anatomy)
     assert count_weights(emptied.select(made_up_costs(emptied, anatomy, torch.ones), 0).keep) == 0

@@ -27,6 +27,8 @@ from tiny import BUILDERS, build, tokenizer, tokens
 # Outputs are normalised before they are added, or their sum with the stream is.
 NORMALISED = ("gemma2", "gemma3", "opt-post-norm", "exaone4", "olmo2", "olmo3", "glm4")
 families = pytest.mark.parametrize("family", sorted(BUILDERS.keys() - set(NORMALISED)))
+# Families whose norms add 1 to their weights.
+WITH_ONE = ("qwen3-5",)
 TEXT = CalibrationTokens(tokens(8, 16), None, {})
 HOW = Reconstruction(ridge=1e-3, batch_size=3, precision="float32")
 
@@ -128,8 +130,9 @@ def test_the_last_norm_is_scaled_by_derivatives_of_the_loss_of_the_text(family, 
     record = reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW, text=2)
 
     assert record.scale == scale
+    one = family in WITH_ONE
     for name, parameter in norm.named_parameters():
-        torch.testing.assert_close(parameter, before[name] * scale)
+        torch.testing.assert_close(parameter + one, (before[name] + one) * scale)
     ((slope, curvature),) = seen
     low, middle, high = (by_scale(model, TEXT.input_ids[:2], (1 + step) / scale) for step in (-h, 0, h))
     assert slope == pytest.approx((high - low) / (2 * h), rel=0.005)
@@ -142,20 +145,20 @@ def test_the_last_norm_is_scaled_by_derivatives_of_the_loss_of_the_text(family, 
 def test_a_norm_of_another_kind_is_left_alone():
     model, dense, anatomy, keep = pruned("llama")
 
-    class OneMore(torch.nn.Module):
-        """As in Gemma, which adds 1 to the weight."""
+    class Quarter(torch.nn.Module):
+        """In proportion neither to the weight, nor to the weight and 1."""
 
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(model.config.hidden_size))
+            self.weight = torch.nn.Parameter(torch.full((model.config.hidden_size,), 8.0))
 
         def forward(self, x):
             return x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + self.weight / 4)
 
-    model.model.norm = OneMore()
+    model.model.norm = Quarter()
     record = reconstruct(Session(model, anatomy, TEXT, dense=dense), keep, HOW)
     assert record.scale == 1
-    assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
+    assert torch.equal(model.model.norm.weight, torch.full_like(model.model.norm.weight, 8.0))
 
 
 def test_a_model_that_lost_nothing_stays_as_it_is():

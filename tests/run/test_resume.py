@@ -95,6 +95,7 @@ CASES = {
     "neurons+heads": ("phi3", {"structure": "neurons+heads", "round_to": 2}),
     "values": ("llama", {"structure": "values+neurons", "round_to": 1, "fisher": "true"}),
     "an emptied attention": ("llama", {"structure": "blocks", "sparsity": 0.8}),
+    "heads of a delta net": ("qwen3-5", {"structure": "heads+rows-columns", "sparsity": 0.5, "reconstruction": True}),
     "unstructured": ("llama-biased", {"structure": "unstructured"}),
     "2:4": ("opt", {"structure": "2:4"}),
     "power iteration": ("opt", {"curvature": "nearest-kronecker", "sparsity": 0.4}),

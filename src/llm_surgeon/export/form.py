@@ -52,7 +52,7 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
     everything = tuple(range(anatomy.blocks))
     if keep is None:
         return Form("plain", {}, everything)
-    blocks = tuple(block for block in everything if not _is_dead(anatomy, keep, block)) or everything
+    blocks = _blocks_left(anatomy, keep)
     settings = _depth(anatomy.family, config, blocks) if blocks != everything else {}
     widths = _widths(anatomy, keep, blocks)
     if widths is None or not base_class(anatomy.family):
@@ -68,6 +68,16 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
         for number, block in enumerate(blocks)
     }
     return Form("per layer", settings | equal | {"per_layer_config": own}, blocks)
+
+
+def _blocks_left(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> tuple[int, ...]:
+    """Blocks that have something left; all if none has, and one at least that counts the tokens of a cached text."""
+    everything = range(anatomy.blocks)
+    left = {block for block in everything if not _is_dead(anatomy, keep, block)} or set(everything)
+    counting = [part.block for part in anatomy.located if part.entry.counts_tokens]
+    if left.isdisjoint(counting):
+        left.update(counting[:1])
+    return tuple(sorted(left))
 
 
 def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) -> int:
@@ -192,10 +202,12 @@ def _pruned_entries(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tupl
         if name not in inside
     }
     narrowed = {renamed(anatomy, blocks, path): counts for path, counts in anatomy.counts(keep).items()}
+    left_of = {path: left for part in anatomy.parts for path, left in part.left(keep).items()}
+    replaced = {renamed(anatomy, blocks, path): left for path, left in left_of.items()}
     return {
         "pruned_linears": {name: shape for name, shape in linears.items() if name is not None},
         "pruned_attention": {path: counts for path, counts in narrowed.items() if path is not None},
-        "pruned_attention_output": _emptied_output(anatomy, keep),
+        "pruned_attention_emptied": {path: left for path, left in replaced.items() if path is not None},
     }
 
 
@@ -213,14 +225,3 @@ def _of_experts(anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[in
             "Give --uniform, or a --min-width above 0.",
         )
     return dict(sizes[0]) if sizes else {}
-
-
-def _emptied_output(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> str:
-    """Name of the output projection within emptied modules; the modelling file has one name for all of them."""
-    names = dict.fromkeys(part.entry.emptied or "" for part in anatomy.parts if {} in part.counts(keep).values())
-    if len(names) > 1:
-        raise UnsupportedModelError(
-            f"Emptied parts end in layers of different names ({', '.join(names)}), and an export can hold one.",
-            "Keep something of each part: raise --min-width, or choose a structure other than blocks.",
-        )
-    return next(iter(names), next((entry.emptied for entry in anatomy.family.parts if entry.emptied), ""))

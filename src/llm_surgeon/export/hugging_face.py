@@ -10,6 +10,7 @@ from llm_surgeon.export.format import Exported, Format
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import ReloadCheck, verify_export
 from llm_surgeon.models import family_of
+from llm_surgeon.models.parts import Attention, FeedForward
 from llm_surgeon.recipe.config import PruneConfig
 
 # Version of the engine that the forms were verified with.
@@ -38,18 +39,21 @@ class HuggingFace(Format):
                 f"configuration; verified with {VERIFIED} for llama and qwen2",
             )
         family = family_of(model_type)
+        code = "transformers with trust_remote_code=True, as the export brings its modelling file"
+        others = [type(entry).__name__ for entry in family.parts if not isinstance(entry, (Attention, FeedForward))]
+        if others:
+            return (
+                f"{code}; no serving engine, as vLLM's backend for transformers and llama.cpp's files have no "
+                f"{others[0]} of other widths: --structure neurons --uniform leaves a plain class",
+            )
         concerned = [entry for entry in family.parts if set(entry.structures) & set(config.parts)]
         if set(config.parts) <= _STANDARD and not any(entry.fixed for entry in concerned):
             empty = "" if config.least_width else "; vLLM needs attention in every block, which --min-width keeps"
             return (
-                "transformers with trust_remote_code=True, as the export brings its modelling file; vLLM with its "
-                f"backend for transformers and --trust-remote-code, verified with {VERIFIED} for llama and qwen2"
-                f"{empty}",
+                f"{code}; vLLM with its backend for transformers and --trust-remote-code, verified with {VERIFIED} "
+                f"for llama and qwen2{empty}",
             )
-        return (
-            "transformers with trust_remote_code=True, as the export brings its modelling file; no serving engine, as "
-            f"{_why_not(config)}",
-        )
+        return (f"{code}; no serving engine, as {_why_not(config)}",)
 
     def write(self, exported: Exported, directory: Path) -> bool:
         """Write the model; see ``Format.write``."""

@@ -23,7 +23,7 @@ from llm_surgeon.models.families.mixtures import DEEPSEEK_V3, GLM4_MOE, MIXTRAL,
 from llm_surgeon.models.families.olmo import OLMO2, OLMO3
 from llm_surgeon.models.families.opt import OPT
 from llm_surgeon.models.families.phi3 import PHI3
-from llm_surgeon.models.families.qwen import QWEN2, QWEN3
+from llm_surgeon.models.families.qwen import QWEN2, QWEN3, QWEN3_5
 from llm_surgeon.models.families.seed_oss import SEED_OSS
 from llm_surgeon.models.families.smollm3 import SMOLLM3
 from llm_surgeon.models.families.starcoder2 import STARCODER2
@@ -33,7 +33,7 @@ from llm_surgeon.models.modeling_text import export_type
 _ENTRIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX),
     *(SMOLLM3, SEED_OSS, MINISTRAL3, HUNYUAN_V1_DENSE, EXAONE4, STARCODER2, GRANITE, OLMO2, OLMO3, GLM4),
-    *(ERNIE4_5, COHERE2, HELIUM, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3),
+    *(ERNIE4_5, COHERE2, HELIUM, QWEN3_5, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}
 

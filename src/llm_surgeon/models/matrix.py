@@ -12,7 +12,8 @@ from llm_surgeon.errors import NonFiniteError
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.mathematics.linalg import is_finite
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
-from llm_surgeon.models.modeling_pruned import PrunedLinear, shrink_linears
+from llm_surgeon.models.modeling_pruned import PrunedLinear, narrow_attention, shrink_linears
+from llm_surgeon.models.streaming import weights_of
 
 
 def read_matrix(model: nn.Module, layer: LinearLayer) -> Tensor:
@@ -91,7 +92,24 @@ def cut_out(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) ->
 def narrow_heads(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> None:
     """Fit modules that count their heads or experts, or the like, to matrices that have shrunk."""
     for part in anatomy.parts:
+        for path, present in part.narrowed(keep):
+            _narrow(model, path, present)
+        narrow_attention(model, part.counts(keep), part.left(keep))
         part.narrow(model, keep)
+
+
+def _narrow(model: nn.Module, path: str, present: Tensor) -> None:
+    """Leave those entries of a parameter that are present, along its first axis."""
+    parent_name, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    parameter: nn.Parameter = getattr(parent, name)
+    # A dead head may come back to make up an equal number, so that the dense values are needed again.
+    dense: dict[str, Tensor] = vars(parent).setdefault("dense_parameters", {})
+    if name in dense or not bool(present.all()):
+        values = dense.setdefault(name, parameter.detach())
+        left = values[present.to(values.device)].to(parameter.device)
+        setattr(parent, name, nn.Parameter(left, parameter.requires_grad))
+        weights_of(model).settle(parent)
 
 
 def _shape_of(module: nn.Module) -> dict[str, int | None]:

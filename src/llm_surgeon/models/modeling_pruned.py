@@ -161,11 +161,13 @@ class EmptyAttention(Module):
     Args:
         before: The attention, whose linear layers are kept under their names.
         output: Name of its output projection.
+        returns_tuple: Whether it returns a tuple, its output first, rather than its output.
     """
 
-    def __init__(self, before: nn.Module, output: str) -> None:
+    def __init__(self, before: nn.Module, output: str, returns_tuple: bool = True) -> None:
         super().__init__()
         self.layer_idx, self.output = getattr(before, "layer_idx", None), output
+        self.returns_tuple = returns_tuple
         for name, module in before.named_children():
             if isinstance(module, (nn.Linear, PrunedLinear)):
                 self.add_module(name, module)
@@ -179,7 +181,7 @@ class EmptyAttention(Module):
         past_key_values: Any = None,
         layer_past: Any = None,
         **__: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> Tensor | tuple[Tensor, None]:
         """Map hidden states ``[batch, length, width]`` to the same shape, and no attention weights."""
         # By the names that versions of transformers and families have for it.
         cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
@@ -187,29 +189,41 @@ class EmptyAttention(Module):
             # The length of the cached text is read from any layer, so that this one has to keep count.
             none = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(none, none, self.layer_idx)
-        return getattr(self, self.output)(hidden_states[..., :0]), None
+        left: Tensor = getattr(self, self.output)(hidden_states[..., :0])
+        return (left, None) if self.returns_tuple else left
 
 
-def narrow_attention(model: nn.Module, counts: dict[str, dict[str, int]], output: str) -> None:
+def narrow_attention(model: nn.Module, counts: dict[str, dict[str, int]], emptied: dict[str, dict[str, Any]]) -> None:
     """Tell attention modules how many heads they have left.
 
     Args:
         model: Its linear layers have the shapes of the heads that are left.
         counts: Per path of an attention: its attributes that count heads, or nothing if it has none left.
-            ``config.NAME`` is an entry of the module's own configuration.
-        output: Name of the output projection within an attention.
+            ``config.NAME`` is an entry of the module's own configuration. The value of a parameter is its length.
+        emptied: Per path of an attention that has no heads left: arguments of ``EmptyAttention``.
     """
     for path, attributes in counts.items():
         module = model.get_submodule(path)
         if not attributes and not isinstance(module, EmptyAttention):
             parent_name, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent_name), child, EmptyAttention(module, output))
+            setattr(model.get_submodule(parent_name), child, EmptyAttention(module, **emptied[path]))
         for name, value in attributes.items():
             if name.startswith("config."):
                 module.config = copy.copy(module.config)
                 setattr(module.config, name.removeprefix("config."), value)
             else:
-                setattr(module, name, value)
+                _set_count(module, name, value)
+
+
+def _set_count(module: nn.Module, name: str, value: int) -> None:
+    """Set an attribute of a module, or of a module in it; of a parameter the length, values still to be loaded."""
+    parent_name, _, child = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    before = getattr(parent, child, None)
+    if not isinstance(before, nn.Parameter):
+        setattr(parent, child, value)
+    elif len(before) != value:
+        setattr(parent, child, nn.Parameter(before.new_empty(value, *before.shape[1:]), before.requires_grad))
 
 
 def prune(model: nn.Module, config: Any) -> None:
@@ -220,5 +234,5 @@ def prune(model: nn.Module, config: Any) -> None:
         config: Configuration of the export, with the shapes of the pruned layers and the heads that are left.
     """
     shrink_linears(model, config.pruned_linears)
-    narrow_attention(model, config.pruned_attention, config.pruned_attention_output)
+    narrow_attention(model, config.pruned_attention, config.pruned_attention_emptied)
     drop_empty_linears(model, config.pruned_linears)

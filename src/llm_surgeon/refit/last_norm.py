@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.mathematics.least_squares import logit_scale
@@ -81,18 +81,26 @@ def _sharpness(
 
 @torch.no_grad()
 def _scaled(norm: nn.Module, scale: float) -> float:
-    """Scale a norm's output, and return the scale; a norm not in proportion to its parameters (Gemma's) stays."""
+    """Scale a norm's output by its parameters, and return the scale; a norm of neither kind that is known stays."""
     parameters = list(norm.parameters())
     if not parameters:
         return 1.0
     probe = torch.linspace(-1, 1, parameters[0].numel(), device=parameters[0].device, dtype=parameters[0].dtype)
     unscaled, before = norm(probe).float(), [parameter.data for parameter in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.data * scale
-    missed = norm(probe).float() - scale * unscaled
-    # Half of the change is more than the rounding of weights, unless they do not change at all.
-    if float(missed.norm()) <= 0.5 * abs(1 - scale) * float(unscaled.norm()):
-        return scale
+
+    def output(factor: float, one: float) -> Tensor:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = (data + one) * factor - one
+        result: Tensor = norm(probe).float()
+        return result
+
+    # The output is in proportion to the parameters, or to the parameters and 1 (Gemma's norms, and Qwen 3.5's).
+    for one in (0.0, 1.0):
+        if not bool(output(0.0, one).any()):
+            missed = output(scale, one) - scale * unscaled
+            # Half of the change is more than the rounding of weights, unless they do not change at all.
+            if float(missed.norm()) <= 0.5 * abs(1 - scale) * float(unscaled.norm()):
+                return scale
     for parameter, data in zip(parameters, before, strict=True):
         parameter.data = data
     return 1.0

@@ -33,7 +33,7 @@ VERIFIED = "vLLM 0.32.0"
 # Families whose blocks are those of vLLM's class.
 _FAMILIES = ("llama", "mistral", "qwen2")
 # Entries of exports that say in another way what block_configs says.
-_OTHER_ENTRIES = ("auto_map", "per_layer_config", "pruned_linears", "pruned_attention", "pruned_attention_output")
+_OTHER_ENTRIES = ("auto_map", "per_layer_config", "pruned_linears", "pruned_attention", "pruned_attention_emptied")
 _ATTENTION_NORM, _FEED_FORWARD_NORM = "input_layernorm", "post_attention_layernorm"
 _ALTERNATIVE = "Leave nemotron-nas out of --format: vLLM loads the format hf with its backend for transformers."
 # Neurons of a feed-forward part that has none, but whose bias is left.

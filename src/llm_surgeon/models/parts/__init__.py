@@ -5,6 +5,7 @@ file, here or in code of your own; no other file changes (``docs/families.md``).
 """
 
 from llm_surgeon.models.parts.attention import Attention, AttentionPart
+from llm_surgeon.models.parts.delta_net import DeltaNet, DeltaNetPart
 from llm_surgeon.models.parts.feed_forward import FeedForward, FeedForwardPart
 from llm_surgeon.models.parts.jointly_normed import JointlyNormedAttention, JointlyNormedPart
 from llm_surgeon.models.parts.mixture import MixtureOfExperts, MixturePart
@@ -14,7 +15,9 @@ from llm_surgeon.models.parts.part import (
     PartEntry,
     Rows,
     channels_in,
+    check_activation,
     columns_of,
+    equally_many,
     has_module,
     rows_of,
 )
@@ -24,6 +27,8 @@ __all__ = [
     "Attention",
     "AttentionPart",
     "ChannelOrder",
+    "DeltaNet",
+    "DeltaNetPart",
     "FeedForward",
     "FeedForwardPart",
     "JointlyNormedAttention",
@@ -36,7 +41,9 @@ __all__ = [
     "PlainPart",
     "Rows",
     "channels_in",
+    "check_activation",
     "columns_of",
+    "equally_many",
     "has_module",
     "rows_of",
 ]

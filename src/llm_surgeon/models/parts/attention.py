@@ -17,6 +17,7 @@ from llm_surgeon.models.parts.part import (
     Rows,
     channels_in,
     columns_of,
+    equally_many,
     has_module,
     rows_of,
 )
@@ -45,7 +46,6 @@ class Attention(PartEntry):
         output: The output projection.
         rotary: Whether two dimensions of a head are rotated together, which ties the two: d and d + rotated / 2. The
             number of rotated dimensions is read from the configuration.
-        interleaved: Whether neighbours are rotated together instead, 2 d and 2 d + 1.
         layout: Layout of the rows of queries, keys and values.
         head_norms: Norms over the dimensions of each head of queries and keys. A dimension whose partner is dead still
             counts in the norm's denominator, so queries and keys do not die together if there are such norms.
@@ -54,6 +54,9 @@ class Attention(PartEntry):
         free_heads: Whether the class can be built with any number of heads from ``num_attention_heads``,
             ``num_key_value_heads`` and ``head_dim``, so that fewer heads need no modelling file. Other classes compute
             the width of a head from the number of heads, or take the hidden size for that of all heads.
+        interleaved: Whether neighbours are rotated together instead, 2 d and 2 d + 1.
+        gated: Whether the sigmoid of further rows of the query projection multiplies what the output projection reads.
+            The gates of a head follow its queries. The layout is then "separate".
     """
 
     structures: ClassVar[tuple[str, ...]] = ("heads", "values")
@@ -69,6 +72,7 @@ class Attention(PartEntry):
     counts: tuple[tuple[str, Count], ...] = ()
     free_heads: bool = True
     interleaved: bool = False
+    gated: bool = False
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -96,6 +100,11 @@ class Attention(PartEntry):
         return self.output.removeprefix(f"{self.module}.")
 
     @property
+    def counts_tokens(self) -> bool:
+        """True: keys and values of all tokens are cached."""
+        return True
+
+    @property
     def fixed(self) -> str | None:
         """Reason why the transformers class cannot be built with fewer heads; None if it can be."""
         return None if self.free_heads else "ties the number of heads to the hidden size"
@@ -108,7 +117,7 @@ class Attention(PartEntry):
         kv = getattr(config, "num_key_value_heads", None) or heads
         columns = channels_in(block, self.output)
         shape = kv, heads // kv, columns // heads
-        query, key, value = self._head_rows(*shape)
+        query, key, value, gate = self._head_rows(*shape)
         return AttentionPart(
             entry=self,
             block=number,
@@ -117,19 +126,27 @@ class Attention(PartEntry):
             key=Rows(prefix + self.key, key),
             value=Rows(prefix + self.value, value),
             output=Rows(prefix + self.output, torch.arange(columns).view(shape)),
+            gate=None if gate is None else Rows(prefix + self.query, gate),
             rotated=_rotated(config, shape[2]) if self.rotary else 0,
         )
 
-    def _head_rows(self, kv: int, shared: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of queries ``[kv, shared, width]``, keys and values ``[kv, width]`` in their layers."""
+    def _head_rows(self, kv: int, shared: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Rows of queries ``[kv, shared, width]``, keys, values ``[kv, width]`` and gates, as queries, in their layers.
+
+        There are no rows of gates if queries are not gated.
+        """
         queries, keys = kv * shared * width, kv * width
         if self.layout == "by head":
             # No family with this layout shares keys.
             query, key, value = torch.arange(3 * queries).view(kv * shared, 3, width).unbind(1)
-            return query.reshape(kv, shared, width), key, value
+            return query.reshape(kv, shared, width), key, value, None
+        if self.gated:
+            query, gate = torch.arange(2 * queries).view(kv, shared, 2, width).unbind(2)
+            key = torch.arange(keys).view(kv, width)
+            return query, key, key, gate
         query, key = torch.arange(queries).view(kv, shared, width), torch.arange(keys).view(kv, width)
         stacked = self.layout == "stacked"
-        return query, key + stacked * queries, key + stacked * (queries + keys)
+        return query, key + stacked * queries, key + stacked * (queries + keys), None
 
 
 def _rotated(config: Any, width: int) -> int:
@@ -151,6 +168,7 @@ class AttentionPart(Part):
         value: Rows ``[kv heads, width]`` of the values.
         output: Columns ``[kv heads, query heads of each, width]`` of the output projection.
         rotated: Number of dimensions of a head that rotary embeddings rotate.
+        gate: Rows of the gates, as those of the queries; None if there are no gates.
     """
 
     entry: Attention
@@ -161,6 +179,7 @@ class AttentionPart(Part):
     value: Rows
     output: Rows
     rotated: int
+    gate: Rows | None = None
 
     @property
     def module(self) -> str:
@@ -182,6 +201,12 @@ class AttentionPart(Part):
         """Number of dimensions of a head."""
         return self.query.index.shape[2]
 
+    @property
+    def query_and_gate(self) -> Rows:
+        """Rows ``[kv heads, query heads of each, width]`` of the queries; twice the width with those of the gates."""
+        gates = [] if self.gate is None else [self.gate.index]
+        return Rows(self.query.layer, torch.cat([self.query.index, *gates], dim=2))
+
     def couplings(self) -> Iterator[Coupling]:
         """Couplings of rows and columns, from single dimensions to the whole attention.
 
@@ -190,15 +215,22 @@ class AttentionPart(Part):
         pair have to be dead. If the output projection reads nothing of a query head, the head's queries have no effect.
         If it reads nothing of all query heads that share a key/value head, the keys and values have none either.
         """
-        query, key, value, output = (rows.index for rows in (self.query, self.key, self.value, self.output))
+        every = self.query_and_gate, self.key, self.value, self.output
+        query, key, value, output = (rows.index for rows in every)
+        gates = [] if self.gate is None else [self.gate]
         yield Coupling(
             "value dimension",
             (
                 rows_of(self.value, value.reshape(-1, 1)),
                 columns_of(self.output, output.transpose(1, 2).flatten(0, 1)),
             ),
+            followers=tuple(rows_of(rows, rows.index.transpose(1, 2).flatten(0, 1)) for rows in gates),
             structure="values",
         )
+        # The gate of a dead row is one half, so that its column still counts.
+        for rows in gates:
+            columns = columns_of(self.output, output.reshape(-1, 1))
+            yield Coupling("gate", (columns,), followers=(rows_of(rows, rows.index.reshape(-1, 1)),))
         yield Coupling(
             "query head",
             (columns_of(self.output, output.flatten(0, 1)),),
@@ -239,19 +271,14 @@ class AttentionPart(Part):
         Attention needs equally many query heads for each key/value head. Where dead heads leave unequal numbers, some
         of the dead heads stay, and nothing reads their outputs.
         """
-        alive = keep[self.output.layer].columns[self.output.index].any(2)
-        most = int(alive.sum(1).max())
-        # Living heads come first, and then dead heads in their order.
-        chosen = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        present = torch.zeros_like(alive).scatter_(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
-        return present & alive.any(1, keepdim=True)
+        return equally_many(keep[self.output.layer].columns[self.output.index].any(2))
 
     def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
         """Dimensions of heads that the attention still has: dead heads narrow it."""
         heads = self.present_heads(keep)
         groups = heads.any(1)[:, None].expand(-1, self.width)
         queries = heads[:, :, None].expand(-1, -1, self.width)
-        yield self.query, "rows", queries
+        yield self.query_and_gate, "rows", heads[:, :, None].expand_as(self.query_and_gate.index)
         yield self.key, "rows", groups
         yield self.value, "rows", groups
         yield self.output, "columns", queries
@@ -308,7 +335,9 @@ class AttentionPart(Part):
 
     def orders(self) -> Iterator[ChannelOrder]:
         """Orders of the dimensions within value heads; each head has attention weights of its own."""
-        yield ChannelOrder("dimensions of a head", self.output, (self.value,))
+        gates = () if self.gate is None else self.gate.index.unbind(1)
+        writers = self.value, *(Rows(self.query.layer, index) for index in gates)
+        yield ChannelOrder("dimensions of a head", self.output, writers)
 
     def products(self, keep: Mapping[str, KeepMask]) -> int:
         """Number of dimensions of all query heads: each multiplies a query with a key, and a weight with a value."""

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
 from llm_surgeon.models.parts.part import (
     ChannelOrder,
@@ -18,6 +16,7 @@ from llm_surgeon.models.parts.part import (
     PartEntry,
     Rows,
     channels_in,
+    check_activation,
     columns_of,
     has_module,
     rows_of,
@@ -67,15 +66,8 @@ class FeedForward(PartEntry):
         Raises:
             UnsupportedModelError: If the activation does not map 0 to 0.
         """
-        if self.activation is None:
-            return
-        name = getattr(config, self.activation)
-        zero = float(ACT2FN[name](torch.zeros(1)))
-        if zero != 0.0:
-            raise UnsupportedModelError(
-                f"The activation {name!r} maps 0 to {zero:g}, so a dead neuron still has an output.",
-                f"The entry for {model_type!r} in llm_surgeon/models would have to leave its neurons uncoupled.",
-            )
+        if self.activation is not None:
+            check_activation(config, self.activation, model_type)
 
     def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> FeedForwardPart | None:
         """Find the neurons of a block; None if the block has no feed-forward part."""

@@ -14,6 +14,7 @@ from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
 from llm_surgeon.models.experts import DOWN, GATE, UP, Experts, canonical, keep_experts, stacked
 from llm_surgeon.models.parts.part import ChannelOrder, Part, PartEntry, Rows, columns_of, has_module, rows_of
+from llm_surgeon.models.streaming import weights_of
 
 # As many numbers of 16 bits as 16 bytes hold.
 _NEURONS = 8
@@ -219,7 +220,9 @@ class MixturePart(Part):
         """Take the experts that are gone out of the router."""
         block = model.get_submodule(self.prefix.rstrip("."))
         experts = cast(Experts, block.get_submodule(self.entry.experts))
-        keep_experts(experts, block.get_submodule(self.entry.router), self.kept(keep), self.entry.router_tensors)
+        router = block.get_submodule(self.entry.router)
+        keep_experts(experts, router, self.kept(keep), self.entry.router_tensors)
+        weights_of(model).settle(router)
 
     def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
         """Entries of the configuration with the numbers of experts, and of the neurons of each.

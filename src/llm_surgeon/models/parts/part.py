@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask, Side
-from llm_surgeon.models.modeling_pruned import narrow_attention
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,16 @@ class PartEntry(Protocol):
     def emptied(self) -> str | None:
         """Name, within its module, of the output projection that replaces the module of an emptied part; or None."""
         return None
+
+    @property
+    def returns_tuple(self) -> bool:
+        """Whether the module of a part returns a tuple, its output first, rather than its output."""
+        return True
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the cache of the part says how long the cached text is; some block has to have such a part."""
+        return False
 
     @property
     def refused(self) -> dict[str, str]:
@@ -220,18 +231,33 @@ class Part(Protocol):
     def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
         """Attributes of narrowed modules and their new values, by the module's path.
 
-        A module with an empty dictionary is emptied: its output projection, ``PartEntry.emptied``, replaces it.
+        The value of a parameter is its new length. A module with an empty dictionary is emptied: its output projection,
+        ``PartEntry.emptied``, replaces it.
         """
         return {}
 
+    def left(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, Any]]:
+        """Arguments of what replaces an emptied module, by the module's path; see ``EmptyAttention``."""
+        entry = self.entry
+        arguments = {"output": entry.emptied or "", "returns_tuple": entry.returns_tuple}
+        return {path: arguments for path, attributes in self.counts(keep).items() if not attributes}
+
+    def narrowed(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters beside matrices that narrow along their first axis, whose new lengths are among the counts.
+
+        Yields:
+            Path of a parameter, and whether each of its entries in the dense model is present.
+        """
+        yield from ()
+
     def narrow(self, model: nn.Module, keep: Mapping[str, KeepMask]) -> None:
-        """Fit the part's other modules to its matrices, in place, once these have shrunk.
+        """Fit other modules of the part to its matrices, in place, where counts and ``narrowed`` do not do it.
 
         Args:
             model: The model, with the matrices that are left.
             keep: Masks of the rows and columns that are left.
         """
-        narrow_attention(model, self.counts(keep), self.entry.emptied or "")
+        return
 
     def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """State of a model with the part's tensors as the transformers class has them.
@@ -297,3 +323,36 @@ def channels_in(block: nn.Module, kind: str) -> int:
             "Give the original checkpoint, neither pruned nor quantised.",
         )
     return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+def check_activation(config: Any, entry: str, model_type: str) -> None:
+    """Check that an activation maps 0 to 0, so that what is dead before it is dead behind it.
+
+    Args:
+        config: Configuration of the model.
+        entry: Entry of the configuration that names the activation.
+        model_type: Type of the model, for the message.
+
+    Raises:
+        UnsupportedModelError: If it does not.
+    """
+    name = getattr(config, entry)
+    zero = float(ACT2FN[name](torch.zeros(1)))
+    if zero != 0.0:
+        raise UnsupportedModelError(
+            f"The activation {name!r} maps 0 to {zero:g}, so a dead neuron still has an output.",
+            f"The entry for {model_type!r} in llm_surgeon/models would have to leave its neurons uncoupled.",
+        )
+
+
+def equally_many(alive: Tensor) -> Tensor:
+    """Heads that a part has to have, bool ``[groups, heads of each]``, of those alive; none of groups without any.
+
+    All groups need equally many heads. Where dead heads leave unequal numbers, some of the dead heads stay, and nothing
+    reads their outputs.
+    """
+    most = int(alive.sum(1).max())
+    # Living heads come first, and then dead heads in their order.
+    chosen = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    present = torch.zeros_like(alive).scatter_(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
+    return present & alive.any(1, keepdim=True)
