@@ -27,7 +27,8 @@ class Form:
 
     Attributes:
         kind: Code that the export needs; see ``FormKind``.
-        settings: Entries of the configuration that differ from the dense model's, by their names in transformers.
+        settings: Entries of the language model's configuration that differ from the dense model's, by their names in
+            transformers.
         blocks: Numbers of the blocks that are written; the others have nothing left.
     """
 
@@ -49,18 +50,24 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
         keep: Rows and columns that are left; None if the matrices have their old shapes.
         config: Configuration of the dense model.
     """
-    everything = tuple(range(anatomy.blocks))
+    family, everything = anatomy.family, tuple(range(anatomy.blocks))
     if keep is None:
         return Form("plain", {}, everything)
-    blocks = tuple(block for block in everything if not _is_dead(anatomy, keep, block)) or everything
-    settings = _depth(anatomy.family, config, blocks) if blocks != everything else {}
+    config = family.settings_of(config)
+    alive = tuple(block for block in everything if family.numbered or not _is_dead(anatomy, keep, block))
+    blocks = alive or everything
+    settings = _depth(family, config, blocks) if blocks != everything else {}
     widths = _widths(anatomy, keep, blocks)
-    if widths is None or not base_class(anatomy.family):
-        return Form("gaps", settings | _pruned_entries(anatomy, keep, blocks), blocks)
+    gaps = Form("gaps", settings | _pruned_entries(anatomy, keep, blocks), blocks)
+    if widths is None or not base_class(family):
+        return gaps
     equal = {name: next(iter(values.values())) for name, values in widths.items() if len(set(values.values())) == 1}
     equal = equal if builds(config, settings | equal) else {}
     if equal.keys() == widths.keys():
         return Form("plain", settings | equal, blocks)
+    # The modelling file of standard blocks is for the configuration of a language model by itself.
+    if family.text_config is not None:
+        return gaps
     own = {
         str(number): {name: values[block] for name, values in widths.items() if name not in equal and block in values}
         for number, block in enumerate(blocks)
@@ -139,7 +146,7 @@ def builds(config: Any, settings: Mapping[str, Any]) -> bool:
     """Whether a configuration class takes other numbers: some want a width that the number of heads divides.
 
     Args:
-        config: Configuration of the dense model.
+        config: Configuration of the dense language model.
         settings: Entries that differ.
     """
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llm_surgeon.models.classes import auto_class
 from llm_surgeon.records import FormatRecord, PruneReport
 
 _SMALLER = (
@@ -28,9 +29,10 @@ def loading_lines(report: PruneReport, place: str) -> list[str]:
         lines = form.loading or (f"# Format {form.name}, in {{place}}",)
         return [line.replace("{place}", inside) for line in lines]
     trust = ", trust_remote_code=True" if brings_code(report) else ""
+    loader = auto_class(report.family)
     return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"model = AutoModelForCausalLM.from_pretrained({place}{trust})",
+        f"from transformers import {loader}, AutoTokenizer",
+        f"model = {loader}.from_pretrained({place}{trust})",
         f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
     ]
 
