@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models import Anatomy, examine, family_of
@@ -126,7 +127,8 @@ def loaded(
 def weightless(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
     """Build the model of a skeleton anew on a device, without its weights; for use under a ``FakeTensorMode``."""
     settings: Any = skeleton.network.config
-    with device:
+    # Some towers draw their weights in a way that looks at these, which such a mode has none of.
+    with device, no_init_weights():
         network: PreTrainedModel = auto_model(settings.model_type).from_config(settings, dtype=skeleton.dtype)
     straighten(network, skeleton.anatomy)
     return network
