@@ -13,10 +13,10 @@ from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.models import FAMILIES, family_of
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.permutation import fold_order, fold_residual
-from tiny import BUILDERS, llama, opt, tokens
+from tiny import ALONE, llama, opt, tokens
 
 VARIANTS = {
-    **BUILDERS,
+    **ALONE,
     "llama-one-kv-head": lambda: llama(num_key_value_heads=1),
     "llama-no-gqa-untied": lambda: llama(num_key_value_heads=4, tie_word_embeddings=False),
     "opt-untied": lambda: opt(tie_word_embeddings=False),

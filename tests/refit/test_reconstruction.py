@@ -25,7 +25,7 @@ from pruned_models import pruned
 from tiny import BUILDERS, build, tokenizer, tokens
 
 # Outputs are normalised before they are added, or their sum with the stream is.
-NORMALISED = ("gemma2", "gemma3", "opt-post-norm", "exaone4", "olmo2", "olmo3", "glm4")
+NORMALISED = ("gemma2", "gemma3", "gemma3-tower", "opt-post-norm", "exaone4", "olmo2", "olmo3", "glm4")
 families = pytest.mark.parametrize("family", sorted(BUILDERS.keys() - set(NORMALISED)))
 TEXT = CalibrationTokens(tokens(8, 16), None, {})
 HOW = Reconstruction(ridge=1e-3, batch_size=3, precision="float32")

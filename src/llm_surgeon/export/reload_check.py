@@ -24,8 +24,8 @@ if __name__ == "__main__":
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 

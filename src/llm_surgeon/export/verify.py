@@ -46,8 +46,8 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
     """Compare the export with the model in memory.
 
     A fresh process, in which ``llm_surgeon`` cannot be imported and no hub can be asked, loads the directory with
-    ``from_pretrained`` of ``AutoModelForCausalLM``, or of the class that the family's entry names. It computes the logits of a probe in one pass and with the key/value
-    cache, and generates.
+    ``from_pretrained`` of the class that the family's entry names, as a rule ``AutoModelForCausalLM``. It computes the
+    logits of a probe in one pass and with the key/value cache, and generates.
 
     Args:
         model: The pruned model in memory.
@@ -95,7 +95,9 @@ def _reload(
     # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
     environment = {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("reload_check.py")
-    done = run_script(script, [str(directory), str(probe), str(device), loader, "plain" if plain else "trusted"], environment)
+    done = run_script(
+        script, [str(directory), str(probe), str(device), loader, "plain" if plain else "trusted"], environment
+    )
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         if says_full(last[0]):

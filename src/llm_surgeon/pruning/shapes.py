@@ -66,7 +66,6 @@ def _allowed_counts(config: PruneConfig, anatomy: Anatomy) -> dict[tuple[int, st
     Uniform widths are such that the class takes them. For a quantised type, the dimensions of all heads are a multiple
     of its block, as the columns of the output projection are.
     """
-
     settings = anatomy.family.settings_of(anatomy.settings)
 
     @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from llm_surgeon.data.corpora import FILE_TYPES
+from llm_surgeon.models.classes import auto_class
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
 from llm_surgeon.recipe.structures import STRUCTURES
@@ -97,7 +98,8 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
     datasets = list(dict.fromkeys([*([datasets] if isinstance(datasets, str) else datasets), *data]))
     structure = str(report.config.get("structure", "rows-columns"))
     tags = ["llm-surgeon", "pruned", *structure.split("+"), report.family]
-    front = {"pipeline_tag": "text-generation", "tags": tags} | known
+    task = "text-generation" if auto_class(report.family) == "AutoModelForCausalLM" else "image-text-to-text"
+    front = {"pipeline_tag": task, "tags": tags} | known
     if report.export is None or report.export.pretrained:
         front = {"library_name": "transformers"} | front
     return front | ({"datasets": datasets} if datasets else {})
