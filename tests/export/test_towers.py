@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -170,6 +171,22 @@ def test_a_run_from_checkpoint_to_checkpoint(family, form, text_file, tmp_path):
     # The package's own commands take it too, without a word on trust.
     assert close(text_logits(load_model(str(out), "float32")), text_logits(export))
     assert evaluate(*load(out), str(text_file), window=16, max_tokens=64).perplexity > 1
+
+
+def test_a_checkpoint_of_several_files_in_a_run_of_streamed_weights(text_file, tmp_path):
+    source, parts, out = stored("gemma3-tower", tmp_path / "dense"), tmp_path / "parts", tmp_path / "out"
+    shutil.copytree(source, parts)
+    tensors = load_file(parts / "model.safetensors")
+    (parts / "model.safetensors").unlink()
+    places = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for place in set(places.values()):
+        some = {name: tensors[name] for name in tensors if places[name] == place}
+        save_file(some, parts / place, metadata={"format": "pt"})
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    options = {**QUICK, **FORMS["plain"], "sparsity": 0.4, "calibration": str(text_file), "dtype": "float32"}
+    prune_checkpoint(str(parts), out=out, **options, weights="streamed", order="layer-major")
+    assert_the_other_towers_are_the_same(source, out)
+    assert image_logits(reloaded(out)).isfinite().all()
 
 
 def test_in_the_type_of_the_checkpoint_nothing_beside_the_blocks_changes(text_file, tmp_path):

@@ -142,7 +142,8 @@ def test_the_function_stays_and_the_weights_move(variant, fold):
 
 
 def test_every_family_is_covered():
-    assert {VARIANTS[variant]().config.model_type for variant in VARIANTS} == set(FAMILIES)
+    alone = {name for name, family in FAMILIES.items() if family.text_config is None}
+    assert {VARIANTS[variant]().config.model_type for variant in VARIANTS} == alone
 
 
 @variants

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from llm_surgeon.data.corpora import FILE_TYPES
-from llm_surgeon.models.classes import auto_class
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
 from llm_surgeon.recipe.structures import STRUCTURES
@@ -98,7 +97,7 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
     datasets = list(dict.fromkeys([*([datasets] if isinstance(datasets, str) else datasets), *data]))
     structure = str(report.config.get("structure", "rows-columns"))
     tags = ["llm-surgeon", "pruned", *structure.split("+"), report.family]
-    task = "text-generation" if auto_class(report.family) == "AutoModelForCausalLM" else "image-text-to-text"
+    task = "image-text-to-text" if report.export is not None and report.export.reads_images else "text-generation"
     front = {"pipeline_tag": task, "tags": tags} | known
     if report.export is None or report.export.pretrained:
         front = {"library_name": "transformers"} | front

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from llm_surgeon.models.classes import auto_class
 from llm_surgeon.records import FormatRecord, PruneReport
 
 _SMALLER = (
@@ -29,7 +28,7 @@ def loading_lines(report: PruneReport, place: str) -> list[str]:
         lines = form.loading or (f"# Format {form.name}, in {{place}}",)
         return [line.replace("{place}", inside) for line in lines]
     trust = ", trust_remote_code=True" if brings_code(report) else ""
-    loader = auto_class(report.family)
+    loader = "AutoModelForCausalLM" if report.export is None else report.export.loader
     return [
         f"from transformers import {loader}, AutoTokenizer",
         f"model = {loader}.from_pretrained({place}{trust})",

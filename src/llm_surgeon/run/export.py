@@ -86,6 +86,7 @@ def export_result(
         formats=tuple(records),
         engines=loaders(job.config, job.anatomy.settings),
         quantising=_quantising(job),
+        loader=job.anatomy.family.auto_class,
     )
     speed = _compare_speed(dense, job, keep) if dense is not None else None
     if asked is not None:
