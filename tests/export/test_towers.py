@@ -174,7 +174,7 @@ def test_a_run_from_checkpoint_to_checkpoint(family, form, text_file, tmp_path):
 
 
 def test_a_checkpoint_of_several_files_in_a_run_of_streamed_weights(text_file, tmp_path):
-    source, parts, out = stored("gemma3-tower", tmp_path / "dense"), tmp_path / "parts", tmp_path / "out"
+    source, parts, out = stored("mistral3-tower", tmp_path / "dense"), tmp_path / "parts", tmp_path / "out"
     shutil.copytree(source, parts)
     tensors = load_file(parts / "model.safetensors")
     (parts / "model.safetensors").unlink()

@@ -20,12 +20,14 @@ from llm_surgeon.models.family import Family
 from llm_surgeon.models.permutation import head_path
 
 _WEIGHTS = "model.safetensors"
+# Most that loading in bfloat16 or float16 rounds: a share of each number, and an amount for the smallest.
+_ROUNDED, _SMALLEST = 2**-7, 1e-6
 
 
 def stored_towers(model: PreTrainedModel, family: Family, source: Path) -> dict[str, Tensor]:
     """Tensors outside the language model with the bits that they have in the files, by their names in the model.
 
-    A tensor is left out if the class makes it of several stored ones, or if it has changed since.
+    A tensor is left out if the class makes it of several stored ones, or if its numbers are others by now.
 
     Args:
         model: A model that was loaded from the checkpoint.
@@ -38,10 +40,16 @@ def stored_towers(model: PreTrainedModel, family: Family, source: Path) -> dict[
     found = {}
     for in_file, tensor in _read(source, names.keys() | loaded.keys()):
         name = names.get(in_file, in_file)
-        now = loaded[name].cpu()
-        if tensor.shape == now.shape and torch.equal(tensor.to(now.dtype), now):
+        if _is_rounded(tensor, loaded[name].cpu()):
             found[name] = tensor
     return found
+
+
+def _is_rounded(stored: Tensor, loaded: Tensor) -> bool:
+    """Whether a tensor in memory is a stored one, up to the rounding to the types in between."""
+    if stored.shape != loaded.shape:
+        return False
+    return torch.allclose(loaded.float(), stored.float(), rtol=_ROUNDED, atol=_SMALLEST, equal_nan=True)
 
 
 def _names_in_files(model: PreTrainedModel, loaded: dict[str, Tensor]) -> dict[str, str]:
