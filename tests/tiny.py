@@ -29,6 +29,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import tiny_towers
+
 VOCABULARY = 64
 
 
@@ -38,19 +40,21 @@ def llama(**changes):
 
 def llama_like(config, model, **changes):
     """A model of Llama's layout."""
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,
-    }
-    return model(config(**{**settings, **changes}))
+    return model(config(**{**_LLAMA_LIKE, **changes}))
+
+
+_LLAMA_LIKE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
 
 
 def opt(**changes):
@@ -185,7 +189,20 @@ def qwen3_5():
 # Blocks of both kinds of attention, with windows that matter.
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
-BUILDERS = {
+
+def tower(build, **text):
+    """A model for text and images whose text tower is of Llama's layout."""
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return _with_norms(_with_biases(build({**_LLAMA_LIKE, **ids, **text})))
+
+
+def qwen3_vl():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    return tower(tiny_towers.qwen3_vl, rope_parameters=rope)
+
+
+# Language models by themselves.
+ALONE = {
     "llama": llama,
     "llama-biased": lambda: _with_biases(llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
     "mistral": lambda: llama_like(MistralConfig, MistralForCausalLM, sliding_window=WINDOW),
@@ -215,6 +232,14 @@ BUILDERS = {
     "opt": opt,
     "opt-post-norm": lambda: opt(do_layer_norm_before=False, word_embed_proj_dim=16),
 }
+
+TOWERS = {
+    "gemma3-tower": lambda: tower(tiny_towers.gemma3, query_pre_attn_scalar=8, **_MIXED),
+    "mistral3-tower": lambda: tower(tiny_towers.mistral3, model_type="mistral", sliding_window=None),
+    "mistral3-ministral3-tower": lambda: tower(tiny_towers.mistral3, model_type="ministral3"),
+    "qwen3-vl-tower": qwen3_vl,
+}
+BUILDERS = {**ALONE, **TOWERS}
 
 
 # The first block is dense; tokens go to one of two groups of experts.

@@ -196,6 +196,9 @@ class FamilyChecks:
                 fold_order(network, order, torch.stack(random))
                 words = f"says that the order of {order.name} in {order.reader.layer} is free, and it is not"
                 self._compare(self._logits(network, "cannot be run"), self._dense, order.name, words, _NAMES)
+        # The other towers write into the stream too.
+        if self.family.text_config is not None:
+            return
         network = self._copy()
         first = self.anatomy.parts[0]
         width = self.anatomy.layers[first.prefix + first.entry.readers[0]].columns
@@ -250,14 +253,15 @@ class FamilyChecks:
         smaller = self.cut(keep, "an export")
         form = form_of(self.anatomy, keep, self.network.config)
         config = deepcopy(self.network.config)
+        own = self.family.settings_of(config)
         for name, value in form.settings.items():
-            setattr(config, name, value)
+            setattr(own, name, value)
         state = state_of(smaller, self.anatomy, form) or smaller.state_dict()
         remedy = "Correct the configuration entries of the parts (width, counts, free_heads) and transposed."
         with _explained(self.family, f"gives an export with which {self.family.model_class} cannot be built", remedy):
             rebuilt = type(self.network)(config).eval()
             if form.kind == "gaps":
-                prune(rebuilt, config)
+                prune(rebuilt, own)
             elif form.kind == "per layer":
                 narrow_blocks(rebuilt.get_submodule(self.family.blocks), config)
             rebuilt.load_state_dict(state)

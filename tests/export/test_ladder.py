@@ -17,9 +17,9 @@ from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.modeling_pruned import EmptyAttention, PrunedLinear
 from llm_surgeon.pruning.shapes import Shapes, check_shapes
 from llm_surgeon.recipe.config import PruneConfig
-from tiny import BUILDERS, build, llama, tokenizer, tokens
+from tiny import ALONE, build, llama, tokenizer, tokens
 
-families = pytest.mark.parametrize("family", BUILDERS)
+families = pytest.mark.parametrize("family", ALONE)
 
 # Name: options, and whether no index is needed at run time.
 STRUCTURES = {

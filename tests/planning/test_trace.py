@@ -22,7 +22,7 @@ from tiny import build, tokens
 CPU = torch.device("cpu")
 # One of each way to build a block: fused projections, the transposed layers of GPT-2, attention and MLP side by side,
 # biases and learned positions, norms of queries and keys in sliding windows. Plain llama has the other tests.
-FAMILIES = ("phi3", "gpt2", "gpt-neox", "opt", "gemma3")
+FAMILIES = ("phi3", "gpt2", "gpt-neox", "opt", "gemma3", "mistral3-tower")
 CURVATURES = {"kfac": "surgeon", "diagonal": "k-obd", "activations": "l-obd"}
 
 

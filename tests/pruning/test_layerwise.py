@@ -18,7 +18,7 @@ from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.pruning.layerwise import run_layerwise
 from llm_surgeon.recipe.methods import LAYERWISE
 from llm_surgeon.session.session import Session
-from tiny import BUILDERS, build, tokenizer, tokens
+from tiny import ALONE, BUILDERS, build, tokenizer, tokens
 
 SMALL = {
     "preset": "none",
@@ -192,7 +192,7 @@ def test_refinement_lowers_the_expected_error_of_the_first_block(method, structu
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "ria", "magnitude"])
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", ALONE)
 def test_permuted_channels_keep_more_and_the_dense_function(family, method, text_file, monkeypatch):
     changes = {"method": method, "structure": "2:4", "shots": 1}
     plain, permuted, unpruned = build(family), build(family), build(family)

@@ -25,7 +25,7 @@ from pruned_models import pruned
 from tiny import BUILDERS, build, tokenizer, tokens
 
 # Outputs are normalised before they are added, or their sum with the stream is.
-NORMALISED = ("gemma2", "gemma3", "opt-post-norm", "exaone4", "olmo2", "olmo3", "glm4")
+NORMALISED = ("gemma2", "gemma3", "gemma3-tower", "opt-post-norm", "exaone4", "olmo2", "olmo3", "glm4")
 families = pytest.mark.parametrize("family", sorted(BUILDERS.keys() - set(NORMALISED)))
 # Families whose norms add 1 to their weights.
 WITH_ONE = ("qwen3-5",)

@@ -230,7 +230,7 @@ def _token_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *
     Raises:
         ModelError: If there is no such token.
     """
-    for holder in (tokenizer, model.config):
+    for holder in (tokenizer, model.config, model.config.get_text_config()):
         for name in names:
             token = getattr(holder, name, None)
             if isinstance(token, int):

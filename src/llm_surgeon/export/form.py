@@ -27,7 +27,8 @@ class Form:
 
     Attributes:
         kind: Code that the export needs; see ``FormKind``.
-        settings: Entries of the configuration that differ from the dense model's, by their names in transformers.
+        settings: Entries of the language model's configuration that differ from the dense model's, by their names in
+            transformers.
         blocks: Numbers of the blocks that are written; the others have nothing left.
     """
 
@@ -49,25 +50,35 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
         keep: Rows and columns that are left; None if the matrices have their old shapes.
         config: Configuration of the dense model.
     """
-    everything = tuple(range(anatomy.blocks))
+    family, everything = anatomy.family, tuple(range(anatomy.blocks))
     if keep is None:
         return Form("plain", {}, everything)
-    blocks = _blocks_left(anatomy, keep)
-    settings = _depth(anatomy.family, config, blocks) if blocks != everything else {}
+    config = family.settings_of(config)
+    blocks = everything if family.numbered else _blocks_left(anatomy, keep)
+    settings = _depth(family, config, blocks) if blocks != everything else {}
     widths = _widths(anatomy, keep, blocks)
-    if widths is None or not base_class(anatomy.family):
-        return Form(
-            "gaps", settings | _pruned_entries(anatomy, keep, blocks) | _of_experts(anatomy, keep, blocks), blocks
-        )
+    if widths is None or not base_class(family):
+        return _with_gaps(anatomy, keep, blocks, settings)
     equal = {name: next(iter(values.values())) for name, values in widths.items() if len(set(values.values())) == 1}
     equal = equal if builds(config, settings | equal) else {}
     if equal.keys() == widths.keys():
         return Form("plain", settings | equal, blocks)
+    # The modelling file of standard blocks is for the configuration of a language model by itself.
+    if family.text_config is not None:
+        return _with_gaps(anatomy, keep, blocks, settings)
     own = {
         str(number): {name: values[block] for name, values in widths.items() if name not in equal and block in values}
         for number, block in enumerate(blocks)
     }
     return Form("per layer", settings | equal | {"per_layer_config": own}, blocks)
+
+
+def _with_gaps(
+    anatomy: Anatomy, keep: Mapping[str, KeepMask], blocks: tuple[int, ...], settings: Mapping[str, Any]
+) -> Form:
+    """The form with layers that skip channels, and with emptied parts."""
+    entries = _pruned_entries(anatomy, keep, blocks) | _of_experts(anatomy, keep, blocks)
+    return Form("gaps", dict(settings) | entries, blocks)
 
 
 def _blocks_left(anatomy: Anatomy, keep: Mapping[str, KeepMask]) -> tuple[int, ...]:
@@ -151,7 +162,7 @@ def builds(config: Any, settings: Mapping[str, Any]) -> bool:
     """Whether a configuration class takes other numbers: some want a width that the number of heads divides.
 
     Args:
-        config: Configuration of the dense model.
+        config: Configuration of the dense language model.
         settings: Entries that differ.
     """
     try:

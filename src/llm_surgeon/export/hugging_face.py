@@ -9,7 +9,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.format import Exported, Format
 from llm_surgeon.export.save import save_model, weight_bytes
 from llm_surgeon.export.verify import ReloadCheck, verify_export
-from llm_surgeon.models import family_of
+from llm_surgeon.models import Family, family_of
 from llm_surgeon.models.parts import Attention, FeedForward
 from llm_surgeon.recipe.config import PruneConfig
 
@@ -44,16 +44,17 @@ class HuggingFace(Format):
         if others:
             return (
                 f"{code}; no serving engine, as vLLM's backend for transformers and llama.cpp's files have no "
-                f"{others[0]} of other widths: --structure neurons --uniform leaves a plain class",
+                f"{others[0]} of other widths: --uniform leaves a plain class",
             )
         concerned = [entry for entry in family.parts if set(entry.structures) & set(config.parts)]
-        if set(config.parts) <= _STANDARD and not any(entry.fixed for entry in concerned):
+        standard = set(config.parts) <= _STANDARD and not any(entry.fixed for entry in concerned)
+        if standard and family.text_config is None:
             empty = "" if config.least_width else "; vLLM needs attention in every block, which --min-width keeps"
             return (
                 f"{code}; vLLM with its backend for transformers and --trust-remote-code, verified with {VERIFIED} "
                 f"for llama and qwen2{empty}",
             )
-        return (f"{code}; no serving engine, as {_why_not(config)}",)
+        return (f"{code}; no serving engine, as {_why_not(config, family)}",)
 
     def write(self, exported: Exported, directory: Path) -> bool:
         """Write the model; see ``Format.write``."""
@@ -71,8 +72,10 @@ class HuggingFace(Format):
         return weight_bytes(directory)
 
 
-def _why_not(config: PruneConfig) -> str:
+def _why_not(config: PruneConfig, family: Family) -> str:
     """Reason why no serving engine builds what a recipe leaves, and the structure that one does."""
+    if family.text_config is not None:
+        return "the text tower has layers of its own: with --uniform its class is the usual one"
     if set(config.parts) <= _STANDARD:
         return "the class ties the number of heads to the hidden size: vLLM serves --structure neurons"
     missing = "parts of blocks are missing" if "blocks" in config.parts else "layers skip channels"

@@ -1,7 +1,8 @@
 """Run in a fresh process: load an export as a stranger would, and compute what the exporter wants compared.
 
-Usage: ``python reload_check.py DIRECTORY PROBE DEVICE plain|trusted``. PROBE is a safetensors file with ``input_ids
-[1, n]``; the logits are written beside it. ``trusted`` may run code of the checkpoint. This package is made
+Usage: ``python reload_check.py DIRECTORY PROBE DEVICE LOADER plain|trusted``. PROBE is a safetensors file with
+``input_ids [1, n]``; the logits are written beside it. LOADER is the name of a class in transformers. ``trusted`` may
+run code of the checkpoint. This package is made
 unimportable first: the export must not need it.
 """
 
@@ -23,15 +24,16 @@ if __name__ == "__main__":
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
 
 
-def main(directory: str, probe: str, device: str, code: str) -> None:
+def main(directory: str, probe: str, device: str, loader: str, code: str) -> None:
     """Write the logits of one full pass, of a cached step, and a few generated tokens."""
     ids = load_file(probe)["input_ids"].to(device)
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=code == "trusted", dtype="auto").eval()
-    model.to(device)
+    auto = getattr(transformers, loader)
+    model = auto.from_pretrained(directory, trust_remote_code=code == "trusted", dtype="auto").eval().to(device)
     with torch.inference_mode():
         logits = model(ids).logits
         prefill = model(ids[:, :-1], use_cache=True)

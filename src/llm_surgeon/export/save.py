@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llm_surgeon.export.companions import GENERATION_FILE, copy_companions
 from llm_surgeon.export.form import Form, emptied, form_of, renamed
+from llm_surgeon.export.stored import stored_towers
 from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.modeling_text import MODELING_FILE, auto_map, export_type, modeling_text
@@ -34,7 +35,8 @@ def save_model(
 ) -> Form:
     """Write weights (safetensors), configuration, tokenizer, generation configuration and, if needed, modelling file.
 
-    The source's files of tokenizer, generation and licence are copied byte for byte.
+    The source's files of tokenizer, processor, generation and licence are copied byte for byte. Towers beside the
+    language model have the bits of the source's weight files.
 
     Args:
         model: The pruned model.
@@ -56,6 +58,8 @@ def save_model(
         with _writable(model) as aside, quietly():
             # Names in the original format are known to the model's own type only, not to that of an export.
             state = state_of(model, anatomy, form)
+            if source is not None and anatomy.family.text_config is not None:
+                state = (state or model.state_dict()) | stored_towers(model, anatomy.family, source)
             # A model that was pruned in memory has a method of its own, which comes here.
             type(model).save_pretrained(model, directory, state_dict=state, save_original_format=form.plain)
         generation = getattr(model, "generation_config", None)
@@ -108,11 +112,13 @@ def _write_config(
     model: PreTrainedModel, anatomy: Anatomy, form: Form, directory: Path, aside: Mapping[str, Any]
 ) -> None:
     family, path = anatomy.family, directory / "config.json"
-    names = type(model.config).attribute_map
+    names = type(family.settings_of(model.config)).attribute_map
     config = json.loads(path.read_text(encoding="utf8"))
     # Code of the dense checkpoint is not part of the export.
     config.pop("auto_map", None)
-    config |= {**aside, **{names.get(name, name): value for name, value in form.settings.items()}}
+    config |= aside
+    own = config if family.text_config is None else config[family.text_config]
+    own |= {names.get(name, name): value for name, value in form.settings.items()}
     if form.kind != "plain":
         config |= {
             "model_type": export_type(family),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import ExportMismatchError
 from llm_surgeon.export.fresh_process import run_script
+from llm_surgeon.models.classes import auto_class
 from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.models.probe import probe_logits, probe_tokens
 from llm_surgeon.models.streaming import weights_of
@@ -45,8 +46,8 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
     """Compare the export with the model in memory.
 
     A fresh process, in which ``llm_surgeon`` cannot be imported and no hub can be asked, loads the directory with
-    ``AutoModelForCausalLM.from_pretrained``. It computes the logits of a probe in one pass and with the key/value
-    cache, and generates.
+    ``from_pretrained`` of the class that the family's entry names, as a rule ``AutoModelForCausalLM``. It computes the
+    logits of a probe in one pass and with the key/value cache, and generates.
 
     Args:
         model: The pruned model in memory.
@@ -66,7 +67,8 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
         raise loss_not_finite(model, ids.to(device), "a pass in the type of the pruned model's weights")
     # The scratch directory is beside the export, so that nothing stays elsewhere if this process is killed.
     with tempfile.TemporaryDirectory(prefix="check-", suffix=PARTIAL, dir=directory.parent) as scratch:
-        reloaded = _reload(directory, ids, elsewhere, plain, Path(scratch))
+        loader = auto_class(model.config.model_type)
+        reloaded = _reload(directory, ids, elsewhere, loader, plain, Path(scratch))
     scale = float(expected.abs().max())
     difference = _difference(expected, reloaded["logits"])
     cached = _difference(expected[:, -1:], reloaded["step"])
@@ -85,13 +87,17 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
     return float((expected - actual.float()).abs().max())
 
 
-def _reload(directory: Path, ids: Tensor, device: torch.device, plain: bool, scratch: Path) -> dict[str, Tensor]:
+def _reload(
+    directory: Path, ids: Tensor, device: torch.device, loader: str, plain: bool, scratch: Path
+) -> dict[str, Tensor]:
     probe = scratch / "probe.safetensors"
     save_file({"input_ids": ids}, probe)
     # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
     environment = {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("reload_check.py")
-    done = run_script(script, [str(directory), str(probe), str(device), "plain" if plain else "trusted"], environment)
+    done = run_script(
+        script, [str(directory), str(probe), str(device), loader, "plain" if plain else "trusted"], environment
+    )
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         if says_full(last[0]):

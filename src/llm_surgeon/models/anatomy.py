@@ -148,13 +148,14 @@ def _parts_of(model: PreTrainedModel, family: Family) -> list[Part]:
         UnsupportedModelError: If the model breaks an assumption of a part's entry, or no block has such a part.
     """
     parts: list[Part] = []
+    settings = family.settings_of(model.config)
     for entry in family.parts:
-        entry.check(model.config, family.model_type)
+        entry.check(settings, family.model_type)
     for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.blocks))):
         for entry in family.parts:
             entry.straighten(block)
         prefix = f"{family.blocks}.{number}."
-        found = (entry.locate(model.config, block, number, prefix) for entry in family.parts)
+        found = (entry.locate(settings, block, number, prefix) for entry in family.parts)
         parts += [part for part in found if part is not None]
     for entry in family.parts:
         if not entry.optional and not any(part.entry == entry for part in parts):

@@ -1,11 +1,31 @@
-"""Check of a model's class: only transformers' own classes can be exported."""
+"""Classes of models: those of transformers that load a checkpoint, and those that can be exported."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.models import FAMILIES
+from llm_surgeon.models.modeling_text import export_type
+
+
+def auto_class(model_type: str) -> str:
+    """Name of the class in transformers that loads checkpoints of a type: as its entry says, or the usual one.
+
+    Args:
+        model_type: ``config.model_type``, which may be that of an export.
+    """
+    known = (family for family in FAMILIES.values() if model_type in (family.model_type, export_type(family)))
+    return next((family.auto_class for family in known), "AutoModelForCausalLM")
+
+
+def auto_model(model_type: str) -> Any:
+    """The class that ``auto_class`` names."""
+    return getattr(transformers, auto_class(model_type))
 
 
 def check_class(model: PreTrainedModel, model_class: str) -> None:

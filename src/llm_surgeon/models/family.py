@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from llm_surgeon.models.parts import PartEntry
 
@@ -53,6 +54,10 @@ class Family:
         per_block: Entries of the configuration that list a value for each block. In an export without some blocks
             the lists are shorter.
         transposed: Whether the linear layers are ``Conv1D``, whose weights are stored ``[columns, rows]``.
+        text_config: Entry of the configuration with the language model's own configuration, if the language model is
+            one tower of a larger model. What is outside that tower stays as it is in the checkpoint.
+        auto_class: Name of the class in transformers that loads a checkpoint of the type, whatever its class.
+        numbered: Whether the model hands something to its blocks by their numbers, so that none can be left out.
     """
 
     model_type: str
@@ -63,6 +68,18 @@ class Family:
     residual: Residual
     transposed: bool = False
     per_block: tuple[str, ...] = ("layer_types",)
+    text_config: str | None = None
+    auto_class: str = "AutoModelForCausalLM"
+    numbered: bool = False
+
+    def settings_of(self, config: Any) -> Any:
+        """Configuration of the language model within that of the whole model; in most families they are the same."""
+        return config if self.text_config is None else getattr(config, self.text_config)
+
+    @property
+    def tower(self) -> str:
+        """Path of the language model without its head."""
+        return self.blocks.rpartition(".")[0]
 
     def short_name(self, kind: str) -> str:
         """Last part of a layer's name within a block, or the whole name if another layer has the same last part.

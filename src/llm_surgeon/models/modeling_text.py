@@ -37,7 +37,7 @@ class Pruned$model_class($model_class):
 
     def __init__(self, config: Pruned$config_class) -> None:
         super().__init__(config)
-        prune(self, config)
+        prune(self, $settings)
 ''')
 _PER_LAYER = Template('''
 
@@ -92,6 +92,7 @@ def modeling_text(family: Family, form: Brought = "gaps") -> str:
         "model_type": export_type(family),
         # The first name of the path is that of the model without its head.
         "blocks": family.blocks.partition(".")[2],
+        "settings": "config" if family.text_config is None else f"config.{family.text_config}",
     }
     if form == "per layer":
         return common + _PER_LAYER.substitute(names)
@@ -125,7 +126,7 @@ def auto_map(family: Family, form: Brought) -> dict[str, str]:
         form: Form of the export.
     """
     module = Path(MODELING_FILE).stem
-    names = {"AutoConfig": family.config_class, "AutoModelForCausalLM": family.model_class}
+    names = {"AutoConfig": family.config_class, family.auto_class: family.model_class}
     if form == "per layer":
         names["AutoModel"] = f"{base_class(family)}"
     return {name: f"{module}.Pruned{value}" for name, value in names.items()}

@@ -92,6 +92,12 @@ def check_residual(model: PreTrainedModel, family: Family) -> dict[str, int]:
     Raises:
         UnsupportedModelError: If the stream cannot be reordered, see ``fold_residual``.
     """
+    if family.text_config is not None:
+        raise UnsupportedModelError(
+            f"In a model of type {family.model_type!r}, other towers write into the residual stream and stay as they "
+            "are, so that its channels cannot be reordered.",
+            "Leave --permute out.",
+        )
     along = dict(_stream(model, family))
     _check_complete(model, family, along)
     return along
@@ -124,7 +130,7 @@ def _stream(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, int]]
                     yield prefix + name, 1
     if _optional(model, residual.final_norm) is not None:
         yield from _vectors(model, residual.final_norm)
-    yield from _columns(model, _head(model) if project_out is None else cast(str, residual.project_out))
+    yield from _columns(model, head_path(model) if project_out is None else cast(str, residual.project_out))
 
 
 def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int]) -> None:
@@ -134,7 +140,7 @@ def _check_complete(model: PreTrainedModel, family: Family, along: dict[str, int
         groups = ((part, [name for group in part.input_groups for name in group]) for part in family.parts)
         layers = [name for part, names in groups for name in (*_numbered(part, names, block), *part.inside)]
         known |= {f"{family.blocks}.{number}.{name}" for name in layers}
-    known |= {family.residual.tokens, _head(model)}
+    known |= {family.residual.tokens, head_path(model)}
     known |= {name for name in (family.residual.project_in, family.residual.project_out) if name is not None}
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name not in along and name.rpartition(".")[0] not in known:
@@ -149,7 +155,7 @@ def _numbered(part: PartEntry, names: Iterable[str], block: nn.Module) -> Iterat
     return (copy for name in names for copy in part.numbered(name, block))
 
 
-def _head(model: PreTrainedModel) -> str:
+def head_path(model: PreTrainedModel) -> str:
     """Path of the head."""
     head = model.get_output_embeddings()
     path: str = next(name for name, module in model.named_modules() if module is head)

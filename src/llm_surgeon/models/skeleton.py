@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.anatomy import straighten
-from llm_surgeon.models.classes import check_class
+from llm_surgeon.models.classes import auto_model, check_class
 from llm_surgeon.models.loading import check_checkpoint, load_config, load_model, model_type_of
 from llm_surgeon.models.settings import dtype_of, not_loaded, stored_dtype
 from llm_surgeon.models.streaming import stream
@@ -91,7 +92,8 @@ def _empty(source: str, settings: Any, trust_remote_code: bool) -> PreTrainedMod
     """Build a model on the meta device, without memory."""
     try:
         with torch.device("meta"):
-            network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+            auto = auto_model(settings.model_type)
+            network: PreTrainedModel = auto.from_config(settings, trust_remote_code=trust_remote_code)
         return network
     # A configuration may be wrong in any way, and its class may raise any error.
     except Exception as error:
@@ -125,7 +127,8 @@ def loaded(
 def weightless(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
     """Build the model of a skeleton anew on a device, without its weights; for use under a ``FakeTensorMode``."""
     settings: Any = skeleton.network.config
-    with device:
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=skeleton.dtype)
+    # Some towers draw their weights in a way that looks at these, which such a mode has none of.
+    with device, no_init_weights():
+        network: PreTrainedModel = auto_model(settings.model_type).from_config(settings, dtype=skeleton.dtype)
     straighten(network, skeleton.anatomy)
     return network

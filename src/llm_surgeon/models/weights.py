@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llm_surgeon.errors import ModelError
+from llm_surgeon.models.classes import auto_model
 from llm_surgeon.models.settings import not_loaded
 
 # Buffers that older versions of transformers stored, and that every model makes itself now.
@@ -60,7 +61,7 @@ def read_model(
     where = {} if device is None else {"device_map": str(device)}
     try:
         with quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_model(config.model_type).from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -90,7 +91,7 @@ def _check_headers(source: str, config: Any) -> None:
         types = {name: dtype for path in paths for name, dtype in _types(path)}
     except (OSError, SafetensorError) as error:
         raise not_loaded(source, "model", error) from None
-    blocks = getattr(config, "num_hidden_layers", None)
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
     # Checked first, as building a model of thousands of blocks takes minutes.
     if types and isinstance(blocks, int) and blocks > len(types):
         raise ModelError(

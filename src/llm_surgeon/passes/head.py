@@ -52,7 +52,8 @@ class Head:
     def __init__(self, model: PreTrainedModel, own_copy: bool = False) -> None:
         head = model.get_output_embeddings()
         self._linear = deepcopy(head) if own_copy else head
-        settings = model.config.get_text_config()
+        # Read where the class reads them: those whose language model is one tower (Gemma 3) neither scale nor cap.
+        settings = model.config
         self._cap = getattr(settings, "final_logit_softcapping", None)
         self._factor = _factor(settings)
 

@@ -64,7 +64,8 @@ def reorder_block(
     for layer in layers:
         prefix = layer.name.removesuffix(_path_in_block(layer, family))
         block = model.get_submodule(prefix[:-1])
-        parts = [part for e in family.parts if (part := e.locate(model.config, block, layer.block, prefix))]
+        settings = family.settings_of(model.config)
+        parts = [part for e in family.parts if (part := e.locate(settings, block, layer.block, prefix))]
         for order in (order for part in parts for order in part.orders() if order.reader.layer == layer.name):
             # If groups of inputs cross the edge of a set, an order within sets has no use.
             if order.channels % pattern.group == 0:

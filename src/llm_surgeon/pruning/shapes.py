@@ -66,12 +66,13 @@ def _allowed_counts(config: PruneConfig, anatomy: Anatomy) -> dict[tuple[int, st
     Uniform widths are such that the class takes them. For a quantised type, the dimensions of all heads are a multiple
     of its block, as the columns of the output projection are.
     """
+    settings = anatomy.family.settings_of(anatomy.settings)
 
     @functools.cache
     def accepted(sizes: tuple[tuple[str, int], ...]) -> bool:
         left = dict(sizes)
         columns = left.get("num_attention_heads", 0) * left.get("head_dim", 0)
-        return columns % config.block_of_quantised == 0 and (not config.uniform or builds(anatomy.settings, left))
+        return columns % config.block_of_quantised == 0 and (not config.uniform or builds(settings, left))
 
     if not config.uniform and config.block_of_quantised == 1:
         return {}

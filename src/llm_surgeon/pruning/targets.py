@@ -107,7 +107,7 @@ def _time(model: PreTrainedModel, anatomy: Anatomy, config: PruneConfig, sparsit
 
 def seconds_of(model: PreTrainedModel) -> float:
     """Seconds of a pass over ``TOKENS`` tokens, or as many as the model has positions for."""
-    longest = getattr(model.config, "max_position_embeddings", None) or TOKENS + 1
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS + 1
     tokens = min(TOKENS, longest - 1)
     return tokens / measure_speed(model, Workload(tokens, generate=1, repeats=_REPEATS)).prefill
 

@@ -50,11 +50,16 @@ class FormatRecord(Record):
     loading: tuple[str, ...] = ()
 
 
+# Class in transformers that loads language models.
+_LOADER = "AutoModelForCausalLM"
+
+
 class ExportRecord(Record):
     """Path and size of the export, and the distance of its reloaded logits from the model in memory, if measured.
 
     ``plain`` says whether transformers loads the export without running code of the checkpoint. ``engines`` has
     sentences on the engines that load it, ``quantising`` on the quantised types of llama.cpp that its matrices fit.
+    ``loader`` is the name of the class in transformers that loads it.
     """
 
     path: str
@@ -66,6 +71,7 @@ class ExportRecord(Record):
     formats: tuple[FormatRecord, ...] = ()
     engines: tuple[str, ...] = ()
     quantising: tuple[str, ...] = ()
+    loader: str = _LOADER
 
     @property
     def written(self) -> tuple[FormatRecord, ...]:
@@ -83,6 +89,11 @@ class ExportRecord(Record):
     def failures(self) -> tuple[str, ...]:
         """Messages of the formats whose engines compute something else than the model."""
         return tuple(form.failed for form in self.formats if form.failed)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model is one for text and images."""
+        return self.loader == "AutoModelForImageTextToText"
 
     @property
     def pretrained(self) -> bool:

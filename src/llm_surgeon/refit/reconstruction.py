@@ -200,7 +200,7 @@ def _writers(anatomy: Anatomy, block: int) -> tuple[str, tuple[str, ...]]:
 def _multiplier(anatomy: Anatomy) -> float:
     """Factor of all that the parts of a block add to the residual stream."""
     name = anatomy.family.residual.multiplier
-    return 1.0 if name is None else float(getattr(anatomy.settings, name))
+    return 1.0 if name is None else float(getattr(anatomy.family.settings_of(anatomy.settings), name))
 
 
 def _behind_attention(

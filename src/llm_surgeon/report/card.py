@@ -97,7 +97,8 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
     datasets = list(dict.fromkeys([*([datasets] if isinstance(datasets, str) else datasets), *data]))
     structure = str(report.config.get("structure", "rows-columns"))
     tags = ["llm-surgeon", "pruned", *structure.split("+"), report.family]
-    front = {"pipeline_tag": "text-generation", "tags": tags} | known
+    task = "image-text-to-text" if report.export is not None and report.export.reads_images else "text-generation"
+    front = {"pipeline_tag": task, "tags": tags} | known
     if report.export is None or report.export.pretrained:
         front = {"library_name": "transformers"} | front
     return front | ({"datasets": datasets} if datasets else {})

@@ -28,9 +28,10 @@ def loading_lines(report: PruneReport, place: str) -> list[str]:
         lines = form.loading or (f"# Format {form.name}, in {{place}}",)
         return [line.replace("{place}", inside) for line in lines]
     trust = ", trust_remote_code=True" if brings_code(report) else ""
+    loader = "AutoModelForCausalLM" if report.export is None else report.export.loader
     return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"model = AutoModelForCausalLM.from_pretrained({place}{trust})",
+        f"from transformers import {loader}, AutoTokenizer",
+        f"model = {loader}.from_pretrained({place}{trust})",
         f"tokenizer = AutoTokenizer.from_pretrained({place}{trust})",
     ]
 

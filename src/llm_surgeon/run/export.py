@@ -86,6 +86,7 @@ def export_result(
         formats=tuple(records),
         engines=loaders(job.config, job.anatomy.settings),
         quantising=_quantising(job),
+        loader=job.anatomy.family.auto_class,
     )
     speed = _compare_speed(dense, job, keep) if dense is not None else None
     if asked is not None:
@@ -186,7 +187,7 @@ def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -
     logger.info("measuring the speed of the dense and the pruned model")
     device = next(job.model.parameters()).device
     dense = load_model(source, job.config.dtype, device, job.config.trust_remote_code)
-    longest = getattr(dense.config, "max_position_embeddings", None) or _PROMPT + _GENERATED
+    longest = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or _PROMPT + _GENERATED
     generate = min(_GENERATED, max(1, longest // 4))
     prompt = min(_PROMPT, longest - generate)
     measured = compare_speed(dense, job.model, prompt=prompt, generate=generate)

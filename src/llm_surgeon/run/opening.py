@@ -20,6 +20,7 @@ from llm_surgeon.export.formats import check_formats, check_tokenizer
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.classes import check_class
 from llm_surgeon.models.loading import load_tokenizer, local_directory, resolve_source
+from llm_surgeon.models.permutation import check_residual
 from llm_surgeon.models.skeleton import Skeleton, loaded, skeleton_of
 from llm_surgeon.models.streaming import require_streaming
 from llm_surgeon.planning.forecast import seconds_of_phases
@@ -160,6 +161,8 @@ def open_checkpoint(model: str, config: PruneConfig, processes: Processes = ALON
     _announce(processes, f"reading the configuration of {model}")
     skeleton = skeleton_of(resolve_source(model), config)
     check_recipe_fits(config, skeleton.network.config)
+    if config.permute:
+        check_residual(skeleton.network, skeleton.anatomy.family)
     config = settled(skeleton, config)
     check_formats(config, skeleton.anatomy, skeleton.network.config)
     return Opening(model, skeleton, config, processes)

@@ -87,7 +87,7 @@ class GGUF(Format):
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, settings: Any) -> None:
         """Find out before the work whether llama.cpp can do what the tokenizer does; see ``Format.check_tokenizer``."""
-        tokenizer_keys(tokenizer, settings.vocab_size)
+        tokenizer_keys(tokenizer, settings.get_text_config().vocab_size)
 
     def loading(self) -> tuple[str, ...]:
         """Lines of Python that load the file with xllamacpp; see ``Format.loading``."""

@@ -42,15 +42,20 @@ class Block:
 
 
 def check_family(form: str, family: Family) -> None:
-    """Make sure that blocks are made of an attention and a feed-forward part.
+    """Make sure that a model is a language model alone, of blocks of an attention and a feed-forward part.
 
     Args:
         form: Name of the format, for the message.
         family: Entry of the architecture.
 
     Raises:
-        ConfigError: If they have other parts.
+        ConfigError: If blocks have other parts, or the language model is one tower of several.
     """
+    if family.text_config is not None:
+        raise ConfigError(
+            f"The format {form} has language models alone, and a model of type {family.model_type} has other towers.",
+            "Leave the format out: --format hf takes every model.",
+        )
     if [type(entry) for entry in family.parts] != [Attention, FeedForward]:
         raise ConfigError(
             f"The format {form} has attention and feed-forward parts only, and {family.model_type} has others.",

@@ -19,7 +19,7 @@ GEMMA2 = replace(
     parts=(ATTENTION, _FEED_FORWARD),
     residual=replace(LLAMA.residual, norms=_NORMS),
 )
-# The text model; checkpoints with images are of another type.
+# The language model by itself; for checkpoints with images see ``towers.py``.
 GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
