@@ -34,7 +34,7 @@ from llm_surgeon import PruneConfig, prune
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.parts import MixturePart
 
-EXPERTS, CHOSEN, LENGTH, BATCH, RATE = 8, 2, 256, 16, 2e-3
+EXPERTS, CHOSEN, LENGTH, BATCH, RATE = 8, 2, 256, 8, 2e-3
 CRITERIA = {"curvature": "surgeon", "REAP": "reap", "mean norm": "mean-norm", "frequency": "frequency"}
 # What is done after the cut, by the words of the table.
 AFTER: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def train(source: Path, place: Path, seed: int, seconds: float) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         steps += 1
     model.eval()
     model.config.output_router_logits = False
