@@ -168,7 +168,7 @@ def measured(options: argparse.Namespace, place: Path, seed: int, gone: int, cri
     assert set(left.values()) == {EXPERTS - gone}, left
     row = {
         **{"seed": seed, "gone": gone, "criterion": criterion, "after": after},
-        **{"dense": report.dense_perplexity.value, "perplexity": report.shots[-1].perplexity.value},
+        **{"dense": report.dense_perplexity.perplexity, "perplexity": report.shots[-1].perplexity.perplexity},
     }
     cell.write_text(json.dumps(row))
     print(row, flush=True)

@@ -15,7 +15,8 @@ from llm_surgeon.mathematics.scores import SCORES
 from llm_surgeon.models import FAMILIES, examine, family_of
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.recipe.methods import LAYERWISE
-from tiny import build, llama_like, tokenizer
+from llm_surgeon.testing import check_family
+from tiny import build, llama_like, of_class, tokenizer
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -59,7 +60,7 @@ def test_the_table_has_every_layerwise_method():
 def test_the_example_of_a_family_works(text_file, tmp_path):
     """Real OLMo, which the package has no entry for: pruned, exported as a plain class, reloaded by a stranger."""
     text = (DOCS / "families.md").read_text(encoding="utf8")
-    example, check = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    example, check, mixture = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     with pytest.raises(UnsupportedModelError, match="'olmo'"):
         family_of("olmo")
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -76,8 +77,11 @@ def test_the_example_of_a_family_works(text_file, tmp_path):
         report = prune(model, tokenizer(), recipe, out=tmp_path / "out")
         with pytest.raises(ValueError, match="there is a family 'olmo' already"):
             exec(example, {})
+        exec(mixture, names)
+        check_family(names["olmoe"], of_class("Olmoe", num_experts=4, num_experts_per_tok=2))
     finally:
         FAMILIES.pop("olmo", None)
+        FAMILIES.pop("olmoe", None)
     assert report.export.plain
     assert 0.3 < report.shots[-1].sparsity <= 0.4
 

@@ -3,8 +3,9 @@
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``export_as`` (an
 export in further formats), ``evaluate``, ``evaluate_tasks``, ``plan`` (what a run will take), ``load``, ``compare``
 (methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``,
-``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family`` with ``Family``, ``Attention``,
-``FeedForward`` and ``Residual`` (an architecture of one's own); and ``SurgeonError``, the base of all errors.
+``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family`` with ``Family``, ``Residual`` and the
+kinds of parts ``Attention``, ``JointlyNormedAttention``, ``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an
+architecture of one's own); and ``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from llm_surgeon.models import register_family
     from llm_surgeon.models.family import Family, Residual
     from llm_surgeon.models.loading import load
-    from llm_surgeon.models.parts import Attention, FeedForward
+    from llm_surgeon.models.parts import (
+        Attention,
+        FeedForward,
+        JointlyNormedAttention,
+        MixtureOfExperts,
+        PlainLayers,
+    )
     from llm_surgeon.recipe.config import PruneConfig
     from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
     from llm_surgeon.records.bench import Bench
@@ -35,7 +42,10 @@ __all__ = [
     "Comparison",
     "Family",
     "FeedForward",
+    "JointlyNormedAttention",
+    "MixtureOfExperts",
     "Perplexity",
+    "PlainLayers",
     "Plan",
     "Progress",
     "PruneConfig",
@@ -65,6 +75,9 @@ _HOMES = {
     "Comparison": "records",
     "Family": "models.family",
     "FeedForward": "models.parts",
+    "JointlyNormedAttention": "models.parts",
+    "MixtureOfExperts": "models.parts",
+    "PlainLayers": "models.parts",
     "Perplexity": "records",
     "Plan": "records",
     "Progress": "system.progress",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from choosing import shrink
-from llm_surgeon import PruneConfig, prune_checkpoint
+from llm_surgeon import PruneConfig, plan, prune_checkpoint
 from llm_surgeon.curvature import Estimation, estimate
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.errors import ConfigError
@@ -23,6 +23,7 @@ from llm_surgeon.mathematics.keep_masks import count_weights
 from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.experts import Experts, routed_tokens
 from llm_surgeon.models.parts import MixturePart
+from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.pruning.shapes import Shapes, check_shapes
 from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.session.session import Session
@@ -340,3 +341,34 @@ def test_the_form_knows_equal_counts_of_experts():
             (keep[layer].columns if layer.endswith("down_proj") else keep[layer].rows)[:] = False
     settings = form_of(anatomy, keep, build("mixtral").config).settings
     assert settings["num_local_experts"] == 3
+
+
+@mixtures
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_layerwise_methods_reach_into_experts(family, method, tmp_path):
+    """Single weights of each expert, by the tokens that are sent to it; the class and its shapes stay."""
+    model, anatomy = examined(family)
+    config = PruneConfig.from_mapping(
+        {"method": method, "structure": "2:4", "samples": 24, "seq_len": 16, "precision": "float32"}
+    )
+    for result in loop_of(config).run(Session(model, anatomy, TEXT, config), None):
+        masks = result.masks
+    assert masks.keys() == anatomy.layers.keys()
+    for part in mixtures_of(anatomy):
+        for name in part.layers:
+            weight = model.get_submodule(name).weight
+            assert float((weight == 0).float().mean()) == pytest.approx(0.5)
+    form = save_model(model, tokenizer(), anatomy, None, tmp_path)
+    assert form.plain
+    assert verify_export(model, tmp_path).difference <= 1e-4
+
+
+@mixtures
+def test_a_plan_names_the_class_and_counts_all_experts(family, tmp_path):
+    model = build(family)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    found = plan(str(tmp_path / "dense"), recipe("experts", 0.25 if family == "mixtral" else 0.15, dtype="float32"))
+    _, anatomy = examined(family)
+    assert found.dense_size.prunable == anatomy.prunable_weights
+    assert found.size.prunable < anatomy.prunable_weights
