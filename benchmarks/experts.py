@@ -3,8 +3,9 @@
     python benchmarks/experts.py --train TEXT --evaluation TEXT [--seeds 0 1 2] [--minutes 3]
 
 Trains a Mixtral of 8 experts in each of 4 blocks for some minutes, once for each seed, and keeps it in --work. The end
-of the text is left for calibration, as a small model soon knows by heart what it was trained on. Then removes 2 or 4 experts of every block by each criterion: as they are, with reconstruction, and with all that the preset
-fast or best does after the cut. Writes benchmarks/results/experts.json and .md.
+of the text is left for calibration, as a small model soon knows by heart what it was trained on. Then removes 2 or 4
+experts of every block by each criterion: as they are, with reconstruction, and with all that the preset fast does after
+the cut. Writes benchmarks/results/experts.json and .md.
 """
 
 from __future__ import annotations
@@ -203,8 +204,8 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], dense: dict[
     )
     head = (
         f"# Experts by criterion\n\nMixtral of 4 blocks with {EXPERTS} experts, {CHOSEN} for each token; trained here "
-        f"({trained}). Calibrated on {options.samples} windows of {LENGTH} tokens of other text; perplexity of 64 windows of "
-        f"{options.evaluation.name}. {where['date']}, {where['machine']}.\nCommand: `{where['command']}`\n\n"
+        f"({trained}). Calibrated on {options.samples} windows of {LENGTH} tokens of other text; perplexity of 64 "
+        f"windows of {options.evaluation.name}. {where['date']}, {where['machine']}.\nCommand: `{where['command']}`\n\n"
     )
     return head + table(("experts left", "criterion", "after the cut", "perplexity", "by seed"), lines) + "\n"
 
