@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
 from llm_surgeon.models.experts import DOWN, GATE, UP, Experts, canonical, keep_experts, stacked
-from llm_surgeon.models.parts.part import ChannelOrder, Part, PartEntry, Rows, columns_of, has_module, rows_of
+from llm_surgeon.models.parts.part import (
+    ChannelOrder,
+    Part,
+    PartEntry,
+    Rows,
+    check_activation,
+    columns_of,
+    has_module,
+    rows_of,
+)
 from llm_surgeon.models.streaming import weights_of
 
 # As many numbers of 16 bits as 16 bytes hold.
@@ -25,7 +34,7 @@ _APART = "has the experts of a block in one tensor, so that their matrices canno
 class MixtureOfExperts(PartEntry):
     """Names of a mixture's modules and configuration entries.
 
-    The experts are gated: ``down(activation(gate(x)) * up(x))``, with the activation in the configuration.
+    The experts are gated: ``down(activation(gate(x)) * up(x))``.
 
     Attributes:
         router: The router, which is called with the hidden states and returns logits, weights and numbers of experts.
@@ -37,7 +46,7 @@ class MixtureOfExperts(PartEntry):
         chosen_groups: Entry with the number of groups that a token goes to.
         tied_width: Whether the width of an expert determines that of others beside it, which always run.
         router_tensors: Parameters and buffers of the router with an entry for each expert.
-        router_reads: Parameters of the mixture, besides those of its layers, whose columns read the residual stream.
+        activation: Entry that names the activation, which must map 0 to 0.
     """
 
     structures: ClassVar[tuple[str, ...]] = ("neurons", "experts")
@@ -51,7 +60,7 @@ class MixtureOfExperts(PartEntry):
     chosen_groups: str = "topk_group"
     tied_width: bool = False
     router_tensors: tuple[str, ...] = ("weight",)
-    router_reads: tuple[str, ...] = ("mlp.gate.weight",)
+    activation: str = "hidden_act"
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -71,7 +80,7 @@ class MixtureOfExperts(PartEntry):
     @property
     def also_read(self) -> tuple[str, ...]:
         """The router's rows."""
-        return self.router_reads
+        return (f"{self.router}.weight",)
 
     @property
     def inside(self) -> tuple[str, ...]:
@@ -88,6 +97,10 @@ class MixtureOfExperts(PartEntry):
             "heads does not know",
             "blocks": "has mixtures of experts, which no single group of rows or columns stops",
         }
+
+    def check(self, config: Any, model_type: str) -> None:
+        """Check that a dead neuron has no output; see ``check_activation``."""
+        check_activation(config, self.activation, model_type)
 
     def numbered(self, name: str, block: nn.Module) -> tuple[str, ...]:
         """Names of a layer of all experts in a block: ``mlp.experts.down_proj`` is one for each number."""
