@@ -369,7 +369,9 @@ def _check_refused(config: PruneConfig, family: Family) -> None:
             raise ConfigError(f"{family.model_class} has no {structure}.", "Use --structure neurons.")
     for reasons in (entry.refused for entry in family.parts):
         for structure in (structure for structure in config.parts if structure in reasons):
-            left = "+".join(part for part in config.parts if part != structure) or "neurons"
+            others = [part for part in config.parts if not _refusing(family, part)]
+            possible = (part for part in ("experts", "neurons", "heads") if part in offered)
+            left = "+".join(others) or next((part for part in possible if not _refusing(family, part)), "unstructured")
             raise ConfigError(f"{family.model_class} {reasons[structure]}.", f"Use --structure {left}.")
 
 

@@ -15,6 +15,7 @@ from llm_surgeon.export.formats import formats_of, loaders, main_format, possibl
 from llm_surgeon.export.quantising import measured_fit
 from llm_surgeon.export.standard_layers import gapless
 from llm_surgeon.mathematics.keep_masks import KeepMask
+from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.models.loading import load_model
 from llm_surgeon.planning.sizes import SMALL_FILES
 from llm_surgeon.pruning import targets
@@ -187,6 +188,8 @@ def _compare_speed(source: str, job: Job, keep: Mapping[str, KeepMask] | None) -
     logger.info("measuring the speed of the dense and the pruned model")
     device = next(job.model.parameters()).device
     dense = load_model(source, job.config.dtype, device, job.config.trust_remote_code)
+    # Both models run in the same form: a class may run all experts of a block in one product, and the run does not.
+    straighten(dense, job.anatomy)
     longest = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or _PROMPT + _GENERATED
     generate = min(_GENERATED, max(1, longest // 4))
     prompt = min(_PROMPT, longest - generate)

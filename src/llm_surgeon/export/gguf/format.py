@@ -66,6 +66,7 @@ class GGUF(Format):
 
     def check(self, config: PruneConfig, anatomy: Anatomy, settings: Any) -> None:
         """Find out before the work whether llama.cpp has an architecture for the result; see ``Format.check``."""
+        check_family(self.name, anatomy.family)
         if others := [part for part in config.parts if part not in _STRUCTURES]:
             raise ConfigError(
                 f"The format {self.name} has whole heads and neurons only, and {'+'.join(others)} leaves matrices with "
@@ -73,7 +74,6 @@ class GGUF(Format):
                 "Use --structure neurons+heads, or leave the format out: --format hf takes every structure.",
             )
         family = anatomy.family
-        check_family(self.name, family)
         biased = {
             layer.name.removeprefix(f"{family.blocks}.{layer.block}.")
             for layer in anatomy.layers.values()
