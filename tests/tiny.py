@@ -186,10 +186,6 @@ def qwen3_5():
     )
 
 
-# Blocks of both kinds of attention, with windows that matter.
-_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-
-
 def tower(build, **text):
     """A model for text and images whose text tower is of Llama's layout."""
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -268,8 +264,28 @@ def _with_corrections(model):
     return model
 
 
+# Blocks of both kinds of attention, with windows that matter.
+_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def gpt_oss(**changes):
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    model = of_class("GptOss", num_local_experts=4, num_experts_per_tok=2, rope_parameters=rope, **_MIXED, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("sinks", "proj_bias")):
+                parameter.normal_(std=0.2)
+    return model
+
+
 # Models with experts.
-MIXTURES = {"qwen3-moe": qwen3_moe, "mixtral": mixtral, "glm4-moe": glm4_moe, "deepseek-v3": deepseek_v3}
+MIXTURES = {
+    "qwen3-moe": qwen3_moe,
+    "mixtral": mixtral,
+    "glm4-moe": glm4_moe,
+    "deepseek-v3": deepseek_v3,
+    "gpt-oss": gpt_oss,
+}
 
 
 def _with_norms(model):

@@ -47,7 +47,7 @@ class InputSum:
         """Factor A of one layer that reads the input, ``[C, C]``; a bias is the last row and column (constant input 1).
 
         Args:
-            tokens: Number of tokens that were added.
+            tokens: Number of tokens of which the mean is: those that were added, and those that the layer does not get.
             columns: Columns that the layer keeps; None if it reads the whole input.
             bias: Whether the layer has a bias.
         """
@@ -57,7 +57,9 @@ class InputSum:
             return a
         mean = (self.total if columns is None else self.total[columns]) / tokens
         top = torch.cat([a, mean[:, None]], dim=1)
-        return torch.cat([top, torch.cat([mean, mean.new_ones(1)])[None]], dim=0)
+        # Tokens that an expert does not get have no constant input either.
+        share = mean.new_full((1,), self.count / tokens)
+        return torch.cat([top, torch.cat([mean, share])[None]], dim=0)
 
 
 @dataclass(frozen=True)

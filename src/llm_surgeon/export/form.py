@@ -114,14 +114,16 @@ def parameters_of(model: nn.Module, anatomy: Anatomy, keep: Mapping[str, KeepMas
 def emptied(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor | None]:
     """Biases of the layers that have no weights left, by the beginning of the layer's parameter names.
 
-    A bias has its full width, as in ``NoLinear``; it is None if the layer has no bias left.
+    A bias has its full width, as in ``NoLinear``; it is None if the layer has no bias left. An expert that is gone has
+    none.
     """
+    gone = {name for part in anatomy.located if part.keeps_form for name in part.layers}
     found: dict[str, Tensor | None] = {}
     for name, layer in anatomy.layers.items():
         module, core = model.get_submodule(name), core_of(model, layer)
         if core.weight.numel():
             continue
-        bias = None if core.bias is None else core.bias.detach()
+        bias = None if core.bias is None or name in gone else core.bias.detach()
         if bias is not None and isinstance(module, PrunedLinear) and module.output_index is not None:
             bias = bias.new_zeros(module.out_features).scatter(0, module.output_index, bias)
         found[f"{name}."] = None if bias is None or not len(bias) else bias

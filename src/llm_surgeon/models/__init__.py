@@ -19,7 +19,7 @@ from llm_surgeon.models.families.helium import HELIUM
 from llm_surgeon.models.families.hunyuan import HUNYUAN_V1_DENSE
 from llm_surgeon.models.families.llama import LLAMA
 from llm_surgeon.models.families.mistral import MINISTRAL3, MISTRAL
-from llm_surgeon.models.families.mixtures import DEEPSEEK_V3, GLM4_MOE, MIXTRAL, QWEN3_MOE
+from llm_surgeon.models.families.mixtures import DEEPSEEK_V3, GLM4_MOE, GPT_OSS, MIXTRAL, QWEN3_MOE
 from llm_surgeon.models.families.olmo import OLMO2, OLMO3
 from llm_surgeon.models.families.opt import OPT
 from llm_surgeon.models.families.phi3 import PHI3
@@ -34,7 +34,7 @@ from llm_surgeon.models.modeling_text import export_type
 _ENTRIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX),
     *(SMOLLM3, SEED_OSS, MINISTRAL3, HUNYUAN_V1_DENSE, EXAONE4, STARCODER2, GRANITE, OLMO2, OLMO3, GLM4),
-    *(ERNIE4_5, COHERE2, HELIUM, QWEN3_5, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3),
+    *(ERNIE4_5, COHERE2, HELIUM, QWEN3_5, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, GPT_OSS),
     *(GEMMA3_TOWER, MISTRAL3_TOWER, QWEN3_VL_TOWER),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}

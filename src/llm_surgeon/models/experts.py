@@ -7,9 +7,11 @@ of these parameters. An export has the parameters back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from llm_surgeon.errors import UnsupportedModelError
 
+# Name of transformers' function that multiplies the activation of the switches with the values.
+_DEFAULT = "_default_apply_gate"
 # Names of the layers of an expert.
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
@@ -125,45 +129,98 @@ class Experts(nn.ModuleList):
         return cast(list[int], torch.bincount(top_k_index.flatten(), minlength=count).tolist())
 
 
-def canonical(experts: nn.Module) -> Experts:
+@dataclass(frozen=True)
+class Layout:
+    """Layout of experts in three-dimensional parameters.
+
+    Attributes:
+        transposed: Whether matrices are stored ``[columns, rows]``.
+        interleaved: Whether a neuron's switch and value are neighbours, rather than all switches coming first.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the switches and of the values, of rows ``[2 neurons, ...]``."""
+        if self.interleaved:
+            return rows[::2], rows[1::2]
+        first, second = rows.chunk(2)
+        return first, second
+
+    def join(self, switches: Tensor, values: Tensor) -> Tensor:
+        """Rows ``[2 neurons, ...]`` of switches and values; what ``split`` takes apart."""
+        if self.interleaved:
+            return torch.stack((switches, values), dim=1).flatten(0, 1)
+        return torch.cat((switches, values))
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """A matrix as it is stored, or a stored one as a linear layer has it."""
+        return matrix.T if self.transposed else matrix
+
+
+# Switches, then values, each matrix as a linear layer has it.
+STACKED = Layout()
+
+
+def canonical(experts: nn.Module, layout: Layout) -> Experts:
     """The canonical form of a module of experts; the layers' weights are views of its parameters.
 
     Args:
-        experts: A module of transformers with ``gate_up_proj [experts, 2 neurons, width]``, the switches first, and
-            ``down_proj [experts, width, neurons]``.
+        experts: A module of transformers with ``gate_up_proj [experts, 2 neurons, width]``, ``down_proj [experts,
+            width, neurons]`` and perhaps biases ``gate_up_proj_bias`` and ``down_proj_bias``.
+        layout: Layout of the parameters.
 
     Raises:
         UnsupportedModelError: If the module holds its experts in another way.
     """
-    if not (getattr(experts, "has_gate", True) and getattr(experts, "is_concatenated", True)):
-        raise _unknown(experts)
-    if getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False):
-        raise _unknown(experts)
+    found = Layout(getattr(experts, "is_transposed", False), not getattr(experts, "is_concatenated", True))
+    if not getattr(experts, "has_gate", True) or found != layout:
+        raise UnsupportedModelError(
+            f"{type(experts).__name__} holds its experts in another way than the family's entry says.",
+            "Correct transposed and interleaved in the entry; experts without gates are not supported.",
+        )
     gate_up, down = cast(nn.Parameter, experts.gate_up_proj), cast(nn.Parameter, experts.down_proj)
-    activation = cast(Callable[[Tensor], Tensor], experts.act_fn)
-
-    def combine(gate: Tensor, up: Tensor) -> Tensor:
-        return activation(gate) * up
+    combine = _combine(experts, layout)
+    biases = (getattr(experts, f"{name}_bias", None) for name in ("gate_up_proj", "down_proj"))
+    first_bias, last_bias = (cast(Sequence[Any], [None] * len(down)) if bias is None else bias for bias in biases)
 
     def all_experts() -> Iterator[Expert]:
-        for first, last in zip(gate_up, down, strict=True):
-            gate, up = first.chunk(2)
-            yield Expert(_linear(gate, gate_up), _linear(up, gate_up), _linear(last, down), combine)
+        for first, last, b1, b2 in zip(gate_up, down, first_bias, last_bias, strict=True):
+            gate, up = layout.split(layout.oriented(first))
+            of_gate, of_up = (None, None) if b1 is None else layout.split(b1)
+            pairs = ((gate, of_gate), (up, of_up), (layout.oriented(last), b2))
+            first_layer, second, third = (_linear(weight, bias, gate_up.requires_grad) for weight, bias in pairs)
+            yield Expert(first_layer, second, third, combine)
 
     return Experts(all_experts()).train(experts.training)
 
 
-def _unknown(experts: nn.Module) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{type(experts).__name__} holds its experts transposed, interleaved, with biases or without gates.",
-        "Prune a model whose experts are gated, without biases, one matrix after the other.",
-    )
+def _combine(experts: nn.Module, layout: Layout) -> Callable[[Tensor, Tensor], Tensor]:
+    """Neurons by switches and values: the activation times the value, or what the class computes of its own."""
+    own: Any = type(experts)._apply_gate  # type: ignore[attr-defined]  # transformers gives it to these classes
+    if own.__name__ == _DEFAULT:
+        activation = cast(Callable[[Tensor], Tensor], experts.act_fn)
+        return partial(_gated, activation)
+    # Numbers that the function reads, without the module, whose parameters would stay in memory.
+    numbers = SimpleNamespace(**{name: value for name, value in vars(experts).items() if isinstance(value, float)})
+    return partial(_by_class, own, numbers, layout)
 
 
-def _linear(weight: Tensor, parameter: nn.Parameter) -> nn.Linear:
+def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return activation(gate) * up
+
+
+def _by_class(own: Callable[[Any, Tensor], Tensor], numbers: Any, layout: Layout, gate: Tensor, up: Tensor) -> Tensor:
+    return own(numbers, layout.join(gate.T, up.T).T)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, gradient: bool) -> nn.Linear:
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.out_features, layer.in_features = weight.shape
-    layer.weight = nn.Parameter(weight.detach(), requires_grad=parameter.requires_grad)
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=gradient)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=gradient)
     return layer
 
 
@@ -191,19 +248,28 @@ def keep_experts(experts: Experts, router: nn.Module, kept: list[int], tensors: 
     experts.present = kept
 
 
-def stacked(state: dict[str, Tensor], experts: str) -> dict[str, Tensor]:
+def stacked(state: dict[str, Tensor], experts: str, layout: Layout) -> dict[str, Tensor]:
     """State of a model with the experts of one block in three-dimensional parameters again.
 
     Args:
         state: Tensors by name; layers without weights are not among them.
         experts: Path of the experts.
+        layout: Layout of the parameters.
     """
     prefix = f"{experts}."
     numbers = sorted({int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix)})
 
-    def weights(layer: str) -> list[Tensor]:
-        return [state[f"{prefix}{number}.{layer}.weight"] for number in numbers]
+    def all_of(layer: str, kind: str) -> list[Tensor]:
+        names = [f"{prefix}{number}.{layer}.{kind}" for number in numbers]
+        return [state[name] for name in names if name in state]
 
-    both = [torch.cat(pair) for pair in zip(weights(GATE), weights(UP), strict=True)]
+    def joined(kind: str) -> list[Tensor]:
+        return [layout.join(*pair) for pair in zip(all_of(GATE, kind), all_of(UP, kind), strict=True)]
+
     left = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    return left | {f"{prefix}gate_up_proj": torch.stack(both), f"{prefix}down_proj": torch.stack(weights(DOWN))}
+    left[f"{prefix}gate_up_proj"] = torch.stack([layout.oriented(matrix) for matrix in joined("weight")])
+    left[f"{prefix}down_proj"] = torch.stack([layout.oriented(matrix) for matrix in all_of(DOWN, "weight")])
+    if biases := joined("bias"):
+        left[f"{prefix}gate_up_proj_bias"] = torch.stack(biases)
+        left[f"{prefix}down_proj_bias"] = torch.stack(all_of(DOWN, "bias"))
+    return left

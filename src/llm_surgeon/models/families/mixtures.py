@@ -1,7 +1,8 @@
-"""Mixtures of experts in Llama's layout: Qwen 3 (MoE), Mixtral, GLM 4.5 and DeepSeek V3."""
+"""Mixtures of experts in Llama's layout: Qwen 3 (MoE), Mixtral, GLM 4.5, DeepSeek V3 and gpt-oss."""
 
 from dataclasses import replace
 
+from llm_surgeon.models.experts import Layout
 from llm_surgeon.models.families.llama import ATTENTION, FEED_FORWARD, LLAMA
 from llm_surgeon.models.parts import MixtureOfExperts, PlainLayers
 
@@ -69,4 +70,24 @@ DEEPSEEK_V3 = replace(
     model_class="DeepseekV3ForCausalLM",
     config_class="DeepseekV3Config",
     parts=(_LATENT, _DENSE, _CHOSEN, _ALWAYS),
+)
+
+GPT_OSS = replace(
+    LLAMA,
+    model_type="gpt_oss",
+    model_class="GptOssForCausalLM",
+    config_class="GptOssConfig",
+    parts=(
+        replace(ATTENTION, sinks="sinks"),
+        MixtureOfExperts(
+            router="mlp.router",
+            count="num_local_experts",
+            width="intermediate_size",
+            router_tensors=("weight", "bias"),
+            activation=None,
+            layout=Layout(transposed=True, interleaved=True),
+            # A value of 0 becomes a factor of 1.
+            value_kills=False,
+        ),
+    ),
 )

@@ -51,6 +51,7 @@ class Attention(PartEntry):
             counts in the norm's denominator, so queries and keys do not die together if there are such norms.
         counts: Attributes of the module that count heads or dimensions, and the meaning of each. They are set anew when
             the attention is pruned. ``config.NAME`` is an entry of the module's own configuration.
+        sinks: Name, within the module, of a parameter with a number for each query head, optional.
         free_heads: Whether the class can be built with any number of heads from ``num_attention_heads``,
             ``num_key_value_heads`` and ``head_dim``, so that fewer heads need no modelling file. Other classes compute
             the width of a head from the number of heads, or take the hidden size for that of all heads.
@@ -71,6 +72,7 @@ class Attention(PartEntry):
     head_norms: tuple[str, ...] = ()
     counts: tuple[tuple[str, Count], ...] = ()
     free_heads: bool = True
+    sinks: str | None = None
     interleaved: bool = False
     gated: bool = False
 
@@ -91,8 +93,8 @@ class Attention(PartEntry):
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """Norms over the dimensions of heads."""
-        return self.head_norms
+        """Norms over the dimensions of heads, and the module itself if it has parameters of its own."""
+        return self.head_norms if self.sinks is None else (*self.head_norms, self.module)
 
     @property
     def emptied(self) -> str:
@@ -290,6 +292,7 @@ class AttentionPart(Part):
             return {self.module: {}}
         if bool(heads.all()) or not self.entry.counts:
             return {}
+        sinks = {} if self.entry.sinks is None else {self.entry.sinks: int(heads.sum())}
         total, kv = int(heads.sum()), int(heads.any(1).sum())
         values: dict[Count, int] = {
             "heads": total,
@@ -297,7 +300,12 @@ class AttentionPart(Part):
             "shared": total // kv,
             "width": total * self.width,
         }
-        return {self.module: {attribute: values[count] for attribute, count in self.entry.counts}}
+        return {self.module: {attribute: values[count] for attribute, count in self.entry.counts} | sinks}
+
+    def narrowed(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[str, Tensor]]:
+        """The sinks of heads that are present."""
+        if self.entry.sinks is not None:
+            yield f"{self.module}.{self.entry.sinks}", self.present_heads(keep).flatten()
 
     def sizes(self, keep: Mapping[str, KeepMask]) -> dict[str, int]:
         """Entries for the numbers of heads, and for their width, which the numbers of heads no longer determine."""

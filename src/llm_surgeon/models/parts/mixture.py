@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.errors import UnsupportedModelError
-from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
-from llm_surgeon.models.experts import DOWN, GATE, UP, Experts, canonical, keep_experts, stacked
+from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask, Side
+from llm_surgeon.models.experts import DOWN, GATE, STACKED, UP, Experts, Layout, canonical, keep_experts, stacked
 from llm_surgeon.models.parts.part import (
     ChannelOrder,
     Part,
@@ -46,7 +46,9 @@ class MixtureOfExperts(PartEntry):
         chosen_groups: Entry with the number of groups that a token goes to.
         tied_width: Whether the width of an expert determines that of others beside it, which always run.
         router_tensors: Parameters and buffers of the router with an entry for each expert.
-        activation: Entry that names the activation, which must map 0 to 0.
+        activation: Entry that names the activation, which must map 0 to 0; None if the class has a fixed one that does.
+        layout: Layout of the experts' parameters.
+        value_kills: Whether a neuron has no output if its value is 0; otherwise its switch alone decides.
     """
 
     structures: ClassVar[tuple[str, ...]] = ("neurons", "experts")
@@ -60,7 +62,9 @@ class MixtureOfExperts(PartEntry):
     chosen_groups: str = "topk_group"
     tied_width: bool = False
     router_tensors: tuple[str, ...] = ("weight",)
-    activation: str = "hidden_act"
+    activation: str | None = "hidden_act"
+    layout: Layout = STACKED
+    value_kills: bool = True
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -100,7 +104,8 @@ class MixtureOfExperts(PartEntry):
 
     def check(self, config: Any, model_type: str) -> None:
         """Check that a dead neuron has no output; see ``check_activation``."""
-        check_activation(config, self.activation, model_type)
+        if self.activation is not None:
+            check_activation(config, self.activation, model_type)
 
     def numbered(self, name: str, block: nn.Module) -> tuple[str, ...]:
         """Names of a layer of all experts in a block: ``mlp.experts.down_proj`` is one for each number."""
@@ -114,7 +119,7 @@ class MixtureOfExperts(PartEntry):
         """Give the experts of a block their canonical form, in place."""
         if has_module(block, self.experts) and not isinstance(block.get_submodule(self.experts), Experts):
             parent, _, child = self.experts.rpartition(".")
-            setattr(block.get_submodule(parent), child, canonical(block.get_submodule(self.experts)))
+            setattr(block.get_submodule(parent), child, canonical(block.get_submodule(self.experts), self.layout))
 
     def locate(self, config: Any, block: nn.Module, number: int, prefix: str) -> MixturePart | None:
         """Find the experts of a block; None if the block has none.
@@ -207,15 +212,19 @@ class MixturePart(Part):
         """
         for number in range(self.experts):
             pools = torch.full((self.width,), number)
-            yield Coupling("neuron of an expert", self._sides(number, (-1, 1)), pools=pools, structure="neurons")
+            sides, followers = self._sides(number, (-1, 1))
+            yield Coupling("neuron of an expert", sides, followers, pools, "neurons")
         for number in range(self.experts):
             pools = torch.tensor([number * self.groups // self.experts])
-            yield Coupling("expert", self._sides(number, (1, -1)), pools=pools, structure="experts")
+            sides, followers = self._sides(number, (1, -1))
+            yield Coupling("expert", sides, followers, pools, "experts")
 
-    def _sides(self, number: int, shape: tuple[int, int]) -> tuple[Any, ...]:
+    def _sides(self, number: int, shape: tuple[int, int]) -> tuple[tuple[Side, ...], tuple[Side, ...]]:
+        """Sides and followers of couplings of an expert's neurons, in groups of a shape."""
         down, gate, up = (self._rows(number, layer) for layer in (DOWN, GATE, UP))
         index = down.index.view(shape)
-        return columns_of(down, index), rows_of(gate, index), rows_of(up, index)
+        sides, values = (columns_of(down, index), rows_of(gate, index)), (rows_of(up, index),)
+        return (sides + values, ()) if self.entry.value_kills else (sides, values)
 
     def present(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[Rows, Axis, Tensor]]:
         """Neurons that the hidden tensor of each expert still has."""
@@ -254,7 +263,7 @@ class MixturePart(Part):
 
     def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """State with the experts in three-dimensional parameters, as the class has them."""
-        return stacked(state, self.prefix + self.entry.experts)
+        return stacked(state, self.prefix + self.entry.experts, self.entry.layout)
 
     def widths(self, accepted: Callable[[Mapping[str, int]], bool]) -> dict[str, frozenset[int]]:
         """Numbers of experts, and of neurons of each, that the class takes: all."""
