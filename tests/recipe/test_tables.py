@@ -4,6 +4,7 @@ import pytest
 
 from llm_surgeon import PruneConfig
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.mathematics.expert_scores import EXPERT_SCORES
 from llm_surgeon.recipe.formats import FORMATS, FormatRow
 from llm_surgeon.recipe.methods import CURVATURES, METHODS, Curvature, Method, register_curvature
 from llm_surgeon.recipe.stages import STAGES_KNOWN, StageRow
@@ -59,7 +60,9 @@ def test_the_rows_of_curvatures_say_what_is_read():
     reads = {name: row.reads for name, row in CURVATURES.items()}
     assert reads["identity"] == "nothing"
     assert reads["activations"] == "inputs"
-    assert {reads[name] for name in set(reads) - {"identity", "activations"}} == {"gradients"}
+    inputs = {"activations", *EXPERT_SCORES}
+    assert {reads[name] for name in inputs} == {"inputs"}
+    assert {reads[name] for name in set(reads) - {"identity", *inputs}} == {"gradients"}
 
 
 def test_a_structure_of_ones_own_is_a_row():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from llm_surgeon.models.loading import check_checkpoint, load_config, load_model
 from llm_surgeon.models.settings import dtype_of, not_loaded, stored_dtype
 from llm_surgeon.models.streaming import stream
 from llm_surgeon.recipe.config import PruneConfig
+
+# How to get 16 bits of checkpoints whose makers publish fewer.
+_IN_16_BITS = {
+    "mxfp4": "Load it by transformers with quantization_config=Mxfp4Config(dequantize=True) and save that",
+    "fp8": "Load it by transformers with quantization_config=FineGrainedFP8Config(dequantize=True) and save that",
+}
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,24 @@ def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
     family = family_of(model_type_of(source))
     settings = load_config(source, config.trust_remote_code)
     if getattr(settings, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"The weights of {source!r} are quantised.", "Give the original checkpoint; quantise what comes out of it."
-        )
+        raise _quantised(source, settings.quantization_config)
     if Path(source).is_dir():
         check_checkpoint(source, config.trust_remote_code)
     network = _empty(source, settings, config.trust_remote_code)
     check_class(network, family.model_class)
     anatomy = examine(network, family, config.ignore)
     return Skeleton(source, network, anatomy, stored_dtype(source), dtype_of(source, config.dtype))
+
+
+def _quantised(source: str, how: Any) -> UnsupportedModelError:
+    """Error for a checkpoint with quantised weights: how they are stored, and where to get others."""
+    named = str((how if isinstance(how, Mapping) else vars(how)).get("quant_method") or "")
+    method = named.rpartition(".")[2].lower()
+    original = _IN_16_BITS.get(method, "Give the original checkpoint")
+    stored = f" ({method})" if method else ""
+    return UnsupportedModelError(
+        f"The weights of {source!r} are quantised{stored}.", f"{original}; quantise what comes out of it."
+    )
 
 
 def _empty(source: str, settings: Any, trust_remote_code: bool) -> PreTrainedModel:
