@@ -78,7 +78,7 @@ def test_the_example_of_a_family_works(text_file, tmp_path):
         with pytest.raises(ValueError, match="there is a family 'olmo' already"):
             exec(example, {})
         exec(mixture, names)
-        check_family(names["olmoe"], of_class("Olmoe", num_experts=4, num_experts_per_tok=2))
+        check_family(names["olmoe"], of_class("Olmoe", hidden_size=32, num_experts=4, num_experts_per_tok=2))
     finally:
         FAMILIES.pop("olmo", None)
         FAMILIES.pop("olmoe", None)

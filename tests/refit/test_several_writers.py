@@ -69,11 +69,11 @@ def test_with_one_expert_for_each_token_one_round_is_the_least_squares_solution(
     count = len(error)
     for layer in layers:
         x, sent = seen[layer.name]
-        z = x.double() * sent.weights.double()[:, None]
+        z = x.detach().double() * sent.weights.double()[:, None]
         a, cross = z.T @ z / count, error[sent.tokens].T @ z / count
         damped = a + 1e-3 * a.diagonal().mean() * torch.eye(len(a))
         wanted = torch.linalg.solve(damped, cross.T).T
-        change = core_of(model, layer).weight.double() - core_of(before, layer).weight.double()
+        change = (core_of(model, layer).weight - core_of(before, layer).weight).detach().double()
         scale = float((change * wanted).sum() / wanted.square().sum())
         # The line search takes the ridge back as far as it can.
         assert 1 - 1e-6 <= scale < 1.05
