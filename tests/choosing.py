@@ -59,7 +59,7 @@ def made_up_costs(structure, anatomy, draw):
     return {
         name: LayerCosts(
             StructureCosts(draw(layer.rows), draw(layer.columns)) if structure._singles else None,
-            {key: draw(len(side.index)) for key, side in structure._sides_of(layer)},
+            {key: draw(len(side.index)) for key, side in structure._sides.get(layer.name, ())},
         )
         for name, layer in anatomy.layers.items()
     }

@@ -112,6 +112,7 @@ class Shapes:
         self._per_weight = config.rank_by == "cost-per-weight"
         self._singles = "rows-columns" in config.parts
         self._couplings = _couplings(config, anatomy)
+        self._sides = self._sides_by_layer()
         self._counts = _allowed_counts(config, anatomy)
         self._least = {(part.block, kind): least for part in anatomy.parts for kind, least in part.least.items()}
         self._multiples = {(part.block, kind): by for part in anatomy.parts for kind, by in part.multiples.items()}
@@ -139,7 +140,7 @@ class Shapes:
     def costs(self, layer: LinearLayer, weight: Tensor, fisher: Fisher) -> LayerCosts:
         """Costs of a layer's kept rows and columns, and of its sides of the groups, on the CPU."""
         singles = self._single_costs(layer, weight, fisher) if self._singles else None
-        sides = {key: self._side_costs(layer, side, weight, fisher) for key, side in self._sides_of(layer)}
+        sides = {key: self._side_costs(layer, side, weight, fisher) for key, side in self._sides.get(layer.name, ())}
         check_finite(layer, *sides.values())
         return LayerCosts(singles, sides)
 
@@ -151,13 +152,13 @@ class Shapes:
         check_finite(layer, rows, columns)
         return StructureCosts(_to_dense(rows, keep.rows), _to_dense(columns, keep.columns))
 
-    def _sides_of(self, layer: LinearLayer) -> Iterator[tuple[SideKey, Side]]:
-        """Sides of couplings in a layer whose groups have joint costs."""
+    def _sides_by_layer(self) -> dict[str, list[tuple[SideKey, Side]]]:
+        """Sides of couplings whose groups have joint costs, by layer: a mixture has thousands of couplings."""
+        found: dict[str, list[tuple[SideKey, Side]]] = {}
         for number, coupling in enumerate(self._couplings):
-            if self._is_candidate(coupling):
-                for place, side in enumerate(coupling.sides):
-                    if side.layer == layer.name:
-                        yield SideKey(number, place), side
+            for place, side in enumerate(coupling.sides if self._is_candidate(coupling) else ()):
+                found.setdefault(side.layer, []).append((SideKey(number, place), side))
+        return found
 
     def _side_costs(self, layer: LinearLayer, side: Side, weight: Tensor, fisher: Fisher) -> Tensor:
         """Joint costs of the living members of a side's groups, ``[groups]``; zero where none lives."""
