@@ -26,9 +26,12 @@ from llm_surgeon.models import examine, family_of
 from llm_surgeon.models.experts import Experts, routed_tokens
 from llm_surgeon.models.matrix import read_matrix
 from llm_surgeon.models.parts import MixturePart
+from llm_surgeon.passes.task import Task
+from llm_surgeon.pruning.checkpoint import Checkpoints
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.pruning.shapes import Shapes, check_shapes
 from llm_surgeon.pruning.shots import run_shots
+from llm_surgeon.refit.gates import gates_of, moments
 from llm_surgeon.session.session import Session
 from llm_surgeon.testing import check_family
 from tiny import MIXTURES, build, tokenizer, tokens
@@ -380,3 +383,49 @@ def test_a_plan_names_the_class_and_counts_all_experts(family, tmp_path):
     _, anatomy = examined(family)
     assert found.dense_size.prunable == anatomy.prunable_weights
     assert found.size.prunable < anatomy.prunable_weights
+
+
+@mixtures
+def test_effects_of_gates_belong_to_their_tokens_where_experts_are_idle_in_a_batch(family):
+    """Batches of one short sequence leave some experts without tokens; moments are those of one large batch."""
+    text = CalibrationTokens(tokens(12, 3), None, {})
+    found = []
+    for size in (1, 12):
+        model, anatomy = examined(family)
+        session = Session(model, anatomy, text)
+        task = Task(session, anatomy.dense_masks(), Estimation(size, "float32"))
+        found.append(moments(task, gates_of(anatomy)))
+    scale = float(found[1].fisher.abs().max())
+    torch.testing.assert_close(found[0].slopes, found[1].slopes, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[0].fisher, found[1].fisher, rtol=1e-3, atol=1e-4 * scale)
+
+
+@mixtures
+def test_an_ended_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch):
+    """After the first of two shots the routers know fewer experts, which the continued run has to find again."""
+    build(family).save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{int(x)}" for x in tokens(40, 16, seed=3).flatten()))
+    # One expert of each group goes in each shot.
+    _, anatomy = examined(family)
+    layers = [trios(part)[n] for part in mixtures_of(anatomy) for n in range(2 * part.groups)]
+    weights = sum(anatomy.layers[name].rows * anatomy.layers[name].columns for trio in layers for name in trio)
+    options = {"sparsity": weights / anatomy.prunable_weights - 1e-9, "dtype": "float32", "evaluation": "none"}
+    config = recipe("experts", calibration=str(text), **options)
+    report = prune_checkpoint(str(tmp_path / "dense"), tmp_path / "whole", config)
+    assert report.shots[0].size.prunable > report.shots[1].size.prunable
+    write = Checkpoints.write
+
+    def interrupted(self, checkpoint, tensors):
+        write(self, checkpoint, tensors)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(str(tmp_path / "dense"), tmp_path / "ended", config)
+    prune_checkpoint(str(tmp_path / "dense"), tmp_path / "ended", config)
+    whole, ended = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "ended"))
+    assert whole.keys() == ended.keys()
+    assert all(torch.equal(tensor, ended[name]) for name, tensor in whole.items())

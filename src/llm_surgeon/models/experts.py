@@ -113,7 +113,8 @@ class Experts(nn.ModuleList):
         result = torch.zeros_like(hidden_states)
         parts = zip(self.present, *(x.split(sizes) for x in (tokens, weights, shares)), strict=True)
         for number, own, weight, share in parts:
-            if len(own):
+            # Gradients are handed over batch by batch: an expert without tokens in one has to be among them.
+            if len(own) or hidden_states.requires_grad:
                 routed = Routed(own, weight.detach(), share.detach())
                 output = self[number](hidden_states.index_select(0, own), routed) * weight[:, None]
                 result = result.index_add(0, own, output.to(result.dtype))
@@ -178,7 +179,7 @@ def canonical(experts: nn.Module, layout: Layout) -> Experts:
     if not getattr(experts, "has_gate", True) or found != layout:
         raise UnsupportedModelError(
             f"{type(experts).__name__} holds its experts in another way than the family's entry says.",
-            "Correct transposed and interleaved in the entry; experts without gates are not supported.",
+            "Correct layout in the entry; experts without gates are not supported.",
         )
     gate_up, down = cast(nn.Parameter, experts.gate_up_proj), cast(nn.Parameter, experts.down_proj)
     combine = _combine(experts, layout)
