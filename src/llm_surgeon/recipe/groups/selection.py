@@ -77,8 +77,8 @@ class SelectionOptions(Options):
     )
     uniform: bool = Field(
         False,
-        description="For neurons, heads or blocks: the same widths in every block, so that plain transformers classes "
-        "load the export; blocks then go whole.",
+        description="For neurons, heads, experts (their default) or blocks: the same widths in every block, so that "
+        "plain transformers classes load the export; blocks then go whole.",
     )
     round_to: RoundTo | None = Field(
         None,
