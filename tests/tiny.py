@@ -172,18 +172,32 @@ def mixtral(**changes):
     return of_class("Mixtral", **{"num_local_experts": 4, "num_experts_per_tok": 2, **changes})
 
 
+# A block of each kind. Each key head of the delta net serves two value heads, of another width.
+_DELTA_NETS = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+}
+_SHARED = {
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "shared_expert_intermediate_size": 24,
+}
+
+
 def qwen3_5():
-    # A block of each kind. Each key head of the delta net serves two value heads, of another width.
-    return of_class(
-        "Qwen3_5",
-        kind="Text",
-        layer_types=["linear_attention", "full_attention"],
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=6,
-        linear_value_head_dim=8,
-    )
+    return of_class("Qwen3_5", kind="Text", **_DELTA_NETS)
+
+
+def qwen3_5_moe(**changes):
+    return of_class("Qwen3_5Moe", kind="Text", **_DELTA_NETS, **{**_SHARED, **changes})
+
+
+def qwen3_next(**changes):
+    # One block is dense.
+    return of_class("Qwen3Next", **_DELTA_NETS, **{**_SHARED, "mlp_only_layers": [1], **changes})
 
 
 def tower(build, **text):
@@ -285,6 +299,8 @@ MIXTURES = {
     "glm4-moe": glm4_moe,
     "deepseek-v3": deepseek_v3,
     "gpt-oss": gpt_oss,
+    "qwen3-next": qwen3_next,
+    "qwen3-5-moe": qwen3_5_moe,
 }
 
 

@@ -23,11 +23,17 @@ from llm_surgeon.models.families.mixtures import DEEPSEEK_V3, GLM4_MOE, GPT_OSS,
 from llm_surgeon.models.families.olmo import OLMO2, OLMO3
 from llm_surgeon.models.families.opt import OPT
 from llm_surgeon.models.families.phi3 import PHI3
-from llm_surgeon.models.families.qwen import QWEN2, QWEN3, QWEN3_5
+from llm_surgeon.models.families.qwen import QWEN2, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from llm_surgeon.models.families.seed_oss import SEED_OSS
 from llm_surgeon.models.families.smollm3 import SMOLLM3
 from llm_surgeon.models.families.starcoder2 import STARCODER2
-from llm_surgeon.models.families.towers import GEMMA3_TOWER, MISTRAL3_TOWER, QWEN3_VL_TOWER
+from llm_surgeon.models.families.towers import (
+    GEMMA3_TOWER,
+    MISTRAL3_TOWER,
+    QWEN3_5_MOE_TOWER,
+    QWEN3_5_TOWER,
+    QWEN3_VL_TOWER,
+)
 from llm_surgeon.models.family import Family
 from llm_surgeon.models.modeling_text import export_type
 
@@ -35,7 +41,8 @@ _ENTRIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX),
     *(SMOLLM3, SEED_OSS, MINISTRAL3, HUNYUAN_V1_DENSE, EXAONE4, STARCODER2, GRANITE, OLMO2, OLMO3, GLM4),
     *(ERNIE4_5, COHERE2, HELIUM, QWEN3_5, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, GPT_OSS),
-    *(GEMMA3_TOWER, MISTRAL3_TOWER, QWEN3_VL_TOWER),
+    *(QWEN3_NEXT, QWEN3_5_MOE),
+    *(GEMMA3_TOWER, MISTRAL3_TOWER, QWEN3_VL_TOWER, QWEN3_5_TOWER, QWEN3_5_MOE_TOWER),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}
 

@@ -56,6 +56,40 @@ def routed_tokens(module: nn.Module) -> Tensor | None:
     return None if found is None else found.tokens
 
 
+class _Factor:
+    """Forward hook of a part that all tokens go to, whose output is multiplied by a factor for each token.
+
+    Args:
+        layer: Layer with one output, whose sigmoid is the factor.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, part: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Tell the layers of the part their tokens, which are all, and the factors."""
+        x = arguments[0].detach().flatten(0, -2)
+        with torch.no_grad():
+            weights = self._layer(x).sigmoid().flatten()
+        _tell(part, Routed(torch.arange(len(x), device=x.device), weights, torch.ones_like(weights)))
+
+
+def tell_factor(part: nn.Module, layer: nn.Module) -> None:
+    """Let the layers of a part know by what the part's output is multiplied, as those of an expert do.
+
+    Args:
+        part: Module that is called with the hidden states.
+        layer: Layer with one output that reads them, whose sigmoid is the factor.
+    """
+    if not any(isinstance(hook, _Factor) for hook in part._forward_pre_hooks.values()):
+        part.register_forward_pre_hook(_Factor(layer))
+
+
+def _tell(part: nn.Module, routed: Routed) -> None:
+    for module in part.modules():
+        vars(module)[_ROUTED] = routed
+
+
 class Expert(nn.Module):
     """One expert: ``down_proj(combine(gate_proj(x), up_proj(x)))``.
 
@@ -80,9 +114,7 @@ class Expert(nn.Module):
             x: Their hidden states, ``[n, width]``.
             routed: The tokens, by which hooks know them.
         """
-        for layer in (self.gate_proj, self.up_proj, self.down_proj):
-            for module in layer.modules():
-                vars(module)[_ROUTED] = routed
+        _tell(self, routed)
         return cast(Tensor, self.down_proj(self._combine(self.gate_proj(x), self.up_proj(x))))
 
 

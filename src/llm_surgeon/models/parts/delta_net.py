@@ -34,12 +34,14 @@ class DeltaNet(PartEntry):
     has a filter of its own for each channel. The output of each head is normalised and multiplied by the activation of
     its gate. The numbers of heads, and the width of keys, are read from the configuration.
 
+    Two projections with the same name are one matrix: for each key head it has the rows of both, one after the other.
+
     Attributes:
         module: The module, which is called with the hidden states and returns a tensor.
         query_key_value: The projection of queries, keys and values.
-        gate: The projection of the gates of outputs.
+        gate: The projection of the gates of outputs; it may be that of queries, keys and values.
         strength: The projection of a number for each head: how strongly a token is written into the state.
-        decay: The projection of a number for each head: how much of the state is forgotten.
+        decay: The projection of a number for each head: how much of the state is forgotten; it may be that of strengths.
         output: The output projection.
         convolution: The convolution, with a filter for each row of queries, keys and values.
         norm: The norm of heads.
@@ -68,7 +70,7 @@ class DeltaNet(PartEntry):
     @property
     def readers(self) -> tuple[str, ...]:
         """The projections of queries, keys and values, of gates, and of the two numbers for each head."""
-        return self.query_key_value, self.gate, self.strength, self.decay
+        return tuple(dict.fromkeys((self.query_key_value, self.gate, self.strength, self.decay)))
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -104,19 +106,29 @@ class DeltaNet(PartEntry):
             return None
         groups, heads = config.linear_num_key_heads, config.linear_num_value_heads
         columns = channels_in(block, self.output)
-        keys = torch.arange(groups * config.linear_key_head_dim).view(groups, -1)
-        values = torch.arange(columns).view(groups, heads // groups, -1)
-        numbers = torch.arange(heads).view(groups, -1)
+        shared, size, width = heads // groups, config.linear_key_head_dim, columns // heads
+        values = torch.arange(columns).view(groups, shared, width)
+        numbers = torch.arange(heads).view(groups, shared)
+        if self.gate == self.query_key_value:
+            per_group = torch.arange(2 * (groups * size + columns)).view(groups, -1)
+            query, key, value, gate = per_group.split((size, size, shared * width, shared * width), dim=1)
+            value, gate = value.reshape(values.shape), gate.reshape(values.shape)
+        else:
+            query = torch.arange(groups * size).view(groups, size)
+            key, value, gate = query + query.numel(), values + 2 * query.numel(), values
+        strength = decay = numbers
+        if self.decay == self.strength:
+            strength, decay = torch.arange(2 * heads).view(groups, -1).chunk(2, dim=1)
         return DeltaNetPart(
             entry=self,
             block=number,
             prefix=prefix,
-            query=Rows(prefix + self.query_key_value, keys),
-            key=Rows(prefix + self.query_key_value, keys + keys.numel()),
-            value=Rows(prefix + self.query_key_value, values + 2 * keys.numel()),
-            gate=Rows(prefix + self.gate, values),
-            strength=Rows(prefix + self.strength, numbers),
-            decay=Rows(prefix + self.decay, numbers),
+            query=Rows(prefix + self.query_key_value, query),
+            key=Rows(prefix + self.query_key_value, key),
+            value=Rows(prefix + self.query_key_value, value),
+            gate=Rows(prefix + self.gate, gate),
+            strength=Rows(prefix + self.strength, strength),
+            decay=Rows(prefix + self.decay, decay),
             output=Rows(prefix + self.output, values),
         )
 
@@ -229,15 +241,14 @@ class DeltaNetPart(Part):
 
     def narrowed(self, keep: Mapping[str, KeepMask]) -> Iterator[tuple[str, Tensor]]:
         """The filters of the convolution, and the numbers of heads."""
-        if bool(self.present_heads(keep).any()):
-            layer = self.query.layer
-            rows = [(rows, present) for rows, _axis, present in self.present(keep) if rows.layer == layer]
-            channels = torch.zeros(sum(rows.index.numel() for rows, _ in rows), dtype=torch.bool)
-            for one, present in rows:
-                channels[one.index] = present
+        heads = self.present_heads(keep)
+        if bool(heads.any()):
+            # Filters come in this order, however the rows of the matrix are arranged.
+            keys = heads.any(1)[:, None].expand_as(self.query.index).flatten()
+            channels = torch.cat([keys, keys, heads[:, :, None].expand_as(self.value.index).flatten()])
             yield f"{self.prefix}{self.entry.convolution}.weight", channels
             for name in self.entry.of_heads:
-                yield f"{self.module}.{name}", self.present_heads(keep).flatten()
+                yield f"{self.module}.{name}", heads.flatten()
 
     def counts(self, keep: Mapping[str, KeepMask]) -> dict[str, dict[str, int]]:
         """Attributes of the delta net that count heads, if it has fewer heads; no attributes if it is emptied."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.mathematics.keep_masks import Axis, Coupling, KeepMask
+from llm_surgeon.models.experts import tell_factor
 from llm_surgeon.models.parts.part import (
     ChannelOrder,
     Part,
@@ -35,6 +36,8 @@ class FeedForward(PartEntry):
             fixed activation that does.
         width: Entry of the configuration with the number of neurons.
         optional: Whether a model may have no such part at all.
+        factor: Layer with one output that reads the stream; its sigmoid multiplies the part's output for each token.
+            None where nothing does. The part is then a module of its own, which is called with the hidden states.
     """
 
     structures: ClassVar[tuple[str, ...]] = ("neurons",)
@@ -44,6 +47,7 @@ class FeedForward(PartEntry):
     activation: str | None
     width: str = "intermediate_size"
     optional: bool = False
+    factor: str | None = None
 
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -59,6 +63,22 @@ class FeedForward(PartEntry):
     def writers(self) -> tuple[str, ...]:
         """The output layer."""
         return (self.output,)
+
+    @property
+    def also_read(self) -> tuple[str, ...]:
+        """The layer of the factor."""
+        return () if self.factor is None else (f"{self.factor}.weight",)
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The layer of the factor."""
+        return () if self.factor is None else (self.factor,)
+
+    def straighten(self, block: nn.Module) -> None:
+        """Let the layers know by what their outputs are multiplied."""
+        if self.factor is not None and has_module(block, self.output):
+            part = block.get_submodule(self.output.rpartition(".")[0])
+            tell_factor(part, block.get_submodule(self.factor))
 
     def check(self, config: Any, model_type: str) -> None:
         """Check that a dead neuron has no output.
