@@ -197,18 +197,29 @@ def qwen3_5_moe(**changes):
 
 def qwen3_next(**changes):
     # One block is dense.
-    return of_class("Qwen3Next", **_DELTA_NETS, **{**_SHARED, "mlp_only_layers": [1], **changes})
+    return of_class("Qwen3Next", **_DELTA_NETS, **{**_SHARED, "num_experts": 12, "mlp_only_layers": [1], **changes})
 
 
-def tower(build, **text):
-    """A model for text and images whose text tower is of Llama's layout."""
+def tower(build, *, name=None, **text):
+    """A model for text and images whose text tower is of Llama's layout; one builder makes models of several names."""
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    return _with_norms(_with_biases(build({**_LLAMA_LIKE, **ids, **text})))
+    names = {} if name is None else {"name": name}
+    return _with_norms(_with_biases(build({**_LLAMA_LIKE, **ids, **text}, **names)))
 
 
 def qwen3_vl():
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     return tower(tiny_towers.qwen3_vl, rope_parameters=rope)
+
+
+def qwen3_5_tower(**text):
+    settings = {**_DELTA_NETS, "tie_word_embeddings": False, **text}
+    rope = {**settings.pop("rope_parameters"), "mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    return tower(tiny_towers.qwen3_5, rope_parameters=rope, **settings)
+
+
+def qwen3_5_moe_tower():
+    return qwen3_5_tower(name="Qwen3_5Moe", **_SHARED)
 
 
 # Language models by themselves.
@@ -248,6 +259,7 @@ TOWERS = {
     "mistral3-tower": lambda: tower(tiny_towers.mistral3, model_type="mistral", sliding_window=None),
     "mistral3-ministral3-tower": lambda: tower(tiny_towers.mistral3, model_type="ministral3"),
     "qwen3-vl-tower": qwen3_vl,
+    "qwen3-5-tower": qwen3_5_tower,
 }
 BUILDERS = {**ALONE, **TOWERS}
 
@@ -302,6 +314,7 @@ MIXTURES = {
     "qwen3-next": qwen3_next,
     "qwen3-5-moe": qwen3_5_moe,
 }
+MIXTURE_TOWERS = {"qwen3-5-moe-tower": qwen3_5_moe_tower}
 
 
 def _with_norms(model):
@@ -323,7 +336,7 @@ def _with_biases(model):
 
 def build(family):
     torch.manual_seed(0)
-    return (BUILDERS | MIXTURES)[family]().eval()
+    return (BUILDERS | MIXTURES | MIXTURE_TOWERS)[family]().eval()
 
 
 def tokens(samples=8, length=16, seed=0):

@@ -36,6 +36,15 @@ def qwen3_vl(text):
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
+def qwen3_5(text, name="Qwen3_5"):
+    """Qwen 3.5 with its image tower, around a text configuration, which may be one with experts."""
+    vision = {**_VISION, "depth": 2, "num_heads": 2, "out_hidden_size": text["hidden_size"]}
+    vision["num_position_embeddings"] = 16
+    ids = {"image_token_id": IMAGE, "video_token_id": 59, "vision_start_token_id": 61, "vision_end_token_id": 62}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **ids)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
 def image_inputs(model):
     """Arguments of a call with a text around one image."""
     pixels = torch.randn(1, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))

@@ -34,10 +34,10 @@ from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.refit.gates import gates_of, moments
 from llm_surgeon.session.session import Session
 from llm_surgeon.testing import check_family
-from tiny import MIXTURES, build, tokenizer, tokens
+from tiny import MIXTURES, build, byte_tokenizer, tokenizer, tokens
 
 # A block of these is dense, or has experts that stay.
-SMALLER = ("qwen3-moe", "glm4-moe", "deepseek-v3")
+SMALLER = ("qwen3-moe", "glm4-moe", "deepseek-v3", "qwen3-5-moe")
 mixtures = pytest.mark.parametrize("family", MIXTURES)
 HOW = Estimation(batch_size=3, precision="float32")
 TEXT = CalibrationTokens(tokens(24, 16), None, {})
@@ -112,7 +112,7 @@ def test_one_labelled_token_gives_the_exact_fisher(family):
         a, g = curvature.input_factor(layer, keep[name]), curvature.gradient_factor(layer)
         wanted = exact[name].flatten(1)
         wanted = wanted.T @ wanted
-        idle += not wanted.any()
+        idle += ".experts." in name and not wanted.any()
         torch.testing.assert_close(torch.kron(g, a), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-12)
     unused = sum(part.experts - 2 for part in mixtures_of(anatomy))
     assert idle == 3 * unused, "two experts of each block are chosen"
@@ -271,10 +271,10 @@ def test_uneven_experts_and_emptied_attentions_are_loaded_by_a_stranger(family, 
                 axis = keep[layer].columns if layer.endswith("down_proj") else keep[layer].rows
                 axis[:] = False
         if name == "emptied":
+            first = min(layer.block for layer in anatomy.layers.values() if "self_attn" in layer.name)
             for layer in anatomy.layers.values():
-                if "self_attn" in layer.name and layer.block == 0:
+                if "self_attn" in layer.name and layer.block == first:
                     (keep[layer.name].columns if "o_proj" in layer.name else keep[layer.name].rows)[:] = False
-
         shrink(model, anatomy, keep)
         expected[name] = logits(model)
         form = save_model(model, tokenizer(), anatomy, keep, tmp_path / name)
@@ -323,25 +323,31 @@ def test_experts_are_uniform_unless_a_recipe_says_otherwise():
     assert not recipe("neurons").uniform
 
 
+def stored(family, directory):
+    """A checkpoint ``dense`` in a directory, and the file of a text beside it."""
+    build(family).save_pretrained(directory / "dense")
+    # Letter by letter, as some families' classes of tokenizers take the merges of a file and not its way of splitting.
+    byte_tokenizer().save_pretrained(directory / "dense")
+    text = directory / "text.txt"
+    text.write_text("".join(chr(97 + int(x) % 26) for x in tokens(50, 16, seed=3).flatten()))
+    return text
+
+
 @mixtures
 def test_a_run_goes_from_a_checkpoint_to_an_export(family, tmp_path):
     """With resident weights and with streamed ones."""
-    model = build(family)
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer().save_pretrained(tmp_path / "dense")
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{int(x)}" for x in tokens(40, 16, seed=3).flatten()))
+    text = stored(family, tmp_path)
     files = {"calibration": str(text), "evaluation": str(text), "eval_window": 16, "eval_tokens": 160}
     given = {"dtype": "float32", "sparsity": 0.15 if family in SMALLER else 0.25}
     config = recipe("experts", **{**files, **given})
     report = prune_checkpoint(str(tmp_path / "dense"), tmp_path / "one", config)
     assert report.shots
-    stored = load_file(tmp_path / "one" / "model.safetensors")
+    whole = load_file(tmp_path / "one" / "model.safetensors")
     prune_checkpoint(str(tmp_path / "dense"), tmp_path / "two", config.model_copy(update={"weights": "streamed"}))
     again = load_file(tmp_path / "two" / "model.safetensors")
-    assert stored.keys() == again.keys()
+    assert whole.keys() == again.keys()
     dense = load_file(tmp_path / "dense" / "model.safetensors")
-    assert sum(x.numel() for x in stored.values()) < sum(x.numel() for x in dense.values())
+    assert sum(x.numel() for x in whole.values()) < sum(x.numel() for x in dense.values())
 
 
 def test_the_form_knows_equal_counts_of_experts():
@@ -376,9 +382,7 @@ def test_layerwise_methods_reach_into_experts(family, method, tmp_path):
 
 @mixtures
 def test_a_plan_names_the_class_and_counts_all_experts(family, tmp_path):
-    model = build(family)
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer().save_pretrained(tmp_path / "dense")
+    stored(family, tmp_path)
     found = plan(str(tmp_path / "dense"), recipe("experts", 0.15 if family in SMALLER else 0.25, dtype="float32"))
     _, anatomy = examined(family)
     assert found.dense_size.prunable == anatomy.prunable_weights
@@ -403,10 +407,7 @@ def test_effects_of_gates_belong_to_their_tokens_where_experts_are_idle_in_a_bat
 @mixtures
 def test_an_ended_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch):
     """After the first of two shots the routers know fewer experts, which the continued run has to find again."""
-    build(family).save_pretrained(tmp_path / "dense")
-    tokenizer().save_pretrained(tmp_path / "dense")
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{int(x)}" for x in tokens(40, 16, seed=3).flatten()))
+    text = stored(family, tmp_path)
     # One expert of each group goes in each shot.
     _, anatomy = examined(family)
     layers = [trios(part)[n] for part in mixtures_of(anatomy) for n in range(2 * part.groups)]
