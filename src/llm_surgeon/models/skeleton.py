@@ -18,6 +18,7 @@ from llm_surgeon.models.classes import auto_model, check_class
 from llm_surgeon.models.loading import check_checkpoint, load_config, load_model, model_type_of
 from llm_surgeon.models.settings import dtype_of, not_loaded, stored_dtype
 from llm_surgeon.models.streaming import stream
+from llm_surgeon.models.trust import has_weights
 from llm_surgeon.recipe.config import PruneConfig
 
 # How to get 16 bits of checkpoints whose makers publish fewer.
@@ -67,7 +68,7 @@ class Skeleton:
         return files or self.parameters * self.stored.itemsize
 
 
-def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
+def skeleton_of(source: str, config: PruneConfig, *, weights: bool = True) -> Skeleton:
     """Build the skeleton of a model from its configuration, and check that the model is supported.
 
     In a local directory, the headers of the weight files are compared with the configuration.
@@ -75,6 +76,7 @@ def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
     Args:
         source: A local directory or a hub id.
         config: The recipe.
+        weights: Whether weights will be read, so that a local directory has to hold them.
 
     Raises:
         ModelError: If there is no configuration, the weights are not in safetensors, or not those of the model.
@@ -85,7 +87,7 @@ def skeleton_of(source: str, config: PruneConfig) -> Skeleton:
     settings = load_config(source, config.trust_remote_code)
     if getattr(settings, "quantization_config", None) is not None:
         raise _quantised(source, settings.quantization_config)
-    if Path(source).is_dir():
+    if Path(source).is_dir() and (weights or has_weights(Path(source))):
         check_checkpoint(source, config.trust_remote_code)
     network = _empty(source, settings, config.trust_remote_code)
     check_class(network, family.model_class)

@@ -79,6 +79,12 @@ def check_name(model: str) -> None:
         )
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weights, or parts of them, in whatever format."""
+    patterns = ("*.safetensors*", *_PICKLES, "adapter_config.json")
+    return any(True for pattern in patterns for _ in directory.glob(pattern))
+
+
 def check_format(directory: Path) -> None:
     """Make sure that the weights of a local checkpoint are read from safetensors alone.
 

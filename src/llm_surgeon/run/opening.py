@@ -146,20 +146,23 @@ class OpenedTexts:
         return Job(with_dense(session), self.tokenizer, self.texts, opening.model, command, plan, files)
 
 
-def open_checkpoint(model: str, config: PruneConfig, processes: Processes = ALONE) -> Opening:
+def open_checkpoint(
+    model: str, config: PruneConfig, processes: Processes = ALONE, *, weights: bool = True
+) -> Opening:
     """Read the configuration of a checkpoint, and check that the recipe fits it.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
         config: The recipe.
         processes: The processes that share the run.
+        weights: Whether weights will be read, so that a local directory has to hold them.
 
     Raises:
         SurgeonError: If something is missing, not supported, or does not fit.
     """
     check_recipe(config, processes)
     _announce(processes, f"reading the configuration of {model}")
-    skeleton = skeleton_of(resolve_source(model), config)
+    skeleton = skeleton_of(resolve_source(model), config, weights=weights)
     check_recipe_fits(config, skeleton.network.config)
     if config.permute:
         check_residual(skeleton.network, skeleton.anatomy.family)

@@ -213,7 +213,7 @@ def plan(
     """Plan the pruning of a checkpoint without loading its weights: its sizes, its memory and its time.
 
     Args:
-        model: A local directory, a hub id, or ``demo``.
+        model: A local directory, a hub id, or ``demo``. Of a directory, configuration and tokenizer are enough.
         config: The recipe, or a mapping of its options.
         probe: Whether to load the model after all, and to time and measure one batch; for one process only.
         processes: Number of processes of this machine that are to share the run.
@@ -233,7 +233,7 @@ def plan(
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
     # These processes do not exist: only their number counts.
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)
-    device, opening = resolve_device(config.device), open_checkpoint(model, config)
+    device, opening = resolve_device(config.device), open_checkpoint(model, config, weights=probe)
     if opening.config.target is not None:
         raise ConfigError(
             "What a latency comes to is only known once the model has been timed.",
