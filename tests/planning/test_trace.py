@@ -39,11 +39,15 @@ def traced(model, **options):
     return trace(weightless, anatomy, config, CPU, order), config, anatomy
 
 
+def beside_weights(model):
+    return CountingRealTensors([*model.parameters(), *model.buffers()])
+
+
 def measured(model, anatomy, config, batch=2):
     """Bytes beside weights and factors at the peak of a real batch."""
     how = Estimation(config.sequences_per_pass, config.precision, config.resolved_curvature)
     ids = tokens(batch, config.seq_len)
-    with CountingRealTensors() as live:
+    with beside_weights(model) as live:
         factors = estimate(Session(model, anatomy, CalibrationTokens(ids, None, {})), anatomy.dense_masks(), how)
         return live.peak - factors.nbytes, factors.nbytes
 
@@ -65,7 +69,7 @@ def test_a_pass_for_gates_is_as_large_as_a_real_one(family, order):
     traces, config, anatomy = traced(model, gate_steps=1, order=order)
     how = Estimation(config.sequences_per_pass, config.precision, order=order)
     batch, gates = CalibrationTokens(tokens(2, config.seq_len), None, {}), gates_of(anatomy)
-    with CountingRealTensors() as live:
+    with beside_weights(model) as live:
         moments(Task(Session(model, anatomy, batch, store=_Nowhere(CPU)), {}, how), gates)
     assert traces.stages["gates"] == pytest.approx(live.peak, rel=0.03)
 
@@ -92,7 +96,7 @@ def test_an_evaluation_window_is_as_large_as_a_real_one():
     model = build("llama")
     traces, config, _ = traced(model)
     text = EvaluationText(tokens(1, 32)[0], "text", 32, 32, config.precision)
-    with CountingRealTensors() as live:
+    with beside_weights(model) as live:
         perplexity(model, text)
     assert traces.evaluation == pytest.approx(live.peak, rel=0.03)
 
@@ -109,6 +113,18 @@ def test_what_is_not_done_takes_nothing():
     traces, config, anatomy = traced(build("llama"), method="magnitude", evaluation="none")
     assert (traces.curvature, traces.evaluation, traces.stages) == (0, 0, {})
     assert factor_bytes(build("llama"), anatomy, config) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_do_not_count_where_an_operation_hands_out_views_of_them(dtype):
+    """A linear layer works on a view of its weight; a plan that counted it would grow with the depth of the model."""
+    model = build("llama").to(dtype)
+    longer = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 4})).to(dtype)
+    one, other = (traced(x, precision=str(dtype)[6:], method="wanda")[0] for x in (model, longer))
+    assert one.evaluation == other.evaluation
+    states = 2 * 16 * 24 * dtype.itemsize
+    assert states <= one.waiting < 2 * states + 2 * 2 * 16 * 8 * 4
+    assert one.waiting == other.waiting
 
 
 def test_live_bytes_forget_what_is_gone():
@@ -136,6 +152,6 @@ def test_layer_by_layer_a_pass_is_as_large_as_a_real_one():
     store = _Nowhere(torch.device("cpu"))
     how = replace(estimation_of(config), order="layer-major")
     batch = CalibrationTokens(tokens(2, 16), None, {})
-    with CountingRealTensors() as live:
+    with beside_weights(model) as live:
         estimate(Session(model, anatomy, batch, store=store), anatomy.dense_masks(), how)
     assert traces.curvature == pytest.approx(live.peak, rel=0.03)

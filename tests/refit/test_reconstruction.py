@@ -28,7 +28,10 @@ from tiny import BUILDERS, build, tokenizer, tokens
 NORMALISED = ("gemma2", "gemma3", "gemma3-tower", "opt-post-norm", "exaone4", "olmo2", "olmo3", "glm4")
 families = pytest.mark.parametrize("family", sorted(BUILDERS.keys() - set(NORMALISED)))
 # Families whose norms add 1 to their weights.
-WITH_ONE = ("qwen3-5",)
+WITH_ONE = (
+    "qwen3-5",
+    "qwen3-5-tower",
+)
 TEXT = CalibrationTokens(tokens(8, 16), None, {})
 HOW = Reconstruction(ridge=1e-3, batch_size=3, precision="float32")
 

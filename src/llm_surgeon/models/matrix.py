@@ -71,9 +71,10 @@ def write_matrix(model: nn.Module, layer: LinearLayer, keep: KeepMask, extent: K
             if index is not None:
                 index.copy_(to_index(kept[there]))
     core = core_of(model, layer)
-    core.weight.copy_(matrix[:, : core.in_features])
+    weights = weights_of(model)
+    weights.write(core.weight, matrix[:, : core.in_features])
     if layer.bias:
-        core.bias.copy_(matrix[:, -1])
+        weights.write(core.bias, matrix[:, -1])
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.family import Family
 from llm_surgeon.models.parts import ChannelOrder, PartEntry
+from llm_surgeon.models.streaming import weights_of
 
 
 @torch.no_grad()
@@ -50,10 +51,10 @@ def fold_order(model: PreTrainedModel, order: ChannelOrder, permutation: Tensor)
         _check(one, order.channels, order.name)
     for layer, rows in writers:
         moved = _moved(layer.out_features, rows.index, permutation)
-        _reorder(layer.weight, 0, moved)
+        _reorder(model, layer.weight, 0, moved)
         if layer.bias is not None:
-            _reorder(layer.bias, 0, moved)
-    _reorder(reader.weight, 1, _moved(reader.in_features, order.reader.index, permutation[:, None]))
+            _reorder(model, layer.bias, 0, moved)
+    _reorder(model, reader.weight, 1, _moved(reader.in_features, order.reader.index, permutation[:, None]))
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def fold_residual(model: PreTrainedModel, family: Family, permutation: Tensor) -
     done: set[int] = set()
     for name, axis in along.items():
         if id(parameters[name]) not in done:
-            _reorder(parameters[name], axis, permutation)
+            _reorder(model, parameters[name], axis, permutation)
             done.add(id(parameters[name]))
 
 
@@ -206,9 +207,9 @@ def _moved(size: int, index: Tensor, permutation: Tensor) -> Tensor:
     return order
 
 
-def _reorder(parameter: Tensor, axis: int, permutation: Tensor) -> None:
-    # Written into the same tensor, so that tied parameters stay tied.
-    parameter.copy_(parameter.index_select(axis, permutation.to(parameter.device)))
+def _reorder(model: PreTrainedModel, parameter: Tensor, axis: int, permutation: Tensor) -> None:
+    # Written into the same parameter, so that tied ones stay tied.
+    weights_of(model).write(parameter, parameter.data.index_select(axis, permutation.to(parameter.device)))
 
 
 def _check(permutation: Tensor, size: int, what: str) -> None:

@@ -52,6 +52,16 @@ class Skeleton:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        width: int = self.network.config.get_text_config().hidden_size
+        return width
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of the hidden states of some tokens between blocks; under autocast too they have the weights' type."""
+        return tokens * self.hidden_size * self.dtype.itemsize
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the loaded weights."""
         return self.parameters * self.dtype.itemsize

@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +59,27 @@ class Weights:
     def forget(self) -> None:
         """Drop the pages of weights that were read in passing; they are read again when they are needed."""
 
+    def write(self, parameter: Tensor, values: Tensor) -> None:
+        """Write values of the same shape into a parameter that is not ``present``; copies of the model do not change.
+
+        Raises:
+            DiskSpaceError: If the disk is full.
+        """
+        parameter.data.copy_(values)
+
+    def kept(self, parameter: Tensor) -> Tensor:
+        """The values of a parameter, which stay as they are when it is written to."""
+        return parameter.data.clone()
+
+    def copy(self, model: PreTrainedModel, shared: Mapping[int, Tensor]) -> PreTrainedModel:
+        """Copy of a model with weights of its own.
+
+        Args:
+            model: The model.
+            shared: Parameters that are never written to, by their ``id``; the copy may have the same.
+        """
+        return deepcopy(model, dict(shared))
+
 
 class StreamedWeights(Weights):
     """Streamed weights, which come to the device for their block and go again.
@@ -68,6 +90,7 @@ class StreamedWeights(Weights):
         device: Device on which the model is to run.
         dtype: Type that its weights are to have.
         scratch: Directory of the files; the system's temporary one if None.
+        arrived: Whether the weights outside the blocks are on the device already, as those of a copy.
 
     Raises:
         DiskSpaceError: If the weights do not fit on the disk.
@@ -80,9 +103,11 @@ class StreamedWeights(Weights):
         device: torch.device,
         dtype: torch.dtype,
         scratch: Path | None = None,
+        *,
+        arrived: bool = False,
     ) -> None:
         self.blocks = blocks
-        self._device, self._scratch = device, scratch
+        self._device, self._dtype, self._scratch = device, dtype, scratch
         self._modules = cast(nn.ModuleList, model.get_submodule(blocks))
         # The model itself is not kept: that would keep it alive for ever, see ``stream``.
         self._present: set[nn.Module] = set()
@@ -97,7 +122,7 @@ class StreamedWeights(Weights):
             inside |= {id(tensor) for tensor in _tensors(block)}
         parameters = {id(parameter) for parameter in model.parameters()}
         for tensor in _tensors(model):
-            if id(tensor) not in inside:
+            if id(tensor) not in inside and not arrived:
                 kind = dtype if id(tensor) in parameters else tensor.dtype
                 # A copy in any case: the checkpoint's file stays mapped as long as any tensor lies in it.
                 tensor.data = tensor.data.to(device, kind, copy=True)
@@ -140,6 +165,33 @@ class StreamedWeights(Weights):
         """Drop the pages of all blocks; see ``Weights.forget``."""
         for tensor in _tensors(self._modules):
             forget_pages(tensor)
+
+    def write(self, parameter: Tensor, values: Tensor) -> None:
+        """Write values into a new file, as others may read the old one, or take over the file that they are in."""
+        if not _is_mapped(parameter):
+            super().write(parameter, values)
+            return
+        taken = _is_mapped(values) and values.dtype == parameter.dtype
+        parameter.data = values if taken else self._mapped(values.to(parameter.dtype))
+        self._coming.clear()
+
+    def kept(self, parameter: Tensor) -> Tensor:
+        """The values of a parameter: in their file, to which nothing is written any more."""
+        return parameter.data if _is_mapped(parameter) else super().kept(parameter)
+
+    def copy(self, model: PreTrainedModel, shared: Mapping[int, Tensor]) -> PreTrainedModel:
+        """Copy of a model whose weights lie in the same files, until one of the two is written to."""
+        same = dict(shared)
+        for tensor in _tensors(self._modules):
+            values = tensor.data
+            same[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+        copied = deepcopy(model, same)
+        assert self.blocks is not None
+        for block in cast(nn.ModuleList, copied.get_submodule(self.blocks)):
+            # It would bring the weights of the original.
+            del vars(block)["forward"]
+        _STREAMED[copied] = StreamedWeights(copied, self.blocks, self._device, self._dtype, self._scratch, arrived=True)
+        return copied
 
     @property
     def _moves(self) -> bool:

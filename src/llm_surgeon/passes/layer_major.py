@@ -80,7 +80,7 @@ class LayerMajorPass:
             self._waiting.append(_Waiting(batch, labelled, sequence, sample_of(labelled, sequence, how)))
             sequence += len(batch.input_ids)
         self._device = next(model.parameters()).device
-        self._progress = _Share(advance)
+        self._progress = Repeated(advance)
 
     def run(self, hooks: Hooks, *, backward: bool, finished: Callable[[int], None]) -> PassResult:
         """Run every batch through the model; hooks see inputs and, if ``backward``, gradients.
@@ -171,11 +171,16 @@ class LayerMajorPass:
         return self._sweep.store.put(below)
 
 
-class _Share:
-    """Progress of tokens that are seen ``parts`` times, reported as if they were seen once."""
+class Repeated:
+    """Progress of tokens that are seen ``parts`` times, reported as if they were seen once.
 
-    def __init__(self, advance: Advance) -> None:
-        self.parts = 1
+    Args:
+        advance: Function that is called with numbers of tokens.
+        parts: Number of times that all tokens are seen.
+    """
+
+    def __init__(self, advance: Advance, parts: int = 1) -> None:
+        self.parts = parts
         self._advance, self._seen, self._told = advance, 0, 0
 
     def advance(self, tokens: int) -> None:

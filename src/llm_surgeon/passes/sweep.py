@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.tokens import CalibrationTokens
@@ -158,6 +159,7 @@ class Sweep:
             yield
 
     def _record(self, tokens: CalibrationTokens, batch_size: int) -> Iterator[Batch]:
+        former: list[_Call] = []
         for input_ids, attention_mask in tokens.batches(batch_size):
             real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             ids = input_ids.to(self._device)
@@ -165,7 +167,28 @@ class Sweep:
             with self._stand_in.installed(), arithmetic(self._device, self._precision):
                 last_states(self._model, ids, mask)
             positions = real.flatten().nonzero().flatten().to(self._device)
-            yield Batch(ids, mask, self.store.put(self._stand_in.entered), positions, self._stand_in.calls)
+            calls = self._stand_in.calls
+            if len(former) == len(calls):
+                calls = [_shared(call, before) for call, before in zip(calls, former, strict=True)]
+            former = calls
+            yield Batch(ids, mask, self.store.put(self._stand_in.entered), positions, calls)
+
+
+def _shared(call: _Call, former: _Call) -> _Call:
+    """The call of a block with what is equal in the call of another batch, which is then held once for all batches."""
+    arguments, former_arguments = (tree_flatten((one.arguments, one.named)) for one in (call, former))
+    if arguments[1] != former_arguments[1]:
+        return call
+    leaves = [_same(*pair) for pair in zip(arguments[0], former_arguments[0], strict=True)]
+    return _Call(*tree_unflatten(leaves, arguments[1]))
+
+
+def _same(value: Any, former: Any) -> Any:
+    if not (isinstance(value, Tensor) and isinstance(former, Tensor)) or value is former:
+        return value
+    # In a plan tensors have no numbers, and those of one shape count as equal.
+    alike = value.shape == former.shape and value.dtype == former.dtype and value.device == former.device
+    return former if alike and torch.equal(value, former) else value
 
 
 class _StandIn:

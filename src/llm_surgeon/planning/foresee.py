@@ -12,7 +12,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.formats import loaders, possible
 from llm_surgeon.export.quantising import foreseen_fit
 from llm_surgeon.models.skeleton import Skeleton
-from llm_surgeon.planning.memory import DENSE_COPY, PhaseMemory, host_available, weights_streamed
+from llm_surgeon.planning.memory import DENSE_COPY, PhaseMemory, host_available, weights_on_disk
 from llm_surgeon.planning.order import Available, order_name
 from llm_surgeon.planning.schedule import Scheduler
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
@@ -88,8 +88,8 @@ def foresee(
         order=order_name(way.layer_major),
         store_host=None if way.budgets.host == math.inf else round(way.budgets.host),
         store_device=None if way.budgets.device == math.inf else round(way.budgets.device),
-        scratch=(way.waiting.disk if way.waiting else 0)
-        + (weights_streamed(skeleton, device)[1] if way.streamed else 0),
+        scratch=(way.waiting.most_on_disk if way.waiting else 0)
+        + (weights_on_disk(skeleton, config, device) if way.streamed else 0),
         streamed=way.streamed,
         processes=place.count,
     )

@@ -24,7 +24,7 @@ from llm_surgeon.planning.order import Waiting
 from llm_surgeon.planning.sizes import stored_parameters
 from llm_surgeon.planning.trace import Traces, factor_bytes
 from llm_surgeon.pruning.loops import loop_of
-from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.config import HALVES, PruneConfig
 from llm_surgeon.refit.stage import Stage
 from llm_surgeon.refit.stages import STAGES, stages_of
 from llm_surgeon.system.allocator import freed_bytes
@@ -105,6 +105,14 @@ def weights_streamed(skeleton: Skeleton, device: torch.device) -> tuple[int, int
     away = sum(counts) * skeleton.dtype.itemsize
     there = max(counts) if device.type == "cpu" else max(map(sum, pairwise(counts)), default=max(counts))
     return skeleton.weight_bytes - away + there * skeleton.dtype.itemsize, away
+
+
+def weights_on_disk(skeleton: Skeleton, config: PruneConfig, device: torch.device) -> int:
+    """Most bytes of streamed weights in files, with those of the dense model and of the other half's model."""
+    _there, away = weights_streamed(skeleton, device)
+    pruned = round((1 - config.sparsity_schedule[0]) * skeleton.anatomy.prunable_weights) * skeleton.dtype.itemsize
+    dense = any(stage.needs_dense for stage in stages_of(config))
+    return away + pruned * (dense + (HALVES if config.cross_fit else 1) - 1)
 
 
 def passes_within(
@@ -239,7 +247,7 @@ class MemoryModel:
         estimator = estimator_of(self.config)
         if self.waiting is not None:
             kept = self._sweeps or (estimator is not None and estimator.puts_away)
-            waiting: Parts = {self._store: self.waiting.device} if self.waiting.device else {}
+            waiting = _part(self._store, self.waiting.device)
             return waiting if kept else {**waiting, **self._factors()}
         return self._factors()
 
@@ -248,7 +256,7 @@ class MemoryModel:
 
     def _on_host(self) -> Parts:
         """Bytes of the store that wait on the host."""
-        return {self._store: self.waiting.host} if self.waiting is not None and self.waiting.host else {}
+        return {} if self.waiting is None else _part(self._store, self.waiting.host)
 
     @property
     def _store(self) -> str:
@@ -261,15 +269,16 @@ class MemoryModel:
             tensors |= self._squares
         if stage.half != "whole":
             tensors |= self._other_half()
-        if not stage.stores:
-            return self._on_device(tensors)
-        if self.waiting is not None and self.waiting.device:
-            tensors[self._store] = self.waiting.device
-        return self._on_device(tensors, self._on_host(), self._freed())
+        freed = self._freed() if stage.backward else {}
+        if self.waiting is None:
+            held = stage.waiting(self.skeleton, self.config, "batch-major")
+            return self._on_device(tensors | _part(stage.waits, held), None, freed)
+        waiting = self.waiting.of_stage(stage.name)
+        return self._on_device(tensors | _part(self._store, waiting.device), _part(self._store, waiting.host), freed)
 
     def _other_half(self) -> Parts:
         """Largest bytes of the weights of one half's model that are kept while the other half's model is fitted."""
-        if not self.config.cross_fit:
+        if not self.config.cross_fit or self.streamed:
             return {}
         kept = 1 - self.config.sparsity_schedule[0]
         return {"weights of the other half": round(kept * self._prunable * self.skeleton.dtype.itemsize)}
@@ -278,7 +287,7 @@ class MemoryModel:
         """Bytes of the dense model that stages need beside the pruned one, in all shots and until the run ends."""
         copy = self._prunable * self.skeleton.dtype.itemsize
         needed = any(stage.needs_dense for stage in stages_of(self.config))
-        return {DENSE_COPY: copy} if needed else {}
+        return {DENSE_COPY: copy} if needed and not self.streamed else {}
 
     def _export(self) -> PhaseMemory:
         """Memory of the export and its reload check, which is a process of its own but on the same machine."""
@@ -309,6 +318,11 @@ class MemoryModel:
         held = {**tensors, **on_host}
         slack = int(GAPS * held.get("passes", 0) + SLACK * held.get(self._store, 0)) + LIBRARIES
         return PhaseMemory({"process": self.process, "weights": self.weights, **held, **apart, "allocator": slack}, {})
+
+
+def _part(name: str, size: int) -> Parts:
+    """A part of a phase's memory, if it has any bytes."""
+    return {name: size} if size else {}
 
 
 def process_bytes() -> int:

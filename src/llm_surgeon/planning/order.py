@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,11 +22,28 @@ from llm_surgeon.system.storage import Budgets
 
 @dataclass(frozen=True)
 class Waiting:
-    """Largest bytes that wait at once in the store of a layer-major pass or a layer-wise method, by place."""
+    """Largest bytes that wait at once in the store of a run that goes layer by layer, by place.
+
+    Attributes:
+        device: Bytes on the device, where it is a GPU.
+        host: Bytes in main memory.
+        disk: Bytes on disk.
+        stages: The same for each stage, by its name.
+    """
 
     device: int = 0
     host: int = 0
     disk: int = 0
+    stages: Mapping[str, Waiting] = field(default_factory=dict)
+
+    def of_stage(self, name: str) -> Waiting:
+        """Bytes that wait while a stage works."""
+        return self.stages.get(name, Waiting())
+
+    @property
+    def most_on_disk(self) -> int:
+        """Most bytes on disk in any phase."""
+        return max([self.disk, *(stage.disk for stage in self.stages.values())])
 
 
 @dataclass(frozen=True)
@@ -38,16 +55,14 @@ class Available:
 
 
 def waiting_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Largest bytes that a run has in its store at once, if it goes layer by layer.
+    """Largest bytes that the phases of a shot have in the store at once, if the run goes layer by layer.
 
     When the backward pass begins, the store holds the hidden states of all blocks, and no sums. When it ends, the store
     holds all sums, and no hidden states. Gradients are there once for each draw of labels.
     """
-    network, how, estimator = skeleton.network, traced_estimation(config), estimator_of(config)
-    width: int = network.config.get_text_config().hidden_size
-    # Under autocast hidden states between blocks keep the type of the weights.
-    states = config.samples * config.seq_len * width * skeleton.dtype.itemsize
-    factors = factor_bytes(network, skeleton.anatomy, config)
+    how, estimator = traced_estimation(config), estimator_of(config)
+    states = skeleton.state_bytes(config.samples * config.seq_len)
+    factors = factor_bytes(skeleton.network, skeleton.anatomy, config)
     if estimator is None or not estimator.backward:
         return states * 2 + factors
     sums = factors if estimator.puts_away else 0

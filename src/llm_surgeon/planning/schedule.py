@@ -34,6 +34,7 @@ from llm_surgeon.planning.probe import Probe, probe_batch
 from llm_surgeon.planning.trace import Traces, trace
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.refit.stages import stages_of
 from llm_surgeon.system.storage import Budgets
 from llm_surgeon.system.torchrun import Place
 
@@ -112,9 +113,11 @@ class Scheduler:
         if not way.layer_major:
             return way
         budgets = budgets_of(self._config, self._room, self._peak(way), SLACK, self._place.local_count)
-        return replace(
-            way, budgets=budgets, waiting=placed(waiting_bytes(self._skeleton, self._config), budgets, self._device)
-        )
+        skeleton, config, order = self._skeleton, self._config, order_name(way.layer_major)
+        waiting = placed(waiting_bytes(skeleton, config), budgets, self._device)
+        of_stages = {stage.name: stage.waiting(skeleton, config, order) for stage in stages_of(config)}
+        stages = {name: placed(total, budgets, self._device) for name, total in of_stages.items()}
+        return replace(way, budgets=budgets, waiting=replace(waiting, stages=stages))
 
     def needs(self, way: Schedule) -> dict[str, PhaseMemory]:
         """Memory of each phase."""

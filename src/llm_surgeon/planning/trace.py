@@ -6,10 +6,11 @@ Each tensor that the code makes is counted while it lives. Nothing is computed, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -42,15 +43,20 @@ DEPTH = 4
 class CountedBytes(TorchDispatchMode):
     """Counter of the bytes of all tensors that are made under it, while they live; it answers for missing numbers.
 
+    Args:
+        given: Tensors that do not count, such as weights: the results of some operations are views of them.
+
     Attributes:
         now: Bytes of the tensors that live now.
         peak: Largest bytes that lived at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
+        for tensor in given:
+            self._know(tensor.untyped_storage(), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and count the new tensors among its results."""
@@ -69,9 +75,13 @@ class CountedBytes(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
-            self._known[key] = weakref.ref(storage, lambda _gone: self._forget(key, size))
+            self._know(storage, size)
             self.now += size
             self.peak = max(self.peak, self.now)
+
+    def _know(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        self._known[key] = weakref.ref(storage, lambda _gone: self._forget(key, size))
 
     def _forget(self, key: int, size: int) -> None:
         del self._known[key]
@@ -230,7 +240,8 @@ class ShapeTracer:
         return held, live.peak - held
 
     def _measured(self, anatomy: Anatomy, prepare: Callable[[Session], Measure], sequences: int | None = None) -> int:
-        count, live = min(sequences or self._config.sequences_per_pass, self._config.samples), CountedBytes()
+        count = min(sequences or self._config.sequences_per_pass, self._config.samples)
+        live = CountedBytes(chain(self._network.parameters(), self._network.buffers()))
         with self._mode, live:
             ids = torch.zeros(count, self._config.seq_len, dtype=torch.int64, device=self._device)
         tokens, store = CalibrationTokens(ids, None, {}), _Nowhere(self._device)

@@ -313,7 +313,7 @@ def _read_weights(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy, m
     parameters = dict(model.named_parameters())
     there = [name for name in parameters if f"parameter/{name}" in tensors]
     for name in there:
-        parameters[name].copy_(tensors[f"parameter/{name}"])
+        weights_of(model).write(parameters[name], tensors[f"parameter/{name}"])
     if len(there) == len(parameters):
         return
     # Layers with masks of single weights keep their dense shape.

@@ -293,7 +293,7 @@ class _Blocks:
             for name, (weight, keep) in self._share_out(layers, solved):
                 layer = self._anatomy.layers[name]
                 core = core_of(self._model, layer)
-                core.weight.data.copy_(weight)
+                weights_of(self._model).write(core.weight, weight)
                 check_written(layer, core)
                 kept[name] = keep
         return kept

@@ -137,11 +137,6 @@ class PruneConfig(
         """
         if self.lora:
             raise ValueError("lora trains all blocks together: weights cannot be streamed")
-        if self.reconstruction:
-            raise ValueError(
-                "reconstruction holds the dense model beside the pruned one: for weights to be streamed it has to be "
-                "off (--no-reconstruction)"
-            )
         if self.target_latency is not None:
             raise ValueError("a latency is that of resident weights: with target_latency weights cannot be streamed")
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.matrix import core_of
+from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.recipe.config import HALVES
 from llm_surgeon.records import Figure
 from llm_surgeon.refit.last_norm import last_norm_parameters
@@ -40,26 +41,27 @@ class OtherWeights:
         """
         self._model, self._anatomy = model, anatomy
         self._beside = tuple(dict.fromkeys([*last_norm_parameters(model, anatomy), *beside]))
-        self._kept = [tensor.clone() for tensor in self._changing()]
+        self._weights = weights_of(model)
+        self._kept = [self._weights.kept(parameter) for parameter in self._changing()]
 
     def exchange(self) -> None:
         """Exchange the kept weights with the model's."""
-        for own, tensor in zip(self._changing(), self._kept, strict=True):
-            former = own.clone()
-            own.copy_(tensor)
-            tensor.copy_(former)
+        for number, parameter in enumerate(self._changing()):
+            former = self._weights.kept(parameter)
+            self._weights.write(parameter, self._kept[number])
+            self._kept[number] = former
 
     def take_mean(self) -> None:
         """Put the mean of the model's weights and the kept ones into the model."""
-        for own, tensor in zip(self._changing(), self._kept, strict=True):
-            own.copy_((own.float() + tensor.float()) / HALVES)
+        for parameter, other in zip(self._changing(), self._kept, strict=True):
+            self._weights.write(parameter, (parameter.data.float() + other.float()) / HALVES)
 
-    def _changing(self) -> list[Tensor]:
+    def _changing(self) -> list[nn.Parameter]:
         """Parameters that stages may fit: the prunable layers, the last norm, and parameters that stages name."""
         modules = [core_of(self._model, layer) for layer in self._anatomy.layers.values()]
         parameters = [parameter for module in modules for parameter in module.parameters()]
         parameters += [self._model.get_parameter(name) for name in self._beside]
-        return [parameter.data for parameter in parameters]
+        return parameters
 
 
 def half_of(tokens: CalibrationTokens, which: int | None, sequences: int) -> CalibrationTokens:

@@ -34,7 +34,8 @@ class GatesStage(Stage):
 
     name = "gates"
     half = "other"
-    stores = True
+    backward = True
+    waits = "effects of gates"
 
     @classmethod
     def wanted(cls, config: PruneConfig) -> bool:
@@ -99,9 +100,22 @@ class GatesStage(Stage):
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
-        """Bytes of a pass with its gradients, and of the effects of the gates at all tokens that set them."""
-        count = count_gates(gates_of(skeleton.anatomy, gate_width(skeleton.anatomy, config)))
-        return {"passes": traced.stages[cls.name], "effects of gates": 4 * count * (tokens_of_gates(config) + count)}
+        """Bytes of a pass with its gradients, and of the products of the effects of all gates."""
+        return {"passes": traced.stages[cls.name], "Fisher of gates": 4 * cls._count(skeleton, config) ** 2}
+
+    @classmethod
+    def waiting(cls, skeleton: Skeleton, config: PruneConfig, order: Order) -> int:
+        """Bytes of the effects of all gates at all tokens that set them; layer by layer they come as states go."""
+        tokens = tokens_of_gates(config)
+        effects = 4 * cls._count(skeleton, config) * tokens
+        if order == "batch-major":
+            return effects
+        states = skeleton.state_bytes(tokens)
+        return max(states * skeleton.anatomy.blocks, effects) + 2 * states
+
+    @staticmethod
+    def _count(skeleton: Skeleton, config: PruneConfig) -> int:
+        return count_gates(gates_of(skeleton.anatomy, gate_width(skeleton.anatomy, config)))
 
     @classmethod
     def operations(cls, skeleton: Skeleton, config: PruneConfig, kept: Sequence[float], order: Order) -> float:

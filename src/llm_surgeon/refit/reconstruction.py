@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.experts import Routed, routed_tokens
 from llm_surgeon.models.matrix import check_written, core_of, read_matrix, write_matrix
 from llm_surgeon.models.modes import products
+from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.hooks import Hooks, with_bias
 from llm_surgeon.passes.sweep import Batch, Sweep
 from llm_surgeon.refit.last_norm import last_norm_parameters, scale_last_norm
@@ -84,7 +84,7 @@ def dense_copy(model: PreTrainedModel, anatomy: Anatomy, beside: Iterable[str] =
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     own |= {id(model.get_parameter(name)) for name in (*last_norm_parameters(model, anatomy), *beside)}
     shared = {id(tensor): tensor for tensor in model.parameters() if id(tensor) not in own}
-    return deepcopy(model, shared)
+    return weights_of(model).copy(model, shared)
 
 
 def check_stream(session: Session) -> None:
@@ -210,11 +210,11 @@ def _behind_attention(
     entered = [batch.hidden for batch in goal.batches]
     outputs: list[Stored] = []
     with Hooks() as hooks:
-        hooks.on_output(dense.get_submodule(output), lambda y: outputs.append(goal.store.put(y.float())))
+        hooks.on_output(dense.get_submodule(output), lambda y: outputs.append(goal.store.put(y)))
         goal.pass_through(block, advance, keep=True, hooks=hooks)
     behind = []
     for batch, before, added in zip(goal.batches, in_turn(entered), in_turn(outputs), strict=True):
-        behind.append(goal.store.put(_counted(before.get(), batch.positions) + multiplier * added.get()))
+        behind.append(goal.store.put(_counted(before.get(), batch.positions) + multiplier * added.get().float()))
         added.release()
         before.release()
     return behind
@@ -262,10 +262,10 @@ class _Corrections:
         if layer is None or not core_of(self.session.model, layer).weight.numel():
             self.advance(sum(batch.input_ids.numel() for batch in self.stream.batches))
             return
-        core = core_of(self.session.model, layer)
-        inputs = InputSum(core.in_features, layer.bias, core.weight.device)
-        cross = torch.zeros(core.out_features, core.in_features + layer.bias, device=core.weight.device)
-        rows = to_index(self.keep[name].rows).to(core.weight.device)
+        core, device = core_of(self.session.model, layer), self.session.device
+        inputs = InputSum(core.in_features, layer.bias, device)
+        cross = torch.zeros(core.out_features, core.in_features + layer.bias, device=device)
+        rows = to_index(self.keep[name].rows).to(device)
         count = 0
         with torch.no_grad(), self.stream.ready(block), products(self.how.precision):
             for (batch, x, stream), goal in zip(self._seen(block, layer, inside), in_turn(goals), strict=True):
@@ -320,6 +320,7 @@ class _Corrections:
         changed = matrix + self.session.processes.from_first(solve).to(matrix)
         write_matrix(self.session.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
         check_written(layer, core_of(self.session.model, layer))
+        self.session.settle(layer)
 
 
 def _relative_error(goal: Sweep, stream: Sweep, processes: Processes) -> float:

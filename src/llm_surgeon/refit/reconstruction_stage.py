@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -34,7 +33,7 @@ class ReconstructionStage(Stage):
     needs_dense = True
     sweeps = True
     decomposes = True
-    streams = False
+    waits = "hidden states"
 
     @classmethod
     def wanted(cls, config: PruneConfig) -> bool:
@@ -87,28 +86,40 @@ class ReconstructionStage(Stage):
             return own
         assert session.dense is not None, "the dense model writes the copies"
         how = Estimation(config.sequences_per_pass, config.precision, seed=config.seed)
-        with session.progress.phase("copies of the calibration text", copies * own.input_ids.numel()) as phase:
-            return with_copies(session.dense, own, copies, config.reconstruction_share, how, phase.advance)
+        blocks, share = session.anatomy.family.blocks, config.reconstruction_share
+        with session.progress.phase("copies of the calibration text", own.input_ids.numel()) as phase:
+            return with_copies(session.dense, blocks, own, copies, share, how, session.store, phase.advance)
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
-        """Bytes of both models' streams and the dense stream inside a block; and of a pass, or of logits at the end."""
-        sequences = config.samples * (1 + config.reconstruction_copies)
-        batches = math.ceil(sequences / config.sequences_per_pass)
+        """Bytes of a pass, or of logits at the end; and of what both models' blocks are called with."""
         vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
         tokens = min(CHUNK, config.sequences_per_pass * config.seq_len)
         passes = max(traced.watching, _SHARPNESS * tokens * vocabulary * 4)
-        return {"passes": passes, "hidden states": 3 * batches * traced.waiting}
+        return {"passes": passes + 2 * traced.waiting}
+
+    @classmethod
+    def waiting(cls, skeleton: Skeleton, config: PruneConfig, order: Order) -> int:
+        """Bytes of both models' streams, and of the dense stream inside a block and behind it.
+
+        Behind the attention the dense stream is float32; before, the attention's output waits in the type of the
+        arithmetic, and the stream in front of the block still waits too.
+        """
+        tokens = config.samples * (1 + config.reconstruction_copies) * config.seq_len // config.parts_of_text
+        states, inside = skeleton.state_bytes(tokens), 4 * skeleton.hidden_size * tokens
+        added = inside if config.precision == "float32" else inside // 2
+        return 2 * states + max(inside, states + added)
 
     @classmethod
     def operations(cls, skeleton: Skeleton, config: PruneConfig, kept: Sequence[float], order: Order) -> float:
-        """Operations of the runs of both models' blocks, and of the passes that write copies."""
+        """Operations of the runs of both models' blocks, and of the pass that writes copies."""
         prunable = skeleton.anatomy.prunable_weights
         # One of the runs of the pruned model ends behind the attention.
         pruned = PRUNED_RUNS * prunable - _feed_forward_weights(skeleton)
         runs = sum(DENSE_RUNS * prunable + share * pruned for share in kept)
         copies = config.reconstruction_copies
-        return 2 * ((1 + copies) * runs + skeleton.parameters * copies) * config.samples * config.seq_len
+        writing = skeleton.parameters if copies else 0
+        return 2 * ((1 + copies) * runs + writing) * config.samples * config.seq_len
 
 
 def _feed_forward_weights(skeleton: Skeleton) -> int:

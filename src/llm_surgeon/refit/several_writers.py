@@ -92,15 +92,16 @@ class SeveralWriters:
                 changed = matrix + length * answers[layer.name].to(matrix)
                 write_matrix(self.session.model, layer, self.keep[layer.name], self.extents[layer.name], changed)
                 check_written(layer, core_of(self.session.model, layer))
+                self.session.settle(layer)
 
     def _answers(self, goals: Sequence[Stored]) -> dict[str, Tensor]:
         """Change of each layer's matrix that answers the error as if the layer were alone, ``[K, C]``."""
         sums, crosses = {}, {}
         for layer in self.layers:
-            core = core_of(self.session.model, layer)
+            core, device = core_of(self.session.model, layer), self.session.device
             columns = core.in_features + layer.bias
-            sums[layer.name] = InputSum(columns, False, core.weight.device)
-            crosses[layer.name] = torch.zeros(core.out_features, columns, device=core.weight.device)
+            sums[layer.name] = InputSum(columns, False, device)
+            crosses[layer.name] = torch.zeros(core.out_features, columns, device=device)
         tokens = 0
         for error, inputs in self._seen(goals):
             tokens += len(error)

@@ -113,8 +113,8 @@ class Stage(ABC):
         needs_dense: Whether the stage needs the dense model beside the pruned one (``session.dense``).
         sweeps: Whether the stage passes all text through the model block by block.
         decomposes: Whether the stage decomposes matrices of the size of a layer's sides.
-        stores: Whether the stage's passes take gradients, and put tensors that wait into the session's store if there
-            is one.
+        backward: Whether the stage's passes take gradients.
+        waits: Name of the tensors that wait while the stage works, see ``waiting``.
         streams: Whether the stage can work with streamed weights.
     """
 
@@ -123,7 +123,8 @@ class Stage(ABC):
     needs_dense: ClassVar[bool] = False
     sweeps: ClassVar[bool] = False
     decomposes: ClassVar[bool] = False
-    stores: ClassVar[bool] = False
+    backward: ClassVar[bool] = False
+    waits: ClassVar[str] = "tensors that wait"
     streams: ClassVar[bool] = True
 
     def __init__(self, session: Session) -> None:
@@ -191,8 +192,13 @@ class Stage(ABC):
 
     @classmethod
     def memory(cls, skeleton: Skeleton, config: PruneConfig, traced: TracedBytes) -> Parts:
-        """Bytes of the stage's peak where the model runs, beside weights and store, by the name of each part."""
+        """Bytes of the stage's peak where the model runs, by the name of each part, beside weights and what waits."""
         return {"passes": traced.stages.get(cls.name, 0)}
+
+    @classmethod
+    def waiting(cls, skeleton: Skeleton, config: PruneConfig, order: Order) -> int:
+        """Bytes of the tensors that wait: in the session's store or, batch by batch, where the model runs."""
+        return 0
 
     @classmethod
     def operations(cls, skeleton: Skeleton, config: PruneConfig, kept: Sequence[float], order: Order) -> float:

@@ -146,9 +146,7 @@ class OpenedTexts:
         return Job(with_dense(session), self.tokenizer, self.texts, opening.model, command, plan, files)
 
 
-def open_checkpoint(
-    model: str, config: PruneConfig, processes: Processes = ALONE, *, weights: bool = True
-) -> Opening:
+def open_checkpoint(model: str, config: PruneConfig, processes: Processes = ALONE, *, weights: bool = True) -> Opening:
     """Read the configuration of a checkpoint, and check that the recipe fits it.
 
     Args:

@@ -52,7 +52,6 @@ QWEN3_5_MOE = replace(
     config_class="Qwen3_5MoeTextConfig",
     parts=(_GATED, _DELTA_NET, MixtureOfExperts(), _ALWAYS),
 )
-_FUSED = {"query_key_value": "linear_attn.in_proj_qkvz", "gate": "linear_attn.in_proj_qkvz"}
 QWEN3_NEXT = replace(
     LLAMA,
     model_type="qwen3_next",
@@ -60,7 +59,13 @@ QWEN3_NEXT = replace(
     config_class="Qwen3NextConfig",
     parts=(
         _GATED,
-        replace(_DELTA_NET, **_FUSED, strength="linear_attn.in_proj_ba", decay="linear_attn.in_proj_ba"),
+        replace(
+            _DELTA_NET,
+            query_key_value="linear_attn.in_proj_qkvz",
+            gate="linear_attn.in_proj_qkvz",
+            strength="linear_attn.in_proj_ba",
+            decay="linear_attn.in_proj_ba",
+        ),
         # Some blocks may have a dense feed-forward part instead.
         replace(FEED_FORWARD, optional=True),
         MixtureOfExperts(),

@@ -41,7 +41,8 @@ class DeltaNet(PartEntry):
         query_key_value: The projection of queries, keys and values.
         gate: The projection of the gates of outputs; it may be that of queries, keys and values.
         strength: The projection of a number for each head: how strongly a token is written into the state.
-        decay: The projection of a number for each head: how much of the state is forgotten; it may be that of strengths.
+        decay: The projection of a number for each head: how much of the state is forgotten; it may be the same as that
+            of strengths.
         output: The output projection.
         convolution: The convolution, with a filter for each row of queries, keys and values.
         norm: The norm of heads.

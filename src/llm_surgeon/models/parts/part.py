@@ -293,7 +293,11 @@ class Part(Protocol):
 
 def has_module(block: nn.Module, name: str) -> bool:
     """Whether a block has a module of this name."""
-    return any(found == name for found, _ in block.named_modules())
+    try:
+        block.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def module_of(block: nn.Module, name: str) -> nn.Module:
