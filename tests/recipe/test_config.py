@@ -137,9 +137,9 @@ def test_a_preset_leaves_out_the_steps_that_a_curvature_cannot_be_divided_into()
 
 
 def test_streamed_weights_say_which_option_they_cannot_go_with():
-    with pytest.raises(ConfigError, match="--no-reconstruction"):
-        PruneConfig.from_mapping({"weights": "streamed"})
-    assert not PruneConfig.from_mapping({"weights": "streamed", "reconstruction": False}).cross_fit
+    with pytest.raises(ConfigError, match="lora"):
+        PruneConfig.from_mapping({"weights": "streamed", "lora": True, "structure": "unstructured"})
+    assert PruneConfig.from_mapping({"weights": "streamed"}).reconstruction
 
 
 def test_recipes_take_hyphens_and_may_be_empty(tmp_path):
