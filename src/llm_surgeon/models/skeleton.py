@@ -148,7 +148,8 @@ def loaded(
     network = load_model(skeleton.source, dtype, place, config.trust_remote_code)
     anatomy = examine(network, skeleton.anatomy.family, config.ignore)
     if streamed:
-        stream(network, anatomy.family.blocks, device, skeleton.dtype)
+        scratch = None if config.scratch is None else Path(config.scratch)
+        stream(network, anatomy.family.blocks, device, skeleton.dtype, scratch)
     return network, anatomy
 
 

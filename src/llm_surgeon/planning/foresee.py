@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
+import tempfile
 
 import torch
 
@@ -65,6 +67,9 @@ def foresee(
         rates = _calibrated(rates, pass_operations(skeleton, config, way.order) * probed.tokens / probed.seconds)
     way = course.with_store(way)
     seconds = phase_seconds(skeleton, config, rates, _evaluated(texts), way.order, place.count)
+    weights = weights_on_disk(skeleton, config, device) if way.streamed else 0
+    scratch = weights + (way.waiting.most_on_disk if way.waiting else 0)
+    _check_scratch(config, scratch)
     last = config.sparsity_schedule[-1]
     settings = skeleton.network.config
     formats = possible(config, skeleton.anatomy, settings)
@@ -88,11 +93,34 @@ def foresee(
         order=order_name(way.layer_major),
         store_host=None if way.budgets.host == math.inf else round(way.budgets.host),
         store_device=None if way.budgets.device == math.inf else round(way.budgets.device),
-        scratch=(way.waiting.most_on_disk if way.waiting else 0)
-        + (weights_on_disk(skeleton, config, device) if way.streamed else 0),
+        scratch=scratch,
+        scratch_weights=weights,
         streamed=way.streamed,
         processes=place.count,
     )
+
+
+def _check_scratch(config: PruneConfig, scratch: int) -> None:
+    """Check that what waits on disk is within the limit of the recipe, and warn if there is less room.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if config.scratch_space is not None and scratch > config.scratch_space:
+        raise ConfigError(
+            f"About {scratch / 2**30:.2f} GiB will wait on disk, and --scratch-space is "
+            f"{config.scratch_space / 2**30:.2f} GiB.",
+            "Raise it, or give the run more memory (--host-memory, --device-memory).",
+        )
+    directory = config.scratch or tempfile.gettempdir()
+    free = shutil.disk_usage(directory).free
+    if scratch > free:
+        logger.warning(
+            "about %.1f GiB will wait on disk, and %s has room for %.1f GiB: give another directory as --scratch",
+            scratch / 2**30,
+            directory,
+            free / 2**30,
+        )
 
 
 def _part_of(config: PruneConfig, place: Place) -> PruneConfig:
@@ -111,9 +139,9 @@ def room_for(config: PruneConfig, device: torch.device, place: Place = _UNSHARED
     """
     if config.device_memory is not None and device.type == "cpu":
         raise ConfigError("device_memory is for a GPU, and the run is to be on the CPU.", "Use --host-memory.")
-    on_gpu = available_bytes(device) if device.type == "cuda" else None
-    if on_gpu is not None and config.device_memory is not None:
-        on_gpu = config.device_memory
+    on_gpu = config.device_memory
+    if on_gpu is None and device.type == "cuda":
+        on_gpu = available_bytes(device)
     return Available(config.host_memory or host_available() // place.local_count, on_gpu)
 
 

@@ -130,5 +130,7 @@ class Scheduler:
         return peak_of_shots(self.needs(way))
 
     def _traced(self, order: Order) -> Traces:
-        skeleton, device = self._skeleton, self._device
+        # Without a GPU tensors of one cannot be made, not even without numbers; on the CPU passes are about as large.
+        there = self._device.type == "cpu" or torch.cuda.is_available()
+        skeleton, device = self._skeleton, self._device if there else torch.device("cpu")
         return trace(lambda: weightless(skeleton, device), skeleton.anatomy, self._config, device, order)

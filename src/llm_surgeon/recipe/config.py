@@ -88,8 +88,8 @@ class PruneConfig(
             raise ValueError(
                 f"export_shots {shown(self.export_shots)} are not all between 1 and {self.shots}, the shots"
             )
-        if self.target_latency is not None and (self.device_memory or self.host_memory):
-            raise ValueError("with target_latency nothing is planned: no device_memory, no host_memory")
+        if self.target_latency is not None and (self.device_memory or self.host_memory or self.scratch_space):
+            raise ValueError("with target_latency nothing is planned: no device_memory, host_memory or scratch_space")
         self._check_fitting()
         self._check_switches()
         if self.weights == "streamed":

@@ -68,6 +68,7 @@ class Plan(Record):
         store_host: Bytes of memory in which hidden states and factors of a layer-major run may wait; None: any number.
         store_device: Bytes of the GPU in which they may wait; None: any number.
         scratch: Bytes that will wait on disk during the run.
+        scratch_weights: Bytes of streamed weights among them.
         streamed: Whether the weights of blocks wait on disk too, and come one block at a time.
         processes: Number of processes that share the run; memory is for each of them.
     """
@@ -92,6 +93,7 @@ class Plan(Record):
     store_host: int | None = None
     store_device: int | None = None
     scratch: int = 0
+    scratch_weights: int = 0
     streamed: bool = False
     processes: int = 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ from llm_surgeon.session.preconditions import (
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.processes import ALONE, Processes
 from llm_surgeon.system.progress import Progress, SilentProgress, expect
-from llm_surgeon.system.storage import Budgets, TensorStore
+from llm_surgeon.system.storage import Budgets, TensorStore, check_scratch
 from llm_surgeon.system.torchrun import Place
 
 logger = logging.getLogger(__name__)
@@ -216,9 +217,11 @@ def check_recipe(config: PruneConfig, processes: Processes) -> None:
     """Check a recipe against this machine, without a model.
 
     Raises:
-        ConfigError: If an optional package is missing, weights cannot be streamed here, or samples are too few.
+        ConfigError: If an optional package is missing, weights cannot be streamed here, samples are too few, or the
+            directory for what waits on disk cannot be used.
     """
     check_stages(config)
+    check_scratch(config.scratch)
     require_streaming(config.weights)
     processes.check_samples(config.samples, config.parts_of_text)
 
@@ -237,11 +240,12 @@ def _store(config: PruneConfig, plan: Plan | None, device: torch.device) -> Tens
     """The store for tensors that wait in a run that goes layer by layer; None if it goes batch by batch."""
     if (plan.order if plan else config.order) != "layer-major":
         return None
-    limits: dict[str, int | None] = {}
+    limits: dict[str, int | None] = {"disk": config.scratch_space}
     if plan is not None:
         limits = {"host": plan.store_host, "device": plan.store_device, "process": plan.host_available}
+        limits["disk"] = None if config.scratch_space is None else config.scratch_space - plan.scratch_weights
     known = {place: limit for place, limit in limits.items() if limit is not None}
-    return TensorStore(device, Budgets(**known))
+    return TensorStore(device, Budgets(**known), None if config.scratch is None else Path(config.scratch))
 
 
 def _announce(processes: Processes, words: str) -> None:

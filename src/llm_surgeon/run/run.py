@@ -233,7 +233,7 @@ def plan(
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
     # These processes do not exist: only their number counts.
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)
-    device, opening = resolve_device(config.device), open_checkpoint(model, config, weights=probe)
+    device, opening = _planned_device(config, probe), open_checkpoint(model, config, weights=probe)
     if opening.config.target is not None:
         raise ConfigError(
             "What a latency comes to is only known once the model has been timed.",
@@ -241,6 +241,23 @@ def plan(
         )
     shared = Place(count=processes, local_count=processes)
     return opening.read_texts().plan(opening.config, device, probe, shared)
+
+
+def _planned_device(config: PruneConfig, probe: bool) -> torch.device:
+    """Device of a plan: for a GPU with so much memory, this machine need not have one.
+
+    Raises:
+        ConfigError: If the device does not exist here, and has to.
+    """
+    elsewhere = config.device.startswith("cuda") and not torch.cuda.is_available()
+    if not elsewhere or config.device_memory is None or probe:
+        if elsewhere and not probe:
+            raise ConfigError(
+                "There is no GPU here whose memory could be asked for.",
+                "Say how much the GPU has that the plan is for, e.g. --device-memory 24GiB.",
+            )
+        return resolve_device(config.device)
+    return torch.device(config.device)
 
 
 def prune_checkpoint(

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from llm_surgeon.errors import DiskSpaceError
+from llm_surgeon.errors import ConfigError, DiskSpaceError
 from llm_surgeon.stopwatch import timed
 from llm_surgeon.system.allocator import hand_back_freed_memory
 from llm_surgeon.system.transfers import Transfers
@@ -38,11 +38,13 @@ class Budgets:
     Attributes:
         device: Bytes of the device.
         host: Bytes of host memory.
+        disk: Bytes of the disk.
         process: Bytes of host memory that the whole process may come to hold, see ``TensorStore.keep_within``.
     """
 
     device: float = math.inf
     host: float = math.inf
+    disk: float = math.inf
     process: float = math.inf
 
 
@@ -111,7 +113,7 @@ class TensorStore:
         # On a CPU the device is the host.
         self._free = {"device": limits.device if device.type != "cpu" else 0.0, "host": limits.host}
         self._process = limits.process
-        self._disk = _ScratchFile(scratch)
+        self._disk = _ScratchFile(scratch, limits.disk)
         self._transfers = Transfers(device)
         self._leaving: Callable[[], object] | None = None
 
@@ -171,12 +173,16 @@ class _ScratchFile:
     The file is read and written rather than mapped: mapped pages count as memory of the process. One thread alone reads
     and writes; other threads reserve and free ranges.
 
+    Args:
+        directory: Directory of the file; the system's temporary one if None.
+        limit: Largest size of the file in bytes.
+
     Attributes:
         used: Bytes of the tensors in the file.
     """
 
-    def __init__(self, directory: Path | None) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path | None, limit: float = math.inf) -> None:
+        self._directory, self._limit = directory, limit
         self._file: IO[bytes] | None = None
         self._end = self.used = 0
         # Tensors of a pass come in few sizes, so a range that was freed fits a later tensor.
@@ -186,7 +192,7 @@ class _ScratchFile:
         """Reserve a range of so many bytes; returns its start.
 
         Raises:
-            DiskSpaceError: If no file can be made.
+            DiskSpaceError: If no file can be made, or the file would exceed its limit.
         """
         if self._file is None:
             try:
@@ -195,6 +201,8 @@ class _ScratchFile:
                 raise not_kept(self._directory, size, error) from None
         holes = self._holes.get(size)
         start = holes.pop() if holes else self._end
+        if start + size > self._limit:
+            raise not_kept(self._directory, size, OSError(0, f"it may take {self._limit / 2**20:.0f} MiB there"))
         self._end = max(self._end, start + size)
         self.used += size
         return start
@@ -240,10 +248,26 @@ def _pinned(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
+def check_scratch(directory: str | None) -> None:
+    """Make sure that files can be made in a directory; None is the system's temporary one.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"Nothing can wait in {directory or tempfile.gettempdir()}: {error.strerror}.",
+            "Give a directory that exists, and that can be written to, as --scratch.",
+        ) from None
+
+
 def not_kept(directory: Path | None, size: int, error: OSError) -> DiskSpaceError:
     """Error for a scratch file that cannot take ``size`` bytes; the directory None is the system's temporary one."""
     used = directory or Path(tempfile.gettempdir())
     return DiskSpaceError(
         f"{size / 2**20:.0f} MiB that do not fit into memory cannot be kept in {used}: {error.strerror}.",
-        "Free some space there, set TMPDIR to a directory with more, or raise --host-memory.",
+        "Free some space there, give a directory with more as --scratch, or raise --host-memory or --scratch-space.",
     )

@@ -28,7 +28,13 @@ class ResourcesOptions(Options):
     host_memory: Quantity | None = Field(
         None,
         description="Bytes of main memory that the run may use, e.g. 16GiB (unset: what is free). What fits neither "
-        "there nor on the device waits on disk, in TMPDIR.",
+        "there nor on the device waits on disk, see scratch.",
+    )
+    scratch: str | None = Field(
+        None, min_length=1, description="Directory for what waits on disk during the run (unset: TMPDIR)."
+    )
+    scratch_space: Quantity | None = Field(
+        None, description="Bytes of disk that the run may use there, e.g. 200GiB (unset: what is free)."
     )
     order: PassOrder = Field(
         "auto",
@@ -38,9 +44,9 @@ class ResourcesOptions(Options):
     )
     weights: Residence = Field(
         "auto",
-        description="Of the blocks: resident (all where the model runs), streamed (in mapped files in TMPDIR, one "
-        "block at a time where the model runs; the order is layer-major then), or auto: streamed where they would not "
-        "fit.",
+        description="Of the blocks: resident (all where the model runs), streamed (in mapped files on disk, see "
+        "scratch, one block at a time where the model runs; the order is layer-major then), or auto: streamed where "
+        "they would not fit.",
     )
     trust_remote_code: bool = Field(False, description="Run code that the model's checkpoint brings; read it before.")
 
