@@ -1,14 +1,17 @@
 """Run in a fresh process: load an export as a stranger would, and compute what the exporter wants compared.
 
-Usage: ``python reload_check.py DIRECTORY PROBE DEVICE LOADER plain|trusted``. PROBE is a safetensors file with
-``input_ids [1, n]``; the logits are written beside it. LOADER is the name of a class in transformers. ``trusted`` may
-run code of the checkpoint. This package is made
-unimportable first: the export must not need it.
+Usage: ``python reload_check.py DIRECTORY PROBE DEVICE LOADER plain|trusted whole|lean``. PROBE is a safetensors file
+with ``input_ids [1, n]``; the logits are written beside it. LOADER is the name of a class in transformers. ``trusted``
+may run code of the checkpoint. ``lean`` keeps no weights in memory that the mapped file has, for models that do not
+fit. This package is made unimportable first: the export must not need it.
 """
 
+import ctypes
+import mmap
 import os
 import sys
 import threading
+from typing import Any
 
 sys.modules["llm_surgeon"] = None  # type: ignore[assignment]
 
@@ -28,12 +31,35 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
+# Advice to the kernel to take pages back: those of a file are dropped, others stay where nothing can be swapped out.
+_PAGE_OUT = 21
 
-def main(directory: str, probe: str, device: str, loader: str, code: str) -> None:
+
+def forget_after_use(model: torch.nn.Module) -> None:
+    """Let the kernel take back the weights of each layer after it has run; they are read again from the mapped file."""
+    if not sys.platform.startswith("linux"):
+        return
+    advise = ctypes.CDLL(None).madvise
+
+    def forget(module: torch.nn.Module, *_call: Any) -> None:
+        for tensor in module.parameters(recurse=False):
+            # Whole pages inside the tensor.
+            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            if size > 0:
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(size), _PAGE_OUT)
+
+    for module in model.modules():
+        module.register_forward_hook(forget)
+
+
+def main(directory: str, probe: str, device: str, loader: str, code: str, memory: str) -> None:
     """Write the logits of one full pass, of a cached step, and a few generated tokens."""
     ids = load_file(probe)["input_ids"].to(device)
     auto = getattr(transformers, loader)
     model = auto.from_pretrained(directory, trust_remote_code=code == "trusted", dtype="auto").eval().to(device)
+    if memory == "lean":
+        forget_after_use(model)
     with torch.inference_mode():
         logits = model(ids).logits
         prefill = model(ids[:, :-1], use_cache=True)

@@ -68,7 +68,8 @@ def verify_export(model: PreTrainedModel, directory: Path, plain: bool = False) 
     # The scratch directory is beside the export, so that nothing stays elsewhere if this process is killed.
     with tempfile.TemporaryDirectory(prefix="check-", suffix=PARTIAL, dir=directory.parent) as scratch:
         loader = auto_class(model.config.model_type)
-        reloaded = _reload(directory, ids, elsewhere, loader, plain, Path(scratch))
+        lean = weights_of(model).blocks is not None
+        reloaded = _reload(directory, ids, elsewhere, loader, plain, lean, Path(scratch))
     scale = float(expected.abs().max())
     difference = _difference(expected, reloaded["logits"])
     cached = _difference(expected[:, -1:], reloaded["step"])
@@ -88,16 +89,15 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
 
 
 def _reload(
-    directory: Path, ids: Tensor, device: torch.device, loader: str, plain: bool, scratch: Path
+    directory: Path, ids: Tensor, device: torch.device, loader: str, plain: bool, lean: bool, scratch: Path
 ) -> dict[str, Tensor]:
     probe = scratch / "probe.safetensors"
     save_file({"input_ids": ids}, probe)
     # transformers copies remote code into a cache; a scratch cache keeps the user's clean and cannot be stale.
     environment = {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("reload_check.py")
-    done = run_script(
-        script, [str(directory), str(probe), str(device), loader, "plain" if plain else "trusted"], environment
-    )
+    words = "plain" if plain else "trusted", "lean" if lean else "whole"
+    done = run_script(script, [str(directory), str(probe), str(device), loader, *words], environment)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         if says_full(last[0]):

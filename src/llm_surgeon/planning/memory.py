@@ -95,13 +95,17 @@ def weights_read(skeleton: Skeleton, device: torch.device, texts: Texts) -> int:
     return skeleton.weight_bytes - max(0, whole - pieces * max(row, READ_AROUND))
 
 
+def _counts_of_blocks(skeleton: Skeleton) -> list[int]:
+    blocks = skeleton.network.get_submodule(skeleton.anatomy.family.blocks)
+    return [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.children()]
+
+
 def weights_streamed(skeleton: Skeleton, device: torch.device) -> tuple[int, int]:
     """Bytes of streamed weights, where the model runs and on disk.
 
     On a GPU two blocks count, as one block is copied while another is run.
     """
-    blocks = skeleton.network.get_submodule(skeleton.anatomy.family.blocks)
-    counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.children()]
+    counts = _counts_of_blocks(skeleton)
     away = sum(counts) * skeleton.dtype.itemsize
     there = max(counts) if device.type == "cpu" else max(map(sum, pairwise(counts)), default=max(counts))
     return skeleton.weight_bytes - away + there * skeleton.dtype.itemsize, away
@@ -291,10 +295,17 @@ class MemoryModel:
 
     def _export(self) -> PhaseMemory:
         """Memory of the export and its reload check, which is a process of its own but on the same machine."""
-        stored = stored_parameters(self.skeleton, self.config, self.config.sparsity)
-        last = stored * self.skeleton.dtype.itemsize
+        process = {"process of the reload check": RELOAD_PROCESS}
+        if self.streamed:
+            # The export is checked on the CPU, layer by layer out of the mapped file.
+            largest = max(layer.rows * layer.columns for layer in self.skeleton.anatomy.layers.values())
+            outside = self.skeleton.parameters - sum(_counts_of_blocks(self.skeleton))
+            process["weights of the reload check"] = (outside + largest) * self.skeleton.dtype.itemsize
+            need = self._on_device(self._pruned())
+            return PhaseMemory({**need.host, **process}, need.device)
+        last = stored_parameters(self.skeleton, self.config, self.config.sparsity) * self.skeleton.dtype.itemsize
         need = self._on_device(self._pruned(), apart={"weights of the reload check": last})
-        return PhaseMemory({**need.host, "process of the reload check": RELOAD_PROCESS}, need.device)
+        return PhaseMemory({**need.host, **process}, need.device)
 
     def _pruned(self) -> Parts:
         """Bytes of the small matrices beside the dense ones, as a mapped file stays while any part of it is used."""
