@@ -166,15 +166,17 @@ def fallback_notes(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Draw perplexity against bytes with a line for each model, and against prefill with a line for each type."""
+    """Draw perplexity against bytes with a line for each model; if timed, against prefill with a line for each type."""
     best = min(row["perplexity"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["perplexity"] <= WORST * best]
-    picture = figure(10.0, 4.6)
-    left, right = picture.subplots(1, 2, sharey=True)
-    _draw_sizes(left, rows)
-    _draw_speeds(right, [row for row in rows if row["prefill_ms"] is not None])
-    left.set_ylabel("perplexity")
-    for axes in (left, right):
+    timed = [row for row in rows if row["prefill_ms"] is not None]
+    picture = figure(10.0 if timed else 6.0, 4.6)
+    panels = picture.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
+    _draw_sizes(panels[0], rows)
+    if timed:
+        _draw_speeds(panels[1], timed)
+    panels[0].set_ylabel("perplexity")
+    for axes in panels:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.grid(visible=True, which="both", linewidth=0.3)
@@ -203,6 +205,7 @@ def _draw_sizes(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
                 _beside(axes, row["type"], (size, value), colour, left=True)
     axes.set_xlabel("MB of the file")
     axes.set_title("size: a line for each model, types along it", fontsize="medium")
+    _say_widths(axes, rows)
 
 
 def _draw_speeds(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -225,9 +228,13 @@ def _draw_speeds(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         for row in dense:
             _beside(axes, kind, (row["prefill_ms"], row["perplexity"]), colour)
     axes.set_xlabel("ms for a token of the prompt")
-    both = {row["uniform"] for row in rows if row["structure"]} == {True, False}
     axes.set_title("prefill: a line for each type, from dense to pruned", fontsize="medium")
-    if both:
+    _say_widths(axes, rows)
+
+
+def _say_widths(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Legend of the two kinds of widths, if there are both."""
+    if {row["uniform"] for row in rows if row["structure"]} == {True, False}:
         axes.plot([], [], "o-", color="0.4", markersize=3.5, linewidth=1.2, label="uneven widths")
         axes.plot([], [], "s--", color="0.4", markersize=3.5, linewidth=1.2, label="uniform")
         axes.legend(frameon=False, fontsize="small")

@@ -169,7 +169,7 @@ def test_a_full_disk_is_an_error_with_the_remedy(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DiskSpaceError, match="TMPDIR"):
+    with pytest.raises(DiskSpaceError, match="--scratch"):
         streamed()
 
 

@@ -161,6 +161,9 @@ def _how_many_fit(going: Tensor, positions: Tensor, fits: Callable[[Tensor], boo
         fits: Whether so much may go.
     """
     low, high = 0, len(positions)
+    # A search for the smallest model takes all.
+    if high and fits(going.index_fill(0, positions, True)):
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         if fits(going.index_fill(0, positions[:middle], True)):

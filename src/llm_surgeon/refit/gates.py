@@ -85,9 +85,15 @@ def gate_width(anatomy: Anatomy, config: PruneConfig) -> int:
         return config.gate_width or widest
     most = min(MOST_GATES, tokens_of_gates(config) // CROSSWISE_TOKENS_PER_GATE)
     width = NARROWEST
-    while width < widest and count_gates(gates_of(anatomy, width)) > most:
+    while width < widest and number_of_gates(anatomy, width) > most:
         width *= 2
     return min(width, widest)
+
+
+def number_of_gates(anatomy: Anatomy, width: int | None = None) -> int:
+    """Number of the gates of a dense model, see ``gates_of``."""
+    gates = (gate for part in anatomy.parts for gate in part.gates(width))
+    return sum(math.ceil(rows.index.numel() / members) for rows, _axis, members in gates)
 
 
 def tokens_of_gates(config: PruneConfig) -> int:
@@ -110,7 +116,7 @@ def _gated(anatomy: Anatomy, name: str, axis: Axis, index: Tensor, width: int) -
 
 def warn_of_gates(anatomy: Anatomy, config: PruneConfig) -> None:
     """Warn if a model has no gates, or if the recipe has few tokens per gate."""
-    count, tokens = count_gates(gates_of(anatomy, gate_width(anatomy, config))), tokens_of_gates(config)
+    count, tokens = number_of_gates(anatomy, gate_width(anatomy, config)), tokens_of_gates(config)
     enough = CROSSWISE_TOKENS_PER_GATE if config.cross_fit else TOKENS_PER_GATE
     if not count:
         logger.warning("there are no gates to set: neither an attention nor a feed-forward part is prunable as a whole")

@@ -17,10 +17,10 @@ from llm_surgeon.refit.cross_fit import half_of
 from llm_surgeon.refit.gates import (
     BACKWARD_PASSES,
     FORWARD_PASSES,
-    count_gates,
     gate_width,
     gates_of,
     moments,
+    number_of_gates,
     set_gates,
     tokens_of_gates,
     warn_of_gates,
@@ -115,7 +115,7 @@ class GatesStage(Stage):
 
     @staticmethod
     def _count(skeleton: Skeleton, config: PruneConfig) -> int:
-        return count_gates(gates_of(skeleton.anatomy, gate_width(skeleton.anatomy, config)))
+        return number_of_gates(skeleton.anatomy, gate_width(skeleton.anatomy, config))
 
     @classmethod
     def operations(cls, skeleton: Skeleton, config: PruneConfig, kept: Sequence[float], order: Order) -> float:
