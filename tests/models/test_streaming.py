@@ -83,6 +83,39 @@ def test_what_is_written_is_kept_and_what_is_new_is_put_away():
     assert torch.equal(layer.weight, torch.full((3, 5), 2.0))
 
 
+def test_a_copy_lies_in_the_same_files_and_stays_as_it_is():
+    model, anatomy = streamed()
+    weights, path = weights_of(model), "model.layers.1.mlp.up_proj"
+    before = {name: parameter.data for name, parameter in model.named_parameters()}
+    dense = weights.copy(model, {id(parameter): parameter for parameter in model.parameters()})
+    assert dense.get_input_embeddings().weight is model.get_input_embeddings().weight
+    layer, other = model.get_submodule(path), dense.get_submodule(path)
+    assert other.weight.data_ptr() == layer.weight.data_ptr()
+    expected = build("llama")(tokens(2, 16)).logits
+    weights.write(layer.weight, torch.full_like(layer.weight, 2.0))
+    assert mapped(layer.weight)
+    assert bool((layer.weight == 2).all())
+    assert torch.equal(dense(tokens(2, 16)).logits, expected)
+    assert torch.equal(other.weight, before[f"{path}.weight"])
+    assert weights_of(dense).blocks == anatomy.family.blocks
+    # Taken back without another file.
+    weights.write(layer.weight, other.weight.data)
+    assert layer.weight.data_ptr() == other.weight.data_ptr()
+    assert torch.equal(model(tokens(2, 16)).logits, expected)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_kept_values_stay_as_they_were(streams):
+    model = streamed()[0] if streams else build("llama")
+    weights = weights_of(model)
+    for parameter in (model.model.layers[0].mlp.down_proj.weight, model.model.norm.weight):
+        kept = weights.kept(parameter)
+        former = kept.clone()
+        weights.write(parameter, torch.zeros_like(parameter))
+        assert not parameter.any()
+        assert torch.equal(kept, former)
+
+
 def test_weights_are_present_while_a_block_runs_and_no_longer(monkeypatch):
     # On a CPU nothing moves; here a copy stands for what is on a GPU.
     monkeypatch.setattr(StreamedWeights, "_arriving", lambda _self, home: home.clone())

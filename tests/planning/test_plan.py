@@ -27,7 +27,7 @@ from llm_surgeon.planning.probe import Probe
 from llm_surgeon.planning.seconds import default_rates, phase_seconds
 from llm_surgeon.planning.trace import factor_bytes
 from llm_surgeon.refit.gates import gate_width, gates_of
-from tiny import VOCABULARY, build, llama
+from tiny import VOCABULARY, build, llama, tokenizer
 
 SMALL = {
     "preset": "none",
@@ -320,3 +320,66 @@ def test_loaders_tell_shapes_apart():
         (zeros,) = loaders(PruneConfig(structure=structure), build("qwen2").config)
         assert "qwen2" in zeros
         assert "no faster" in zeros
+
+
+def test_a_configuration_and_a_tokenizer_are_enough(checkpoint, recipe, tmp_path):
+    whole = plan(str(checkpoint), recipe())
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    found = plan(str(tmp_path), recipe())
+    assert (found.dense_size, found.size, found.disk) == (whole.dense_size, whole.size, whole.disk)
+    with pytest.raises(ModelError, match="safetensors"):
+        prune_checkpoint(str(tmp_path), tmp_path / "out", recipe())
+    with pytest.raises(ModelError, match="safetensors"):
+        plan(str(tmp_path), recipe(), probe=True)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="Only safetensors are read"):
+        plan(str(tmp_path), recipe())
+
+
+def test_a_plan_is_for_the_gpu_of_another_machine_too(checkpoint, recipe):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="--device-memory"):
+        plan(str(checkpoint), recipe(device="cuda"))
+    found = plan(str(checkpoint), recipe(device="cuda", device_memory=2**30))
+    assert found.device_available == 2**30
+    assert 0 < found.device_peak < 2**30
+    with pytest.raises(ConfigError, match="cannot be used"):
+        plan(str(checkpoint), recipe(device="cuda", device_memory=2**30), probe=True)
+
+
+def test_what_waits_on_disk_has_a_limit(checkpoint, recipe, tmp_path, caplog):
+    options = {"weights": "streamed", "scratch": str(tmp_path)}
+    found = plan(str(checkpoint), recipe(**options))
+    assert found.scratch >= found.scratch_weights > 0
+    with pytest.raises(ConfigError, match="--scratch-space"):
+        plan(str(checkpoint), recipe(**options, scratch_space=found.scratch - 1))
+    plan(str(checkpoint), recipe(**options, scratch_space=found.scratch))
+    with pytest.raises(ConfigError, match="--scratch"):
+        plan(str(checkpoint), recipe(**options | {"scratch": str(tmp_path / "missing")}))
+
+
+def memory_of_tensors(foreseen):
+    """Largest bytes of a phase of a shot, without the process and without what may wait elsewhere."""
+    shots = ("curvature", "selection", "update", "reconstruction", "gates")
+    apart = ("process", "hidden states and factors", "allocator")
+    phases = [phase.host for phase in foreseen.phases if phase.name in shots]
+    return max(sum(size for part, size in host.items() if part not in apart) for host in phases)
+
+
+def test_with_the_default_recipe_memory_grows_neither_with_depth_nor_with_tokens(tmp_path, recipe):
+    """Weights are streamed; the rest waits where the budget says, so that only the work of one block is left."""
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    found = {}
+    for name, blocks, samples in (("one", 6, 8), ("deep", 24, 8), ("long", 6, 32)):
+        llama(**small, num_hidden_layers=blocks).config.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+        # As many gates in all cases, which are chosen by the tokens otherwise.
+        options = {"preset": "best", "shots": 1, "weights": "streamed", "gate_width": 128, "batch_size": 2}
+        found[name] = plan(str(tmp_path / name), recipe(**options, samples=samples, structure="neurons"))
+    one = memory_of_tensors(found["one"])
+    assert memory_of_tensors(found["long"]) <= 1.1 * one
+    assert memory_of_tensors(found["deep"]) <= 1.1 * one
+    assert found["deep"].scratch_weights == pytest.approx(4 * found["one"].scratch_weights, rel=0.01)

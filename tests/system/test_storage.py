@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_surgeon.errors import DiskSpaceError
+from llm_surgeon.errors import ConfigError, DiskSpaceError
 from llm_surgeon.system import storage
-from llm_surgeon.system.storage import Budgets, TensorStore, in_turn
+from llm_surgeon.system.storage import Budgets, TensorStore, check_scratch, in_turn
 
 CPU = torch.device("cpu")
 
@@ -69,6 +69,25 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
         for next_step in (stored.get, lambda: store.put(torch.zeros(5)), stored.get):
             with pytest.raises(DiskSpaceError, match=r"No space left.*--host-memory"):
                 next_step()
+
+
+def test_no_more_goes_to_disk_than_the_limit(tmp_path):
+    store = TensorStore(torch.device("cpu"), Budgets(host=0, disk=100), tmp_path)
+    first = store.put(torch.zeros(20))
+    with pytest.raises(DiskSpaceError, match="--scratch-space"):
+        store.put(torch.zeros(20))
+    first.release()
+    assert torch.equal(store.put(torch.ones(20)).get(), torch.ones(20))
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_a_directory_that_takes_no_files_is_refused(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--scratch"):
+        check_scratch(str(tmp_path / name))
+    check_scratch(str(tmp_path))
+    check_scratch(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_scratch_directory_that_is_not_there_is_an_error(tmp_path):
