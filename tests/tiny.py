@@ -105,6 +105,31 @@ def gemma3():
     )
 
 
+def gemma4(**changes):
+    # Heads are wider in the second block, where values are keys.
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+    wide = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+    model = of_class(
+        "Gemma4",
+        kind="Text",
+        **{
+            **kinds,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "global_head_dim": 12,
+            "num_global_key_value_heads": 1,
+            "rope_parameters": {"sliding_attention": rope, "full_attention": wide},
+            **changes,
+        },
+    )
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.7)
+    return model
+
+
 def gpt2(**changes):
     settings = {
         "vocab_size": VOCABULARY,
@@ -314,6 +339,8 @@ MIXTURES = {
     "qwen3-next": qwen3_next,
     "qwen3-5-moe": qwen3_5_moe,
 }
+# Models whose attention stays as it is, without experts.
+NEURONS_ALONE = {"gemma4": gemma4}
 MIXTURE_TOWERS = {"qwen3-5-moe-tower": qwen3_5_moe_tower}
 
 
@@ -336,7 +363,7 @@ def _with_biases(model):
 
 def build(family):
     torch.manual_seed(0)
-    return (BUILDERS | MIXTURES | MIXTURE_TOWERS)[family]().eval()
+    return (BUILDERS | MIXTURES | NEURONS_ALONE | MIXTURE_TOWERS)[family]().eval()
 
 
 def tokens(samples=8, length=16, seed=0):

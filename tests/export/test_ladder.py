@@ -96,6 +96,8 @@ def expected_kind(name, anatomy, keep):
         and "rows" not in name
         and "values" not in name
         and not any(entry.fixed for entry in concerned)
+        # Blocks that have entries of their own in the dense model get no more of them.
+        and "per_layer_config" not in anatomy.settings.to_dict()
         else "gaps"
     )
 

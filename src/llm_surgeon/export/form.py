@@ -63,8 +63,9 @@ def form_of(anatomy: Anatomy, keep: Mapping[str, KeepMask] | None, config: Any) 
     equal = equal if builds(config, settings | equal) else {}
     if equal.keys() == widths.keys():
         return Form("plain", settings | equal, blocks)
-    # The modelling file of standard blocks is for the configuration of a language model by itself.
-    if family.text_config is not None:
+    # The modelling file of standard blocks is for the configuration of a language model by itself, whose blocks have no
+    # entries of their own before.
+    if family.text_config is not None or "per_layer_config" in config.to_dict():
         return _with_gaps(anatomy, keep, blocks, settings)
     own = {
         str(number): {name: values[block] for name, values in widths.items() if name not in equal and block in values}

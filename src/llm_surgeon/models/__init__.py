@@ -10,7 +10,7 @@ from llm_surgeon.models.anatomy import Anatomy, LinearLayer, examine
 from llm_surgeon.models.families.cohere import COHERE2
 from llm_surgeon.models.families.ernie import ERNIE4_5
 from llm_surgeon.models.families.exaone import EXAONE4
-from llm_surgeon.models.families.gemma import GEMMA2, GEMMA3
+from llm_surgeon.models.families.gemma import GEMMA2, GEMMA3, GEMMA4
 from llm_surgeon.models.families.glm import GLM4
 from llm_surgeon.models.families.gpt2 import GPT2
 from llm_surgeon.models.families.gpt_neox import GPT_NEOX
@@ -41,7 +41,7 @@ _ENTRIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OPT, GPT2, GPT_NEOX),
     *(SMOLLM3, SEED_OSS, MINISTRAL3, HUNYUAN_V1_DENSE, EXAONE4, STARCODER2, GRANITE, OLMO2, OLMO3, GLM4),
     *(ERNIE4_5, COHERE2, HELIUM, QWEN3_5, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, GPT_OSS),
-    *(QWEN3_NEXT, QWEN3_5_MOE),
+    *(QWEN3_NEXT, QWEN3_5_MOE, GEMMA4),
     *(GEMMA3_TOWER, MISTRAL3_TOWER, QWEN3_VL_TOWER, QWEN3_5_TOWER, QWEN3_5_MOE_TOWER),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}

@@ -1,8 +1,11 @@
-"""Gemma 2 and 3: norms before and after each part of a block, scaled embeddings, windows; caps, or norms of heads."""
+"""Gemma 2 to 4: norms before and after each part of a block, scaled embeddings, windows; caps, or norms of heads."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
+from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.families.llama import ATTENTION, FEED_FORWARD, LLAMA
+from llm_surgeon.models.parts import PlainLayers
 
 _FEED_FORWARD = replace(FEED_FORWARD, activation="hidden_activation")
 
@@ -26,4 +29,52 @@ GEMMA3 = replace(
     model_class="Gemma3ForCausalLM",
     config_class="Gemma3TextConfig",
     parts=(replace(ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm")), _FEED_FORWARD),
+)
+
+
+@dataclass(frozen=True)
+class _OwnKeysAndValues(PlainLayers):
+    """Attention of Gemma 4, which stays as it is: its heads are wider in some blocks, and may lack values.
+
+    Models with what none of the entry's parts describes are refused.
+    """
+
+    def check(self, config: Any, model_type: str) -> None:
+        """Check that blocks have no inputs but the stream, and no experts.
+
+        Raises:
+            UnsupportedModelError: If they have.
+        """
+        found = {
+            "reads keys and values of earlier blocks, through which gradients pass that no single block shows": (
+                config.num_kv_shared_layers
+            ),
+            "has inputs for each block beside the residual stream": config.hidden_size_per_layer_input,
+            "has experts beside its feed-forward parts, with norms of their own": config.enable_moe_block,
+        }
+        for what, there in found.items():
+            if there:
+                raise UnsupportedModelError(
+                    f"This model of type {model_type!r} {what}.",
+                    "Of Gemma 4, the dense models without these can be pruned (31B).",
+                )
+
+
+_READING = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GEMMA4 = replace(
+    GEMMA2,
+    model_type="gemma4_text",
+    model_class="Gemma4ForCausalLM",
+    config_class="Gemma4TextConfig",
+    parts=(
+        _OwnKeysAndValues(
+            groups=(_READING, ("self_attn.o_proj",)),
+            reading=_READING,
+            writing=("self_attn.o_proj",),
+            others=("self_attn.q_norm", "self_attn.k_norm"),
+        ),
+        _FEED_FORWARD,
+    ),
+    # The configuration of a block is found by its number.
+    numbered=True,
 )
