@@ -105,24 +105,32 @@ def gemma3():
     )
 
 
-def gemma4(**changes):
+def _gemma4(**changes):
     # Heads are wider in the second block, where values are keys.
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
     wide = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
-    model = of_class(
-        "Gemma4",
-        kind="Text",
-        **{
-            **kinds,
-            "hidden_size_per_layer_input": 0,
-            "attention_k_eq_v": True,
-            "global_head_dim": 12,
-            "num_global_key_value_heads": 1,
-            "rope_parameters": {"sliding_attention": rope, "full_attention": wide},
-            **changes,
-        },
-    )
+    return {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "global_head_dim": 12,
+        "num_global_key_value_heads": 1,
+        "rope_parameters": {"sliding_attention": rope, "full_attention": wide},
+        **changes,
+    }
+
+
+def gemma4(**changes):
+    return _with_factors(of_class("Gemma4", kind="Text", **_gemma4(**changes)))
+
+
+def gemma4_tower():
+    return _with_factors(tower(tiny_towers.gemma4, **_gemma4()))
+
+
+def _with_factors(model):
+    """Factors of the stream behind each block away from 1."""
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
@@ -340,7 +348,7 @@ MIXTURES = {
     "qwen3-5-moe": qwen3_5_moe,
 }
 # Models whose attention stays as it is, without experts.
-NEURONS_ALONE = {"gemma4": gemma4}
+NEURONS_ALONE = {"gemma4": gemma4, "gemma4-tower": gemma4_tower}
 MIXTURE_TOWERS = {"qwen3-5-moe-tower": qwen3_5_moe_tower}
 
 

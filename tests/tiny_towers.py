@@ -20,6 +20,15 @@ def gemma3(text):
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def gemma4(text):
+    """Gemma 4 with its image tower, around a text configuration."""
+    vision = {**_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    vision |= {"pooling_kernel_size": 2, "position_embedding_size": 16}
+    ids = {"image_token_id": IMAGE, "video_token_id": 59, "audio_token_id": 58, "boi_token_id": 61, "eoi_token_id": 62}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **ids)
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
 def mistral3(text):
     """Mistral 3 with its image tower, around a text configuration."""
     vision = {**_VISION, **_LAYERS, "model_type": "pixtral", "head_dim": 8}
@@ -52,6 +61,10 @@ def image_inputs(model):
     kinds = (ids == IMAGE).long()
     if model.config.model_type.endswith("gemma3"):
         return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": kinds}
+    if model.config.model_type.endswith("gemma4"):
+        rows = torch.rand(1, 16, 3 * PATCH**2, generator=torch.Generator().manual_seed(0))
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+        return {"input_ids": ids, "pixel_values": rows, "image_position_ids": places, "mm_token_type_ids": kinds}
     if model.config.model_type.endswith("mistral3"):
         return {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([[PIXELS, PIXELS]])}
     # Rows of patches, each twice in time.

@@ -27,7 +27,7 @@ towers = pytest.mark.parametrize("family", TOWERS)
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 QUICK = {"samples": 8, "seq_len": 16, "preset": "none", "evaluation": "none", "device": "cpu", "dampening_g": 0.5}
 # Tensors of the image towers that the checkpoints have in another type.
-FLOAT32 = ("layer_norm1.bias", "ln_pre.weight", "norm1.bias")
+FLOAT32 = ("layer_norm1.bias", "ln_pre.weight", "norm1.bias", "vision_tower.encoder.layers.0.input_layernorm.weight")
 FORMS = {
     "plain": {"structure": "neurons+heads", "uniform": True, "round_to": 8},
     "gaps": {"structure": "rows-columns"},
@@ -169,6 +169,20 @@ def test_a_tower_with_experts_loses_some_of_them(emptied, tmp_path):
     assert {len(block.mlp.gate.weight) for block in export.model.language_model.layers} == {3}
     assert close(text_logits(export), text_logits(model))
     assert close(image_logits(export), image_logits(model))
+    assert_the_other_towers_are_the_same(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_tower_whose_attention_stays_as_it_is(uniform, tmp_path):
+    recipe = PruneConfig.from_mapping({"structure": "neurons", "uniform": uniform, "round_to": 1, "sparsity": 0.3})
+    source = stored("gemma4-tower", tmp_path / "dense")
+    whole, export, form = exported(
+        "gemma4-tower", source, tmp_path / "out", lambda anatomy: Shapes(recipe, anatomy).random_masks(0.3, seed=3)
+    )
+    assert form.plain == uniform
+    assert close(text_logits(export), text_logits(whole))
+    assert close(image_logits(export), image_logits(whole))
+    assert not close(image_logits(export)[:, 2:], text_logits_of_the_image(export)[:, 2:])
     assert_the_other_towers_are_the_same(source, tmp_path / "out")
 
 

@@ -29,6 +29,7 @@ from llm_surgeon.models.families.smollm3 import SMOLLM3
 from llm_surgeon.models.families.starcoder2 import STARCODER2
 from llm_surgeon.models.families.towers import (
     GEMMA3_TOWER,
+    GEMMA4_TOWER,
     MISTRAL3_TOWER,
     QWEN3_5_MOE_TOWER,
     QWEN3_5_TOWER,
@@ -43,6 +44,7 @@ _ENTRIES = (
     *(ERNIE4_5, COHERE2, HELIUM, QWEN3_5, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, GPT_OSS),
     *(QWEN3_NEXT, QWEN3_5_MOE, GEMMA4),
     *(GEMMA3_TOWER, MISTRAL3_TOWER, QWEN3_VL_TOWER, QWEN3_5_TOWER, QWEN3_5_MOE_TOWER),
+    GEMMA4_TOWER,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}
 

@@ -56,7 +56,7 @@ class _OwnKeysAndValues(PlainLayers):
             if there:
                 raise UnsupportedModelError(
                     f"This model of type {model_type!r} {what}.",
-                    "Of Gemma 4, the dense models without these can be pruned (31B).",
+                    "Of Gemma 4, models without that can be pruned.",
                 )
 
 

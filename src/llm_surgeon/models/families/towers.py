@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from llm_surgeon.models.families.gemma import GEMMA3
+from llm_surgeon.models.families.gemma import GEMMA3, GEMMA4
 from llm_surgeon.models.families.mistral import MISTRAL
 from llm_surgeon.models.families.qwen import QWEN3, QWEN3_5, QWEN3_5_MOE
 from llm_surgeon.models.family import Family
@@ -36,5 +36,6 @@ GEMMA3_TOWER = _tower(GEMMA3, "gemma3", "Gemma3")
 MISTRAL3_TOWER = _tower(MISTRAL, "mistral3", "Mistral3")
 # The first blocks are handed features of the image, by their numbers (DeepStack).
 QWEN3_VL_TOWER = _tower(QWEN3, "qwen3_vl", "Qwen3VL", numbered=True)
+GEMMA4_TOWER = _tower(GEMMA4, "gemma4", "Gemma4", numbered=True)
 QWEN3_5_TOWER = _tower(QWEN3_5, "qwen3_5", "Qwen3_5")
 QWEN3_5_MOE_TOWER = _tower(QWEN3_5_MOE, "qwen3_5_moe", "Qwen3_5Moe")
