@@ -171,8 +171,11 @@ class StreamedWeights(Weights):
         if not _is_mapped(parameter):
             super().write(parameter, values)
             return
+        former = parameter.data
         taken = _is_mapped(values) and values.dtype == parameter.dtype
         parameter.data = values if taken else self._mapped(values.to(parameter.dtype))
+        for tensor in (former, values, parameter):
+            forget_pages(tensor)
         self._coming.clear()
 
     def kept(self, parameter: Tensor) -> Tensor:

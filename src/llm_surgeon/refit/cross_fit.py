@@ -26,6 +26,7 @@ from llm_surgeon.recipe.config import HALVES
 from llm_surgeon.records import Figure
 from llm_surgeon.refit.last_norm import last_norm_parameters
 from llm_surgeon.refit.stage import Fitted
+from llm_surgeon.system.allocator import forget_pages
 
 
 class OtherWeights:
@@ -55,6 +56,7 @@ class OtherWeights:
         """Put the mean of the model's weights and the kept ones into the model."""
         for parameter, other in zip(self._changing(), self._kept, strict=True):
             self._weights.write(parameter, (parameter.data.float() + other.float()) / HALVES)
+            forget_pages(other)
 
     def _changing(self) -> list[nn.Parameter]:
         """Parameters that stages may fit: the prunable layers, the last norm, and parameters that stages name."""
