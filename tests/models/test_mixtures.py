@@ -312,8 +312,16 @@ def test_experts_of_a_dense_model_are_refused():
 
 def test_no_fewer_experts_stay_than_a_token_is_sent_to():
     _, anatomy = examined("mixtral")
-    with pytest.raises(ConfigError, match="can be removed, and 60 % are to be"):
+    with pytest.raises(ConfigError, match="can be removed, and 60 % are to be") as caught:
         check_shapes(recipe("experts", 0.6), anatomy)
+    assert "as many stay in each block as a token is sent to" in caught.value.remedy
+
+
+def test_a_rounding_that_is_too_coarse_for_experts_is_named():
+    _, anatomy = examined("mixtral")
+    with pytest.raises(ConfigError) as caught:
+        check_shapes(recipe("neurons", 0.25, round_to=None), anatomy)
+    assert "a lower --round-to than 32" in caught.value.remedy
 
 
 def test_experts_are_uniform_unless_a_recipe_says_otherwise():

@@ -3,13 +3,14 @@ from __future__ import annotations
 import mmap
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from llm_surgeon.system import memory
-from llm_surgeon.system.memory import peak_device_bytes, peak_resident_bytes, reset_peak
+from llm_surgeon.system.memory import in_main_memory, peak_device_bytes, peak_resident_bytes, reset_peak
 
 MIB = 2**20
 
@@ -98,3 +99,14 @@ def test_device_peak_is_counted_and_reset() -> None:
 def test_available_memory_of_the_host_is_some_of_what_it_has() -> None:
     total = psutil.virtual_memory().total
     assert 0 < memory.available_bytes(torch.device("cpu")) < total
+
+
+def test_files_in_main_memory_are_told_from_files_on_disk(tmp_path, monkeypatch):
+    (tmp_path / "fast" / "inside").mkdir(parents=True)
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=tmp_path / "fast", fstype="tmpfs"),
+    ]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts if all else [])
+    assert in_main_memory(tmp_path / "fast" / "inside")
+    assert not in_main_memory(tmp_path)

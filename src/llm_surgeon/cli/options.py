@@ -23,7 +23,7 @@ COMMON = {
     "target_params": "Instead of --sparsity: parameters to keep, e.g. 90M.",
     "target_bytes": "Instead: bytes of the weight files, e.g. 300MiB.",
     "target_latency": "Instead: milliseconds of a pass over 512 tokens.",
-    "structure": "Smaller: rows-columns (default), neurons, heads, values, blocks or several joined by +. "
+    "structure": "Smaller: rows-columns (default), neurons, heads, values, blocks, experts, or several joined by +. "
     "Zeros: unstructured, or N:M.",
     "preset": "best (default), fast (half the time) or none.",
     "method": "surgeon (default), or another of --help-all.",

@@ -120,6 +120,7 @@ class LayerMajorPass:
             NonFiniteError: If the loss is not finite.
         """
         how, loss = self._how, 0.0
+        self._sweep.store.keep_within(much=True)
         head = self._model.get_output_embeddings()
         with frozen(self._model), reduced_weights(head, how.precision):
             hidden = in_turn([waiting.batch.hidden for waiting in self._waiting])

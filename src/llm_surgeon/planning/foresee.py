@@ -21,8 +21,9 @@ from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, 
 from llm_surgeon.planning.sizes import dense_size, disk_bytes, kinds_of, size_after, weight_bytes
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Plan, PlannedPhase
+from llm_surgeon.records.summary import scaled_bytes
 from llm_surgeon.refit.stages import stages_of
-from llm_surgeon.system.memory import available_bytes
+from llm_surgeon.system.memory import available_bytes, in_main_memory
 from llm_surgeon.system.torchrun import Place
 
 logger = logging.getLogger(__name__)
@@ -108,11 +109,13 @@ def _check_scratch(config: PruneConfig, scratch: int) -> None:
     """
     if config.scratch_space is not None and scratch > config.scratch_space:
         raise ConfigError(
-            f"About {scratch / 2**30:.2f} GiB will wait on disk, and --scratch-space is "
-            f"{config.scratch_space / 2**30:.2f} GiB.",
+            f"About {scaled_bytes(scratch)} will wait on disk, and --scratch-space is "
+            f"{scaled_bytes(config.scratch_space)}.",
             "Raise it, or give the run more memory (--host-memory, --device-memory).",
         )
     directory = config.scratch or tempfile.gettempdir()
+    if scratch and in_main_memory(directory):
+        logger.warning("%s is in main memory (tmpfs): what waits there counts as memory", directory)
     free = shutil.disk_usage(directory).free
     if scratch > free:
         logger.warning(

@@ -329,6 +329,9 @@ class Shapes:
         return int(line_up(self.masks, {}, self._random_candidates(seed=0)[1]).freed.min())
 
 
+_LEAST_EXPERTS = " Of experts as many stay in each block as a token is sent to."
+
+
 def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
     """Check that a model has the structures of a recipe, and that its sparsity can be reached with them.
 
@@ -340,13 +343,14 @@ def check_shapes(config: PruneConfig, anatomy: Anatomy) -> None:
         _check_uniform(config, anatomy)
     structures = Shapes(config, anatomy)
     most = 1 - structures.least_weights() / anatomy.prunable_weights
-    rounding = "" if config.round_to is None else f"another --round-to than {config.round_to}, "
+    rounding = "" if config.rounding == 1 else f"a lower --round-to than {config.rounding}, "
     # The sparsity for a latency is not known before the model is timed.
     if config.sparsity > most and config.target != "target_latency":
         raise ConfigError(
             f"With {config.structure} {100 * most:.1f} % of the prunable weights can be removed, and "
             f"{100 * config.sparsity:g} % are to be.",
-            f"Ask for a lower --sparsity, {rounding}a lower --min-width, or add structures, as in neurons+heads.",
+            f"Ask for a lower --sparsity, {rounding}a lower --min-width, or add structures, as in neurons+heads."
+            f"{_LEAST_EXPERTS if 'experts' in config.parts else ''}",
         )
     least = structures.smallest_candidate() / anatomy.prunable_weights
     if config.sparsity < least and config.target != "target_latency":

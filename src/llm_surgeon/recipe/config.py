@@ -151,7 +151,8 @@ class PruneConfig(
         if row is not None and not row.joint and any(STRUCTURES[part].joint for part in self.parts):
             raise ValueError(f"the {curvature} curvature has no joint costs: structure has to be without whole heads")
         if row is not None and row.structures and not (self.parts and set(self.parts) <= set(row.structures)):
-            raise ValueError(f"{self.method} ranks {', '.join(row.structures)} and nothing else: not {self.structure}")
+            ranked = "+".join(row.structures)
+            raise ValueError(f"{self.method} ranks {ranked} and nothing else: set structure to {ranked}")
         if row is not None and not row.subsets and self.max_correlations:
             raise ValueError(f"the {curvature} curvature updates all together: max_correlations has to be 0")
         if self.gradient_share < 1 and not (row is not None and row.samples_gradients):

@@ -162,6 +162,7 @@ def reconstruct(
             stored.release()
         stream.pass_through(block, advance)
     counted = tokens.n_samples if text is None else text
+    stream.store.keep_within(much=True)
     scale = scale_last_norm(model, anatomy, stream, counted, how.precision, processes)
     return Reconstructed(_relative_error(goal, stream, processes), scale)
 

@@ -93,6 +93,7 @@ def _last_states(
     seen = Repeated(advance, len(sweep))
     for block in range(len(sweep)):
         sweep.pass_through(block, seen.advance)
+    store.keep_within(much=True)
     with reduced_weights(model.get_output_embeddings(), how.precision):
         for batch, leaving in sweep.entering():
             states = sweep.last_states(batch, leaving.get())

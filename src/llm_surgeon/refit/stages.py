@@ -150,6 +150,9 @@ class Stages:
         for stage in self._stages:
             if stage.half == "whole":
                 found[stage.name] = self._fit(stage, shot, None, clock)
+        if self._session.store is not None:
+            # The weights are written to a checkpoint next.
+            self._session.store.keep_within(much=True)
         return [StageRecord(name=name, seconds=0.0, figures=fit.figures, note=fit.note) for name, fit in found.items()]
 
     def _fit(self, stage: Stage, shot: Shot, turn: int | None, clock: Clock) -> Fitted:

@@ -104,10 +104,10 @@ def _warn_of_missed(report: PruneReport, config: PruneConfig) -> None:
     """Warn if clearly less was removed than asked for, as units are large or widths are rounded."""
     removed = report.shots[-1].sparsity
     if config.target is None and config.sparsity - removed > _MISSED:
+        rounded = ", and widths are rounded (a lower --round-to comes closer)" if config.rounding != 1 else ""
         logger.warning(
-            "%.1f %% of the prunable weights were removed, and %.1f %% were asked for: units go whole, and widths are "
-            "rounded (a lower --round-to comes closer)",
-            *(100 * removed, 100 * config.sparsity),
+            "%.1f %% of the prunable weights were removed, and %.1f %% were asked for: units go whole%s",
+            *(100 * removed, 100 * config.sparsity, rounded),
         )
 
 

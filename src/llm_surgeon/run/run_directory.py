@@ -263,9 +263,16 @@ def _shot_exports(export: Path) -> Iterator[Path]:
             yield path
 
 
+# Options that say where tensors wait, and nothing about the result: a run goes on with others, after a full disk say.
+_PLACES = ("scratch", "scratch_space")
+
+
 def _changes(name: str, before: Any, now: Any) -> list[str]:
     """Changes of one entry of the ``RunRecord``, in words."""
     if isinstance(before, dict):
+        before, now = (
+            {key: value for key, value in entries.items() if key not in _PLACES} for entries in (before, now)
+        )
         # A record of an older version lacks later options; the run had their defaults.
         defaults = PruneConfig.from_mapping({}).resolved() if name == "recipe" else {}
         return differences({key: defaults[key] for key in now if key in defaults} | before, now)

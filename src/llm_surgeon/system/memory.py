@@ -64,6 +64,14 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def in_main_memory(directory: str | Path) -> bool:
+    """Whether files of a directory lie in main memory, as those of a ``tmpfs`` do, as far as the system tells."""
+    place = Path(directory).resolve()
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    kind = next((mounts[parent] for parent in (place, *place.parents) if parent in mounts), "")
+    return kind in ("tmpfs", "ramfs")
+
+
 def _uses_cuda(device: torch.device | str) -> bool:
     # Asking an idle CUDA for its peak would start it, and take hundreds of megabytes.
     return torch.device(device).type == "cuda" and torch.cuda.is_initialized()

@@ -29,6 +29,8 @@ T = TypeVar("T")
 # Share of the process's limit from which on it keeps no freed memory. The rest of the limit is for the work of one
 # block, after which the memory is looked at again.
 _NEAR = 0.85
+# The same before work that takes much at once: logits, or all weights of a file.
+_MUCH = 0.5
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,16 @@ class TensorStore:
         """Bytes of the tensors that are on disk now."""
         return self._disk.used
 
-    def keep_within(self) -> None:
+    def keep_within(self, *, much: bool = False) -> None:
         """Hand freed memory back if the process comes near its limit; to be called before each block's work.
 
         Memory that a pass frees lies in gaps between tensors that it keeps. The next tensors do not all fit there,
         least of all those of pruned layers, of which no two have the same size.
+
+        Args:
+            much: Whether the work that comes takes much memory at once.
         """
-        if psutil.Process().memory_info().rss > _NEAR * self._process:
+        if psutil.Process().memory_info().rss > (_MUCH if much else _NEAR) * self._process:
             hand_back_freed_memory()
 
     def put(self, tensor: Tensor) -> Stored:
