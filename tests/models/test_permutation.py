@@ -13,7 +13,7 @@ from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.models import FAMILIES, family_of
 from llm_surgeon.models.anatomy import examine
 from llm_surgeon.models.permutation import fold_order, fold_residual
-from tiny import ALONE, MIXTURES, llama, opt, tokens
+from tiny import ALONE, MIXTURES, NEURONS_ALONE, llama, opt, tokens
 
 VARIANTS = {
     **ALONE,
@@ -142,8 +142,8 @@ def test_the_function_stays_and_the_weights_move(variant, fold):
 
 
 def test_every_family_is_covered():
-    # Mixtures are checked in test_mixtures.py.
-    others = {build_mixture().config.model_type for build_mixture in MIXTURES.values()}
+    # Mixtures are checked in test_mixtures.py, Gemma 4 in test_gemma4.py.
+    others = {builder().config.model_type for builder in (MIXTURES | NEURONS_ALONE).values()}
     alone = {name for name, family in FAMILIES.items() if family.text_config is None}
     assert {VARIANTS[variant]().config.model_type for variant in VARIANTS} == alone - others
 
