@@ -53,6 +53,8 @@ DOMAINS: dict[str, tuple[tuple, tuple]] = {
     "order": (("auto", "batch-major", "layer-major"), ("random",)),
     "weights": (("auto", "resident", "streamed"), ("nowhere",)),
     "host_memory": (("8GiB",), ("1KiB", 0, "lots")),
+    "scratch": ((None, "."), ("/nowhere/at/all", "")),
+    "scratch_space": (("8GiB",), (0, "lots")),
     "device_memory": ((), ("8GiB",)),
     "dampening_a": ((1e-4, 0.01, 1.0), (0.0, -1.0)),
     "dampening_g": ((1e-4, 0.1, 1.0), (0.0,)),
@@ -91,7 +93,7 @@ DOMAINS: dict[str, tuple[tuple, tuple]] = {
     "eval_tokens": ((32, 100, 128), (1, 10**12)),
     "ignore": ((("lm_head",), ("down_proj|fc2|c_proj",), ("q_proj",), (r"\.0\..*",)), ((".*",), ("(",))),
 }
-_RARELY = ("target_params", "target_bytes", "device", "device_memory", "host_memory", "ignore")
+_RARELY = ("target_params", "target_bytes", "device", "device_memory", "host_memory", "scratch_space", "ignore")
 
 
 def random_recipe(seed: int) -> tuple[str, dict]:

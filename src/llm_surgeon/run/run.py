@@ -253,8 +253,8 @@ def _planned_device(config: PruneConfig, probe: bool) -> torch.device:
     if not elsewhere or config.device_memory is None or probe:
         if elsewhere and not probe:
             raise ConfigError(
-                "There is no GPU here whose memory could be asked for.",
-                "Say how much the GPU has that the plan is for, e.g. --device-memory 24GiB.",
+                f"The device {config.device!r} cannot be used: there is no GPU here.",
+                "Use --device cpu; or say how much memory the GPU has that the plan is for: --device-memory 24GiB.",
             )
         return resolve_device(config.device)
     return torch.device(config.device)
