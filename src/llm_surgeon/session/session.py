@@ -85,7 +85,14 @@ class Session:
         """
         named = {layer.name: layer for layer in layers}
         shares = {name: work(layer) for name, layer in named.items()}
-        for name, result in self.processes.share_out(shares, lambda name: compute(named[name])):
+
+        def one(name: str) -> T:
+            if self.store is not None:
+                # Decompositions of layers of other sizes do not fit where those of the last layer were.
+                self.store.keep_within()
+            return compute(named[name])
+
+        for name, result in self.processes.share_out(shares, one):
             yield named[name], result
 
 
