@@ -348,6 +348,8 @@ def test_a_plan_is_for_the_gpu_of_another_machine_too(checkpoint, recipe):
     assert 0 < found.device_peak < 2**30
     with pytest.raises(ConfigError, match="cannot be used"):
         plan(str(checkpoint), recipe(device="cuda", device_memory=2**30), probe=True)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        plan(str(checkpoint), recipe(device="cuda:x", device_memory=2**30))
 
 
 def test_what_waits_on_disk_has_a_limit(checkpoint, recipe, tmp_path, caplog):

@@ -107,6 +107,8 @@ def _check_scratch(config: PruneConfig, scratch: int) -> None:
     Raises:
         ConfigError: If it is not.
     """
+    if not scratch:
+        return
     if config.scratch_space is not None and scratch > config.scratch_space:
         raise ConfigError(
             f"About {scaled_bytes(scratch)} will wait on disk, and --scratch-space is "
@@ -114,7 +116,7 @@ def _check_scratch(config: PruneConfig, scratch: int) -> None:
             "Raise it, or give the run more memory (--host-memory, --device-memory).",
         )
     directory = config.scratch or tempfile.gettempdir()
-    if scratch and in_main_memory(directory):
+    if in_main_memory(directory):
         logger.warning("%s is in main memory (tmpfs): what waits there counts as memory", directory)
     free = shutil.disk_usage(directory).free
     if scratch > free:

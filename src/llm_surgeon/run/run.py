@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -249,14 +250,13 @@ def _planned_device(config: PruneConfig, probe: bool) -> torch.device:
     Raises:
         ConfigError: If the device does not exist here, and has to.
     """
-    elsewhere = config.device.startswith("cuda") and not torch.cuda.is_available()
-    if not elsewhere or config.device_memory is None or probe:
-        if elsewhere and not probe:
-            raise ConfigError(
-                f"The device {config.device!r} cannot be used: there is no GPU here.",
-                "Use --device cpu; or say how much memory the GPU has that the plan is for: --device-memory 24GiB.",
-            )
+    if not re.fullmatch(r"cuda(:\d+)?", config.device) or torch.cuda.is_available() or probe:
         return resolve_device(config.device)
+    if config.device_memory is None:
+        raise ConfigError(
+            f"The device {config.device!r} cannot be used: there is no GPU here.",
+            "Use --device cpu; or say how much memory the GPU has that the plan is for: --device-memory 24GiB.",
+        )
     return torch.device(config.device)
 
 

@@ -254,17 +254,19 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 
 def check_scratch(directory: str | None) -> None:
-    """Make sure that files can be made in a directory; None is the system's temporary one.
+    """Make sure that files can be made in a directory; None, the system's temporary one, is tried when it is needed.
 
     Raises:
         ConfigError: If they cannot.
     """
+    if directory is None:
+        return
     try:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise ConfigError(
-            f"Nothing can wait in {directory or tempfile.gettempdir()}: {error.strerror}.",
+            f"Nothing can wait in {directory}: {error.strerror}.",
             "Give a directory that exists, and that can be written to, as --scratch.",
         ) from None
 
