@@ -198,3 +198,11 @@ def test_commands_for_one_process_refuse_several(monkeypatch):
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 1
         assert f"`llm-surgeon {arguments[0]}` works in one process" in " ".join(done.output.split())
+
+
+def test_they_go_on_together_inside_a_shot(checkpoint, text, tmp_path):
+    status, _, errors = ended(started(2, TESTS / "several_inside.py", checkpoint, text, tmp_path))
+    assert status == 0, errors
+    (expected,), (found,) = ([*(tmp_path / name).glob("*.safetensors")] for name in ("whole", "ended"))
+    assert expected.read_bytes() == found.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "ended"}

@@ -38,7 +38,8 @@ def prune(
         Path,
         typer.Option(
             help="Directory to make; must not exist, or be empty. Until it is complete, OUT.run beside it holds "
-            "checkpoints: after an error or a kill, the same command continues after the last complete shot."
+            "checkpoints: after an error or a kill, the same command continues after the last complete shot, or inside "
+            "a shot that takes minutes."
         ),
     ],
     **given: Any,
@@ -75,9 +76,11 @@ def _how_to_go_on(out: Path) -> str:
         return f"interrupted; the export at {out} is complete"
     out = Path(os.path.abspath(out))
     # The names of the files have to do, as the interrupt may come before the modules that read them are imported.
-    names = (re.fullmatch(r"shot-(\d+)\.sha256", path.name) for path in out.with_name(f"{out.name}.run").glob("*"))
-    shots = [int(found[1]) for found in names if found]
+    names = [path.name for path in out.with_name(f"{out.name}.run").glob("*.sha256")]
+    shots = [int(found[1]) for found in (re.fullmatch(r"shot-(\d+)\.sha256", name) for name in names) if found]
     more = f"continues after shot {max(shots)}" if shots else "begins anew"
+    if any(name.startswith("inside-") for name in names):
+        more = f"continues inside shot {max(shots, default=0) + 1}"
     return f"interrupted; nothing is at --out yet, and the same command {more}"
 
 

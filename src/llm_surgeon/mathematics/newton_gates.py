@@ -46,6 +46,8 @@ LONGEST = 1.5
 # Largest distance, in factors of two, of the damping from the mean of the Fisher's diagonal: a decomposition in float32
 # allows this many.
 MOST_DOUBLINGS = 10
+# Number of values that are multiplied with their gradients at once.
+_AT_ONCE = 2**20
 
 
 def effects(values: Tensor, gradients: Tensor, members: Tensor, gates: int) -> Tensor:
@@ -57,10 +59,15 @@ def effects(values: Tensor, gradients: Tensor, members: Tensor, gates: int) -> T
         members: Gate of each value, ``[size]``; -1 for none.
         gates: Number of gates.
     """
-    products = values.float() * gradients.float()
-    sums = products.new_zeros(len(products), gates + 1)
-    # index_add takes no index of -1: values without a gate go to an extra gate, which is dropped.
-    return sums.index_add_(1, members.where(members >= 0, gates), products)[:, :gates]
+    # A product with the matrix that says which value has which gate is faster than adding up values one by one, and
+    # pieces that a cache holds are faster than all tokens at once.
+    belongs = (members[:, None] == torch.arange(gates, device=members.device)).float()
+    rows = max(1, _AT_ONCE // max(1, len(members)))
+    found = [
+        (some.float() * at.float()) @ belongs
+        for some, at in zip(values.split(rows), gradients.split(rows), strict=True)
+    ]
+    return torch.cat(found) if found else belongs.new_zeros(0, gates)
 
 
 def log_evidence(slopes: Tensor, fisher: Tensor, damping: float, tokens: int) -> float:

@@ -154,19 +154,8 @@ class Checkpoints:
         Raises:
             OutputError: If the checkpoint does not hold what this version writes for such a model.
         """
-        try:
-            with safe_open(self._tensors(shot), framework="pt") as file:
-                tensors = _Tensors(file)
-                masks = _read_masks(tensors, anatomy)
-                _read_weights(tensors, model, anatomy, masks)
-                return RunState(shot, masks, _read_start(tensors, model, anatomy))
-        # Tensors may be missing, or have another shape or type; values may be no numbers.
-        except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{self._tensors(shot)} does not hold what a checkpoint of this model does: "
-                f"{' '.join(str(error).split())[:200]}.",
-                f"Remove {self._directory}, or give another --out.",
-            ) from None
+        masks, start = restore_tensors(self._tensors(shot), model, anatomy)
+        return RunState(shot, masks, start)
 
     def tidy(self) -> None:
         """Remove the files that a killed process left half-written."""
@@ -202,6 +191,34 @@ class Checkpoints:
             pass
         logger.warning("the checkpoint of shot %d is damaged (%s), and is not used", shot, path.name)
         return False
+
+
+def restore_tensors(path: Path, model: PreTrainedModel, anatomy: Anatomy) -> tuple[Masks, WarmStart | None]:
+    """Give a model the weights and shapes of ``tensors_of``, in place.
+
+    Args:
+        path: A file of these tensors.
+        model: The dense model as it was loaded and examined, or as a shot has left it.
+        anatomy: Layers of the dense model.
+
+    Returns:
+        The masks, and the factors from which a power iteration starts.
+
+    Raises:
+        OutputError: If the file does not hold what this version writes for such a model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = _Tensors(file)
+            masks = _read_masks(tensors, anatomy)
+            _read_weights(tensors, model, anatomy, masks)
+            return masks, _read_start(tensors, model, anatomy)
+    # Tensors may be missing, or have another shape or type; values may be no numbers.
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{path} does not hold what a checkpoint of this model does: {' '.join(str(error).split())[:200]}.",
+            f"Remove {path.parent}, or give another --out.",
+        ) from None
 
 
 def _text(checkpoint: Checkpoint) -> bytes:

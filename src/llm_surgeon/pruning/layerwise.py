@@ -7,7 +7,7 @@ concern several blocks (a global threshold, outlier-weighted budgets) are made b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -29,6 +29,7 @@ from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.sweep import Sweep
 from llm_surgeon.pruning.loop import Loop
 from llm_surgeon.pruning.permuting import StreamOrder, reorder_block
+from llm_surgeon.pruning.removals import removals_of
 from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.structures import check_structure
 from llm_surgeon.recipe.config import PruneConfig
@@ -87,14 +88,22 @@ def run_layerwise(session: Session) -> Iterator[ShotResult]:
     if config.permute:
         check_residual(session.model, anatomy.family)
     clock = Clock(session.device)
+    result = removals_of(session, 1, clock, lambda: _removed(session, clock))
+    elements = {name: cast(ElementMask, mask).elements for name, mask in result.masks.items()}
+    fitted = Stages(session).run(Shot(1, anatomy.dense_masks(), elements), clock)
+    yield replace(result, stages=clock.records(fitted), profile=clock.profile())
+
+
+def _removed(session: Session, clock: Clock) -> ShotResult:
+    """Prune block after block; returns the result of the shot without stages."""
+    anatomy, config = session.anatomy, session.config
     run = _Blocks(session, clock)
     passes = (2 * len(run.blocks) - 1) * (run.reads + run.surveys) + len(run.blocks) * (config.permute and run.reads)
     with session.progress.phase(_words(config), passes * session.own.input_ids.numel()) as phase:
         survey = run.survey(phase)
         kept = run.prune(survey, phase)
     masks = {name: ElementMask(mask) for name, mask in kept.items()}
-    fitted = Stages(session).run(Shot(1, anatomy.dense_masks(), kept), clock)
-    yield ShotResult(
+    return ShotResult(
         shot=1,
         target_sparsity=config.sparsity,
         masks=masks,
@@ -104,8 +113,6 @@ def run_layerwise(session: Session) -> Iterator[ShotResult]:
         factor_bytes=run.statistics_bytes,
         loss=None,
         costs=None,
-        stages=clock.records(fitted),
-        profile=clock.profile(),
     )
 
 

@@ -17,6 +17,7 @@ from llm_surgeon.models.anatomy import LinearLayer
 from llm_surgeon.models.matrix import check_written, core_of, narrow_heads, read_matrix, write_matrix
 from llm_surgeon.pruning.histogram import cost_histogram
 from llm_surgeon.pruning.loop import Loop
+from llm_surgeon.pruning.removals import removals_of
 from llm_surgeon.pruning.result import RunState, ShotResult
 from llm_surgeon.pruning.structures import Masks, Structure, structure_of
 from llm_surgeon.recipe.config import PruneConfig
@@ -99,16 +100,20 @@ class _Shots:
 
     def shot(self, number: int, sparsity: float, start: WarmStart | None) -> ShotResult:
         """Make one shot to a sparsity; a power iteration starts from ``start``."""
-        structure, config, clock = self.structure, self.session.config, Clock(self.session.device)
+        structure, clock = self.structure, Clock(self.session.device)
+        result = removals_of(self.session, number, clock, lambda: self._removed(number, sparsity, start, clock))
+        structure.resume(result.masks)
+        fitted = self.stages.run(Shot(number, structure.shapes, structure.element_masks), clock)
+        return replace(result, stages=clock.records(fitted), profile=clock.profile())
+
+    def _removed(self, number: int, sparsity: float, start: WarmStart | None, clock: Clock) -> ShotResult:
+        """Make the removals of a shot; returns its result without stages."""
+        structure, config = self.structure, self.session.config
         curvature = self._estimate(number, start, clock)
         steps = [
             self._step(curvature, target, clock, _step_name(number, config.shots, step, config.steps_per_shot))
             for step, target in enumerate(self._targets(sparsity), start=1)
         ]
-        start = curvature.warm_start(self.session.anatomy.layers, structure.shapes)
-        factor_bytes, loss = curvature.nbytes, curvature.loss
-        del curvature
-        fitted = self.stages.run(Shot(number, structure.shapes, structure.element_masks), clock)
         return ShotResult(
             shot=number,
             target_sparsity=sparsity,
@@ -116,12 +121,10 @@ class _Shots:
             threshold=steps[-1].threshold,
             removed=sum(step.removed for step in steps),
             implied=sum(step.implied for step in steps),
-            factor_bytes=factor_bytes,
-            loss=loss,
+            factor_bytes=curvature.nbytes,
+            loss=curvature.loss,
             costs=steps[-1].costs,
-            stages=clock.records(fitted),
-            profile=clock.profile(),
-            start=start,
+            start=curvature.warm_start(self.session.anatomy.layers, structure.shapes),
         )
 
     def _targets(self, sparsity: float) -> Iterator[int]:

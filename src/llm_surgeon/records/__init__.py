@@ -14,6 +14,7 @@ from llm_surgeon.records.evaluation import (
     TaskScore,
     TaskScores,
 )
+from llm_surgeon.records.mark import DoneFit, FitMark, NoWords, RemovalMark, Spent
 from llm_surgeon.records.plan import LayerKind, Plan, PlannedPhase
 from llm_surgeon.records.run import ExportRecord, FormatRecord, Memory, PruneReport, RunRecord, TargetRecord
 from llm_surgeon.records.shot import CostHistogram, Figure, LayerRecord, ShotRecord, Size, StageRecord
@@ -24,25 +25,30 @@ __all__ = [
     "Comparison",
     "CostHistogram",
     "DenseRecord",
+    "DoneFit",
     "Evaluation",
     "ExportRecord",
     "Failure",
     "Figure",
+    "FitMark",
     "FormatRecord",
     "LayerKind",
     "LayerRecord",
     "Memory",
+    "NoWords",
     "Perplexity",
     "Plan",
     "PlannedPhase",
     "PruneReport",
     "Record",
+    "RemovalMark",
     "RunRecord",
     "Setting",
     "ShotRecord",
     "Size",
     "Speed",
     "SpeedComparison",
+    "Spent",
     "StageRecord",
     "TargetRecord",
     "TaskFailure",

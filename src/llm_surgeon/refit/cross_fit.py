@@ -12,10 +12,11 @@ fitted to one half of the data, the few parameters of interest to the other half
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.tokens import CalibrationTokens
@@ -29,6 +30,20 @@ from llm_surgeon.refit.stage import Fitted
 from llm_surgeon.system.allocator import forget_pages
 
 
+def fitted_parameters(model: PreTrainedModel, anatomy: Anatomy, beside: Iterable[str] = ()) -> list[nn.Parameter]:
+    """Parameters that stages may fit: the prunable layers, the last norm, and parameters that stages name.
+
+    Args:
+        model: The model.
+        anatomy: Prunable layers of the model.
+        beside: Names of parameters that stages change beside these layers and the last norm.
+    """
+    modules = [core_of(model, layer) for layer in anatomy.layers.values()]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    names = dict.fromkeys([*last_norm_parameters(model, anatomy), *beside])
+    return [*parameters, *(model.get_parameter(name) for name in names)]
+
+
 class OtherWeights:
     """Weights of the other half's model while the model of one half is fitted."""
 
@@ -40,10 +55,14 @@ class OtherWeights:
             anatomy: Prunable layers of the model.
             beside: Names of parameters that stages change beside these layers and the last norm.
         """
-        self._model, self._anatomy = model, anatomy
-        self._beside = tuple(dict.fromkeys([*last_norm_parameters(model, anatomy), *beside]))
+        self._changing = partial(fitted_parameters, model, anatomy, tuple(beside))
         self._weights = weights_of(model)
         self._kept = [self._weights.kept(parameter) for parameter in self._changing()]
+
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        """The kept weights, in the order of ``fitted_parameters``."""
+        return self._kept
 
     def exchange(self) -> None:
         """Exchange the kept weights with the model's."""
@@ -57,13 +76,6 @@ class OtherWeights:
         for parameter, other in zip(self._changing(), self._kept, strict=True):
             self._weights.write(parameter, (parameter.data.float() + other.float()) / HALVES)
             forget_pages(other)
-
-    def _changing(self) -> list[nn.Parameter]:
-        """Parameters that stages may fit: the prunable layers, the last norm, and parameters that stages name."""
-        modules = [core_of(self._model, layer) for layer in self._anatomy.layers.values()]
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        parameters += [self._model.get_parameter(name) for name in self._beside]
-        return parameters
 
 
 def half_of(tokens: CalibrationTokens, which: int | None, sequences: int) -> CalibrationTokens:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from llm_surgeon.mathematics.linalg import damping_of
 from llm_surgeon.mathematics.newton_gates import effects, evidence_damping, newton_step, rise_at, step_length
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer, to_index
 from llm_surgeon.models.matrix import check_written, core_of, read_matrix, write_matrix
+from llm_surgeon.models.modes import products
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.hooks import Hooks, PairReceive, Side
 from llm_surgeon.passes.task import Task
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.refit.stage import Steps
 from llm_surgeon.system.storage import Stored, in_turn
 
 logger = logging.getLogger(__name__)
@@ -151,7 +154,9 @@ class SetGates:
     damping: float | None
 
 
-def set_gates(task: Task, steps: int, damping: float | None = None, width: int | None = None) -> SetGates:
+def set_gates(
+    task: Task, steps: int, damping: float | None = None, width: int | None = None, kept: Steps | None = None
+) -> SetGates:
     """Take some Newton steps on the gates of a pruned model, and put them into its weights.
 
     Args:
@@ -161,6 +166,7 @@ def set_gates(task: Task, steps: int, damping: float | None = None, width: int |
         damping: Damping as a fraction of the mean of the diagonal of the gates' Fisher; None takes, at each step, the
             damping with the largest evidence.
         width: Number of neurons that share gates, see ``gates_of``.
+        kept: Steps that an earlier process has taken, and where to tell of further ones; None: none.
 
     Raises:
         NonFiniteError: If the loss or a weight is not finite.
@@ -171,15 +177,20 @@ def set_gates(task: Task, steps: int, damping: float | None = None, width: int |
     count = count_gates(work.gates)
     if not count:
         return SetGates(gates=0, steps=0, first_loss=None, last_loss=None, largest_change=0.0, damping=None)
-    taken = [work.step(damping) for _ in range(steps)]
-    product = torch.stack([step.factors for step in taken]).prod(0)
+    kept = kept or Steps()
+    taken = [_Step.of(kept.kept)] if kept.done else []
+    task.advance(kept.done * (BACKWARD_PASSES + FORWARD_PASSES) * task.tokens.input_ids.numel())
+    for number in range(kept.done, steps):
+        taken = [_in_turn([*taken, work.step(damping)])]
+        kept.tell(number + 1, taken[0].tensors)
+    (whole,) = taken
     return SetGates(
         gates=count,
         steps=steps,
-        first_loss=taken[0].before,
-        last_loss=taken[-1].after,
-        largest_change=float((product - 1).abs().max()),
-        damping=taken[0].damping,
+        first_loss=whole.before,
+        last_loss=whole.after,
+        largest_change=float((whole.factors - 1).abs().max()),
+        damping=whole.damping,
     )
 
 
@@ -211,9 +222,9 @@ def moments(task: Task, gates: Sequence[Gated]) -> GateMoments:
     with Hooks() as hooks:
         seen.watch(hooks)
         result = task.run(hooks, backward=True, finished=seen.put_away)
-    slopes, products = seen.sums()
-    task.processes.add_up([slopes, products])
-    return GateMoments(slopes / result.tokens, products / result.tokens, result.loss, result.tokens)
+    slopes, sums = seen.sums()
+    task.processes.add_up([slopes, sums])
+    return GateMoments(slopes / result.tokens, sums / result.tokens, result.loss, result.tokens)
 
 
 def _left(task: Task, gated: Gated) -> Gated:
@@ -225,19 +236,36 @@ def _left(task: Task, gated: Gated) -> Gated:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that was taken.
+    """A step that was taken, or several together.
 
     Attributes:
         factors: Factors that multiplied the gates, ``[gates]``.
         before: Loss before the step, in nats.
         after: Loss after the step, as a parabola predicts it.
-        damping: Damping as a fraction of the mean of the diagonal of the Fisher.
+        damping: Damping of the first step, as a fraction of the mean of the diagonal of the Fisher.
     """
 
     factors: Tensor
     before: float
     after: float
     damping: float
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The step as tensors that can be kept."""
+        figures = torch.tensor([self.before, self.after, self.damping], dtype=torch.float64)
+        return {"factors": self.factors, "figures": figures}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The step that was kept as these tensors."""
+        return cls(tensors["factors"], *tensors["figures"].tolist())
+
+
+def _in_turn(steps: Sequence[_Step]) -> _Step:
+    """Steps that were taken one after the other, as one."""
+    factors = torch.stack([step.factors for step in steps]).prod(0)
+    return _Step(factors, steps[0].before, steps[-1].after, steps[0].damping)
 
 
 @dataclass(frozen=True)
@@ -340,14 +368,15 @@ class _Effects:
         """Sums over tokens of effects ``[gates]`` and of their products ``[gates, gates]``; releases the effects."""
         blocks = [self._stored.pop(block) for block in sorted(self._stored)]
         slopes = torch.cat([block.get().sum(0) for block in in_turn(blocks)])
-        products = slopes.new_zeros(len(slopes), len(slopes))
+        sums = slopes.new_zeros(len(slopes), len(slopes))
         first = 0
         # The products are symmetric: each block is multiplied with itself and with the blocks behind it.
-        for number, block in enumerate(blocks):
-            own = block.get().T
-            following = torch.cat([own @ other.get() for other in in_turn(blocks[number:])], dim=1)
-            products[first : first + len(own), first:] = following
-            products[first:, first : first + len(own)] = following.T
-            first += len(own)
-            block.release()
-        return slopes, products
+        with products(self._task.how.precision):
+            for number, block in enumerate(blocks):
+                own = block.get().T
+                following = torch.cat([own @ other.get() for other in in_turn(blocks[number:])], dim=1)
+                sums[first : first + len(own), first:] = following
+                sums[first:, first : first + len(own)] = following.T
+                first += len(own)
+                block.release()
+        return slopes, sums

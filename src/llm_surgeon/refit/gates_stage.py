@@ -64,7 +64,8 @@ class GatesStage(Stage):
         session, config = self.session, self.session.config
         how = Estimation(config.sequences_per_pass, config.precision, order=session.order)
         task = Task(session, shot.keep, how, advance, self._tokens(half))
-        found = set_gates(task, config.gate_steps, config.gate_damping, gate_width(session.anatomy, config))
+        width = gate_width(session.anatomy, config)
+        found = set_gates(task, config.gate_steps, config.gate_damping, width, shot.steps)
         return Fitted(
             (
                 Figure(name="number of gates", value=found.gates, kind="count"),

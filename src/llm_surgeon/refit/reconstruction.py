@@ -30,6 +30,7 @@ from llm_surgeon.passes.hooks import Hooks, with_bias
 from llm_surgeon.passes.sweep import Batch, Sweep
 from llm_surgeon.refit.last_norm import last_norm_parameters, scale_last_norm
 from llm_surgeon.refit.several_writers import SeveralWriters
+from llm_surgeon.refit.stage import Steps
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.processes import Processes
 from llm_surgeon.system.storage import Stored, in_turn
@@ -123,6 +124,7 @@ def reconstruct(
     *,
     text: int | None = None,
     advance: Advance = lambda _tokens: None,
+    steps: Steps | None = None,
 ) -> Reconstructed:
     """Correct the layers of a pruned model that write into the residual stream, and scale its last norm, in place.
 
@@ -135,6 +137,7 @@ def reconstruct(
         text: Number of sequences, from the first on, that are real text rather than copies; None: all.
         advance: Function that is called with the number of tokens after each batch that went through a block of either
             model: in total ``DENSE_RUNS + PRUNED_RUNS`` times all tokens for each block.
+        steps: Blocks that an earlier process has corrected, and where to tell of further ones; None: none.
 
     Returns:
         The error of the stream behind the last block, relative to the stream itself, and the scale of the last norm.
@@ -148,8 +151,12 @@ def reconstruct(
     tokens = session.own if part is None else part
     given = anatomy.family.blocks, tokens, how.batch_size, how.precision, session.store
     goal, stream = Sweep(dense, *given), Sweep(model, *given)
-    work = _Corrections(session, keep, anatomy.extents(keep), stream, how, advance)
-    for block in range(len(stream)):
+    work, steps = _Corrections(session, keep, anatomy.extents(keep), stream, how, advance), steps or Steps()
+    for block in range(steps.done):
+        goal.pass_through(block)
+        stream.pass_through(block)
+        advance(tokens.input_ids.numel() * (DENSE_RUNS + PRUNED_RUNS))
+    for block in range(steps.done, len(stream)):
         middle, last = _writers(anatomy, block)
         behind_attention = _behind_attention(goal, dense, block, middle, work.multiplier, advance)
         work.correct(block, middle, behind_attention, inside=True)
@@ -161,6 +168,7 @@ def reconstruct(
         for stored in behind_attention:
             stored.release()
         stream.pass_through(block, advance)
+        steps.tell(block + 1, {})
     counted = tokens.n_samples if text is None else text
     stream.store.keep_within(much=True)
     scale = scale_last_norm(model, anatomy, stream, counted, how.precision, processes)

@@ -63,7 +63,7 @@ class ReconstructionStage(Stage):
         config, tokens = self.session.config, self._tokens(half)
         how = Reconstruction(config.reconstruction_ridge, config.sequences_per_pass, config.precision)
         text = tokens.n_samples // (1 + config.reconstruction_copies)
-        found = reconstruct(self.session, shot.keep, how, tokens, text=text, advance=advance)
+        found = reconstruct(self.session, shot.keep, how, tokens, text=text, advance=advance, steps=shot.steps)
         return Fitted(
             (
                 Figure(name="error of the stream", value=found.relative_error, kind="share"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -25,6 +25,28 @@ Parts = dict[str, int]
 Order = Literal["batch-major", "layer-major"]
 
 
+def _untold(_done: int, _kept: Mapping[str, Tensor]) -> None:
+    """Steps that nobody keeps."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of a fit that a later process need not take again.
+
+    A fit may call ``tell`` after each step from which it could go on. If the process ends, the fit is called again in
+    another one with the number of the last step that was kept, on the model as that step had left it.
+
+    Attributes:
+        done: Number of steps that an earlier process has taken.
+        kept: Tensors that it told with the last of them.
+        tell: Function that takes the number of steps taken so far, and tensors to be kept beside the weights.
+    """
+
+    done: int = 0
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    tell: Callable[[int, Mapping[str, Tensor]], None] = _untold
+
+
 @dataclass(frozen=True)
 class Shot:
     """A shot whose removals are done.
@@ -33,11 +55,13 @@ class Shot:
         number: Number of the shot, from 1.
         keep: Masks of the rows and columns that are left of each layer, which agree with the model.
         elements: Kept weights of each layer, ``[rows, columns]`` bool, if zeros are stored; None if matrices shrink.
+        steps: Steps of the fit under way.
     """
 
     number: int
     keep: Mapping[str, KeepMask]
     elements: Mapping[str, Tensor] | None = None
+    steps: Steps = field(default_factory=Steps)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.recipe.config import HALVES, PruneConfig
 from llm_surgeon.recipe.stages import STAGES_KNOWN, StageRow
 from llm_surgeon.records import StageRecord
-from llm_surgeon.refit.cross_fit import OtherWeights, mean_of
+from llm_surgeon.refit.cross_fit import mean_of
+from llm_surgeon.refit.fits import Fits
 from llm_surgeon.refit.gates_stage import GatesStage
 from llm_surgeon.refit.lora_stage import CorrectionStage
 from llm_surgeon.refit.reconstruction import dense_copy
@@ -125,7 +126,7 @@ class Stages:
         """Fit the model after a shot, in place.
 
         Cross-fitting makes one model of each half of the text, as the stages with halves leave it, and takes the mean
-        of the two models' weights.
+        of the two models' weights. Where an earlier process has kept a state of the fits, they go on from there.
 
         Args:
             shot: The shot whose removals are done.
@@ -136,30 +137,30 @@ class Stages:
         """
         config, found = self._session.config, dict[str, Fitted]()
         fitted = [stage for stage in self._stages if stage.half != "whole"]
-        if config.cross_fit and fitted:
-            model, anatomy = self._session.model, self._session.anatomy
-            other = OtherWeights(model, anatomy, changed_beside(model, anatomy, config))
-            first = {stage.name: self._fit(stage, shot, 0, clock) for stage in fitted}
-            # The second half begins with the weights that the first began with, and the first half's weights wait.
-            other.exchange()
-            second = {stage.name: self._fit(stage, shot, 1, clock) for stage in fitted}
-            other.take_mean()
-            found |= {name: mean_of(first[name], second[name]) for name in first}
+        crosses = config.cross_fit and bool(fitted)
+        beside = changed_beside(self._session.model, self._session.anatomy, config)
+        count = len(list(_turns([type(stage) for stage in self._stages], config)))
+        fits = Fits(self._session, clock, beside, count, crosses=crosses)
+        if crosses:
+            models = [{stage.name: self._fit(stage, shot, turn, fits) for stage in fitted} for turn in fits.turns()]
+            found |= {stage.name: mean_of(*(model[stage.name] for model in models)) for stage in fitted}
         else:
-            found |= {stage.name: self._fit(stage, shot, None, clock) for stage in fitted}
+            found |= {stage.name: self._fit(stage, shot, None, fits) for stage in fitted}
         for stage in self._stages:
             if stage.half == "whole":
-                found[stage.name] = self._fit(stage, shot, None, clock)
+                found[stage.name] = self._fit(stage, shot, None, fits)
         if self._session.store is not None:
             # The weights are written to a checkpoint next.
             self._session.store.keep_within(much=True)
         return [StageRecord(name=name, seconds=0.0, figures=fit.figures, note=fit.note) for name, fit in found.items()]
 
-    def _fit(self, stage: Stage, shot: Shot, turn: int | None, clock: Clock) -> Fitted:
+    def _fit(self, stage: Stage, shot: Shot, turn: int | None, fits: Fits) -> Fitted:
         config = self._session.config
         half = None if turn is None else halves_of(type(stage), config)[turn]
-        with clock.phase(stage.name):
-            stage.begin()
-            words = phase_name(shot.number, config.shots, stage.name, half)
-            with self._session.progress.phase(words, stage.work(shot, half)) as phase:
-                return stage.fit(shot, half, phase.advance)
+        with fits.step(stage.name) as fit:
+            if fit.found is None:
+                stage.begin()
+                words = phase_name(shot.number, config.shots, stage.name, half)
+                with self._session.progress.phase(words, stage.work(shot, half)) as phase:
+                    fit.found = stage.fit(replace(shot, steps=fit.steps), half, phase.advance)
+        return fit.found

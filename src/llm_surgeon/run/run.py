@@ -39,6 +39,7 @@ from llm_surgeon.session.given import (
     check_tokenizer,
     ready,
 )
+from llm_surgeon.session.marks import Marks
 from llm_surgeon.session.preconditions import check_positions, check_stored_type, check_tokens
 from llm_surgeon.system.files import check_disk_space
 from llm_surgeon.system.processes import ALONE, Processes, joined, own_device
@@ -272,7 +273,8 @@ def prune_checkpoint(
     """Prune a checkpoint, export it, check the export in a fresh process, and measure dense and pruned model.
 
     Checkpoints of the run are kept in a directory beside ``out``, see ``run_directory``. However the process ends, the
-    same call continues after the last complete shot. After an error there is nothing at ``out``.
+    same call continues after the last complete shot or, in a shot of minutes, from the last state that was kept inside
+    it. After an error there is nothing at ``out``.
 
     Args:
         model: A local directory, a hub id, or ``demo``.
@@ -327,6 +329,9 @@ def prune_checkpoint(
             sparsity=job.config.sparsity if config.target == "target_latency" else None,
         )
         processes.from_first(lambda: _the(run).begin(record, job.config))
+        directory, held = processes.from_first(lambda: (_the(run).path, _the(run).nbytes))
+        marks = Marks(directory, max(0, disk_bytes(skeleton, resolved) - held), processes)
+        job = replace(job, session=replace(job.session, marks=marks))
         return _prune_into(job, run, config, dense=skeleton.source, record=record, former=former)
 
 
@@ -386,6 +391,7 @@ def _prune_into(
             tensors = tensors_of(job.model, job.anatomy, state, job.config)
             _the(run).checkpoints.write(checkpoint, tensors)
             weights_of(job.model).forget()
+            job.session.marks.clear()
         if job.texts.evaluation is None or report.shots[-1].perplexity is not None:
             export_shot(job, _the(run), state)
 

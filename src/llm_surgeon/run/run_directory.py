@@ -2,7 +2,8 @@
 
 A run writes only into this directory, until the complete ``OUT`` appears and the directory is removed. All that a
 killed process leaves is thus in one place, where the next process finds it: ``run.json`` and ``recipe.yaml`` (identity
-and recipe of the run), checkpoints, ``export`` (which becomes ``OUT``) and, when that is complete, ``report.json``.
+and recipe of the run), checkpoints, states inside a shot, ``export`` (which becomes ``OUT``) and, when that is
+complete, ``report.json``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from llm_surgeon.errors import OutputError
 from llm_surgeon.pruning.checkpoint import Checkpoints
 from llm_surgeon.recipe.config import PruneConfig, differences
 from llm_surgeon.records import PruneReport, Record, RunRecord
+from llm_surgeon.session.marks import Marks
 from llm_surgeon.system.files import PARTIAL, check_output, flush, in_place, sync, writing
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class RunDirectory:
         self.out, self.path = out, _path_of(out)
         _remove_links(self.path)
         self.export, self.checkpoints = self.path / "export", Checkpoints(self.path)
+        self._marks = Marks(self.path)
         self.former = self._tidied()
         self._compared: set[str] = set()
 
@@ -152,6 +155,8 @@ class RunDirectory:
             return
         shots = self.checkpoints.shots()
         where = f"continues after shot {shots[0]}" if shots else "continues"
+        if self._marks.there:
+            where = f"continues inside shot {shots[0] + 1 if shots else 1}"
         logger.warning("the same command %s (%s has what it needs)", where, self.path)
 
     def remove(self) -> None:
@@ -167,7 +172,7 @@ class RunDirectory:
 
     @property
     def _worth_keeping(self) -> bool:
-        if self.checkpoints.shots():
+        if self.checkpoints.shots() or self._marks.there:
             return True
         described = (self.path / _RUN).exists()
         return described and (self.finished is not None or any(_shot_exports(self.export)))

@@ -16,6 +16,7 @@ from llm_surgeon.mathematics.keep_masks import KeepMask
 from llm_surgeon.models.anatomy import Anatomy, LinearLayer
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.session.marks import Marks
 from llm_surgeon.system.processes import ALONE, Processes
 from llm_surgeon.system.progress import Progress, SilentProgress
 from llm_surgeon.system.storage import TensorStore
@@ -36,6 +37,7 @@ class Session:
         store: Keeps what has to wait in layer-major passes; None makes passes batch-major.
         processes: Who shares the run; all have the same model before and after each shot.
         dense: A copy of the model before pruning; None if no stage of the recipe needs it.
+        marks: Where states inside a shot are kept for a later process.
     """
 
     model: PreTrainedModel
@@ -46,6 +48,7 @@ class Session:
     store: TensorStore | None = None
     processes: Processes = ALONE
     dense: PreTrainedModel | None = None
+    marks: Marks = field(default_factory=Marks)
 
     @property
     def device(self) -> torch.device:
