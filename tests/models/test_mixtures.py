@@ -34,7 +34,7 @@ from llm_surgeon.pruning.shots import run_shots
 from llm_surgeon.refit.gates import gates_of, moments
 from llm_surgeon.session.session import Session
 from llm_surgeon.testing import check_family
-from tiny import MIXTURES, build, byte_tokenizer, tokenizer, tokens
+from tiny import MIXTURES, build, byte_tokenizer, glm4_moe, tokenizer, tokens
 
 # A block of these is dense, or has experts that stay.
 SMALLER = ("qwen3-moe", "glm4-moe", "deepseek-v3", "qwen3-5-moe")
@@ -200,6 +200,32 @@ def test_an_expert_that_the_router_never_chooses_costs_nothing(family, monkeypat
     monkeypatch.setattr(router, "forward", three)
     costs = costs_of(model, anatomy)[0]
     assert costs[3] <= 1e-12 < min(costs[:3])
+
+
+def test_an_expert_that_stands_there_twice_costs_a_quarter_each():
+    """Two experts with half of the output each compute what one does; all tokens go to all, by weights of their own.
+
+    The function and all gradients by what an expert puts out stay the same. A removal changes half as much, and costs
+    are quadratic in that.
+    """
+    options = {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+    whole = glm4_moe(n_routed_experts=3, num_experts_per_tok=3, **options).eval()
+    doubled = glm4_moe(n_routed_experts=4, num_experts_per_tok=4, **options).eval()
+    state, order = whole.state_dict(), torch.tensor([0, 1, 2, 0])
+    for name, tensor in doubled.state_dict().items():
+        source = state[name]
+        tensor.copy_(source if source.shape == tensor.shape else source[order])
+        if name.endswith("experts.down_proj"):
+            tensor[[0, 3]] /= 2
+    torch.testing.assert_close(logits(doubled), logits(whole))
+    both = [examine(model, family_of("glm4_moe")) for model in (whole, doubled)]
+
+    of_one, of_two = (costs_of(model, anatomy) for model, anatomy in zip((whole, doubled), both, strict=True))
+
+    for once, twice in zip(of_one, of_two, strict=True):
+        assert twice[0] == pytest.approx(once[0] / 4, rel=1e-4)
+        assert twice[3] == pytest.approx(once[0] / 4, rel=1e-4)
+        assert twice[1:3] == pytest.approx(once[1:], rel=1e-4)
 
 
 @mixtures
