@@ -1,11 +1,11 @@
 """llm-surgeon: makes pretrained language models really smaller, by second-order pruning.
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``export_as`` (an
-export in further formats), ``evaluate``, ``evaluate_tasks``, ``plan`` (what a run will take), ``load``, ``compare``
-(methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``,
-``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family`` with ``Family``, ``Residual`` and the
-kinds of parts ``Attention``, ``JointlyNormedAttention``, ``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an
-architecture of one's own); and ``SurgeonError``, the base of all errors.
+export in further formats), ``dequantize`` (a checkpoint in 16 bits), ``evaluate``, ``evaluate_tasks``, ``plan`` (what
+a run will take), ``load``, ``compare`` (methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``,
+``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family``
+with ``Family``, ``Residual`` and the kinds of parts ``Attention``, ``JointlyNormedAttention``, ``FeedForward``,
+``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own); and ``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
     from llm_surgeon.records.bench import Bench
     from llm_surgeon.run.convert import export_as
+    from llm_surgeon.run.dequantising import dequantize
     from llm_surgeon.run.run import evaluate, plan, prune, prune_checkpoint
     from llm_surgeon.system.progress import Progress, RichProgress, SilentProgress
 
@@ -58,6 +59,7 @@ __all__ = [
     "TaskScores",
     "bench",
     "compare",
+    "dequantize",
     "evaluate",
     "evaluate_tasks",
     "export_as",
@@ -91,6 +93,7 @@ _HOMES = {
     "TaskScores": "records",
     "bench": "benchmark.measuring",
     "compare": "comparison.compare",
+    "dequantize": "run.dequantising",
     "evaluate": "run.run",
     "evaluate_tasks": "evaluation.tasks",
     "export_as": "run.convert",

@@ -12,6 +12,7 @@ from llm_surgeon.cli import evaluate as evaluating
 from llm_surgeon.cli import plan as planning
 from llm_surgeon.cli import prune as pruning
 from llm_surgeon.cli.bench import bench
+from llm_surgeon.cli.dequantize import dequantize
 from llm_surgeon.cli.export import export
 from llm_surgeon.cli.helping import LiteralCommand, LiteralGroup, briefly, with_help_all
 from llm_surgeon.cli.shared import faults_reported, interrupt_on_sigterm
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command(cls=briefly(planning.BRIEF))(with_help_all(planning.plan))
 app.command(cls=briefly(pruning.BRIEF))(with_help_all(pruning.prune))
 app.command(cls=LiteralCommand)(export)
+app.command(cls=LiteralCommand)(dequantize)
 app.command(name="eval", cls=briefly(evaluating.BRIEF))(with_help_all(evaluating.evaluate))
 app.command(cls=briefly(comparing.BRIEF))(with_help_all(comparing.compare))
 app.command(cls=LiteralCommand)(bench)

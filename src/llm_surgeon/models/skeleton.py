@@ -21,11 +21,8 @@ from llm_surgeon.models.streaming import stream
 from llm_surgeon.models.trust import has_weights
 from llm_surgeon.recipe.config import PruneConfig
 
-# How to get 16 bits of checkpoints whose makers publish fewer.
-_IN_16_BITS = {
-    "mxfp4": "Load it by transformers with quantization_config=Mxfp4Config(dequantize=True) and save that",
-    "fp8": "Load it by transformers with quantization_config=FineGrainedFP8Config(dequantize=True) and save that",
-}
+# Methods whose checkpoints the package writes in 16 bits, as their makers publish no others.
+DEQUANTISED = ("fp8", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,9 @@ def _quantised(source: str, how: Any) -> UnsupportedModelError:
     """Error for a checkpoint with quantised weights: how they are stored, and where to get others."""
     named = str((how if isinstance(how, Mapping) else vars(how)).get("quant_method") or "")
     method = named.rpartition(".")[2].lower()
-    original = _IN_16_BITS.get(method, "Give the original checkpoint")
+    original = "Give the original checkpoint"
+    if method in DEQUANTISED:
+        original = f"Write it in 16 bits first: llm-surgeon dequantize {source} --out DIR"
     stored = f" ({method})" if method else ""
     return UnsupportedModelError(
         f"The weights of {source!r} are quantised{stored}.", f"{original}; quantise what comes out of it."
