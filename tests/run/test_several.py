@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -206,3 +208,46 @@ def test_they_go_on_together_inside_a_shot(checkpoint, text, tmp_path):
     (expected,), (found,) = ([*(tmp_path / name).glob("*.safetensors")] for name in ("whole", "ended"))
     assert expected.read_bytes() == found.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "ended"}
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_machines_make_what_one_process_makes(checkpoint, text, tmp_path):
+    """As on two machines with the output's directory in common and no other: each has its own copies and scratch."""
+    options = ["--preset", "best", "--samples", "8", "--seq-len", "32", "--evaluation", "none", "--device", "cpu"]
+    options += ["--precision", "float32", "--structure", "neurons+heads", "--sparsity", "0.3", "--round-to", "4"]
+    command = ["-m", "llm_surgeon", "prune", checkpoint, "--out", tmp_path / "alone", "--calibration", text, *options]
+    alone = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert alone.returncode == 0, alone.stderr
+    port, runs = free_port(), []
+    for node in range(2):
+        machine = tmp_path / f"machine-{node}"
+        shutil.copytree(checkpoint, machine / "model")
+        shutil.copy(text, machine / "text.txt")
+        (machine / "tmp").mkdir()
+        where = ["--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node=1", "-m", "llm_surgeon"]
+        command += ["prune", "model", "--out", str(tmp_path / "out"), "--calibration", "text.txt", *options]
+        runs.append(
+            subprocess.Popen(
+                command,
+                cwd=machine,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(machine / "tmp")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for run in runs:
+        status, _, errors = ended(run)
+        assert status == 0, errors
+    expected, found = (load(tmp_path / name, device="cpu")[0].state_dict() for name in ("alone", "out"))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(value, found[key], rtol=1e-3, atol=1e-4)
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf8"))
+    assert report["processes"] == 2
