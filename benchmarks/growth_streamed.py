@@ -118,13 +118,19 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     base = Point()
     header = ("", "weights (MiB)", "limit (MiB)", "peak (MiB)", "peak to the first", "seconds")
-    return (
-        f"# Growth of the default recipe under a limit\n\n{result['date']}, {result['machine']}, {result['threads']} "
-        f"threads. Command: `{result['command']}`\n\nRandom Llama-like models with the demo's vocabulary, `--preset "
-        f"best --weights streamed --sparsity 0.2`; what does not vary is {base.tokens:,} tokens, a width of "
-        f"{base.width} and {base.depth} blocks. All depths and tokens have one limit, each width its own: a tenth above what the run "
-        f"cannot do without.\n\n{table(header, rows)}\n\n![Peak memory against size](growth_streamed.png)\n"
-    )
+    return f"""\
+# Growth of the default recipe under a limit
+
+{result["date"]}, {result["machine"]}, {result["threads"]} threads. Command: `{result["command"]}`
+
+Random Llama-like models with the demo's vocabulary, `--preset best --weights streamed --sparsity 0.2`; what does not
+vary is {base.tokens:,} tokens, a width of {base.width} and {base.depth} blocks. All depths and tokens have one limit, each
+width its own: a tenth above what the run cannot do without.
+
+{table(header, rows)}
+
+![Peak memory against size](growth_streamed.png)
+"""
 
 
 def draw(result: dict[str, Any]) -> None:
