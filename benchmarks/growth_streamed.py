@@ -124,8 +124,8 @@ def markdown(result: dict[str, Any]) -> str:
 {result["date"]}, {result["machine"]}, {result["threads"]} threads. Command: `{result["command"]}`
 
 Random Llama-like models with the demo's vocabulary, `--preset best --weights streamed --sparsity 0.2`; what does not
-vary is {base.tokens:,} tokens, a width of {base.width} and {base.depth} blocks. All depths and tokens have one limit, each
-width its own: a tenth above what the run cannot do without.
+vary is {base.tokens:,} tokens, a width of {base.width} and {base.depth} blocks. All depths and tokens have one limit,
+each width its own: a tenth above what the run cannot do without.
 
 {table(header, rows)}
 
