@@ -7,13 +7,28 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llm_surgeon.data.chats import (
+    COMPLETION,
+    FORMS,
+    MESSAGES,
+    PROMPT,
+    SHAREGPT,
+    Chat,
+    chat_from,
+    chat_of,
+    is_chat,
+    text_of,
+)
 from llm_surgeon.errors import DataError
 from llm_surgeon.recipe.quantity import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +40,15 @@ HUB_CHARACTERS = 12_000_000
 PARAGRAPH = "\n\n"
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 HUB_DEFAULT_CONFIGS = {"Salesforce/wikitext": "wikitext-2-raw-v1"}
+TEXT = "text"
+# Share of the chats that a template may refuse; more are a mistake.
+_MOST_REFUSED = 0.5
 _USE_LOCAL = "Give a local .txt, .jsonl or .parquet file, or `demo`, which needs no hub."
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text made of documents.
+    """A text made of documents, which may be chats at first; see ``rendered``.
 
     Attributes:
         documents: The documents, in order.
@@ -38,7 +56,7 @@ class Corpus:
         separator: Text between two documents in ``text``.
     """
 
-    documents: tuple[str, ...]
+    documents: tuple[str | Chat, ...]
     source: str
     separator: str = PARAGRAPH
 
@@ -48,13 +66,53 @@ class Corpus:
         Raises:
             DataError: If no document holds anything but white space.
         """
-        if not any(document.strip() for document in self.documents):
+        if not any(_holds_text(document) for document in self.documents):
             raise DataError(f"{self.source} holds no text.", "Give a source with text in it.")
 
     @property
     def text(self) -> str:
-        """All documents, joined by the separator."""
-        return self.separator.join(self.documents)
+        """All documents, joined by the separator; to be asked for of texts only."""
+        return self.separator.join(document for document in self.documents if isinstance(document, str))
+
+    @property
+    def chats(self) -> int:
+        """Number of documents that are chats."""
+        return sum(isinstance(document, Chat) for document in self.documents)
+
+    def rendered(self, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+        """The corpus with all chats as texts, by the template of a tokenizer. Chats that it refuses are passed over.
+
+        Raises:
+            DataError: If there are chats and no template, or the template refuses more than half of the chats.
+        """
+        if not self.chats:
+            return self
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"{self.source} holds chats, and the tokenizer has no template for them.",
+                "Give the tokenizer of a chat model, or rows with a key `text`.",
+            )
+        documents, refused, why = list[str](), 0, ""
+        for document in self.documents:
+            if isinstance(document, str):
+                documents.append(document)
+                continue
+            try:
+                documents.append(text_of(document, tokenizer))
+            except ValueError as error:
+                refused, why = refused + 1, str(error)
+        if refused > _MOST_REFUSED * self.chats:
+            raise DataError(
+                f"The tokenizer's template refuses {refused:,} of the {self.chats:,} chats of {self.source}: {why}.",
+                "Write them as the template wants them, or with a key `text`.",
+            )
+        source = f"{self.source}, {self.chats - refused:,} chats"
+        if refused:
+            log.warning("The tokenizer's template refuses %d chats of %s, as in: %s.", refused, self.source, why)
+            source = f"{source} ({refused:,} refused by the template)"
+        # A template ends a chat by itself.
+        separator = "" if self.chats == len(self.documents) else self.separator
+        return Corpus(tuple(documents), source, separator)
 
     @property
     def sha256(self) -> str:
@@ -77,16 +135,15 @@ class Corpus:
         """
         if not 0.0 < held_out < 1.0:
             raise DataError(f"The fraction to hold out is {held_out}.", "Use a fraction between 0 and 1.")
-        parts: tuple[tuple[str, ...], tuple[str, ...]]
+        parts: tuple[tuple[str | Chat, ...], tuple[str | Chat, ...]]
         total = len(self.documents)
-        if total == 1:
-            text = self.documents[0]
+        if total == 1 and isinstance(text := self.documents[0], str):
             cut = _cut_position(text, held_out)
             parts, unit, total = ((text[:cut],), (text[cut:],)), "characters", len(text)
         else:
             cut = min(max(1, total - round(total * held_out)), total - 1)
             parts, unit = (self.documents[:cut], self.documents[cut:]), "documents"
-        if not all(any(document.strip() for document in part) for part in parts):
+        if not all(any(_holds_text(document) for document in part) for part in parts):
             raise DataError(
                 f"{self.source} is too short to hold out {held_out:.0%} of it.",
                 "Give a longer text, or name a text of its own to evaluate on.",
@@ -102,11 +159,12 @@ def load_corpus(spec: str) -> Corpus:
 
     Args:
         spec: ``demo`` or ``demo:en|fr|es``; the path of a .txt (one document, byte-exact but for a byte-order mark),
-            .jsonl (one object with the key ``text``, or one string, per line) or .parquet file (column ``text``); else
-            a hub data set as ``name``, ``name:config`` or ``name:config:split`` (its first documents, see
-            ``HUB_DOCUMENTS`` and ``HUB_CHARACTERS``). A file or folder called ``demo`` is named ``./demo``. Rows whose
-            text is null are passed over. Empty texts are documents like others, as in the usual protocol for
-            WikiText, whose blank lines are rows.
+            .jsonl (one object or one string per line) or .parquet file; else a hub data set as ``name``,
+            ``name:config`` or ``name:config:split`` (its first documents, see ``HUB_DOCUMENTS`` and
+            ``HUB_CHARACTERS``). ``#COLUMN`` behind it names the key, or column, of the text or of the messages. Without
+            it that is ``text``, or else a chat (see ``chats``). A file or folder called ``demo`` is named ``./demo``.
+            Rows whose text is null are passed over. Empty texts are documents like others, as in the usual protocol
+            for WikiText, whose blank lines are rows.
 
     Returns:
         The corpus.
@@ -117,10 +175,21 @@ def load_corpus(spec: str) -> Corpus:
     """
     if spec == "demo" or spec.startswith("demo:"):
         return _load_demo(spec)
+    spec, column = _column_of(spec)
     path = os.path.expanduser(spec)
     if path.lower().endswith(FILE_TYPES) or _is_path(spec) or os.path.exists(path):
-        return _load_file(Path(path))
-    return _load_hub(spec)
+        return _load_file(Path(path), column)
+    return _load_hub(spec, column)
+
+
+def _column_of(spec: str) -> tuple[str, str | None]:
+    """A specification without the name of its column, and that name; a file may have such a name itself."""
+    before, mark, column = spec.rpartition("#")
+    if not mark or os.path.exists(os.path.expanduser(spec)):
+        return spec, None
+    if not column.strip() or not before.strip():
+        raise DataError(f"The text {shown(spec)} names no column behind its #.", "Write TEXT#COLUMN, or leave # out.")
+    return before, column
 
 
 def _is_path(spec: str) -> bool:
@@ -142,7 +211,7 @@ def _load_demo(spec: str) -> Corpus:
     )
 
 
-def _load_file(path: Path) -> Corpus:
+def _load_file(path: Path, column: str | None) -> Corpus:
     """Read a local file by its suffix."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     try:
@@ -156,7 +225,7 @@ def _load_file(path: Path) -> Corpus:
         reader = readers.get(path.suffix.lower())
         if reader is None:
             raise DataError(f"The text {path} has an unknown type.", f"Give a {', '.join(FILE_TYPES)} file.")
-        texts = tuple(reader(path))
+        texts = tuple(reader(path, column))
     except OSError as error:
         raise DataError(f"The text file {path} cannot be read: {_one_line(error)}.", "Check the file.") from None
     documents = tuple(text for text in texts if text is not None)
@@ -172,7 +241,9 @@ def _with_count(source: str, missing: int) -> str:
     return f"{source} ({rows} passed over)"
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _read_txt(path: Path, column: str | None) -> Iterator[str | Chat | None]:
+    if column is not None:
+        raise DataError(f"{path} has no columns, and its column {shown(column)} was named.", "Leave #COLUMN out.")
     # Bytes, because text mode would translate line ends.
     text = _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
     if "\0" in text:
@@ -180,18 +251,18 @@ def _read_txt(path: Path) -> Iterator[str]:
     yield text
 
 
-def _read_jsonl(path: Path) -> Iterator[str | None]:
-    """Yield the text of each line, None where the text is null; lines without content are no rows."""
+def _read_jsonl(path: Path, column: str | None) -> Iterator[str | Chat | None]:
+    """Yield the text or the chat of each line, None where the text is null; lines without content are no rows."""
     with path.open("rb") as file:
         # A binary file splits at \n only; str.splitlines would also split at U+2028, which JSON strings may hold.
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
-                yield _json_text(content, f"{path}, line {number}")
+                yield _json_document(content, f"{path}, line {number}", column)
 
 
-def _json_text(line: bytes, location: str) -> str | None:
-    """Text of a line of JSON; None if it is null."""
+def _json_document(line: bytes, location: str, column: str | None) -> str | Chat | None:
+    """Text or chat of a line of JSON; None if it is null."""
     content = _decode(line, location)
     if content.lstrip().startswith("["):
         raise DataError(f"{location} begins a JSON array.", "Write one JSON value per line, e.g. with jq -c '.[]'.")
@@ -203,45 +274,88 @@ def _json_text(line: bytes, location: str) -> str | None:
     except RecursionError:
         raise DataError(f"{location} is nested too deeply.", "Leave out what is not the text.") from None
     if isinstance(value, dict):
-        if "text" not in value:
-            raise DataError(
-                f"{location} has no key `text`; its keys are {_names(value)}.",
-                "Rename the key that holds the text to `text`.",
-            )
-        value = value["text"]
+        return _document(value, location, column, "key")
+    if column is not None:
+        raise DataError(f"{location} has no keys, and the key {shown(column)} was named.", "Leave #COLUMN out.")
     return None if value is None else _checked_text(value, location)
 
 
-def _read_parquet(path: Path) -> Iterator[str | None]:
-    """Yield the values of the column ``text``, None where they are null."""
+def _document(row: Mapping[str, Any], location: str, column: str | None, unit: str = "column") -> str | Chat | None:
+    """Text or chat of a row; None if it is null. The unit is what names a value, in words.
+
+    Raises:
+        DataError: If the row has neither, or not the column that was named.
+    """
+    name = TEXT if column is None else column
+    if column is None and TEXT not in row and is_chat(row):
+        return chat_of(row, location)
+    if name not in row:
+        raise DataError(
+            f"{location} has no {unit} `{_names([name])}`; its {unit}s are {_names(row)}.",
+            f"Name the {unit} that holds the text: {unit.upper()} in TEXT#{unit.upper()}. Chats have {FORMS}.",
+        )
+    value = row[name]
+    if isinstance(value, list) and column is not None:
+        return chat_from(value, location, row.get("tools"))
+    return None if value is None else _checked_text(value, location)
+
+
+def _read_parquet(path: Path, column: str | None) -> Iterator[str | Chat | None]:
+    """Yield the texts or the chats of the rows, None where they are null."""
     # Imported late: it takes a while, and most runs read no parquet.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if "text" not in schema.names:
-                raise DataError(
-                    f"{path} has no column `text`; its columns are {_names(schema.names)}.",
-                    "Rename the column that holds the text to `text`.",
-                )
-            kind = schema.types[schema.names.index("text")]
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-                raise DataError(
-                    f"The column `text` of {path} holds no text but {_shortened(str(kind))}.", "Write it as strings."
-                )
+            wanted = _columns(file.schema_arrow.names, str(path), column)
+            _check_kind(file.schema_arrow, wanted[0], path, lists=column is not None or wanted[0] != TEXT)
             row = 0
-            for batch in file.iter_batches(columns=["text"]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(columns=wanted):
+                for values in batch.to_pylist():
                     row += 1
-                    yield None if value is None else _checked_text(value, f"{path}, row {row}")
+                    yield _document(values, f"{path}, row {row}", column)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}.", "Write it again.") from None
 
 
-def _load_hub(spec: str) -> Corpus:
+def _check_kind(schema: Any, name: str, path: Path, *, lists: bool) -> None:
+    """Make sure that a column holds texts or, where that is possible, lists of messages.
+
+    Raises:
+        DataError: If it holds something else.
+    """
+    import pyarrow as pa
+
+    kind = schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    listed = lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    if not listed and kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise DataError(
+            f"The column `{_names([name])}` of {path} holds no text but {_shortened(str(kind))}.",
+            "Write it as strings.",
+        )
+
+
+def _columns(names: Sequence[str], source: str, column: str | None) -> list[str]:
+    """Columns of a table that hold the text or the chat.
+
+    Raises:
+        DataError: If there are none.
+    """
+    name = TEXT if column is None else column
+    found = [name] if name in names else []
+    if column is None and not found and is_chat(dict.fromkeys(names)):
+        found = [key for key in (MESSAGES, SHAREGPT, PROMPT, COMPLETION) if key in names]
+    if not found:
+        raise DataError(
+            f"{source} has no column `{_names([name])}`; its columns are {_names(names)}.",
+            f"Name the column that holds the text: COLUMN in TEXT#COLUMN. Chats have {FORMS}.",
+        )
+    return [*found, *(["tools"] if "tools" in names and found != [TEXT] else [])]
+
+
+def _load_hub(spec: str, column: str | None) -> Corpus:
     """Stream the first documents of a hub data set."""
     parts = spec.split(":")
     if len(parts) > 3 or not all(part.strip() for part in parts):
@@ -254,7 +368,7 @@ def _load_hub(spec: str) -> Corpus:
     split = parts[2] if len(parts) > 2 else "train"
     source = ":".join(part for part in (name, config, split) if part)
     try:
-        documents, missing, complete = _take(_stream(name, config, split))
+        documents, missing, complete = _take(_stream(name, config, split, column))
     except DataError:
         raise
     # Loading runs code of many file formats and network clients, which raise errors of every kind.
@@ -268,27 +382,22 @@ def _load_hub(spec: str) -> Corpus:
     return Corpus(documents, _with_count(source, missing))
 
 
-def _stream(name: str, config: str | None, split: str) -> Iterator[str | None]:
-    """Yield the texts of a hub data set, None where they are null."""
+def _stream(name: str, config: str | None, split: str, column: str | None) -> Iterator[str | Chat | None]:
+    """Yield the texts or the chats of a hub data set, None where they are null."""
     # Imported late: it takes a while, and only hub data sets need it.
     from datasets import load_dataset
 
     for row in load_dataset(name, config, split=split, streaming=True):
-        if "text" not in row:
-            raise DataError(
-                f"The data set {name} has no column `text`; its columns are {_names(row)}.",
-                "Use a data set with such a column, or save the text as a local .jsonl.",
-            )
-        yield None if row["text"] is None else _checked_text(row["text"], f"The data set {name}")
+        yield _document(row, f"The data set {name}", column)
 
 
-def _take(texts: Iterable[str | None]) -> tuple[tuple[str, ...], int, bool]:
+def _take(texts: Iterable[str | Chat | None]) -> tuple[tuple[str | Chat, ...], int, bool]:
     """Take texts up to the limits of a hub data set.
 
     Returns:
         The texts, the number of rows without a text among them, and whether the data set ended there.
     """
-    taken: list[str] = []
+    taken: list[str | Chat] = []
     missing = characters = 0
     for text in texts:
         if text is None:
@@ -297,8 +406,19 @@ def _take(texts: Iterable[str | None]) -> tuple[tuple[str, ...], int, bool]:
             return tuple(taken), missing, False
         else:
             taken.append(text)
-            characters += len(text)
+            characters += _length(text)
     return tuple(taken), missing, True
+
+
+def _holds_text(document: str | Chat) -> bool:
+    return isinstance(document, Chat) or bool(document.strip())
+
+
+def _length(document: str | Chat) -> int:
+    """Number of characters of a document, of a chat without what the template adds."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(message["content"]) for message in document.messages)
 
 
 def _cut_position(text: str, held_out: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from llm_surgeon.data.tokens import (
 from llm_surgeon.data.windows import EvaluationText, check_windows
 from llm_surgeon.errors import DataError
 from llm_surgeon.recipe.config import Bos, PruneConfig
+
+log = logging.getLogger(__name__)
 
 CALIBRATION, EVALUATION = 0, 1
 # Name of a calibration text that was given in memory, in recipes and reports.
@@ -75,6 +78,12 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given
     spec = config.evaluation or config.calibration
     same = spec == config.calibration
     corpus = _part(config.calibration, CALIBRATION, split=same, given=given)
+    if getattr(tokenizer, "chat_template", None) and not corpus.chats:
+        log.info(
+            "The tokenizer has a template for chats, and the calibration text has none. What the model says in chats "
+            "may suffer more than perplexity tells; --calibration takes chats too."
+        )
+    corpus = corpus.rendered(tokenizer)
     calibration = sample_calibration(
         tokenizer,
         corpus,
@@ -129,7 +138,7 @@ def evaluation_text(
         DataError: If the text cannot be read or is too short.
         ConfigError: If the windows are refused, see ``check_windows``.
     """
-    corpus = _part(spec, EVALUATION, split=split, given=given)
+    corpus = _part(spec, EVALUATION, split=split, given=given).rendered(tokenizer)
     name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
     first, stride = first_token(tokenizer, bos), stride or window
     check_windows(window, stride, precision)

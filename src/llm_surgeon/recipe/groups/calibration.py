@@ -19,7 +19,9 @@ class CalibrationOptions(Options):
     """The text for curvature and stages, and the form in which a run reads it."""
 
     calibration: TextSource = Field(
-        "demo", min_length=1, description="A hub data set id, a local .txt/.jsonl/.parquet, or demo[:en|fr|es]."
+        "demo",
+        min_length=1,
+        description="A hub data set id, a local .txt/.jsonl/.parquet of texts or chats, or demo[:en|fr|es].",
     )
     samples: int = Field(128, ge=1, le=MANY, description="Calibration sequences.")
     seq_len: int = Field(512, ge=2, le=MANY, description="Tokens per calibration sequence.")
