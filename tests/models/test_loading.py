@@ -6,7 +6,8 @@ import pytest
 
 from llm_surgeon.errors import ModelError
 from llm_surgeon.models import loading
-from llm_surgeon.models.loading import local_directory, positions_of
+from llm_surgeon.models.loading import load_tokenizer, local_directory, positions_of
+from tiny import build
 
 
 @pytest.mark.parametrize(
@@ -43,5 +44,14 @@ def test_a_hub_id_that_cannot_be_fetched_is_an_error(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(loading, "snapshot_download", fail)
-    with pytest.raises(ModelError, match="'someone/something' cannot be loaded: no route"):
+    with pytest.raises(
+        ModelError, match=r"'someone/something' cannot be loaded \(there is no such directory.*: no route"
+    ):
         local_directory("someone/something")
+
+
+def test_a_directory_without_a_tokenizer_is_said_to_have_none(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no tokenizer") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "Copy the tokenizer's files" in caught.value.remedy

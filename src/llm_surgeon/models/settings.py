@@ -32,6 +32,8 @@ _HOW_TO_RUN = (
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
     *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states"),
 )
+# Files of which a tokenizer needs one.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # More blocks than any model has. Without a limit, lists of any length would be made before the weights are compared.
@@ -159,8 +161,16 @@ def not_loaded(source: str, what: str, error: BaseException) -> ModelError:
     absent = isinstance(error, OSError)
     if not absent and not isinstance(error, ValueError):
         reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    local = Path(source).is_dir()
+    there = (path for pattern in _TOKENIZER_FILES for path in Path(source).glob(pattern))
+    if local and what == "tokenizer" and next(there, None) is None:
+        return ModelError(
+            f"{source} has no tokenizer: neither tokenizer.json, nor a vocabulary or a model of one.",
+            "Copy the tokenizer's files of the checkpoint into it.",
+        )
+    nowhere = "" if local else " (there is no such directory, so that it is taken for a hub id)"
     return ModelError(
-        f"The {what} of {source!r} cannot be loaded: {reason}.",
+        f"The {what} of {source!r} cannot be loaded{nowhere}: {reason}.",
         "Give a directory that holds a Hugging Face checkpoint, a hub id that can be reached, or the word demo."
         if absent
         else "Mend what its files say, or fetch the checkpoint again.",

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_surgeon.data.texts import IN_MEMORY, Texts, corpus_of, evaluation_text
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.in_memory import save_as_pruned
-from llm_surgeon.models.loading import resolve_device, source_files
+from llm_surgeon.models.loading import resolve_device, resolve_source, source_files
 from llm_surgeon.models.streaming import weights_of
+from llm_surgeon.models.trust import has_weights
 from llm_surgeon.planning.foresee import warn_if_short
 from llm_surgeon.planning.sizes import disk_bytes
 from llm_surgeon.pruning.checkpoint import Checkpoint, tensors_of
@@ -233,6 +234,11 @@ def plan(
         raise ConfigError(f"A run in {processes} processes cannot be planned.", "Give 1 or more.")
     if probe and processes > 1:
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
+    source = Path(resolve_source(model))
+    if probe and source.is_dir() and not has_weights(source):
+        raise ConfigError(
+            f"A probe times the model, and {source} has no weights.", "Plan without --probe, or give all of its files."
+        )
     # These processes do not exist: only their number counts.
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)
     device, opening = _planned_device(config, probe), open_checkpoint(model, config, weights=probe)
