@@ -243,7 +243,7 @@ def test_every_command_shows_its_help_as_it_is_written():
         output = CliRunner().invoke(app, [name, whole], env={"COLUMNS": "1000", "TERM": "dumb"}).output
         parameters = typer.main.get_params_from_function(registered.callback).values()
         written = [parameter.default.help for parameter in parameters]
-        assert len(written) > 5
+        assert len(written) > 3
         for text in written:
             assert text in output
 
