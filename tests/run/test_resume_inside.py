@@ -150,6 +150,13 @@ def test_what_was_stopped_says_where_it_continues(source, text_file, tmp_path, e
     assert "continues inside shot 1" in _how_to_go_on(tmp_path / "out")
 
 
+def test_the_removals_are_kept_in_a_short_run_too(source, text_file, tmp_path, monkeypatch, ends):
+    """Only states of the fits are rare."""
+    monkeypatch.setattr(marks_module, "OFTEN", 60.0)
+    assert ends(source, tmp_path / "out", recipe(text_file, preset="best")) == 1
+    assert ends(source, tmp_path / "none", recipe(text_file, preset="none")) == 0
+
+
 def test_the_report_has_the_time_of_all_processes(source, text_file, tmp_path, ends):
     out = tmp_path / "out"
     ends(source, out, recipe(text_file, preset="fast"), 1)
@@ -187,11 +194,14 @@ def test_states_are_kept_once_a_minute_and_take_a_twentieth_of_the_time(tmp_path
         now[0] += 10
         return {"0": torch.zeros(1)}
 
+    now[0] = 100.0
+    assert not marks.due(), "states of fits are of no use without the removals"
+    marks.write(marks_module.REMOVALS, dict, NoWords())
     assert not marks.due()
-    now[0] = 60.0
+    now[0] = 160.0
     assert marks.due()
     marks.write("fits", slow, NoWords())
     for passed, due in ((60, False), (199, False), (200, True)):
-        now[0] = 70.0 + passed
+        now[0] = 170.0 + passed
         assert marks.due() == due
     assert not Marks().due()

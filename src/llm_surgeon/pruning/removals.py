@@ -10,12 +10,11 @@ from llm_surgeon.pruning.checkpoint import restore_tensors, tensors_of
 from llm_surgeon.pruning.result import ShotResult
 from llm_surgeon.records import RemovalMark, Spent
 from llm_surgeon.refit.stages import stages_of
+from llm_surgeon.session.marks import REMOVALS
 from llm_surgeon.session.session import Session
 from llm_surgeon.system.clock import Clock
 
 logger = logging.getLogger(__name__)
-
-_REMOVALS = "removals"
 
 
 def removals_of(session: Session, number: int, clock: Clock, remove: Callable[[], ShotResult]) -> ShotResult:
@@ -36,21 +35,21 @@ def removals_of(session: Session, number: int, clock: Clock, remove: Callable[[]
     # Marks of another shot, or of fits to other removals.
     session.marks.clear()
     result = remove()
-    # Without a fit, the checkpoint of the shot is written next.
-    if stages_of(session.config) and session.marks.due():
+    # Without a fit, the checkpoint of the shot is written next. All states of the fits build on this one.
+    if stages_of(session.config):
         if session.store is not None:
             session.store.keep_within(much=True)
         figures = {name: getattr(result, name) for name in RemovalMark.model_fields if name != "spent"}
         words = RemovalMark(**figures, spent=Spent(stages=clock.records(), profile=clock.profile()))
         session.marks.write(
-            _REMOVALS, lambda: tensors_of(session.model, session.anatomy, result.state, session.config), words
+            REMOVALS, lambda: tensors_of(session.model, session.anatomy, result.state, session.config), words
         )
         weights_of(session.model).forget()
     return result
 
 
 def _former(session: Session, number: int, clock: Clock) -> ShotResult | None:
-    mark = session.marks.read(_REMOVALS, RemovalMark)
+    mark = session.marks.read(REMOVALS, RemovalMark)
     if mark is None or mark.words.shot != number:
         return None
     logger.info("continuing in shot %d, after its removals", number)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 Words = TypeVar("Words", bound=Record)
 # Least number of seconds between two marks, and least ratio of that to the time that writing a mark takes.
 OFTEN, WORTH = 60.0, 20.0
+# Name of the mark that the others build on: without it they are of no use.
+REMOVALS = "removals"
 _WORDS = "words"
 _PREFIX = "inside-"
 
@@ -74,10 +76,12 @@ class Marks:
         return self.directory is not None and any(self.directory.glob(f"{_PREFIX}*.sha256"))
 
     def due(self) -> bool:
-        """Whether so much has been done since the last mark that another one is worth its time."""
+        """Whether so much has been done since the last mark that one on top of the removals is worth its time."""
         if self.directory is None:
             return False
-        return self.processes.from_first(lambda: time.monotonic() - self._since >= max(OFTEN, self._pause))
+        base = self._tensors(REMOVALS).with_suffix(".sha256")
+        pause = max(OFTEN, self._pause)
+        return self.processes.from_first(lambda: time.monotonic() - self._since >= pause and base.exists())
 
     def write(self, name: str, tensors: Callable[[], Mapping[str, Tensor]], words: Record) -> None:
         """Write a mark in place of the former one of this name.
