@@ -280,11 +280,18 @@ def test_an_interrupt_says_how_to_go_on(interrupted):
 
 
 def test_an_interrupt_without_a_checkpoint_says_that_the_command_begins_anew(interrupted, tmp_path):
+    from llm_surgeon.session.marks import Marks
+
+    _, output = interrupted(Marks, "write")
+    assert output.endswith("interrupted; nothing is at --out yet, and the same command begins anew")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_an_interrupt_inside_a_shot_says_so(interrupted):
     from llm_surgeon.pruning.checkpoint import Checkpoints
 
     _, output = interrupted(Checkpoints, "write")
-    assert output.endswith("interrupted; nothing is at --out yet, and the same command begins anew")
-    assert not (tmp_path / "out.run").exists()
+    assert output.endswith("interrupted; nothing is at --out yet, and the same command continues inside shot 1")
 
 
 def test_an_interrupt_after_the_export_says_that_it_is_there(interrupted, tmp_path):

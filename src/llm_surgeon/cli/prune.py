@@ -76,10 +76,10 @@ def _how_to_go_on(out: Path) -> str:
         return f"interrupted; the export at {out} is complete"
     out = Path(os.path.abspath(out))
     # The names of the files have to do, as the interrupt may come before the modules that read them are imported.
-    names = [path.name for path in out.with_name(f"{out.name}.run").glob("*.sha256")]
-    shots = [int(found[1]) for found in (re.fullmatch(r"shot-(\d+)\.sha256", name) for name in names) if found]
+    times = {path.name: path.stat().st_mtime_ns for path in out.with_name(f"{out.name}.run").glob("*.sha256")}
+    shots = [int(found[1]) for found in (re.fullmatch(r"shot-(\d+)\.sha256", name) for name in times) if found]
     more = f"continues after shot {max(shots)}" if shots else "begins anew"
-    if any(name.startswith("inside-") for name in names):
+    if max(times, key=times.__getitem__, default="").startswith("inside-"):
         more = f"continues inside shot {max(shots, default=0) + 1}"
     return f"interrupted; nothing is at --out yet, and the same command {more}"
 

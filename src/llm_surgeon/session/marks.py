@@ -72,8 +72,8 @@ class Marks:
 
     @property
     def there(self) -> bool:
-        """Whether any mark is there; it may be damaged."""
-        return self.directory is not None and any(self.directory.glob(f"{_PREFIX}*.sha256"))
+        """Whether a mark is there that is newer than any checkpoint of a shot; it may be damaged."""
+        return self.directory is not None and inside_a_shot(self.directory)
 
     def due(self) -> bool:
         """Whether so much has been done since the last mark that one on top of the removals is worth its time."""
@@ -158,6 +158,15 @@ class Marks:
             pass
         logger.warning("the state inside the shot is damaged, or of another version (%s), and is not used", path.name)
         return None
+
+
+def inside_a_shot(directory: Path) -> bool:
+    """Whether the newest state in the directory of a run is one inside a shot; checkpoints of shots are ``shot-*``."""
+    marks, shots = (
+        max((path.stat().st_mtime_ns for path in directory.glob(f"{prefix}*.sha256")), default=0)
+        for prefix in (_PREFIX, "shot-")
+    )
+    return marks > shots
 
 
 def _digest(path: Path) -> str:
