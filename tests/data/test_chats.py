@@ -9,7 +9,8 @@ import pytest
 
 from llm_surgeon import PruneConfig, prune_checkpoint
 from llm_surgeon.data.corpora import Corpus, load_corpus
-from llm_surgeon.data.texts import prepare_texts
+from llm_surgeon.data.texts import corpus_of, prepare_texts
+from llm_surgeon.data.tokens import evaluation_tokens, sample_calibration
 from llm_surgeon.errors import DataError
 from quick import without_what_has_other_tests
 from tiny import build, tokenizer
@@ -87,6 +88,8 @@ def test_a_mark_in_the_name_of_a_file_is_no_column(tmp_path):
     assert load_corpus(f"{spec}#b").text == "w2"
     with pytest.raises(DataError, match="names no column"):
         load_corpus(f"{spec}#")
+    with pytest.raises(DataError, match="demo text has no column"):
+        load_corpus("demo:fr#text")
     (tmp_path / "a.txt").write_text("w1", encoding="utf8")
     with pytest.raises(DataError, match="has no columns"):
         load_corpus(f"{tmp_path / 'a.txt'}#text")
@@ -115,6 +118,35 @@ def test_tools_are_shown_and_empty_rows_passed_over(tmp_path):
 def test_what_is_no_chat_is_named(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         load_corpus(written(tmp_path / "a.jsonl", [row]))
+
+
+def test_numbers_of_tools_are_what_they_are(tmp_path):
+    """A number too long for Python is no error either."""
+    made = talking()
+    made.chat_template = "{{ tools[0].maximum }} {{ messages[0].calls[0].x }} {{ messages[0].content }}"
+    chat = {"messages": [{"role": "user", "content": "w1", "calls": [{"x": 1234567}]}], "tools": [{"maximum": 50}]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(chat)[:-1] + ', "id": ' + "9" * 5000 + "}\n", encoding="utf8")
+    assert load_corpus(str(path)).rendered(made).documents == ("50 1234567 w1",)
+
+
+def test_chats_in_memory_are_read_like_those_of_a_file(tmp_path):
+    given = ["w1", {"text": "w2"}, *FORMS.values(), CHAT]
+    expected = ("w1", "w2", *[TEXT] * (len(FORMS) + 1))
+    assert corpus_of(given).rendered(talking()).documents == expected
+    with pytest.raises(DataError, match=r"texts\[1\] has no key `text`; its keys are body"):
+        corpus_of(["w1", {"body": "w2"}])
+
+
+def test_chats_have_no_text_before_they_are_rendered():
+    with pytest.raises(TypeError):
+        _ = corpus_of([CHAT]).text
+
+
+def test_whoever_draws_windows_draws_them_of_rendered_chats():
+    ids = sample_calibration(talking(), corpus_of([CHAT] * 40), 2, 8, seed=0).input_ids
+    assert ids.shape == (2, 8)
+    assert len(evaluation_tokens(talking(), corpus_of([CHAT] * 40), 8, 64)) == 64
 
 
 def test_chats_that_the_template_refuses_are_passed_over(tmp_path, caplog):

@@ -80,8 +80,11 @@ def test_front_matter_names_the_structure_and_the_calibration_set() -> None:
     front = front_matter(model_card(sample_report(config=config, origin={"datasets": "c"})))
     assert front["tags"] == ["llm-surgeon", "pruned", "neurons", "heads", "llama"]
     assert front["datasets"] == ["c", "owner/texts"]
-    local = PruneConfig(preset="none", calibration="owner/texts.jsonl").resolved()
-    assert "datasets" not in front_matter(model_card(sample_report(config=local)))
+    column = PruneConfig(preset="none", calibration="owner/texts:small#answer").resolved()
+    assert front_matter(model_card(sample_report(config=column)))["datasets"] == ["owner/texts"]
+    for name in ("owner/texts.jsonl", "owner/texts.jsonl#answer", "texts#1.jsonl"):
+        local = PruneConfig(preset="none", calibration=name).resolved()
+        assert "datasets" not in front_matter(model_card(sample_report(config=local)))
 
 
 def test_the_demo_has_the_name_of_its_model() -> None:

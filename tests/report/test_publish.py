@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.report.publish import _masked, recipe_without_paths
+from llm_surgeon.report.publish import _masked, recipe_without_paths, without_paths
+from report.test_table import sample_report
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,11 @@ def test_a_recipe_is_still_one(tmp_path):
     assert str(tmp_path) not in text
     assert "calibration:\n  text: two words.txt\n" in text
     assert "evaluation:\n  text: e.txt\n" in text
+
+
+def test_a_path_with_spaces_goes_with_and_without_its_column() -> None:
+    config = PruneConfig(preset="none", calibration="/home/jane/my own/chats.jsonl#answer").resolved()
+    report = sample_report(config=config, calibration={"source": "/home/jane/my own/chats.jsonl, 30 chats"})
+    published = without_paths(report)
+    assert published.config["calibration"] == "chats.jsonl#answer"
+    assert published.calibration["source"] == "chats.jsonl, 30 chats"

@@ -41,6 +41,8 @@ PARAGRAPH = "\n\n"
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 HUB_DEFAULT_CONFIGS = {"Salesforce/wikitext": "wikitext-2-raw-v1"}
 TEXT = "text"
+# Digits of the longest whole number that is read as it is.
+_DIGITS = 1000
 # Share of the chats that a template may refuse; more are a mistake.
 _MOST_REFUSED = 0.5
 _USE_LOCAL = "Give a local .txt, .jsonl or .parquet file, or `demo`, which needs no hub."
@@ -71,8 +73,12 @@ class Corpus:
 
     @property
     def text(self) -> str:
-        """All documents, joined by the separator; to be asked for of texts only."""
-        return self.separator.join(document for document in self.documents if isinstance(document, str))
+        """All documents, joined by the separator.
+
+        Raises:
+            TypeError: If there are chats, which have no text before a tokenizer has rendered them.
+        """
+        return self.separator.join(self.documents)  # type: ignore[arg-type]  # join raises for chats
 
     @property
     def chats(self) -> int:
@@ -173,9 +179,11 @@ def load_corpus(spec: str) -> Corpus:
         DataError: If the text is missing, unreadable or empty.
         DownloadError: If the demo text is not in the cache and cannot be fetched.
     """
-    if spec == "demo" or spec.startswith("demo:"):
-        return _load_demo(spec)
     spec, column = _column_of(spec)
+    if spec == "demo" or spec.startswith("demo:"):
+        if column is not None:
+            raise DataError(f"The demo text has no column {shown(column)}.", "Leave #COLUMN out.")
+        return _load_demo(spec)
     path = os.path.expanduser(spec)
     if path.lower().endswith(FILE_TYPES) or _is_path(spec) or os.path.exists(path):
         return _load_file(Path(path), column)
@@ -183,13 +191,22 @@ def load_corpus(spec: str) -> Corpus:
 
 
 def _column_of(spec: str) -> tuple[str, str | None]:
-    """A specification without the name of its column, and that name; a file may have such a name itself."""
+    """A specification without the name of its column, and that name; a file may have such a name itself.
+
+    Raises:
+        DataError: If there is a mark for a column, and no name.
+    """
     before, mark, column = spec.rpartition("#")
     if not mark or os.path.exists(os.path.expanduser(spec)):
         return spec, None
     if not column.strip() or not before.strip():
         raise DataError(f"The text {shown(spec)} names no column behind its #.", "Write TEXT#COLUMN, or leave # out.")
     return before, column
+
+
+def without_column(spec: str) -> str:
+    """A specification without the name of its column, whether or not the file is there any more."""
+    return spec.rpartition("#")[0] or spec
 
 
 def _is_path(spec: str) -> bool:
@@ -267,20 +284,20 @@ def _json_document(line: bytes, location: str, column: str | None) -> str | Chat
     if content.lstrip().startswith("["):
         raise DataError(f"{location} begins a JSON array.", "Write one JSON value per line, e.g. with jq -c '.[]'.")
     try:
-        # Numbers are not used, and Python refuses to read those of thousands of digits.
-        value = json.loads(content, parse_int=lambda _: 0)
+        # Python refuses to read numbers of thousands of digits, which nothing here needs.
+        value = json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS else 0)
     except json.JSONDecodeError as error:
         raise DataError(f"{location} is not JSON: {error}.", "Write one JSON value per line.") from None
     except RecursionError:
         raise DataError(f"{location} is nested too deeply.", "Leave out what is not the text.") from None
     if isinstance(value, dict):
-        return _document(value, location, column, "key")
+        return document_of(value, location, column, "key")
     if column is not None:
         raise DataError(f"{location} has no keys, and the key {shown(column)} was named.", "Leave #COLUMN out.")
     return None if value is None else _checked_text(value, location)
 
 
-def _document(row: Mapping[str, Any], location: str, column: str | None, unit: str = "column") -> str | Chat | None:
+def document_of(row: Mapping[str, Any], location: str, column: str | None, unit: str = "column") -> str | Chat | None:
     """Text or chat of a row; None if it is null. The unit is what names a value, in words.
 
     Raises:
@@ -314,7 +331,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[str | Chat | None]
             for batch in file.iter_batches(columns=wanted):
                 for values in batch.to_pylist():
                     row += 1
-                    yield _document(values, f"{path}, row {row}", column)
+                    yield document_of(values, f"{path}, row {row}", column)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}.", "Write it again.") from None
 
@@ -388,7 +405,7 @@ def _stream(name: str, config: str | None, split: str, column: str | None) -> It
     from datasets import load_dataset
 
     for row in load_dataset(name, config, split=split, streaming=True):
-        yield _document(row, f"The data set {name}", column)
+        yield document_of(row, f"The data set {name}", column)
 
 
 def _take(texts: Iterable[str | Chat | None]) -> tuple[tuple[str | Chat, ...], int, bool]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_surgeon.data.corpora import Corpus, load_corpus
+from llm_surgeon.data.chats import Chat, chat_from
+from llm_surgeon.data.corpora import Corpus, document_of, load_corpus
 from llm_surgeon.data.tokens import (
     CalibrationTokens,
     evaluation_tokens,
@@ -44,21 +46,34 @@ class Texts:
         return digest.hexdigest()
 
 
-def corpus_of(texts: Sequence[str]) -> Corpus:
-    """A corpus of texts in memory, a document each.
+def corpus_of(texts: Sequence[str | Mapping[str, Any] | Sequence[Any]]) -> Corpus:
+    """A corpus of documents in memory: texts, rows as of a .jsonl file, or lists of messages.
 
     Raises:
-        DataError: If they are not a sequence of texts, or hold no text.
+        DataError: If they are not a sequence of these, or hold no text.
     """
-    remedy = "Give a list of strings: texts=['one text', 'another']."
+    remedy = "Give a list of strings, or of chats: texts=['one text', 'another']."
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise DataError(f"The texts are a {type(texts).__name__}, not a list of strings.", remedy)
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"texts[{number}] is a {type(text).__name__}, in what is to be a list of strings.", remedy)
     if not texts:
         raise DataError("The list of texts is empty, so it holds no text.", remedy)
-    return Corpus(tuple(texts), IN_MEMORY)
+    given = [_given(text, f"texts[{number}]", remedy) for number, text in enumerate(texts)]
+    return Corpus(tuple(document for document in given if document is not None), IN_MEMORY)
+
+
+def _given(text: Any, location: str, remedy: str) -> str | Chat | None:
+    """A document in memory.
+
+    Raises:
+        DataError: If it is none.
+    """
+    if isinstance(text, str):
+        return text
+    if isinstance(text, Mapping):
+        return document_of(text, location, None, "key")
+    if isinstance(text, Sequence):
+        return chat_from(text, location)
+    raise DataError(f"{location} is a {type(text).__name__}, in what is to be a list of strings.", remedy)
 
 
 def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given: Corpus | None = None) -> Texts:
@@ -83,7 +98,6 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given
             "The tokenizer has a template for chats, and the calibration text has none. What the model says in chats "
             "may suffer more than perplexity tells; --calibration takes chats too."
         )
-    corpus = corpus.rendered(tokenizer)
     calibration = sample_calibration(
         tokenizer,
         corpus,
@@ -138,7 +152,7 @@ def evaluation_text(
         DataError: If the text cannot be read or is too short.
         ConfigError: If the windows are refused, see ``check_windows``.
     """
-    corpus = _part(spec, EVALUATION, split=split, given=given).rendered(tokenizer)
+    corpus = _part(spec, EVALUATION, split=split, given=given)
     name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
     first, stride = first_token(tokenizer, bos), stride or window
     check_windows(window, stride, precision)

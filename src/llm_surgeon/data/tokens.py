@@ -141,6 +141,7 @@ def sample_calibration(
     windows, window = samples * windows_per_sample, seq_len // windows_per_sample - (bos is not None)
     if not window:
         raise DataError("A window of one token has room for its beginning only.", "Choose a larger seq_len.")
+    corpus = corpus.rendered(tokenizer)
     ids = _tokenise(tokenizer, corpus, bos)
     # Each window needs a first token of its own, so the smallest requests need a little more than their product.
     needed = max(windows * window, window + windows)
@@ -184,6 +185,7 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window
         DataError: If there are fewer tokens than one window, in the text or in ``max_tokens``.
     """
     # A copy, so that the ids of a large corpus are not kept alive by a small view of them.
+    corpus = corpus.rendered(tokenizer)
     return _enough(_tokenise(tokenizer, corpus, None), corpus, window, max_tokens)[:max_tokens].clone()
 
 
@@ -206,6 +208,7 @@ def windows_with_bos(
     Raises:
         DataError: If there are fewer tokens than one window, in the text or in ``max_tokens``.
     """
+    corpus = corpus.rendered(tokenizer)
     ids = _enough(_tokenise(tokenizer, corpus, bos), corpus, window - 1, max_tokens)
     most, step = (max_tokens - window) // stride + 1, min(stride, window - 1)
     starts = range(0, len(ids) - window + 2, step)[:most]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llm_surgeon.data.corpora import FILE_TYPES
+from llm_surgeon.data.corpora import FILE_TYPES, without_column
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
 from llm_surgeon.recipe.structures import STRUCTURES
@@ -106,9 +106,11 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
 
 def _hub_data(report: PruneReport) -> list[str]:
     """Name of the calibration text, if it is a data set of the hub."""
-    spec = str(report.config.get("calibration", ""))
+    asked = str(report.config.get("calibration", ""))
+    spec = without_column(asked)
     name = spec.split(":")[0]
-    return [name] if is_hub_id(name) and not spec.lower().endswith(FILE_TYPES) else []
+    is_file = any(text.lower().endswith(FILE_TYPES) for text in (asked, spec))
+    return [name] if is_hub_id(name) and not is_file else []
 
 
 def title_name(report: PruneReport) -> str:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llm_surgeon.data.corpora import without_column
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import PruneReport
 
@@ -24,7 +25,8 @@ def without_paths(report: PruneReport) -> PruneReport:
     if report.export is not None:
         given.append(report.export.path)
     # A path with spaces can only be found as a whole. The longest goes first, as one may be part of another.
-    known = sorted({text for text in given if isinstance(text, str) and _is_absolute(text)}, key=len, reverse=True)
+    absolute = [text for text in given if isinstance(text, str) and _is_absolute(text)]
+    known = sorted({*absolute, *(without_column(text) for text in absolute)}, key=len, reverse=True)
     return PruneReport.model_validate(_masked(report.model_dump(mode="json"), known))
 
 

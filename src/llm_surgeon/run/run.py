@@ -56,7 +56,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     config: PruneConfig | Mapping[str, Any] | None = None,
     *,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[str | Mapping[str, Any] | Sequence[Any]] | None = None,
     out: str | Path | None = None,
     progress: Progress | bool | None = None,
     source: str = "",
@@ -78,8 +78,8 @@ def prune(
         tokenizer: Tokenizer of the model.
         config: The recipe, or a mapping of its options. ``device`` and ``dtype`` have no effect: the model is pruned on
             its device and in its type.
-        texts: Calibration texts in memory, a document each; None reads the text that the recipe names
-            (``calibration``).
+        texts: Calibration texts in memory, a document each: strings, rows as of a .jsonl file, or lists of messages of
+            a chat; None reads the text that the recipe names (``calibration``).
         out: Directory to export to, with the reload check of ``prune_checkpoint``; must not exist, or be empty.
         progress: Display of progress; True shows bars, or lines where there is no terminal; None shows nothing.
         source: Name of the model, for the report.
