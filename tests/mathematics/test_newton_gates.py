@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from llm_surgeon.errors import NonFiniteError
+from llm_surgeon.mathematics import newton_gates
 from llm_surgeon.mathematics.newton_gates import (
     LARGEST_CHANGE,
     LONGEST,
@@ -33,6 +34,17 @@ def test_effects_are_derivatives_by_gates_of_each_token():
     found = effects(values, gradients, members, 2)
 
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_effects_are_the_same_in_pieces(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    values, gradients = (torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    members = torch.tensor([1, -1, 0, 1, -1])
+    whole = effects(values, gradients, members, 2)
+    for at_once in (1, 5, 12, 35):
+        monkeypatch.setattr(newton_gates, "_AT_ONCE", at_once)
+        torch.testing.assert_close(effects(values, gradients, members, 2), whole)
+    assert effects(values[:0], gradients[:0], members, 2).shape == (0, 2)
 
 
 def test_the_step_minimises_the_damped_parabola():

@@ -171,12 +171,18 @@ def test_what_cannot_be_read_is_refused_and_nothing_is_left(tmp_path, monkeypatc
     for file in source.glob("*.safetensors"):
         file.unlink()
     save_file({k: v.clone() for k, v in meant.items() if "mlp" not in k}, source / "model.safetensors")
-    refused(ModelError, "it lacks model.layers.0.mlp")
+    refused(ModelError, f"weights of '{source}' are not .* it lacks model.layers.0.mlp")
     (source / "model.safetensors").unlink()
     refused(ModelError, "no weights")
     out.write_text("", encoding="utf8")
     with pytest.raises(OutputError, match="is a file"):
         dequantize(source, out)
+
+
+def test_quantisation_of_the_language_model_alone_is_refused_by_name(tmp_path):
+    in_fp8("mistral3-tower", tmp_path, text_config=True)
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(fp8\)"):
+        skeleton_of(str(tmp_path), PruneConfig())
 
 
 def full(*_):

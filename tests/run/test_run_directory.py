@@ -60,3 +60,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "out.run").write_text("x")
     with pytest.raises(OutputError, match=r"out\.run cannot be used: File exists"), run_directory(tmp_path / "out"):
         pass
+
+
+def test_states_inside_a_shot_are_no_part_of_what_the_disk_is_planned_for(tmp_path):
+    """They go when the next checkpoint is there, for which there has to be room beside them."""
+    with run_directory(tmp_path / "out") as run:
+        (run.path / "shot-1.safetensors").write_bytes(bytes(100))
+        for name in ("inside-fits.safetensors", "inside-fits.sha256"):
+            (run.path / name).write_bytes(bytes(70))
+        assert run.nbytes == 100

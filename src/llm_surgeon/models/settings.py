@@ -100,6 +100,18 @@ def load_config(source: str, runs_code: bool = False) -> Any:
     return config
 
 
+def quantisation_of(settings: Any) -> Any:
+    """How weights are quantised, as a configuration says for the model or for the language model in it; None: not.
+
+    Args:
+        settings: Entries of config.json, or a configuration of transformers.
+    """
+    entries = settings if isinstance(settings, Mapping) else vars(settings)
+    own = entries.get("quantization_config")
+    inner = entries.get("text_config")
+    return own if own is not None or inner is None else quantisation_of(inner)
+
+
 def dtype_of(source: str, asked: str, settings: Mapping[str, Any] | None = None) -> torch.dtype:
     """Type in which a model is loaded: the one asked for, or else the stored one; float64 becomes float32.
 

@@ -16,7 +16,7 @@ from llm_surgeon.models import Anatomy, examine, family_of
 from llm_surgeon.models.anatomy import straighten
 from llm_surgeon.models.classes import auto_model, check_class
 from llm_surgeon.models.loading import check_checkpoint, load_config, load_model, model_type_of
-from llm_surgeon.models.settings import dtype_of, not_loaded, stored_dtype
+from llm_surgeon.models.settings import dtype_of, not_loaded, quantisation_of, stored_dtype
 from llm_surgeon.models.streaming import stream
 from llm_surgeon.models.trust import has_weights
 from llm_surgeon.recipe.config import PruneConfig
@@ -92,8 +92,8 @@ def skeleton_of(source: str, config: PruneConfig, *, weights: bool = True) -> Sk
     """
     family = family_of(model_type_of(source))
     settings = load_config(source, config.trust_remote_code)
-    if getattr(settings, "quantization_config", None) is not None:
-        raise _quantised(source, settings.quantization_config)
+    if (how := quantisation_of(settings)) is not None:
+        raise _quantised(source, how)
     if Path(source).is_dir() and (weights or has_weights(Path(source))):
         check_checkpoint(source, config.trust_remote_code)
     network = _empty(source, settings, config.trust_remote_code)

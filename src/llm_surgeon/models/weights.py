@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_surgeon.errors import ModelError
 from llm_surgeon.models.classes import auto_model
-from llm_surgeon.models.settings import not_loaded
+from llm_surgeon.models.settings import not_loaded, quantisation_of
 
 # Buffers that older versions of transformers stored, and that every model makes itself now.
 _FORMER_BUFFERS = re.compile(r"(\.attn\.bias|masked_bias|rotary_emb\.inv_freq|position_ids)$")
@@ -38,7 +38,7 @@ def check_weights(source: str, config: Any, runs_code: bool) -> None:
         ModelError: If tensors are missing, have another shape, or are not part of the model; names them.
     """
     # Only a quantiser itself knows what names and types it makes.
-    if getattr(config, "quantization_config", None) is None:
+    if quantisation_of(config) is None:
         _check_headers(source, config)
         read_model(source, config, torch.float32, runs_code, torch.device("meta"))
 

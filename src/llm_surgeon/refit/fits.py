@@ -20,7 +20,8 @@ from llm_surgeon.system.clock import Clock
 
 # Marks of the weights that are fitted, and of the first model of cross-fitting while the second is fitted.
 _FITS, _FIRST = "fits", "first"
-_KEPT = "kept/"
+# Kinds of the tensors of a mark: parameters by number, and what a fit keeps beside them.
+_WEIGHTS, _KEPT = "weight", "kept"
 
 
 @dataclass
@@ -90,8 +91,7 @@ class Fits:
             return
         steps = Steps(tell=self._keep)
         if former is not None and number == len(former.words.done) and former.words.steps:
-            kept = {name.removeprefix(_KEPT): x for name, x in former.tensors() if name.startswith(_KEPT)}
-            steps = Steps(former.words.steps, kept, self._keep)
+            steps = Steps(former.words.steps, dict(former.tensors(_KEPT)), self._keep)
         fit = Fit(steps)
         with self._clock.phase(stage):
             yield fit
@@ -112,7 +112,7 @@ class Fits:
             self._first_kept = True
         spent = Spent(stages=self._clock.records(), profile=self._clock.profile())
         words = FitMark(done=tuple(self._done), turn=self._turn, steps=steps, spent=spent)
-        beside = {f"{_KEPT}{name}": tensor for name, tensor in kept.items()}
+        beside = {f"{_KEPT}/{name}": tensor for name, tensor in kept.items()}
         session.marks.write(_FITS, lambda: _numbered(self._parameters()) | beside, words)
         weights_of(session.model).forget()
 
@@ -128,13 +128,12 @@ class Fits:
     def _take(self, mark: Mark[Any]) -> None:
         """Write the weights of a mark into the model."""
         parameters, weights = self._parameters(), weights_of(self._session.model)
-        for name, tensor in mark.tensors():
-            if name.isdecimal():
-                weights.write(parameters[int(name)], tensor)
+        for number, tensor in mark.tensors(_WEIGHTS):
+            weights.write(parameters[int(number)], tensor)
 
     def _parameters(self) -> list[nn.Parameter]:
         return fitted_parameters(self._session.model, self._session.anatomy, self._beside)
 
 
 def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {str(number): tensor.detach().contiguous() for number, tensor in enumerate(tensors)}
+    return {f"{_WEIGHTS}/{number}": tensor.detach().contiguous() for number, tensor in enumerate(tensors)}

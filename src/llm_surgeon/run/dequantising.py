@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from llm_surgeon.errors import ConfigError, ModelError
 from llm_surgeon.export.companions import copy_companions
 from llm_surgeon.mathematics.block_formats import fp8_numbers, mxfp4_numbers
 from llm_surgeon.models.loading import check_checkpoint, check_dtype, local_directory
-from llm_surgeon.models.settings import DTYPES, not_loaded, read_settings
+from llm_surgeon.models.settings import DTYPES, not_loaded, quantisation_of, read_settings
 from llm_surgeon.models.skeleton import DEQUANTISED
 from llm_surgeon.models.trust import check_format
 from llm_surgeon.session.given import as_path
@@ -75,14 +77,14 @@ def dequantize(model: str | Path, out: str | Path, *, dtype: str = "bfloat16", t
     check_format(source)
     settings = read_settings(str(source))
     how = _method(str(model), settings)
-    beside = out.with_name(f"{out.name}{PARTIAL}")
-    shutil.rmtree(beside, ignore_errors=True)
     with ExitStack() as files:
         tensors = _Stored(str(model), source, files, how, DTYPES[dtype])
         check_disk_space(out, tensors.nbytes)
-        beside.mkdir(parents=True)
-        files.callback(shutil.rmtree, beside, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        place = files.enter_context(TemporaryDirectory(prefix=f".{out.name}-", suffix=PARTIAL, dir=out.parent))
+        beside = Path(place) / out.name
         with writing(out, tensors.nbytes):
+            beside.mkdir()
             _write(tensors, beside)
             copy_companions(source, beside)
             _write_settings(settings, dtype, beside / _CONFIG)
@@ -90,10 +92,11 @@ def dequantize(model: str | Path, out: str | Path, *, dtype: str = "bfloat16", t
                 shutil.copyfile(path, beside / path.name)
             readable_as_others(beside)
             flush(beside)
-        check_checkpoint(str(beside), trust_remote_code)
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
+        try:
+            check_checkpoint(str(beside), trust_remote_code)
+        except ModelError as error:
+            raise ModelError(error.cause.replace(str(beside), str(model)), error.remedy) from None
+        os.replace(beside, out)  # replaces an empty directory too
     return out
 
 
@@ -103,7 +106,7 @@ def _method(model: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ModelError: If they are not, or by a method that is not read.
     """
-    how = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
+    how = quantisation_of(settings)
     if not isinstance(how, Mapping):
         raise ModelError(f"The weights of {model!r} are not quantised.", "Prune it as it is.")
     method = how.get("quant_method")

@@ -57,8 +57,8 @@ class RunDirectory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files in the directory."""
-        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        """Bytes of the files in the directory but for states inside a shot, which no plan of a disk counts."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file()) - self._marks.nbytes
 
     @property
     def finished(self) -> PruneReport | None:

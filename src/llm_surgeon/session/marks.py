@@ -47,11 +47,15 @@ class Mark(Generic[Words]):
     path: Path
     words: Words
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor with its name, on the CPU; copies, so that the file is free afterwards."""
+    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor whose name begins with a kind and a slash, with the rest of its name, on the CPU.
+
+        They are copies, so that the file is free afterwards.
+        """
         with safe_open(self.path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - an open file is no mapping
-                yield name, file.get_tensor(name).clone()
+                if name.startswith(f"{kind}/"):
+                    yield name.removeprefix(f"{kind}/"), file.get_tensor(name).clone()
 
 
 @dataclass
@@ -69,6 +73,13 @@ class Marks:
     processes: Processes = ALONE
     _since: float = field(default_factory=lambda: time.monotonic(), repr=False)
     _pause: float = field(default=0.0, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all marks."""
+        if self.directory is None:
+            return 0
+        return sum(path.stat().st_size for path in self.directory.glob(f"{_PREFIX}*"))
 
     @property
     def there(self) -> bool:
@@ -125,7 +136,6 @@ class Marks:
             logger.warning(
                 "no state inside the shot is kept: %s has no room for %d MiB more", path.parent, needed >> 20
             )
-            self._since = time.monotonic()
             return
         try:
             with in_place(path) as partial:
