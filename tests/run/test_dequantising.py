@@ -51,12 +51,12 @@ def in_fp8(family, directory, *, text_config=False):
     stored, meant = {}, {}
     for name, tensor in saved(family, directory).items():
         stored[name] = meant[name] = tensor
-        if name.endswith("_proj.weight") or name.endswith("mqa.weight"):
-            tiles = [-(-size // side) for size, side in zip(tensor.shape, BLOCK, strict=True)]
-            scales = 0.01 + torch.rand(tiles, generator=generator) / 1000
+        if name.endswith(("_proj.weight", "mqa.weight", "experts.gate_up_proj", "experts.down_proj")):
+            tiles = [-(-size // side) for size, side in zip(tensor.shape[-2:], BLOCK, strict=True)]
+            scales = 0.01 + torch.rand(*tensor.shape[:-2], *tiles, generator=generator) / 1000
             stored[name] = (tensor / 0.01).to(torch.float8_e4m3fn)
             stored[f"{name}_scale_inv"] = scales
-            stored[name.replace(".weight", ".activation_scale")] = torch.ones(())
+            stored[f"{name.removesuffix('.weight')}.activation_scale"] = torch.ones(())
             meant[name] = fp8_numbers(stored[name], scales, BLOCK)
     assert len(stored) > len(meant)
     quantised(directory, stored, FP8, text_config)
@@ -82,11 +82,16 @@ def in_mxfp4(directory):
     return meant
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "deepseek-v3", "gpt-oss", "mistral3-tower"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(name, "fp8") for name in ("llama", "qwen3-moe", "deepseek-v3", "gpt-oss", "mistral3-tower")]
+    + [("gpt-oss", "mxfp4")],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_result_is_the_model_that_was_meant(family, dtype, tmp_path):
+def test_the_result_is_the_model_that_was_meant(family, method, dtype, tmp_path):
     source, out = tmp_path / "quantised", tmp_path / "in-16-bits"
-    meant = in_mxfp4(source) if family == "gpt-oss" else in_fp8(family, source, text_config=family.endswith("tower"))
+    tower = family.endswith("tower")
+    meant = in_mxfp4(source) if method == "mxfp4" else in_fp8(family, source, text_config=tower)
 
     assert dequantize(source, out, dtype=dtype) == out
 
@@ -95,7 +100,7 @@ def test_the_result_is_the_model_that_was_meant(family, dtype, tmp_path):
     rounded = [name for name, tensor in stored.items() if tensor.dtype == torch.bfloat16]
     assert bool(rounded) == (dtype == "bfloat16")
     assert all(torch.equal(stored[name], meant[name].to(stored[name].dtype)) for name in meant)
-    if family == "gpt-oss":
+    if method == "mxfp4":
         assert all(torch.equal(stored[name].float(), meant[name]) for name in rounded), "MXFP4 is exact in 16 bits"
     found, expected = (
         load_model(str(place), "float32") for place in (out, written(family, stored, tmp_path / "meant"))

@@ -204,4 +204,9 @@ def test_states_are_kept_once_a_minute_and_take_a_twentieth_of_the_time(tmp_path
     for passed, due in ((60, False), (199, False), (200, True)):
         now[0] = 170.0 + passed
         assert marks.due() == due
+    for name in ("first", "fits"):
+        marks.write(name, slow, NoWords())
+    for passed, due in ((399, False), (400, True)):
+        now[0] = 390.0 + passed
+        assert marks.due() == due, "the time of both counts"
     assert not Marks().due()

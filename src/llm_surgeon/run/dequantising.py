@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Bytes of a file after which the next one begins.
 _FILE = 2**31
+# Dimensions of a tensor of all experts.
+_OF_EXPERTS = 3
 _FP8_SCALE, _MX_BLOCKS, _MX_SCALES = "_scale_inv", "_blocks", "_scales"
 # Scales of activations, for which plain layers have no use.
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")
@@ -49,8 +51,9 @@ _CONFIG = "config.json"
 def dequantize(model: str | Path, out: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool = False) -> Path:
     """Write a checkpoint with weights in FP8 or MXFP4 as one with the numbers that they mean.
 
-    Other tensors keep their bits. One tensor at a time is in memory, beside a file of two gibibytes. The result has the
-    tensors, with the shapes, of the class that its configuration names; that is checked.
+    Other tensors keep their bits. One tensor is read at a time, and a file of two gibibytes, or of one larger tensor,
+    waits in memory to be written. The result has the tensors, with the shapes, of the class that its configuration
+    names; that is checked.
 
     Args:
         model: A local directory or a hub id.
@@ -182,16 +185,32 @@ class _Stored:
     def _numbers(self, name: str) -> tuple[str, Tensor]:
         if name.endswith(_MX_BLOCKS):
             dense = name.removesuffix(_MX_BLOCKS)
-            numbers = mxfp4_numbers(self._tensor(name), self._tensor(f"{dense}{_MX_SCALES}"))
+            stored, scales = self._tensor(name), self._tensor(f"{dense}{_MX_SCALES}")
             # Stored for products with rows; the class has inputs first.
-            return dense, numbers.to(self._dtype).transpose(-2, -1).contiguous()
+            return dense, self._by_expert(lambda one, of_one: mxfp4_numbers(one, of_one).T, stored, scales)
         tensor = self._tensor(name)
         if tensor.dtype.itemsize == 1:
             scales = self._tensor(f"{name}{_FP8_SCALE}")
             if not tensor.dtype.is_floating_point:
                 raise ValueError(f"it has the type {tensor.dtype}")
+            if tensor.dim() == _OF_EXPERTS == scales.dim():
+                return name, self._by_expert(lambda one, of_one: fp8_numbers(one, of_one, self._block), tensor, scales)
             return name, fp8_numbers(tensor, scales, self._block).to(self._dtype)
         return name, tensor
+
+    def _by_expert(self, numbers: Callable[[Tensor, Tensor], Tensor], stored: Tensor, scales: Tensor) -> Tensor:
+        """Numbers of the matrices of all experts; one at a time, as those of all in float32 may not fit in memory."""
+        if len(stored) != len(scales):
+            raise ValueError(f"{len(scales)} scales do not go with {len(stored)} experts")
+        found: Tensor | None = None
+        for number, (one, of_one) in enumerate(zip(stored, scales, strict=True)):
+            matrix = numbers(one, of_one)
+            if found is None:
+                found = matrix.new_empty(len(stored), *matrix.shape, dtype=self._dtype)
+            found[number] = matrix
+        if found is None:
+            raise ValueError("it has no experts")
+        return found
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._files:

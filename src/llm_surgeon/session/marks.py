@@ -73,6 +73,7 @@ class Marks:
     processes: Processes = ALONE
     _since: float = field(default_factory=lambda: time.monotonic(), repr=False)
     _pause: float = field(default=0.0, repr=False)
+    _began: float | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -91,8 +92,10 @@ class Marks:
         if self.directory is None:
             return False
         base = self._tensors(REMOVALS).with_suffix(".sha256")
-        pause = max(OFTEN, self._pause)
-        return self.processes.from_first(lambda: time.monotonic() - self._since >= pause and base.exists())
+        now, pause = time.monotonic(), max(OFTEN, self._pause)
+        due = self.processes.from_first(lambda: now - self._since >= pause and base.exists())
+        self._began = now if due else None
+        return due
 
     def write(self, name: str, tensors: Callable[[], Mapping[str, Tensor]], words: Record) -> None:
         """Write a mark in place of the former one of this name.
@@ -103,7 +106,8 @@ class Marks:
             words: What the mark says beside them.
         """
         if self.directory is not None:
-            began = time.monotonic()
+            # Of several marks that are written one after the other, the time of all counts.
+            began = time.monotonic() if self._began is None else self._began
             self.processes.from_first(lambda: self._write(name, tensors(), words))
             self._since = time.monotonic()
             self._pause = WORTH * (self._since - began)
@@ -118,7 +122,7 @@ class Marks:
 
     def clear(self) -> None:
         """Remove all marks: the shot is over, or none of them is of use."""
-        self._since = time.monotonic()
+        self._since, self._began = time.monotonic(), None
         if self.directory is not None and self.processes.first:
             # The checksums go first: without them, the other files are no marks.
             for ending in ("sha256", "safetensors"):
