@@ -63,9 +63,9 @@ def recipe(arguments: argparse.Namespace) -> PruneConfig:
     )
 
 
-def random_model(shape: str, length: int, device: torch.device) -> LlamaForCausalLM:
+def random_model(shape: dict[str, int], vocabulary: int, length: int, device: torch.device) -> LlamaForCausalLM:
     """Make a model of a shape with random bfloat16 weights, on a device."""
-    settings = LlamaConfig(**SHAPES[shape], vocab_size=VOCABULARY[shape], max_position_embeddings=length)
+    settings = LlamaConfig(**shape, vocab_size=vocabulary, max_position_embeddings=length)
     torch.manual_seed(0)
     with torch.device(device):
         return LlamaForCausalLM._from_config(settings, dtype=torch.bfloat16).eval()
@@ -74,7 +74,7 @@ def random_model(shape: str, length: int, device: torch.device) -> LlamaForCausa
 def shot_at(size: float, order: str, arguments: argparse.Namespace, device: torch.device) -> ShotResult:
     """Make one shot of the run, on a model of which ``size`` is left."""
     config = recipe(arguments)
-    model = random_model(arguments.shape, arguments.seq_len, device)
+    model = random_model(SHAPES[arguments.shape], VOCABULARY[arguments.shape], arguments.seq_len, device)
     anatomy = examine(model, family_of("llama"), config.ignore)
     since = None
     if size < 1:

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from common import circumstances, table, write
-from gpu import FULL_SAMPLES, limits
-from transformers import LlamaConfig, LlamaForCausalLM
+from gpu import FULL_SAMPLES, limits, random_model
+from transformers import LlamaForCausalLM
 
 from llm_surgeon import PruneConfig
 from llm_surgeon.data.tokens import CalibrationTokens
@@ -49,17 +49,10 @@ DEPTH = {"8b": 32, "70b": 80, "toy": 6}
 BLOCKS = (1, 3)
 
 
-def random_model(blocks: int, arguments: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
+def model_of(blocks: int, arguments: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
     """Make a random model of so many blocks of the shape, in bfloat16."""
-    settings = LlamaConfig(
-        **SHAPES[arguments.shape],
-        num_hidden_layers=blocks,
-        vocab_size=VOCABULARY[arguments.shape],
-        max_position_embeddings=arguments.seq_len,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(settings, dtype=torch.bfloat16).eval()
+    shape = {**SHAPES[arguments.shape], "num_hidden_layers": blocks}
+    return random_model(shape, VOCABULARY[arguments.shape], arguments.seq_len, device)
 
 
 def shot_of(blocks: int, samples: int, arguments: argparse.Namespace, device: torch.device) -> ShotResult:
@@ -73,9 +66,9 @@ def shot_of(blocks: int, samples: int, arguments: argparse.Namespace, device: to
         batch_size=arguments.batch_size,
     )
     # As many neurons share gates as in the whole model.
-    whole = random_model(DEPTH[arguments.shape], arguments, torch.device("meta"))
+    whole = model_of(DEPTH[arguments.shape], arguments, torch.device("meta"))
     config = GatesStage.resolved(config, examine(whole, family_of("llama"))).model_copy(update={"samples": samples})
-    model = random_model(blocks, arguments, device)
+    model = model_of(blocks, arguments, device)
     anatomy = examine(model, family_of("llama"))
     shape = samples, arguments.seq_len
     ids = torch.randint(VOCABULARY[arguments.shape], shape, generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,4 @@
 import math
-import shutil
 
 import pytest
 import torch
@@ -177,14 +176,6 @@ def test_limits_and_a_latency_do_not_go_together(recipe):
 def test_a_layerwise_method_has_its_order(recipe):
     with pytest.raises(ConfigError, match="layer by layer"):
         recipe(method="wanda", shots=1, order="batch-major")
-
-
-def test_a_probe_without_weights_is_refused(checkpoint, recipe, tmp_path):
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(checkpoint / name, tmp_path)
-    plan(str(tmp_path), recipe())
-    with pytest.raises(ConfigError, match="has no weights"):
-        plan(str(tmp_path), recipe(), probe=True)
 
 
 def test_a_probe_runs_its_batch_in_the_order_of_the_run(checkpoint, recipe, monkeypatch):

@@ -331,8 +331,9 @@ def test_a_configuration_and_a_tokenizer_are_enough(checkpoint, recipe, tmp_path
     assert (found.dense_size, found.size, found.disk) == (whole.dense_size, whole.size, whole.disk)
     with pytest.raises(ModelError, match="safetensors"):
         prune_checkpoint(str(tmp_path), tmp_path / "out", recipe())
-    with pytest.raises(ModelError, match="safetensors"):
+    with pytest.raises(ModelError, match=r"A probe loads the model, and .* has no weights .*safetensors") as caught:
         plan(str(tmp_path), recipe(), probe=True)
+    assert "without --probe" in caught.value.remedy
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="Only safetensors are read"):
         plan(str(tmp_path), recipe())

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.data.texts import IN_MEMORY, Texts, corpus_of, evaluation_text
-from llm_surgeon.errors import ConfigError
+from llm_surgeon.errors import ConfigError, ModelError
 from llm_surgeon.export.in_memory import save_as_pruned
 from llm_surgeon.models.loading import resolve_device, resolve_source, source_files
 from llm_surgeon.models.streaming import weights_of
@@ -236,8 +236,9 @@ def plan(
         raise ConfigError("A probe times a batch in one process.", "Plan without a probe, or for one process.")
     source = Path(resolve_source(model))
     if probe and source.is_dir() and not has_weights(source):
-        raise ConfigError(
-            f"A probe times the model, and {source} has no weights.", "Plan without --probe, or give all of its files."
+        raise ModelError(
+            f"A probe loads the model, and {source} has no weights (*.safetensors).",
+            "Plan without --probe, or give all files of the checkpoint.",
         )
     # These processes do not exist: only their number counts.
     Processes(count=processes).check_samples(config.samples, config.parts_of_text)
