@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llm_surgeon.data.corpora import Corpus
+from llm_surgeon.data.tokenising import token_ids
 from llm_surgeon.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def sample_calibration(
     if not window:
         raise DataError("A window of one token has room for its beginning only.", "Choose a larger seq_len.")
     corpus = corpus.rendered(tokenizer)
-    ids = _tokenise(tokenizer, corpus, bos)
+    # Windows that begin with BOS hold no other tokens that the tokenizer adds.
+    ids = token_ids(tokenizer, corpus.text, special=bos is None)
     # Each window needs a first token of its own, so the smallest requests need a little more than their product.
     needed = max(windows * window, window + windows)
     if len(ids) < needed:
@@ -184,9 +186,8 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window
     Raises:
         DataError: If there are fewer tokens than one window, in the text or in ``max_tokens``.
     """
-    # A copy, so that the ids of a large corpus are not kept alive by a small view of them.
     corpus = corpus.rendered(tokenizer)
-    return _enough(_tokenise(tokenizer, corpus, None), corpus, window, max_tokens)[:max_tokens].clone()
+    return _enough(token_ids(tokenizer, corpus.text, special=True, most=max_tokens), corpus, window, max_tokens)
 
 
 def windows_with_bos(
@@ -209,7 +210,8 @@ def windows_with_bos(
         DataError: If there are fewer tokens than one window, in the text or in ``max_tokens``.
     """
     corpus = corpus.rendered(tokenizer)
-    ids = _enough(_tokenise(tokenizer, corpus, bos), corpus, window - 1, max_tokens)
+    ids = token_ids(tokenizer, corpus.text, special=False, most=max_tokens)
+    ids = _enough(ids, corpus, window - 1, max_tokens)
     most, step = (max_tokens - window) // stride + 1, min(stride, window - 1)
     starts = range(0, len(ids) - window + 2, step)[:most]
     return _begun([ids[start : start + window - 1] for start in starts], bos)
@@ -255,10 +257,3 @@ def _enough(ids: torch.Tensor, corpus: Corpus, window: int, max_tokens: int) -> 
             "Give a longer text, or lower the window.",
         )
     return ids
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, bos: int | None) -> torch.Tensor:
-    """Tokenise the whole corpus as one sequence, int64 [tokens]; without special tokens if windows get their own."""
-    # verbose=False turns a warning off: the sequence is longer than the model's maximum on purpose.
-    ids = tokenizer(corpus.text, verbose=False, add_special_tokens=bos is None).input_ids
-    return torch.tensor(ids, dtype=torch.int64)
