@@ -57,13 +57,13 @@ EXPECTED = {
 LINES = ("curvature", "selection", "update", "memory")
 
 
-def model_of(point: Point) -> LlamaForCausalLM:
+def model_of(point: Point, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """Make a random model of the size of a point."""
     torch.manual_seed(0)
     heads = point.width // HEAD
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=point.width,
             intermediate_size=8 * point.width // 3,
             num_hidden_layers=point.depth,

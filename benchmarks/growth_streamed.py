@@ -15,54 +15,30 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import COLOURS, circumstances, figure, save, table, write
-from transformers import LlamaConfig, LlamaForCausalLM
+from growth import LENGTH, Point, model_of
 
 from llm_surgeon import PruneReport
 from llm_surgeon.models.loading import load_tokenizer, resolve_source
 
-LENGTH, HEAD = 256, 64
 # Share by which the limit exceeds what the run cannot do without.
 ROOM = 0.1
-
-
-@dataclass(frozen=True)
-class Point:
-    """Size of one run; the feed-forward part is 8/3 as wide, half of the heads have keys and values."""
-
-    tokens: int = 8192
-    width: int = 256
-    depth: int = 6
-
-
+BASE = Point(tokens=8192, depth=6)
 AXES: dict[str, list[Point]] = {
-    "depth": [Point(depth=depth) for depth in (6, 12, 24)],
-    "tokens": [Point(tokens=tokens) for tokens in (8192, 16_384, 32_768)],
-    "width": [Point(width=width) for width in (256, 512, 1024)],
+    "depth": [replace(BASE, depth=depth) for depth in (6, 12, 24)],
+    "tokens": [replace(BASE, tokens=tokens) for tokens in (8192, 16_384, 32_768)],
+    "width": [replace(BASE, width=width) for width in (384, 768, 1536)],
 }
 
 
-def model_of(point: Point, directory: Path) -> None:
+def save_model(point: Point, directory: Path) -> None:
     """Write a random model of the size of a point, with the demo's tokenizer."""
-    torch.manual_seed(0)
     tokenizer = load_tokenizer(resolve_source("demo"))
-    heads = point.width // HEAD
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=point.width,
-        intermediate_size=8 * point.width // 3,
-        num_hidden_layers=point.depth,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=HEAD,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model_of(point, len(tokenizer)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
@@ -90,7 +66,7 @@ def measure(point: Point, calibration: Path, limit: int | None) -> dict[str, Any
     """Prune a model of the size of a point, and report its peak and limit in MiB, and seconds."""
     with tempfile.TemporaryDirectory() as place:
         model, out = Path(place) / "model", Path(place) / "out"
-        model_of(point, model)
+        save_model(point, model)
         limit = limit or limit_of(point, model, calibration)
         said = call(point, "prune", model, calibration, limit, "--out", str(out))
         if not (out / "report.json").exists():
@@ -116,7 +92,6 @@ def markdown(result: dict[str, Any]) -> str:
         for axis, points in AXES.items()
         for point, found in zip(points, result["points"][axis], strict=True)
     ]
-    base = Point()
     header = ("", "weights (MiB)", "limit (MiB)", "peak (MiB)", "peak to the first", "seconds")
     return f"""\
 # Growth of the default recipe under a limit
@@ -124,7 +99,7 @@ def markdown(result: dict[str, Any]) -> str:
 {result["date"]}, {result["machine"]}, {result["threads"]} threads. Command: `{result["command"]}`
 
 Random Llama-like models with the demo's vocabulary, `--preset best --weights streamed --sparsity 0.2`; what does not
-vary is {base.tokens:,} tokens, a width of {base.width} and {base.depth} blocks. All depths and tokens have one limit,
+vary is {BASE.tokens:,} tokens, a width of {BASE.width} and {BASE.depth} blocks. All depths and tokens have one limit,
 each width its own: a tenth above what the run cannot do without.
 
 {table(header, rows)}
@@ -145,9 +120,10 @@ def draw(result: dict[str, Any]) -> None:
         axes.minorticks_off()
         axes.grid(visible=True, linewidth=0.3)
         axes.set_xlabel(axis)
-        axes.set_ylim(bottom=0)
     axes.legend(fontsize="x-small")
     picture.axes[0].set_ylabel("MiB resident")
+    # The axis is shared, and holds what has been drawn by now.
+    picture.axes[0].set_ylim(bottom=0)
     save(picture, "growth_streamed", dpi=110)
 
 
@@ -156,11 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calibration", type=Path)
     calibration = parser.parse_args().calibration
-    known: dict[Point, dict[str, Any]] = {Point(): measure(Point(), calibration, None)}
+    known: dict[Point, dict[str, Any]] = {BASE: measure(BASE, calibration, None)}
     for axis, points in AXES.items():
         for point in points:
             if point not in known:
-                known[point] = measure(point, calibration, None if axis == "width" else known[Point()]["limit"])
+                known[point] = measure(point, calibration, None if axis == "width" else known[BASE]["limit"])
                 print(point, known[point], file=sys.stderr)
     result = circumstances("python benchmarks/growth_streamed.py CALIBRATION.txt")
     result |= {"points": {axis: [known[point] for point in points] for axis, points in AXES.items()}}

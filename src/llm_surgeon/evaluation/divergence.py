@@ -38,11 +38,11 @@ def kl_divergence(dense_head: ToLogits, head: ToLogits, dense: Tensor, states: T
     total = 0.0
     for start in range(0, len(states), heads.CHUNK):
         part = slice(start, start + heads.CHUNK)
-        expected = dense_head(dense[part]).float().log_softmax(-1)
-        actual = head(states[part]).float().log_softmax(-1)
-        positions = F.kl_div(actual, expected, reduction="none", log_target=True).sum(-1)
-        # Only rounding can make the divergence of a position negative.
-        total += float(positions.clamp(min=0).double().sum())
+        for expected, actual in heads.few_rows(dense_head(dense[part]), head(states[part])):
+            aims, made = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
+            positions = F.kl_div(made, aims, reduction="none", log_target=True).sum(-1)
+            # Only rounding can make the divergence of a position negative.
+            total += float(positions.clamp(min=0).double().sum())
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -10,13 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import NonFiniteError
-from llm_surgeon.mathematics.linalg import is_finite
 
 # Tokens whose logits exist at once: a vocabulary of 50,000 in bfloat16 makes 50 MB of logits. With fewer tokens the
 # head's weights are read too often.
 CHUNK = 512
-# Logits that are worked on at once in float32 on a CPU: as many as stay in its cache.
-_AT_ONCE = 2**20
+# Logits that are worked on at once in float32: on a CPU as many as stay in its cache, elsewhere some megabytes.
+_AT_ONCE_CPU, AT_ONCE = 2**20, 2**22
 
 
 def label_positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,6 +61,11 @@ class Head:
         """Logits ``[n, vocabulary]`` of states ``[n, width]``, float32."""
         return self._capped(self._linear(states))
 
+    def few(self, states: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield logits as a call makes them, a few rows at a time, with these rows of other tensors ``[n, ...]``."""
+        for some, *others in few_rows(self._linear(states), *beside):
+            yield self._capped(some), *others
+
     def _capped(self, logits: Tensor) -> Tensor:
         values = logits.float()
         if self._factor != 1.0:
@@ -80,10 +85,9 @@ class Head:
             gradient: ``[n, width]``, filled with the gradient; None computes none.
         """
         logits = self._linear(states)
-        rows = max(1, _AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-        total = 0.0
-        for some, own in zip(logits.split(rows), labels.split(rows), strict=True):
-            total += self._likelihood_of(some, own, gradient is not None)
+        # Elsewhere than on a CPU, the sum of each few would be waited for.
+        parts = few_rows(logits, labels) if logits.device.type == "cpu" else [(logits, labels)]
+        total = sum(self._likelihood_of(some, own, gradient is not None) for some, own in parts)
         if gradient is not None:
             weight = self._linear.weight
             gradient.copy_(logits.to(weight.dtype) @ weight)
@@ -110,15 +114,22 @@ class Head:
         With logits ``s u`` plus a bias and their probabilities ``p``: the sums of ``E_p[u] - u_label`` and of
         ``Var_p[u]`` over the positions. A cap on the logits is not provided for.
         """
-        logits = self(states)
-        bias = self._linear.bias
-        scaled = logits if bias is None else logits - self._factor * bias.float()
-        probabilities = logits.softmax(-1)
-        mean = (probabilities * scaled).sum(-1, keepdim=True)
-        slope = mean - scaled.gather(1, labels[:, None])
-        # The variance is not taken as a difference of two squares, which may be large beside it.
-        variance = (probabilities * (scaled - mean).square_()).sum()
-        return float(slope.sum()), float(variance)
+        bias, sums = self._linear.bias, states.new_zeros(2, dtype=torch.float32)
+        for logits, own in self.few(states, labels):
+            scaled = logits if bias is None else logits - self._factor * bias.float()
+            probabilities = logits.softmax(-1)
+            mean = (probabilities * scaled).sum(-1, keepdim=True)
+            slope = mean - scaled.gather(1, own[:, None])
+            # The variance is not taken as a difference of two squares, which may be large beside it.
+            variance = (probabilities * (scaled - mean).square_()).sum()
+            sums += torch.stack([slope.sum(), variance])
+        return float(sums[0]), float(sums[1])
+
+
+def few_rows(logits: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows of logits ``[n, vocabulary]`` at a time, and those of other tensors ``[n, ...]`` beside them."""
+    rows = max(1, (_AT_ONCE_CPU if logits.device.type == "cpu" else AT_ONCE) // logits.shape[1])
+    return zip(*(tensor.split(rows) for tensor in (logits, *beside)), strict=True)
 
 
 def _factor(settings: Any) -> float:
@@ -215,18 +226,19 @@ def sample_labels(model: PreTrainedModel, hidden: Tensor, draws: Tensor) -> Tens
     Raises:
         NonFiniteError: If a prediction is not finite.
     """
-    head = Head(model)
+    head, finite = Head(model), torch.ones((), dtype=torch.bool, device=hidden.device)
     parts = []
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
-        probabilities = head(hidden[part]).softmax(-1)
-        if not is_finite(probabilities):
-            raise NonFiniteError(
-                "The model's predictions for the calibration tokens are not finite.",
-                "Run with --precision float32 and --dtype float32, or check the checkpoint's weights.",
-            )
-        cumulative = probabilities.cumsum(-1)
-        # Rounded, the sum is not quite 1.
-        labels = torch.searchsorted(cumulative, draws[part] * cumulative[:, -1:], right=True)
-        parts.append(labels.clamp(max=cumulative.shape[-1] - 1))
+        for some, drawn in head.few(hidden[part], draws[part]):
+            cumulative = some.softmax(-1).cumsum_(-1)
+            finite &= cumulative[:, -1].isfinite().all()
+            # Rounded, the sum is not quite 1.
+            labels = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
+            parts.append(labels.clamp_(max=cumulative.shape[-1] - 1))
+    if not bool(finite):
+        raise NonFiniteError(
+            "The model's predictions for the calibration tokens are not finite.",
+            "Run with --precision float32 and --dtype float32, or check the checkpoint's weights.",
+        )
     return torch.cat(parts).T

@@ -11,7 +11,7 @@ from llm_surgeon.data.tokens import CalibrationTokens
 from llm_surgeon.models.anatomy import Anatomy
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.passes.batch_major import Estimation
-from llm_surgeon.passes.head import CHUNK
+from llm_surgeon.passes.head import AT_ONCE, CHUNK
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import Figure
 from llm_surgeon.refit.cross_fit import half_of
@@ -21,8 +21,8 @@ from llm_surgeon.refit.resampled_text import with_copies
 from llm_surgeon.refit.stage import Advance, Fitted, Order, Parts, Shot, Stage, TracedBytes
 from llm_surgeon.session.session import Session
 
-# Number of float32 tensors of the size of the logits in the computation of the last norm's scale.
-_SHARPNESS = 4
+# Number of float32 tensors of a few logits in the computation of the last norm's scale, and of copies.
+_OF_FEW = 4
 
 
 class ReconstructionStage(Stage):
@@ -95,7 +95,8 @@ class ReconstructionStage(Stage):
         """Bytes of a pass, or of logits at the end; and of what both models' blocks are called with."""
         vocabulary: int = skeleton.network.get_output_embeddings().weight.shape[0]
         tokens = min(CHUNK, config.sequences_per_pass * config.seq_len)
-        passes = max(traced.watching, _SHARPNESS * tokens * vocabulary * 4)
+        logits = tokens * vocabulary
+        passes = max(traced.watching, 4 * (logits + _OF_FEW * min(AT_ONCE, logits)))
         return {"passes": passes + 2 * traced.waiting}
 
     @classmethod
