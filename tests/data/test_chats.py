@@ -9,7 +9,7 @@ import pytest
 
 from llm_surgeon import PruneConfig, prune_checkpoint
 from llm_surgeon.data.corpora import Corpus, load_corpus
-from llm_surgeon.data.texts import corpus_of, prepare_texts
+from llm_surgeon.data.texts import IN_MEMORY, corpus_of, prepare_texts
 from llm_surgeon.data.tokens import evaluation_tokens, sample_calibration
 from llm_surgeon.errors import DataError
 from quick import without_what_has_other_tests
@@ -173,7 +173,7 @@ def test_chats_are_held_out_whole(tmp_path):
 
 def test_prose_for_a_model_that_chats_is_said(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    config = PruneConfig.from_mapping({"samples": 2, "seq_len": 8, "evaluation": "none"})
+    config = PruneConfig(samples=2, seq_len=8, calibration=IN_MEMORY, evaluation="none")
     prose, chats = (
         Corpus(("w1 w2 " * 40,), "here"),
         load_corpus(written(tmp_path / "a.jsonl", [{"messages": CHAT}] * 30)),

@@ -49,7 +49,7 @@ def test_what_is_no_causal_language_model_is_refused_with_what_to_give_instead(k
     with pytest.raises(UnsupportedModelError, match=message):
         prune(make(checkpoint), tiny.tokenizer(), recipe)
     with pytest.raises(UnsupportedModelError, match=message):
-        evaluate(make(checkpoint), tiny.tokenizer(), recipe.calibration, window=32)
+        evaluate(make(checkpoint), tiny.tokenizer(), recipe.calibration[0], window=32)
 
 
 def test_modes_that_keep_gradients_or_sums_away_are_refused(recipe):
@@ -127,7 +127,7 @@ def test_a_pattern_that_matches_nothing_is_refused(recipe):
 
 def test_a_recipe_takes_paths(text_file):
     taken = PruneConfig(calibration=text_file, evaluation=text_file)
-    assert (taken.calibration, taken.evaluation) == (str(text_file), str(text_file))
+    assert (taken.calibration, taken.evaluation) == ((str(text_file),), (str(text_file),))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_an_output_that_is_there_is_refused_whatever_its_kind(recipe, tmp_path):
 def test_float16_models_are_pruned_and_measured_on_a_cpu(family, recipe, tmp_path):
     """Layer norms of float16 do not take the float32 that autocast makes of the stream."""
     full, half = tiny.build(family), tiny.build(family).half()
-    assert evaluate(half, tiny.tokenizer(), recipe.calibration, window=32).nll == pytest.approx(
-        evaluate(full, tiny.tokenizer(), recipe.calibration, window=32).nll, rel=0.02
+    assert evaluate(half, tiny.tokenizer(), recipe.calibration[0], window=32).nll == pytest.approx(
+        evaluate(full, tiny.tokenizer(), recipe.calibration[0], window=32).nll, rel=0.02
     )
     options = {"preset": "best", "gate_steps": 1} if family == "opt" else {}
     config = PruneConfig.from_mapping({**SMALL, "calibration": recipe.calibration, **options})

@@ -58,7 +58,7 @@ def compare(
     sparsity: Annotated[list[float] | None, option("sparsity", _REPEAT)] = None,
     structure: Annotated[list[str] | None, option("structure", _REPEAT, _STRUCTURE)] = None,
     shots: Annotated[int | None, option("shots", default=PruneConfig.model_fields["shots"].default)] = None,
-    calibration: Annotated[str | None, option("calibration")] = None,
+    calibration: Annotated[list[str] | None, option("calibration")] = None,
     samples: Annotated[int | None, option("samples")] = None,
     seq_len: Annotated[int | None, option("seq_len")] = None,
     windows_per_sample: Annotated[int | None, option("windows_per_sample")] = None,
@@ -69,7 +69,7 @@ def compare(
     dtype: Annotated[str | None, option("dtype")] = None,
     precision: Annotated[str | None, option("precision")] = None,
     trust_remote_code: Annotated[bool | None, option("trust_remote_code")] = None,
-    evaluation: Annotated[str | None, option("evaluation")] = None,
+    evaluation: Annotated[list[str] | None, option("evaluation")] = None,
     eval_window: Annotated[int | None, option("eval_window")] = None,
     eval_tokens: Annotated[int | None, option("eval_tokens")] = None,
 ) -> None:

@@ -27,7 +27,8 @@ COMMON = {
     "Zeros: unstructured, or N:M.",
     "preset": "best (default), fast (half the time) or none.",
     "method": "surgeon (default), or another of --help-all.",
-    "calibration": "Hub data set id, a .txt/.jsonl/.parquet file, or demo[:en|fr|es] (default: demo).",
+    "calibration": "Hub data set id, a .txt/.jsonl/.parquet file, or demo[:en|fr|es]; several as TEXT:SHARE each "
+    "(default: demo).",
     "samples": "Calibration sequences (default: 128).",
     "seq_len": "Tokens of each sequence (default: 512).",
     "recipe": "YAML file of options; the command line overrides.",
@@ -113,8 +114,9 @@ def _typed(annotation: Any) -> Any:
     kind = _kind(annotation)
     # Values with a form of their own (90M) are text too, as the recipe parses them.
     if get_origin(kind) in (Literal, Annotated):
-        return str
-    return list[kind] if get_origin(annotation) is tuple else kind  # type: ignore[valid-type]
+        kind = str
+    listed = any(get_origin(one) is tuple for one in (annotation, *get_args(annotation)))
+    return list[kind] if listed else kind  # type: ignore[valid-type]
 
 
 def config_of(given: Mapping[str, Any]) -> PruneConfig:

@@ -1,4 +1,4 @@
-"""The two texts of a run: one to calibrate on, one to evaluate on, never the same tokens."""
+"""Texts of a run: those to calibrate on and those to evaluate on, never the same tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from llm_surgeon.data.tokens import (
     CalibrationTokens,
     evaluation_tokens,
     first_token,
+    mixed,
     sample_calibration,
     windows_with_bos,
 )
-from llm_surgeon.data.windows import EvaluationText, check_windows
-from llm_surgeon.errors import DataError
+from llm_surgeon.data.windows import EvaluationText, check_windows, joined
+from llm_surgeon.errors import ConfigError, DataError
 from llm_surgeon.recipe.config import Bos, PruneConfig
+from llm_surgeon.recipe.quantity import shown
+from llm_surgeon.recipe.sources import Source, allotted, sources_of
 
 log = logging.getLogger(__name__)
 
@@ -77,50 +80,101 @@ def _given(text: Any, location: str, remedy: str) -> str | Chat | None:
 
 
 def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given: Corpus | None = None) -> Texts:
-    """Read and tokenise both texts.
+    """Read and tokenise the texts.
 
-    Unless the recipe names another text to evaluate on, the last tenth of the calibration text is held out for it.
+    Unless the recipe names other texts to evaluate on, the last tenth of each calibration text is held out for it.
 
     Args:
         tokenizer: Tokenizer of the model.
         config: The recipe.
-        given: The calibration text, if it is in memory already; None reads the one that the recipe names.
+        given: The text that the recipe names ``IN_MEMORY``.
 
     Raises:
         DataError: If a text cannot be read or is too short.
-        ConfigError: If the windows are refused, see ``check_windows``.
+        ConfigError: If the windows are refused, see ``check_windows``; or there are too few sequences for the shares.
     """
-    spec = config.evaluation or config.calibration
-    same = spec == config.calibration
-    corpus = _part(config.calibration, CALIBRATION, split=same, given=given)
-    if getattr(tokenizer, "chat_template", None) and not corpus.chats:
+    calibrated = sources_of(config.calibration)
+    if not config.evaluates:
+        return Texts(_calibration(tokenizer, config, calibrated, frozenset(), given), None)
+    evaluated = sources_of(config.evaluation or config.calibration)
+    both = frozenset(source.text for source in calibrated) & frozenset(source.text for source in evaluated)
+    calibration = _calibration(tokenizer, config, calibrated, both, given)
+    parts = [
+        evaluation_text(
+            tokenizer,
+            source.text,
+            window=config.eval_window,
+            stride=None,
+            max_tokens=tokens,
+            precision=config.precision,
+            bos=config.bos,
+            split=source.text in both,
+            given=given if source.text == IN_MEMORY else None,
+        )
+        for source, tokens in zip(evaluated, _tokens_of(evaluated, config), strict=True)
+    ]
+    return Texts(calibration, joined(parts))
+
+
+def _tokens_of(sources: tuple[Source, ...], config: PruneConfig) -> list[int]:
+    """Largest number of tokens of each text to evaluate on.
+
+    Raises:
+        ConfigError: If one of several texts would have no window.
+    """
+    if len(sources) == 1:
+        return [config.eval_tokens]
+    windows = allotted(sources, config.eval_tokens // config.eval_window)
+    if 0 in windows:
+        raise ConfigError(
+            f"{config.eval_tokens:,} evaluation tokens (--eval-tokens) in windows of {config.eval_window:,} leave none "
+            f"for {shown(sources[windows.index(0)].text)}.",
+            "Raise --eval-tokens, or lower --eval-window.",
+        )
+    return [count * config.eval_window for count in windows]
+
+
+def _calibration(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PruneConfig,
+    sources: tuple[Source, ...],
+    split: frozenset[str],
+    given: Corpus | None,
+) -> CalibrationTokens:
+    """Draw the calibration sequences, of each text as many as it has a share of.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        config: The recipe.
+        sources: The texts.
+        split: Those of them whose last tenth is held out.
+        given: The text in memory, see ``prepare_texts``.
+
+    Raises:
+        DataError: If a text cannot be read or is too short.
+        ConfigError: If there are fewer sequences than a text's share has to have.
+    """
+    counts, chats, drawn = allotted(sources, config.samples), 0, []
+    if 0 in counts:
+        raise ConfigError(
+            f"{config.samples:,} calibration sequences (--samples) leave none for "
+            f"{shown(sources[counts.index(0)].text)}, whose share is {sources[counts.index(0)].share:.3g}.",
+            "Raise --samples, or the share.",
+        )
+    first = first_token(tokenizer, config.bos)
+    for source, count in zip(sources, counts, strict=True):
+        of_memory = given if source.text == IN_MEMORY else None
+        corpus = _part(source.text, CALIBRATION, split=source.text in split, given=of_memory)
+        chats += corpus.chats
+        drawn.append(
+            sample_calibration(tokenizer, corpus, count, config.seq_len, config.seed, config.windows_per_sample, first)
+        )
+    if getattr(tokenizer, "chat_template", None) and not chats:
         log.info(
             "The tokenizer has a template for chats, and the calibration text has none. What the model says in chats "
             "may suffer more than perplexity tells; --calibration takes chats too."
         )
-    calibration = sample_calibration(
-        tokenizer,
-        corpus,
-        config.samples,
-        config.seq_len,
-        config.seed,
-        config.windows_per_sample,
-        first_token(tokenizer, config.bos),
-    )
-    if spec == "none":
-        return Texts(calibration, None)
-    evaluation = evaluation_text(
-        tokenizer,
-        spec,
-        window=config.eval_window,
-        stride=None,
-        max_tokens=config.eval_tokens,
-        precision=config.precision,
-        bos=config.bos,
-        split=same,
-        given=given if same else None,
-    )
-    return Texts(calibration, evaluation)
+    return mixed(drawn, [source.share for source in sources])
 
 
 def evaluation_text(

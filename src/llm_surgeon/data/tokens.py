@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +169,34 @@ def sample_calibration(
     }
     drawn = _begun([ids[start : start + window] for start in starts], bos).view(samples, seq_len)
     return CalibrationTokens(input_ids=drawn, attention_mask=None, provenance=provenance)
+
+
+def mixed(drawn: Sequence[CalibrationTokens], shares: Sequence[float]) -> CalibrationTokens:
+    """Sequences of several texts as one set, in an order in which every part of the set has each text.
+
+    Two sequences of a text follow one another, as halves of the set are its even and its odd sequences, and the pairs
+    are spread evenly, as processes take consecutive sequences.
+
+    Args:
+        drawn: Sequences of each text.
+        shares: Share of each text, for the record.
+    """
+    if len(drawn) == 1:
+        return drawn[0]
+    parts = [tokens.input_ids for tokens in drawn]
+    pairs = sorted(
+        ((start + 1) / len(ids), text, start) for text, ids in enumerate(parts) for start in range(0, len(ids) - 1, 2)
+    )
+    # Of an odd number of sequences one is left.
+    alone = [ids[-1:] for ids in parts if len(ids) % 2]
+    together = torch.cat([*(parts[text][start : start + 2] for _, text, start in pairs), *alone])
+    common = ("seq_len", "windows_per_sample", "seed", "bos", "sampling")
+    texts = [
+        {"share": share} | {name: value for name, value in tokens.provenance.items() if name not in common}
+        for share, tokens in zip(shares, drawn, strict=True)
+    ]
+    shared = {name: drawn[0].provenance[name] for name in common}
+    return CalibrationTokens(together, None, {"samples": len(together), **shared, "texts": texts})
 
 
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window: int, max_tokens: int) -> torch.Tensor:

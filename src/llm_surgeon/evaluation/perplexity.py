@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from llm_surgeon.models.overflow import loss_not_finite
 from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.passes.head import head_loss, last_states
 from llm_surgeon.passes.sweep import Sweep
-from llm_surgeon.records import Perplexity
+from llm_surgeon.records import Perplexity, SourcePerplexity
 from llm_surgeon.system.processes import ALONE, Processes
 
 # Tokens that go through each block together where weights are streamed.
@@ -45,7 +47,8 @@ def perplexity(
         NonFiniteError: If the model's loss is not finite.
     """
     device = next(model.parameters()).device
-    means, scored = 0.0, 0
+    ends = list(accumulate(count for _, count in text.sources)) or [len(text.windows)]
+    means, scored = [0.0] * len(ends), 0
     windows = processes.own(text.windows)
     with frozen(model), arithmetic(device, text.precision):
         for (start, first), ids, hidden in _passes(model, text, windows):
@@ -54,14 +57,13 @@ def perplexity(
             if not math.isfinite(loss):
                 raise loss_not_finite(model, ids[None], f"the evaluation window at token {start}")
             observe(scoring)
-            means += loss / (text.window - first)
+            means[bisect_right(ends, start // text.window) if text.sources else 0] += loss / (text.window - first)
             scored += text.window - first
             advance(text.stride)
-    total, counted = processes.total(means, scored)
-    nll = total / len(text.windows)
+    *totals, counted = processes.total(*means, scored)
+    nll = sum(totals) / len(text.windows)
     return Perplexity(
-        # A loss above 700 is of a broken model; it is capped so that the table can be printed.
-        perplexity=math.exp(min(nll, 700.0)),
+        perplexity=_exponential(nll),
         nll=nll,
         tokens=round(counted),
         window=text.window,
@@ -69,7 +71,16 @@ def perplexity(
         data=text.name,
         precision=text.precision,
         bos=text.bos,
+        sources=tuple(
+            SourcePerplexity(data=name, perplexity=_exponential(total / count), nll=total / count, windows=count)
+            for (name, count), total in zip(text.sources, totals if text.sources else [], strict=True)
+        ),
     )
+
+
+def _exponential(nll: float) -> float:
+    # A loss above 700 is of a broken model; it is capped so that the table can be printed.
+    return math.exp(min(nll, 700.0))
 
 
 def _passes(

@@ -185,7 +185,7 @@ class MemoryModel:
 
     def needs(self) -> dict[str, PhaseMemory]:
         """Memory of each phase, in the order in which they first run."""
-        config, evaluates = self.config, self.config.evaluation != "none"
+        config, evaluates = self.config, self.config.evaluates
         window: Parts = {"passes": self.traces.evaluation}
         needs = {"load": self._load()}
         if evaluates:

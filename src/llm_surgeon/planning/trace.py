@@ -142,7 +142,7 @@ def trace(
     waiting, watching = tracer.sweep() if sweeps else (0, 0)
     return Traces(
         curvature=tracer.estimation() if reads else 0,
-        evaluation=tracer.window() if config.evaluation != "none" else 0,
+        evaluation=tracer.window() if config.evaluates else 0,
         waiting=waiting,
         watching=watching,
         stages={stage.name: stage.trace(tracer, config) for stage in stages},

@@ -7,6 +7,7 @@ from llm_surgeon.records.comparison import Cell, CellMeasures, Comparison, Dense
 from llm_surgeon.records.evaluation import (
     Evaluation,
     Perplexity,
+    SourcePerplexity,
     Speed,
     SpeedComparison,
     TaskFailure,
@@ -46,6 +47,7 @@ __all__ = [
     "Setting",
     "ShotRecord",
     "Size",
+    "SourcePerplexity",
     "Speed",
     "SpeedComparison",
     "Spent",

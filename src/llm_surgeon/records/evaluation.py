@@ -5,11 +5,21 @@ from __future__ import annotations
 from llm_surgeon.records.base import Record
 
 
+class SourcePerplexity(Record):
+    """Token perplexity of one of several texts, with the number of its windows."""
+
+    data: str
+    perplexity: float
+    nll: float
+    windows: int
+
+
 class Perplexity(Record):
     """Token perplexity, and how it was measured.
 
     ``tokens`` counts the scored targets; ``nll`` is their mean negative log-likelihood in nats, averaged over windows.
-    ``bos`` says whether each window begins with the token that begins a text.
+    ``bos`` says whether each window begins with the token that begins a text. Where the text is joined of several,
+    ``sources`` has the perplexity of each.
     """
 
     perplexity: float
@@ -20,6 +30,7 @@ class Perplexity(Record):
     data: str
     precision: str
     bos: bool = False
+    sources: tuple[SourcePerplexity, ...] = ()
 
 
 class TaskMetric(Record):

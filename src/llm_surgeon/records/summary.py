@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llm_surgeon.records.evaluation import Perplexity
     from llm_surgeon.records.run import PruneReport
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -34,6 +36,18 @@ def perplexity_cell(perplexity: float) -> str:
     return f"{perplexity:,.2f}" if perplexity < 10_000 else f"{perplexity:.2e}"
 
 
+def by_source(dense: Perplexity | None, pruned: Perplexity | None) -> list[tuple[str, float | None, float | None]]:
+    """Perplexities of each text, where a run was measured on several: name, of the dense and of the pruned model."""
+    known = [
+        {text.data: text.perplexity for text in measured.sources} if measured else {} for measured in (dense, pruned)
+    ]
+    names = dict.fromkeys(name for found in known for name in found)
+    return [
+        (Path(name).name if Path(name).is_absolute() else name, known[0].get(name), known[1].get(name))
+        for name in names
+    ]
+
+
 def facts_of(report: PruneReport) -> list[tuple[str, str]]:
     """The facts of a run that are read first, by name; facts that were not measured are left out."""
     dense, last = report.dense_size, report.shots[-1] if report.shots else None
@@ -50,6 +64,9 @@ def facts_of(report: PruneReport) -> list[tuple[str, str]]:
     if last is not None and last.perplexity is not None:
         before = f"{perplexity_cell(report.dense_perplexity.perplexity)} {ARROW} " if report.dense_perplexity else ""
         facts.append(("perplexity", f"{before}{perplexity_cell(last.perplexity.perplexity)}"))
+        for name, first, final in by_source(report.dense_perplexity, last.perplexity):
+            cells = [perplexity_cell(value) for value in (first, final) if value is not None]
+            facts.append((f"on {name}", f" {ARROW} ".join(cells)))
     export, speed = report.export, report.speed
     if export is not None:
         files = f"{scaled_bytes(export.dense_weight_bytes)} {ARROW} {scaled_bytes(export.weight_bytes)}"

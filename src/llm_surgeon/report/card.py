@@ -12,6 +12,7 @@ import yaml
 from llm_surgeon.data.corpora import FILE_TYPES, without_column
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
+from llm_surgeon.recipe.sources import sources_of
 from llm_surgeon.recipe.structures import STRUCTURES
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.loading import loading_lines, reloaded, using_lines, why_so
@@ -105,12 +106,19 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
 
 
 def _hub_data(report: PruneReport) -> list[str]:
-    """Name of the calibration text, if it is a data set of the hub."""
-    asked = str(report.config.get("calibration", ""))
-    spec = without_column(asked)
+    """Names of the calibration texts that are data sets of the hub."""
+    asked = report.config.get("calibration", "")
+    sources = sources_of(tuple(asked) if isinstance(asked, list) else (str(asked),))
+    found = [_hub_name(source.text) for source in sources]
+    return [name for name in dict.fromkeys(found) if name]
+
+
+def _hub_name(text: str) -> str:
+    """Name of a text that is a data set of the hub; empty for others."""
+    spec = without_column(text)
     name = spec.split(":")[0]
-    is_file = any(text.lower().endswith(FILE_TYPES) for text in (asked, spec))
-    return [name] if is_hub_id(name) and not is_file else []
+    is_file = any(given.lower().endswith(FILE_TYPES) for given in (text, spec))
+    return name if is_hub_id(name) and not is_file else ""
 
 
 def title_name(report: PruneReport) -> str:

@@ -61,13 +61,14 @@ def problems(comparison: Comparison) -> list[str]:
 
 def footnotes(comparison: Comparison) -> list[str]:
     """Notes on the meaning of the columns, and on the texts and the way of measuring."""
-    shared = comparison.shared
+    shared, texts = comparison.shared, comparison.shared["calibration"]
+    calibration = texts if isinstance(texts, str) else ", ".join(texts)
     sequences = f"{shared['samples']:,} sequences of {shared['seq_len']:,} tokens"
     if shared["windows_per_sample"] > 1:
         sequences += f" in {shared['windows_per_sample']} windows each"
     return [
         perplexity_note(comparison.dense.perplexity),
-        f"Calibration: {shared['calibration']}, {sequences}, seed {shared['seed']}; the same tokens for all.",
+        f"Calibration: {calibration}, {sequences}, seed {shared['seed']}; the same tokens for all.",
         "KL: divergence from the dense model's predictions, KL(dense || pruned), mean over the tokens scored. Sparsity "
         "reached: counted in the pruned weights.",
         "Seconds: pruning alone. Peak memory: while pruning, in a process of its own (of the GPU, on a GPU).",

@@ -12,6 +12,7 @@ from llm_surgeon.report.markup import figure, folded, said, table
 from llm_surgeon.report.table import (
     HEADINGS,
     UNKNOWN,
+    by_source,
     footnotes,
     perplexity_cell,
     scaled,
@@ -124,6 +125,9 @@ def changes(report: PruneReport) -> list[tuple[str, str, str]]:
     if any(perplexities):
         before, after = (UNKNOWN if value is None else perplexity_cell(value.perplexity) for value in perplexities)
         rows.append(("perplexity", before, after))
+    for name, first, final in by_source(*perplexities):
+        before, after = (UNKNOWN if value is None else perplexity_cell(value) for value in (first, final))
+        rows.append((f"perplexity on {name}", before, after))
     if last is not None and last.loss is not None:
         rows.append(("calibration loss at the start of the shot (nats per token)", f"{last.loss:.4f}", UNKNOWN))
     for stage, (first, final) in (stage_losses(last) if last is not None else {}).items():

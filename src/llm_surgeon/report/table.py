@@ -13,7 +13,9 @@ from rich.text import Text
 from llm_surgeon.records import Perplexity, PruneReport, Size, SpeedComparison
 
 # "as" makes these names of this module, so that other modules can import them.
+from llm_surgeon.records.summary import ARROW
 from llm_surgeon.records.summary import TIMES as TIMES
+from llm_surgeon.records.summary import by_source as by_source
 from llm_surgeon.records.summary import perplexity_cell as perplexity_cell
 from llm_surgeon.records.summary import scaled as scaled
 from llm_surgeon.records.summary import scaled_bytes as scaled_bytes
@@ -35,7 +37,7 @@ Row = tuple[str, ...]
 
 def summary_table(report: PruneReport) -> Table:
     """Draw the run for a terminal of 100 columns: a row for each state, and notes on the way of measuring below."""
-    caption = Text("\n".join(footnotes(report)))
+    caption = Text("\n".join([*footnotes(report), *_by_source(report)]))
     table = Table(
         title=Text(f"{report.model} ({report.family})"),
         caption=caption,
@@ -50,6 +52,16 @@ def summary_table(report: PruneReport) -> Table:
     for row in table_rows(report):
         table.add_row(*row)
     return table
+
+
+def _by_source(report: PruneReport) -> list[str]:
+    """Sentence on the perplexity of each text, where a run was measured on several."""
+    found = by_source(report.dense_perplexity, report.shots[-1].perplexity if report.shots else None)
+    texts = [
+        f"{name} {f' {ARROW} '.join(perplexity_cell(value) for value in (first, last) if value is not None)}"
+        for name, first, last in found
+    ]
+    return [f"Perplexity by text: {'; '.join(texts)}."] if texts else []
 
 
 def markdown_rows(headings: Row, rows: Sequence[Row]) -> list[str]:
@@ -108,6 +120,9 @@ def dense_and_pruned(report: PruneReport) -> list[Row]:
     if first is not None or last is not None:
         cells = [UNKNOWN if value is None else perplexity_cell(value) for value in (first, last)]
         rows.append(("perplexity", cells[0], cells[1], _times(first, last)))
+    for name, first, last in by_source(*measured):
+        cells = [UNKNOWN if value is None else perplexity_cell(value) for value in (first, last)]
+        rows.append((f"perplexity on {name}", cells[0], cells[1], _times(first, last)))
     if speed is not None:
         before, after = speed.dense, speed.pruned
         prefill, decode = f"{speed.prefill_ratio:.2f}{TIMES}", f"{speed.decode_ratio:.2f}{TIMES}"

@@ -33,7 +33,7 @@ def check_recipe_fits(config: PruneConfig, settings: Any) -> None:
         ConfigError: See ``check_positions``.
     """
     lengths = {"seq_len": config.seq_len}
-    if config.evaluation != "none":
+    if config.evaluates:
         lengths["eval_window"] = config.eval_window
     check_positions(settings, lengths)
 

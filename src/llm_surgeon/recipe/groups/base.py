@@ -7,9 +7,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 
 from llm_surgeon.recipe.quantity import closest, parse_quantity, shown
+from llm_surgeon.recipe.sources import sources_of
 
 # Largest values of options: of counts that each take time or memory, and of counts that texts and matrices limit.
 FEW, MANY = 10_000, 10**9
@@ -22,7 +23,32 @@ def _path_as_text(value: Any) -> Any:
 
 
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
-TextSource = Annotated[str, BeforeValidator(_path_as_text)]
+
+
+def _as_several(value: Any) -> Any:
+    """One text as a tuple, lists as tuples."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _checked_sources(given: tuple[str, ...]) -> tuple[str, ...]:
+    if not given:
+        raise ValueError("has to have one entry at least")
+    sources_of(given)
+    return given
+
+
+def _as_given(texts: tuple[str, ...]) -> str | list[str]:
+    """One text as it is, several as a list."""
+    return texts[0] if len(texts) == 1 else list(texts)
+
+
+# One text or several, see ``sources.sources_of``.
+TextSources = Annotated[
+    tuple[Annotated[str, Field(min_length=1), BeforeValidator(_path_as_text)], ...],
+    BeforeValidator(_as_several),
+    AfterValidator(_checked_sources),
+    PlainSerializer(_as_given),
+]
 
 
 class Options(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm_surgeon.recipe.groups.base import MANY, MOST_SEED, Options, TextSource
+from llm_surgeon.recipe.groups.base import MANY, MOST_SEED, Options, TextSources
 
 Bos = Literal["auto", "always", "never"]
 
@@ -18,10 +18,10 @@ PASS_TOKENS = 2048
 class CalibrationOptions(Options):
     """The text for curvature and stages, and the form in which a run reads it."""
 
-    calibration: TextSource = Field(
-        "demo",
-        min_length=1,
-        description="A hub data set id, a local .txt/.jsonl/.parquet of texts or chats, or demo[:en|fr|es].",
+    calibration: TextSources = Field(
+        ("demo",),
+        description="A hub data set id, a local .txt/.jsonl/.parquet of texts or chats, or demo[:en|fr|es]; or "
+        "several, each as TEXT:SHARE.",
     )
     samples: int = Field(128, ge=1, le=MANY, description="Calibration sequences.")
     seq_len: int = Field(512, ge=2, le=MANY, description="Tokens per calibration sequence.")
