@@ -238,7 +238,7 @@ def test_an_interrupt_of_a_command_has_its_own_words(capsys):
 def test_every_command_shows_its_help_as_it_is_written():
     # typer has commands and options as they are shown; what was written is at the functions.
     for registered in app.registered_commands:
-        name = registered.name or registered.callback.__name__
+        name = registered.name or registered.callback.__name__.replace("_", "-")
         whole = "-h" if registered.cls is LiteralCommand else "--help-all"
         output = CliRunner().invoke(app, [name, whole], env={"COLUMNS": "1000", "TERM": "dumb"}).output
         parameters = typer.main.get_params_from_function(registered.callback).values()

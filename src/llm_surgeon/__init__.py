@@ -2,10 +2,12 @@
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``export_as`` (an
 export in further formats), ``dequantize`` (a checkpoint in 16 bits), ``evaluate``, ``evaluate_tasks``, ``plan`` (what
-a run will take), ``load``, ``compare`` (methods on identical tokens), ``bench`` (speed and memory), ``PruneConfig``,
-``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``Bench``; ``register_family``
-with ``Family``, ``Residual`` and the kinds of parts ``Attention``, ``JointlyNormedAttention``, ``FeedForward``,
-``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own); and ``SurgeonError``, the base of all errors.
+a run will take), ``load``, ``compare`` (methods on identical tokens), ``compare_exports`` (models on the same text),
+``sample`` (what models write), ``bench`` (speed and memory), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``,
+``Perplexity``, ``TaskScores``, ``Comparison``, ``ExportComparison``, ``SampleComparison``, ``Bench``;
+``register_family`` with ``Family``, ``Residual`` and the kinds of parts ``Attention``, ``JointlyNormedAttention``,
+``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own); and ``SurgeonError``, the base
+of all errors.
 """
 
 from __future__ import annotations
@@ -29,11 +31,22 @@ if TYPE_CHECKING:
         PlainLayers,
     )
     from llm_surgeon.recipe.config import PruneConfig
-    from llm_surgeon.records import Comparison, Perplexity, Plan, PruneReport, Setting, TaskScores
+    from llm_surgeon.records import (
+        Comparison,
+        ExportComparison,
+        Perplexity,
+        Plan,
+        PruneReport,
+        SampleComparison,
+        Setting,
+        TaskScores,
+    )
     from llm_surgeon.records.bench import Bench
+    from llm_surgeon.run.compare_exports import compare_exports
     from llm_surgeon.run.convert import export_as
     from llm_surgeon.run.dequantising import dequantize
     from llm_surgeon.run.run import evaluate, plan, prune, prune_checkpoint
+    from llm_surgeon.run.sampling import sample
     from llm_surgeon.system.progress import Progress, RichProgress, SilentProgress
 
 __version__ = "0.1.0"
@@ -41,6 +54,7 @@ __all__ = [
     "Attention",
     "Bench",
     "Comparison",
+    "ExportComparison",
     "Family",
     "FeedForward",
     "JointlyNormedAttention",
@@ -53,12 +67,14 @@ __all__ = [
     "PruneReport",
     "Residual",
     "RichProgress",
+    "SampleComparison",
     "Setting",
     "SilentProgress",
     "SurgeonError",
     "TaskScores",
     "bench",
     "compare",
+    "compare_exports",
     "dequantize",
     "evaluate",
     "evaluate_tasks",
@@ -68,6 +84,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "register_family",
+    "sample",
 ]
 
 # Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
@@ -75,6 +92,7 @@ _HOMES = {
     "Attention": "models.parts",
     "Bench": "records.bench",
     "Comparison": "records",
+    "ExportComparison": "records",
     "Family": "models.family",
     "FeedForward": "models.parts",
     "JointlyNormedAttention": "models.parts",
@@ -87,12 +105,14 @@ _HOMES = {
     "PruneReport": "records",
     "Residual": "models.family",
     "RichProgress": "system.progress",
+    "SampleComparison": "records",
     "Setting": "records",
     "SilentProgress": "system.progress",
     "SurgeonError": "errors",
     "TaskScores": "records",
     "bench": "benchmark.measuring",
     "compare": "comparison.compare",
+    "compare_exports": "run.compare_exports",
     "dequantize": "run.dequantising",
     "evaluate": "run.run",
     "evaluate_tasks": "evaluation.tasks",
@@ -102,6 +122,7 @@ _HOMES = {
     "prune": "run.run",
     "prune_checkpoint": "run.run",
     "register_family": "models",
+    "sample": "run.sampling",
 }
 
 

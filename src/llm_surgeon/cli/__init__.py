@@ -12,9 +12,11 @@ from llm_surgeon.cli import evaluate as evaluating
 from llm_surgeon.cli import plan as planning
 from llm_surgeon.cli import prune as pruning
 from llm_surgeon.cli.bench import bench
+from llm_surgeon.cli.compare_exports import compare_exports
 from llm_surgeon.cli.dequantize import dequantize
 from llm_surgeon.cli.export import export
 from llm_surgeon.cli.helping import LiteralCommand, LiteralGroup, briefly, with_help_all
+from llm_surgeon.cli.sample import sample
 from llm_surgeon.cli.shared import faults_reported, interrupt_on_sigterm
 from llm_surgeon.system.allocator import keep_freed_memory
 from llm_surgeon.system.streams import standard_streams
@@ -29,9 +31,11 @@ app.command(cls=briefly(planning.BRIEF))(with_help_all(planning.plan))
 app.command(cls=briefly(pruning.BRIEF))(with_help_all(pruning.prune))
 app.command(cls=LiteralCommand)(export)
 app.command(cls=LiteralCommand)(dequantize)
+app.command(cls=LiteralCommand)(sample)
 app.command(name="eval", cls=briefly(evaluating.BRIEF))(with_help_all(evaluating.evaluate))
 app.command(cls=briefly(comparing.BRIEF))(with_help_all(comparing.compare))
 app.command(cls=LiteralCommand)(bench)
+app.command(cls=LiteralCommand)(compare_exports)
 
 
 def _show_version(wanted: bool) -> None:

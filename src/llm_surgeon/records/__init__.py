@@ -18,16 +18,20 @@ from llm_surgeon.records.evaluation import (
 from llm_surgeon.records.mark import DoneFit, FitMark, NoWords, RemovalMark, Spent
 from llm_surgeon.records.plan import LayerKind, Plan, PlannedPhase
 from llm_surgeon.records.run import ExportRecord, FormatRecord, Memory, PruneReport, RunRecord, TargetRecord
+from llm_surgeon.records.samples import Continuation, ExportComparison, ExportMeasures, SampleComparison, Samples
 from llm_surgeon.records.shot import CostHistogram, Figure, LayerRecord, ShotRecord, Size, StageRecord
 
 __all__ = [
     "Cell",
     "CellMeasures",
     "Comparison",
+    "Continuation",
     "CostHistogram",
     "DenseRecord",
     "DoneFit",
     "Evaluation",
+    "ExportComparison",
+    "ExportMeasures",
     "ExportRecord",
     "Failure",
     "Figure",
@@ -44,6 +48,8 @@ __all__ = [
     "Record",
     "RemovalMark",
     "RunRecord",
+    "SampleComparison",
+    "Samples",
     "Setting",
     "ShotRecord",
     "Size",

@@ -1,0 +1,129 @@
+"""Texts of an export beside those of another model, and on the page of its run."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from llm_surgeon.errors import ConfigError, OutputError
+from llm_surgeon.evaluation.sampling import PROMPTS, QUESTIONS, Drawing, continuations
+from llm_surgeon.models.loading import check_dtype, load, load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.records import PruneReport, SampleComparison, Samples
+from llm_surgeon.report.page import report_page
+from llm_surgeon.report.publish import without_paths
+from llm_surgeon.session.given import ready
+from llm_surgeon.session.preconditions import check_positions
+from llm_surgeon.system.progress import Progress, SilentProgress
+from llm_surgeon.versions import versions
+
+logger = logging.getLogger(__name__)
+
+
+def sample(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    chat: bool | None = None,
+    tokens: int = 48,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    page: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> SampleComparison:
+    """Let an export, and the model that it was made of, write for the same prompts.
+
+    The models are loaded one after the other.
+
+    Args:
+        model: An export, a local directory, a hub id, or ``demo``.
+        against: The model to compare with; None for none.
+        prompts: Prompts to write for; none: a fixed set.
+        chat: Whether prompts are messages in the tokenizer's template; None: where the tokenizer has one.
+        tokens: Largest number of new tokens.
+        temperature: Temperature of the drawn texts.
+        top_p: Share of the probability from whose likeliest tokens the drawn texts come.
+        seed: Seed of each drawn text.
+        page: Whether to put the texts on the page and into the report of the run in ``model``.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        trust_remote_code: Whether code of the checkpoint may run, if it is not an export of this package.
+        progress: Display of the progress; None shows nothing.
+
+    Raises:
+        ConfigError: If the numbers cannot be, a chat is asked for without a template, or there is no run's report.
+        ModelError: If a model cannot be loaded.
+        NonFiniteError: If predictions are not finite.
+    """
+    drawing = Drawing(tokens, temperature, top_p, seed)
+    check_dtype(dtype)
+    resolve_device(device)
+    report = _report_of(Path(model)) if page else None
+    names = [str(name) for name in (against, model) if name is not None]
+    templates = [bool(load_tokenizer(resolve_source(name), trust_remote_code).chat_template) for name in names]
+    if chat and not all(templates):
+        raise ConfigError(
+            f"The tokenizer of {names[templates.index(False)]} has no template for chats.", "Leave --chat out."
+        )
+    talks = all(templates) if chat is None else chat
+    asked = tuple(prompts) or (QUESTIONS if talks else PROMPTS)
+    if any(not prompt.strip() for prompt in asked):
+        raise ConfigError("A prompt is empty.", "Give it some words.")
+    made = []
+    for name in names:
+        logger.info("loading %s", name)
+        network, tokenizer = load(name, dtype, device, trust_remote_code)
+        lengths = [len(tokenizer(prompt).input_ids) for prompt in asked]
+        check_positions(network.config, {"tokens": max(lengths) + tokens})
+        with ready(network):
+            written = continuations(
+                network, tokenizer, asked, drawing, progress or SilentProgress(), chat=talks, words=f"texts of {name}"
+            )
+        made.append(Samples(model=name, chat=talks, continuations=written))
+        # The next model may need the memory.
+        del network
+        gc.collect()
+    found = SampleComparison(
+        models=tuple(made), tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, versions=versions()
+    )
+    if report is not None:
+        _put_on_page(report, found, Path(model))
+    return found
+
+
+def _report_of(directory: Path) -> PruneReport:
+    """Report of the run whose export is in a directory.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        return PruneReport.model_validate_json((directory / "report.json").read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        raise ConfigError(
+            f"{directory} has no report.json of a run of this version, whose page could show the texts.",
+            "Leave --page out, or name an export that prune made.",
+        ) from None
+
+
+def _put_on_page(report: PruneReport, samples: SampleComparison, directory: Path) -> None:
+    """Write a run's report and page anew, with texts.
+
+    Raises:
+        OutputError: If they cannot be written.
+    """
+    report = without_paths(report.model_copy(update={"samples": samples}))
+    try:
+        (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
+        (directory / "report.html").write_text(report_page(report), encoding="utf8")
+    except OSError as error:
+        cause = f"The report in {directory} cannot be written: {error.strerror}."
+        raise OutputError(cause, "Leave --page out.") from None

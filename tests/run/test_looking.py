@@ -1,0 +1,169 @@
+"""What models write side by side, and several exports on the same text."""
+
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llm_surgeon import compare_exports, evaluate, load, prune_checkpoint, sample
+from llm_surgeon.cli import app
+from llm_surgeon.data.texts import evaluation_text
+from llm_surgeon.errors import ConfigError, NonFiniteError
+from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
+from llm_surgeon.evaluation.sampling import PROMPTS, QUESTIONS
+from llm_surgeon.records import ExportComparison, SampleComparison
+from tiny import build, tokenizer
+
+OPTIONS = {"samples": 8, "seq_len": 16, "eval_window": 32, "eval_tokens": 64, "device": "cpu", "sparsity": 0.4}
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def smaller(checkpoint, tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("export") / "smaller"
+    prune_checkpoint(str(checkpoint), out, calibration=text, preset="none", shots=1, **OPTIONS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{number * 7 % 60}" for number in range(4000)))
+    return str(path)
+
+
+def called(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_greedy_texts_are_those_of_generate_and_drawn_ones_are_those_of_the_seed(checkpoint):
+    prompts = ["w1 w2 w3", "w10 w4"]
+    found = sample(checkpoint, prompts=prompts, tokens=8, device="cpu").models[0]
+    model, words = load(checkpoint, device="cpu")
+    for prompt, made in zip(prompts, found.continuations, strict=True):
+        ids = torch.tensor([words(prompt).input_ids])
+        for _ in range(8):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        assert made.greedy == words.decode(ids[0, -8:], skip_special_tokens=True)
+    state = torch.get_rng_state()
+    again, other = (sample(checkpoint, prompts=prompts, tokens=8, seed=seed, device="cpu") for seed in (0, 1))
+    assert again.models[0] == found
+    assert other.models[0].continuations[0].greedy == found.continuations[0].greedy
+    assert [one.sampled for one in other.models[0].continuations] != [one.sampled for one in found.continuations]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_export_beside_the_dense_model(checkpoint, smaller, tmp_path):
+    done = called(
+        *("sample", smaller, "--against", checkpoint, "--prompt", "w1 w2 [bold]w3", "--tokens", 4),
+        *("--out", tmp_path / "texts.json", "--device", "cpu"),
+    )
+    assert done.exit_code == 0, done.output
+    said = done.stdout
+    assert said.index("tiny-llama") < said.index("smaller")
+    assert "w1 w2 [bold]w3" in said
+    found = SampleComparison.model_validate_json((tmp_path / "texts.json").read_text())
+    assert [model.model for model in found.models] == [str(checkpoint), str(smaller)]
+    assert not found.models[0].chat
+
+
+def test_prompts_are_a_fixed_set_unless_they_are_given(checkpoint, tmp_path):
+    assert [one.prompt for one in sample(checkpoint, tokens=1, device="cpu").models[0].continuations] == [*PROMPTS]
+    (tmp_path / "prompts.txt").write_text("w1 w2\n\nw3\n")
+    done = called("sample", checkpoint, "--prompts", tmp_path / "prompts.txt", "--prompt", "w4", "--tokens", 1)
+    titles = re.findall(r"^(w\d.*?) *$", done.stdout, re.M)
+    assert titles == ["w4", "w1 w2", "w3"]
+
+
+def test_a_chat_model_answers_in_its_template(tmp_path):
+    words = tokenizer()
+    words.chat_template = TEMPLATE
+    build("llama").save_pretrained(tmp_path / "chats")
+    words.save_pretrained(tmp_path / "chats")
+    talking = sample(tmp_path / "chats", prompts=["w1"], tokens=4, device="cpu").models[0]
+    as_text = sample(tmp_path / "chats", prompts=["<user> w1\n"], chat=False, tokens=4, device="cpu").models[0]
+    assert talking.chat
+    assert talking.continuations[0].greedy == as_text.continuations[0].greedy
+    assert [one.prompt for one in sample(tmp_path / "chats", tokens=1, device="cpu").models[0].continuations] == [
+        *QUESTIONS
+    ]
+
+
+def test_texts_come_to_the_page_of_the_run(checkpoint, smaller):
+    before = (smaller / "report.html").read_text(encoding="utf8")
+    assert "No texts were written" in before
+    sample(smaller, checkpoint, prompts=["w1 <b>"], tokens=4, page=True, device="cpu")
+    page, report = ((smaller / name).read_text(encoding="utf8") for name in ("report.html", "report.json"))
+    assert "w1 &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert json.loads(report)["samples"]["models"][1]["model"] == "smaller"
+    assert str(smaller.parent) not in page + report
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tokens": 0}, "0 tokens"),
+        ({"temperature": 0.0}, "temperature of 0"),
+        ({"top_p": 1.5}, "top-p of 1.5"),
+        ({"prompts": ["w1", " "]}, "prompt is empty"),
+        ({"chat": True}, "no template for chats"),
+        ({"page": True}, "no report.json"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(checkpoint, options, said, monkeypatch):
+    monkeypatch.setattr("llm_surgeon.run.sampling.load", None)
+    with pytest.raises(ConfigError, match=said):
+        sample(checkpoint, device="cpu", **options)
+
+
+def test_a_model_with_broken_weights_is_no_stack_trace(tmp_path):
+    model = build("llama")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(NonFiniteError):
+        sample(tmp_path / "broken", prompts=["w1"], tokens=2, device="cpu")
+
+
+def test_exports_are_measured_on_the_same_tokens(checkpoint, smaller, text, tmp_path):
+    done = called(
+        *("compare-exports", checkpoint, smaller, checkpoint, "--data", text, "--data", "demo:fr", "--window", 32),
+        *("--tokens", 320, "--device", "cpu", "--out", tmp_path / "all.json"),
+    )
+    assert done.exit_code == 0, done.output
+    assert "tiny-llama" in done.stdout
+    found = ExportComparison.model_validate_json((tmp_path / "all.json").read_text())
+    dense, pruned, again = found.models
+    assert dense.divergences == (None, None)
+    assert again.perplexities == dense.perplexities
+    assert all(divergence == pytest.approx(0, abs=1e-6) for divergence in again.divergences)
+    assert pruned.weight_bytes == (smaller / "model.safetensors").stat().st_size < dense.weight_bytes
+    assert pruned.parameters < dense.parameters
+
+    network, words = load(smaller, device="cpu")
+    alone = evaluate(network, words, text, window=32, max_tokens=320)
+    assert pruned.perplexities[0] == alone
+    whole = evaluation_text(words, text, window=32, stride=None, max_tokens=320, precision="bfloat16")
+    _, states = reference_states(load(checkpoint, device="cpu")[0], whole)
+    assert pruned.divergences[0] == pytest.approx(perplexity_and_divergence(network, whole, states)[1], rel=1e-3)
+
+
+def test_exports_that_cannot_be_compared_are_refused_before_one_is_loaded(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_surgeon.run.compare_exports.load", None)
+    with pytest.raises(ConfigError, match="Two models"):
+        compare_exports([checkpoint], [text], window=32)
+    with pytest.raises(ConfigError, match="Two models"):
+        compare_exports([checkpoint, checkpoint], [], window=32)
+    other = tokenizer()
+    other.add_tokens(["w1 w8"])
+    build("llama").save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="different tokens"):
+        compare_exports([checkpoint, tmp_path / "other"], [text], window=32)
+    (tmp_path / "there.json").write_text("")
+    done = called("compare-exports", checkpoint, checkpoint, "--data", text, "--out", tmp_path / "there.json")
+    assert done.exit_code == 1
+    assert "Traceback" not in done.output
