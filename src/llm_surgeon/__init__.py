@@ -3,11 +3,11 @@
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``export_as`` (an
 export in further formats), ``dequantize`` (a checkpoint in 16 bits), ``evaluate``, ``evaluate_tasks``, ``plan`` (what
 a run will take), ``load``, ``compare`` (methods on identical tokens), ``compare_exports`` (models on the same text),
-``sample`` (what models write), ``bench`` (speed and memory), ``PruneConfig``, ``Setting``, ``PruneReport``, ``Plan``,
-``Perplexity``, ``TaskScores``, ``Comparison``, ``ExportComparison``, ``SampleComparison``, ``Bench``;
-``register_family`` with ``Family``, ``Residual`` and the kinds of parts ``Attention``, ``JointlyNormedAttention``,
-``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own); and ``SurgeonError``, the base
-of all errors.
+``sample`` (what models write), ``push`` (an export to the hub), ``bench`` (speed and memory), ``PruneConfig``,
+``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``ExportComparison``,
+``SampleComparison``, ``Bench``; ``register_family`` with ``Family``, ``Residual`` and the kinds of parts ``Attention``,
+``JointlyNormedAttention``, ``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own);
+and ``SurgeonError``, the base of all errors.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from llm_surgeon.run.dequantising import dequantize
     from llm_surgeon.run.run import evaluate, plan, prune, prune_checkpoint
     from llm_surgeon.run.sampling import sample
+    from llm_surgeon.run.upload import push
     from llm_surgeon.system.progress import Progress, RichProgress, SilentProgress
 
 __version__ = "0.1.0"
@@ -83,6 +84,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_checkpoint",
+    "push",
     "register_family",
     "sample",
 ]
@@ -121,6 +123,7 @@ _HOMES = {
     "plan": "run.run",
     "prune": "run.run",
     "prune_checkpoint": "run.run",
+    "push": "run.upload",
     "register_family": "models",
     "sample": "run.sampling",
 }

@@ -67,3 +67,7 @@ class ComparisonError(SurgeonError):
 
 class ProcessError(SurgeonError):
     """Another process of the run has ended, or cannot be reached."""
+
+
+class UploadError(SurgeonError):
+    """The hub cannot be reached, or refuses a repository."""

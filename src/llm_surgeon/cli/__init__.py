@@ -16,6 +16,7 @@ from llm_surgeon.cli.compare_exports import compare_exports
 from llm_surgeon.cli.dequantize import dequantize
 from llm_surgeon.cli.export import export
 from llm_surgeon.cli.helping import LiteralCommand, LiteralGroup, briefly, with_help_all
+from llm_surgeon.cli.push import push
 from llm_surgeon.cli.sample import sample
 from llm_surgeon.cli.shared import faults_reported, interrupt_on_sigterm
 from llm_surgeon.system.allocator import keep_freed_memory
@@ -36,6 +37,7 @@ app.command(name="eval", cls=briefly(evaluating.BRIEF))(with_help_all(evaluating
 app.command(cls=briefly(comparing.BRIEF))(with_help_all(comparing.compare))
 app.command(cls=LiteralCommand)(bench)
 app.command(cls=LiteralCommand)(compare_exports)
+app.command(cls=LiteralCommand)(push)
 
 
 def _show_version(wanted: bool) -> None:

@@ -42,6 +42,13 @@ def prune(
             "a shot that takes minutes."
         ),
     ],
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            help="Repository of the hub, owner/name, to upload the export to when it is checked; private. "
+            "`llm-surgeon push` does it later, in public, or as a dry run.",
+        ),
+    ] = None,
     **given: Any,
 ) -> None:
     """Prune MODEL's linear layers, correct what is left, export it and check the export."""
@@ -54,9 +61,12 @@ def prune(
         # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.
         from llm_surgeon.report.table import summary_table
         from llm_surgeon.run.run import prune_checkpoint
+        from llm_surgeon.run.upload import check_hub, push
         from llm_surgeon.system.progress import RichProgress
 
         quiet_transformers()
+        if push_to_hub is not None and not process:
+            check_hub(push_to_hub)
         report = prune_checkpoint(model, out, config, progress=RichProgress(errors), command=command_line())
         if process:
             return
@@ -68,6 +78,9 @@ def prune(
             output.print(line, soft_wrap=True, highlight=False)
         if report.export.failures:
             raise ExportMismatchError(report.export.failures[0], f"All else of the export at {out} is complete.")
+        if push_to_hub is not None:
+            for line in push(out, push_to_hub).lines():
+                output.print(line, soft_wrap=True, highlight=False)
 
 
 def _how_to_go_on(out: Path) -> str:

@@ -6,15 +6,22 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 
-def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Table of text whose first column names the rows; on a narrow page the table scrolls by itself."""
+def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]], style: str = "wide") -> str:
+    """Table of text whose first column names the rows; on a narrow page the table scrolls by itself.
+
+    Args:
+        caption: Caption.
+        headings: Heading of each column.
+        rows: Cells of each row.
+        style: Class of the style sheet: ``wide`` for numbers, ``texts`` for texts side by side, with their line breaks.
+    """
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
         for name, *cells in rows
     )
     return (
-        f'<div class="wide"><table>\n<caption><span>{escape(caption)}</span></caption>\n'
+        f'<div class="{style}"><table>\n<caption><span>{escape(caption)}</span></caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 

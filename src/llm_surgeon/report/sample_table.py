@@ -59,6 +59,7 @@ def samples_section(found: SampleComparison | None) -> str:
                 (name, *(getattr(model.continuations[number], attribute).strip() or NOTHING for model in found.models))
                 for name, attribute in WAYS
             ],
+            style="texts",
         )
         for number, asked in enumerate(found.models[0].continuations)
     ]

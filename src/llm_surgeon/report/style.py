@@ -31,6 +31,11 @@ caption { text-align: left; padding: .3rem .6rem .5rem 0; font-weight: 600; }
 th, td { padding: .4rem .6rem; text-align: right; vertical-align: bottom; border-bottom: 1px solid var(--line); }
 td, tbody th { white-space: nowrap; }
 th:first-child { text-align: left; }
+.texts { margin: 1.6rem 0; }
+.texts table { table-layout: fixed; }
+.texts th, .texts td { text-align: left; vertical-align: top; }
+.texts td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.texts th:first-child { width: 4.5rem; }
 thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; }
 tbody th { font-weight: 500; }
 tbody tr:nth-child(even) { background: var(--band); }
