@@ -3,7 +3,7 @@
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``export_as`` (an
 export in further formats), ``dequantize`` (a checkpoint in 16 bits), ``evaluate``, ``evaluate_tasks``, ``plan`` (what
 a run will take), ``load``, ``compare`` (methods on identical tokens), ``compare_exports`` (models on the same text),
-``sample`` (what models write), ``push`` (an export to the hub), ``bench`` (speed and memory), ``PruneConfig``,
+``sample`` (what models write), ``write_chats``, ``push`` (an export to the hub), ``bench``, ``PruneConfig``,
 ``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``ExportComparison``,
 ``SampleComparison``, ``Bench``; ``register_family`` with ``Family``, ``Residual`` and the kinds of parts ``Attention``,
 ``JointlyNormedAttention``, ``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own);
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         TaskScores,
     )
     from llm_surgeon.records.bench import Bench
+    from llm_surgeon.run.chats import write_chats
     from llm_surgeon.run.compare_exports import compare_exports
     from llm_surgeon.run.convert import export_as
     from llm_surgeon.run.dequantising import dequantize
@@ -87,6 +88,7 @@ __all__ = [
     "push",
     "register_family",
     "sample",
+    "write_chats",
 ]
 
 # Imported on first use: `llm-surgeon --help` and a mistyped option should not wait for torch and transformers.
@@ -126,6 +128,7 @@ _HOMES = {
     "push": "run.upload",
     "register_family": "models",
     "sample": "run.sampling",
+    "write_chats": "run.chats",
 }
 
 

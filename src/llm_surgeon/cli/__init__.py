@@ -12,6 +12,7 @@ from llm_surgeon.cli import evaluate as evaluating
 from llm_surgeon.cli import plan as planning
 from llm_surgeon.cli import prune as pruning
 from llm_surgeon.cli.bench import bench
+from llm_surgeon.cli.chats import chats
 from llm_surgeon.cli.compare_exports import compare_exports
 from llm_surgeon.cli.dequantize import dequantize
 from llm_surgeon.cli.export import export
@@ -38,6 +39,7 @@ app.command(cls=briefly(comparing.BRIEF))(with_help_all(comparing.compare))
 app.command(cls=LiteralCommand)(bench)
 app.command(cls=LiteralCommand)(compare_exports)
 app.command(cls=LiteralCommand)(push)
+app.command(cls=LiteralCommand)(chats)
 
 
 def _show_version(wanted: bool) -> None:

@@ -95,12 +95,13 @@ def continuations(
     written = []
     with progress.phase(words, 2 * len(prompts), "texts") as phase:
         for prompt in prompts:
-            ids = _ids(tokenizer, prompt, chat).to(model.device)
-            texts = []
-            for sample in (False, True):
-                new = _new_tokens(model, tokenizer, ids, drawing, sample)
-                texts.append(str(tokenizer.decode(new, skip_special_tokens=True)))
-                phase.advance(1)
+            ids = _ids(tokenizer, prompt, chat)
+            mask = torch.ones_like(ids)
+            greedy = _generated(model, tokenizer, ids, mask, {"max_new_tokens": drawing.tokens, "do_sample": False})
+            phase.advance(1)
+            drawn = drawn_tokens(model, tokenizer, ids, mask, drawing, drawing.seed)
+            phase.advance(1)
+            texts = [str(tokenizer.decode(new[0], skip_special_tokens=True)) for new in (greedy, drawn)]
             written.append(Continuation(prompt=prompt, greedy=texts[0], sampled=texts[1]))
     return tuple(written)
 
@@ -116,27 +117,52 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.T
     return ids[:, :-1] if ids.shape[1] > 1 and int(ids[0, -1]) == tokenizer.eos_token_id else ids
 
 
-@torch.no_grad()
-def _new_tokens(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, drawing: Drawing, sample: bool
+def drawn_tokens(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    drawing: Drawing,
+    seed: int,
 ) -> torch.Tensor:
-    """Tokens that a model writes behind a prompt, ``[n]``."""
-    own = getattr(model, "generation_config", None)
-    ends = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
-    pad = ends[0] if isinstance(ends, list) else ends
-    drawn = {"temperature": drawing.temperature, "top_p": drawing.top_p, "top_k": 0} if sample else {}
-    how = GenerationConfig(
-        max_new_tokens=drawing.tokens, do_sample=sample, eos_token_id=ends, pad_token_id=pad, **drawn
-    )
+    """Tokens that a model draws behind prompts, ``[n, tokens]``; behind its end a row has tokens that mean nothing.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        ids: Token ids of the prompts, ``[n, length]``, padded in front.
+        mask: Where they are real, ``[n, length]``.
+        drawing: Number of tokens, and how they are drawn.
+        seed: Seed of the draws.
+
+    Raises:
+        NonFiniteError: If the model's predictions are not finite.
+    """
+    drawn = {"temperature": drawing.temperature, "top_p": drawing.top_p, "top_k": 0}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(drawing.seed)
-        try:
-            whole = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise NonFiniteError(
-                "The model's predictions are not finite.", "Check its weights, or use --dtype float32."
-            ) from None
-    result: torch.Tensor = whole[0, ids.shape[1] :]
+        torch.manual_seed(seed)
+        return _generated(model, tokenizer, ids, mask, {"max_new_tokens": drawing.tokens, "do_sample": True} | drawn)
+
+
+@torch.no_grad()
+def _generated(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """Tokens that a model writes behind prompts, ``[n, tokens]``.
+
+    Raises:
+        NonFiniteError: If the model's predictions are not finite.
+    """
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or tokenizer.eos_token_id
+    pad = ends[0] if isinstance(ends, list) else ends
+    how = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **options)
+    try:
+        whole = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NonFiniteError(
+            "The model's predictions are not finite.", "Check its weights, or use --dtype float32."
+        ) from None
+    result: torch.Tensor = whole[:, ids.shape[1] :]
     return result
