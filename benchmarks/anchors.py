@@ -171,7 +171,9 @@ def main() -> None:
     keep_freed_memory()
     source = resolve_source("demo")
     tokenizer = load_tokenizer(source)
-    tokens = sample_calibration(tokenizer, load_corpus(config.calibration[0]), config.samples, config.seq_len, config.seed)
+    tokens = sample_calibration(
+        tokenizer, load_corpus(config.calibration[0]), config.samples, config.seq_len, config.seed
+    )
     dense = load_model(source)
     # A first pass compiles kernels and allocates memory.
     plain_pass(dense, CalibrationTokens(tokens.input_ids[:2], None, {}))
