@@ -176,7 +176,8 @@ assert keep_freed_memory()
 kept = [torch.ones(250_000) for _ in range(200)][::2]
 gc.collect()
 before = psutil.Process().memory_info().rss
-TensorStore(torch.device("cpu"), Budgets(process=float(sys.argv[1]) * before)).keep_within()
+limits = Budgets(process=float(sys.argv[1]) * before, work=float(sys.argv[2]) * before)
+TensorStore(torch.device("cpu"), limits).keep_within()
 print(before - psutil.Process().memory_info().rss)
 assert all(bool((tensor == 1).all()) for tensor in kept)
 """
@@ -184,8 +185,10 @@ assert all(bool((tensor == 1).all()) for tensor in kept)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs an allocator that hands memory back")
 @pytest.mark.usefixtures("real_python")  # memory as nobody has used it
-@pytest.mark.parametrize(("limit", "handed_back"), [(1.1, 10**8), (1.3, 0), (math.inf, 0)])
-def test_near_its_limit_a_process_hands_freed_memory_back(limit, handed_back):
-    command = [sys.executable, "-c", FRAGMENTED, str(limit)]
+@pytest.mark.parametrize(
+    ("limit", "work", "handed_back"), [(1.1, 0, 10**8), (1.3, 0, 0), (1.3, 0.4, 10**8), (1.6, 0.4, 0), (math.inf, 1, 0)]
+)
+def test_near_its_limit_a_process_hands_freed_memory_back(limit, work, handed_back):
+    command = [sys.executable, "-c", FRAGMENTED, str(limit), str(work)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(done.stdout) == pytest.approx(handed_back, abs=10**7)

@@ -52,6 +52,8 @@ SQUARES = 6
 # Bytes per prunable weight during the choice of single weights: float32 costs, their bit patterns, both halves of the
 # patterns, and three masks: before, after, and of the removed weights.
 ELEMENT_BYTES = 4 + 4 + 4 + 3
+# Parts that the work of one block takes and gives back, the largest of their kind.
+WORK = ("passes", "decompositions")
 # Bytes of the libraries and the context on the host in a process that uses a GPU.
 GPU_PROCESS = 2 * 2**30
 # Bytes of the fresh process of the reload check, without the weights that it loads.

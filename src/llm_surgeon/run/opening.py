@@ -26,6 +26,7 @@ from llm_surgeon.models.skeleton import Skeleton, loaded, skeleton_of
 from llm_surgeon.models.streaming import require_streaming
 from llm_surgeon.planning.forecast import seconds_of_phases
 from llm_surgeon.planning.foresee import foresee
+from llm_surgeon.planning.memory import WORK
 from llm_surgeon.pruning.structures import check_structure
 from llm_surgeon.pruning.targets import count_based, latency_based, settled
 from llm_surgeon.recipe.config import PruneConfig
@@ -243,6 +244,8 @@ def _store(config: PruneConfig, plan: Plan | None, device: torch.device) -> Tens
     limits: dict[str, int | None] = {"disk": config.scratch_space}
     if plan is not None:
         limits = {"host": plan.store_host, "device": plan.store_device, "process": plan.host_available}
+        # A GPU's work is not the host's.
+        limits["work"] = max(sum(phase.host.get(part, 0) for part in WORK) for phase in plan.phases)
         limits["disk"] = None if config.scratch_space is None else config.scratch_space - plan.scratch_weights
     known = {place: limit for place, limit in limits.items() if limit is not None}
     return TensorStore(device, Budgets(**known), None if config.scratch is None else Path(config.scratch))

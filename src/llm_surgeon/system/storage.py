@@ -26,8 +26,8 @@ from llm_surgeon.system.transfers import Transfers
 
 T = TypeVar("T")
 
-# Share of the process's limit from which on it keeps no freed memory. The rest of the limit is for the work of one
-# block, after which the memory is looked at again.
+# Share of the process's limit from which on it keeps no freed memory, at most: the work of one block has to fit into
+# the rest, as the memory is looked at again behind it.
 _NEAR = 0.85
 # The same before work that takes much at once: logits, or all weights of a file.
 _MUCH = 0.5
@@ -42,12 +42,14 @@ class Budgets:
         host: Bytes of host memory.
         disk: Bytes of the disk.
         process: Bytes of host memory that the whole process may come to hold, see ``TensorStore.keep_within``.
+        work: Bytes of them that the work of one block takes.
     """
 
     device: float = math.inf
     host: float = math.inf
     disk: float = math.inf
     process: float = math.inf
+    work: float = 0.0
 
 
 class Stored:
@@ -114,7 +116,10 @@ class TensorStore:
         limits = budgets or Budgets()
         # On a CPU the device is the host.
         self._free = {"device": limits.device if device.type != "cpu" else 0.0, "host": limits.host}
-        self._process = limits.process
+        # The least is a half, as handing back costs page faults, and there may be nothing to hand back.
+        near = min(_NEAR * limits.process, limits.process - limits.work)
+        self._much = _MUCH * limits.process
+        self._near = max(near, self._much)
         self._disk = _ScratchFile(scratch, limits.disk)
         self._transfers = Transfers(device)
         self._leaving: Callable[[], object] | None = None
@@ -133,7 +138,7 @@ class TensorStore:
         Args:
             much: Whether the work that comes takes much memory at once.
         """
-        if psutil.Process().memory_info().rss > (_MUCH if much else _NEAR) * self._process:
+        if psutil.Process().memory_info().rss > (self._much if much else self._near):
             hand_back_freed_memory()
 
     def put(self, tensor: Tensor) -> Stored:
