@@ -1,9 +1,11 @@
 """Several texts in a run: shares of the sequences, held-out parts, and perplexity of each."""
 
 import json
+import math
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from llm_surgeon import PruneConfig, prune_checkpoint
@@ -13,6 +15,7 @@ from llm_surgeon.data.tokens import CalibrationTokens, mixed
 from llm_surgeon.data.windows import EvaluationText, joined
 from llm_surgeon.errors import ConfigError, DataError
 from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.recipe.sources import sources_of
 from llm_surgeon.report.publish import recipe_without_paths, without_paths
 from quick import without_what_has_other_tests
 from tiny import build, tokenizer, tokens
@@ -49,7 +52,8 @@ def test_each_text_has_its_share_of_the_sequences(texts):
     assert [text["samples"] for text in found.calibration.provenance["texts"]] == [7, 3]
     json.dumps(found.calibration.provenance)
     windows = found.evaluation.tokens.view(-1, 32)
-    assert found.evaluation.sources == ((f"{low} (held-out part)", 7), (f"{high} (held-out part)", 3))
+    names = [f"{low} (held-out part)", f"{high} (held-out part)"]
+    assert found.evaluation.sources == ((names[0], 7, pytest.approx(0.7)), (names[1], 3, pytest.approx(0.3)))
     assert (int(is_of(windows, LOW).sum()), int(is_of(windows, HIGH).sum())) == (7, 3)
 
 
@@ -91,7 +95,7 @@ def test_a_text_in_memory_beside_others_to_evaluate_on(texts):
     given = corpus_of([" ".join(f"w{word}" for word in LOW) for _ in range(40)])
     options = recipe(calibration="texts in memory", evaluation=["texts in memory", high])
     found = prepare_texts(tokenizer(), options, given)
-    assert [name for name, _ in found.evaluation.sources] == ["texts in memory (held-out part)", high]
+    assert [name for name, *_ in found.evaluation.sources] == ["texts in memory (held-out part)", high]
 
 
 def test_too_few_sequences_or_windows_for_a_share(texts):
@@ -111,11 +115,13 @@ def test_a_missing_text_of_several_is_named(texts, tmp_path):
 def test_perplexity_of_each_text_is_that_of_the_text_alone(bos):
     model = build("llama")
     parts = [EvaluationText(tokens(1, n, 3 + n)[0], f"{n}", 16, 16, "float32", bos) for n in (70, 33)]
-    both, alone = perplexity(model, joined(parts)), [perplexity(model, part) for part in parts]
+    both, alone = perplexity(model, joined(parts, [0.25, 0.75])), [perplexity(model, part) for part in parts]
     assert [(text.data, text.windows) for text in both.sources] == [("70", 4), ("33", 2)]
     for text, other in zip(both.sources, alone, strict=True):
         assert text.nll == pytest.approx(other.nll, rel=1e-6)
-    assert both.nll == pytest.approx((4 * alone[0].nll + 2 * alone[1].nll) / 6, rel=1e-6)
+    # By the shares, and not by the windows, of which a short text has too few.
+    assert both.nll == pytest.approx(0.25 * alone[0].nll + 0.75 * alone[1].nll, rel=1e-6)
+    assert both.perplexity == pytest.approx(math.exp(both.nll))
     assert alone[0].sources == ()
 
 
@@ -144,3 +150,29 @@ def test_published_recipes_have_no_paths_of_any_text(checkpoint, texts, tmp_path
     assert published.config["calibration"] == ["low.txt:3", "high.txt:1"]
     assert str(tmp_path) not in recipe_without_paths(config)
     assert len(report.shots[-1].perplexity.sources) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a/train.txt", "b/train.txt"), ("a/none", "b/text.txt"), ("demo", "b/demo")]
+)
+def test_texts_whose_names_are_alike_stay_apart_in_what_is_published(checkpoint, tmp_path, one, other, monkeypatch):
+    without_what_has_other_tests(monkeypatch)
+    paths = [tmp_path / one, tmp_path / other]
+    for path, words in zip(paths, (LOW, HIGH), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        written(path.with_suffix(".txt"), words)
+        if path.suffix != ".txt":
+            path.with_suffix(".txt").rename(path)
+    # A file without an ending is no text; what counts here is how its name is published.
+    names = [str(path) for path in paths]
+    config = recipe(calibration=[f"{names[0]}:3", f"{names[1]}:1"])
+    published = PruneConfig.from_mapping(yaml.safe_load(recipe_without_paths(config)))
+    assert str(tmp_path) not in published.to_yaml()
+    assert len({source.text for source in sources_of(published.calibration)}) == 2
+    if paths[0].suffix == ".txt" == paths[1].suffix:
+        options = config.model_dump() | {"preset": "none", "device": "cpu"}
+        report = prune_checkpoint(str(checkpoint), tmp_path / "out", options)
+        assert without_paths(report).config["calibration"] == ["a/train.txt:3", "b/train.txt:1"]
+        card = (tmp_path / "out" / "README.md").read_text(encoding="utf8")
+        assert "| perplexity on a/train.txt (held-out part) |" in card
+        assert "| perplexity on b/train.txt (held-out part) |" in card

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.report.publish import _masked, recipe_without_paths, without_paths
+from llm_surgeon.report.publish import _masked, distinct_names, recipe_without_paths, without_paths
 from report.test_table import sample_report
 
 
@@ -28,7 +28,7 @@ from report.test_table import sample_report
     ],
 )
 def test_absolute_paths_become_their_last_part(text, expected):
-    assert _masked(text, ["/home/jane/a b.txt"]) == expected
+    assert _masked(text, {"/home/jane/a b.txt": "a b.txt"}) == expected
 
 
 def test_everything_of_a_record_is_looked_through():
@@ -50,3 +50,26 @@ def test_a_path_with_spaces_goes_with_and_without_its_column() -> None:
     published = without_paths(report)
     assert published.config["calibration"] == "chats.jsonl#answer"
     assert published.calibration["source"] == "chats.jsonl, 30 chats"
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["/a/x", "/b/y"], ["x", "y"]),
+        (["/a/x", "/b/x"], ["a/x", "b/x"]),
+        (["/a/x", "/a/x", "/c/y"], ["x", "x (2)", "y"]),
+        (["/c/a/x", "/d/a/x"], ["c/a/x", "d/a/x"]),
+        (["/x", "/a/x"], ["x", "a/x"]),
+        (["owner/name", "demo"], ["name", "demo"]),
+        (["one"], ["one"]),
+        ([], []),
+    ],
+)
+def test_names_have_as_many_parts_as_tell_them_apart(paths, expected):
+    found = distinct_names(paths)
+    assert found == expected
+    assert len({*found}) == len(found)
+
+
+def test_names_with_a_meaning_of_their_own_are_not_given():
+    assert distinct_names(["/a/none", "/b/y"], ("none",)) == ["a/none", "b/y"]

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_surgeon import compare_exports, evaluate, load, prune_checkpoint, sample
+from llm_surgeon import compare_exports, evaluate, load, prune_checkpoint, sample, write_chats
 from llm_surgeon.cli import app
 from llm_surgeon.data.texts import evaluation_text
 from llm_surgeon.errors import ConfigError, NonFiniteError
@@ -111,12 +112,78 @@ def test_texts_come_to_the_page_of_the_run(checkpoint, smaller):
         ({"prompts": ["w1", " "]}, "prompt is empty"),
         ({"chat": True}, "no template for chats"),
         ({"page": True}, "no report.json"),
+        ({"seed": 2**64}, "The seed is"),
+        ({"prompts": "w1 w2"}, "a list of prompts"),
+        ({"prompts": ["w1 \udcff"]}, "broken character"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(checkpoint, options, said, monkeypatch):
     monkeypatch.setattr("llm_surgeon.run.sampling.load", None)
     with pytest.raises(ConfigError, match=said):
         sample(checkpoint, device="cpu", **options)
+
+
+def test_settings_of_the_checkpoint_for_generation_do_not_matter(checkpoint, tmp_path):
+    model, words = load(checkpoint, device="cpu")
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.num_beams = 2
+    model.save_pretrained(tmp_path / "other")
+    words.save_pretrained(tmp_path / "other")
+    ours, others = (
+        sample(path, prompts=["w1 w2"], tokens=8, device="cpu") for path in (checkpoint, tmp_path / "other")
+    )
+    assert ours.models[0].continuations == others.models[0].continuations
+
+
+def test_texts_end_before_the_token_that_ends_them(checkpoint, tmp_path):
+    model, words = load(checkpoint, device="cpu")
+    (written,) = sample(checkpoint, prompts=["w1 w2"], tokens=8, device="cpu").models[0].continuations
+    said = written.sampled.split()
+    place = next(number for number in range(1, 8) if said[number] not in said[:number])
+    model.generation_config.eos_token_id = [words(said[place]).input_ids[-1], 0]
+    model.save_pretrained(tmp_path / "other")
+    words.save_pretrained(tmp_path / "other")
+    (cut,) = sample(tmp_path / "other", prompts=["w1 w2"], tokens=8, device="cpu").models[0].continuations
+    assert cut.sampled.split() == said[:place]
+
+
+def test_a_template_that_refuses_prompts_is_a_message(tmp_path, monkeypatch):
+    words = tokenizer()
+    words.chat_template = "{{ raise_exception('a system message is needed') }}"
+    build("llama").save_pretrained(tmp_path / "strict")
+    words.save_pretrained(tmp_path / "strict")
+    monkeypatch.setattr("llm_surgeon.run.sampling.load", None)
+    monkeypatch.setattr("llm_surgeon.run.chats.load", None)
+    with pytest.raises(ConfigError, match="a system message is needed"):
+        sample(tmp_path / "strict", device="cpu")
+    with pytest.raises(ConfigError, match="a system message is needed"):
+        write_chats(tmp_path / "strict", tmp_path / "chats.jsonl", device="cpu")
+
+
+def test_what_does_not_fit_into_learned_positions_is_said_before_the_model_is_loaded(tmp_path, monkeypatch):
+    model = build("gpt2")
+    positions = model.config.max_position_embeddings
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}" + "w1 " * (positions - 8) + "{{ m.content }}{% endfor %}"
+    model.save_pretrained(tmp_path / "short")
+    words.save_pretrained(tmp_path / "short")
+    fitting = sample(tmp_path / "short", prompts=["w2 w3"], tokens=6, device="cpu")
+    assert fitting.models[0].chat
+    monkeypatch.setattr("llm_surgeon.run.sampling.load", None)
+    with pytest.raises(ConfigError, match="do not fit into") as caught:
+        sample(tmp_path / "short", prompts=["w2 w3"], tokens=7, device="cpu")
+    assert "Use --tokens 6 or less" in caught.value.remedy
+
+
+def test_models_of_the_same_name_and_texts_with_paths_on_the_page(checkpoint, smaller, tmp_path):
+    other = tmp_path / "elsewhere" / smaller.name
+    shutil.copytree(smaller, other)
+    sample(smaller, other, prompts=["w1 /etc/nginx/nginx.conf"], tokens=4, page=True, device="cpu")
+    report = json.loads((smaller / "report.json").read_text(encoding="utf8"))
+    assert report["samples"]["models"][0]["continuations"][0]["prompt"] == "w1 /etc/nginx/nginx.conf"
+    assert len({model["model"] for model in report["samples"]["models"]}) == 2
+    assert str(tmp_path) not in json.dumps(report)
+    sample(checkpoint, checkpoint, prompts=["w1"], tokens=1, device="cpu")
 
 
 def test_a_model_with_broken_weights_is_no_stack_trace(tmp_path):
@@ -157,6 +224,9 @@ def test_exports_that_cannot_be_compared_are_refused_before_one_is_loaded(checkp
         compare_exports([checkpoint], [text], window=32)
     with pytest.raises(ConfigError, match="Two models"):
         compare_exports([checkpoint, checkpoint], [], window=32)
+    for models, data in ((str(checkpoint), [text]), ([checkpoint, checkpoint], text)):
+        with pytest.raises(ConfigError, match="a list"):
+            compare_exports(models, data, window=32)
     other = tokenizer()
     other.add_tokens(["w1 w8"])
     build("llama").save_pretrained(tmp_path / "other")

@@ -90,8 +90,16 @@ def test_a_public_repository_is_not_taken_for_a_private_one(export, hub):
     hub.upload_folder.assert_called_once()
 
 
+def test_a_private_repository_is_not_said_to_be_public(export, hub):
+    hub.repo_info.side_effect, hub.repo_info.return_value = None, Mock(private=True)
+    with pytest.raises(ConfigError, match="is there, and private"):
+        push(export, NAME, public=True)
+    assert push(export, NAME).private
+
+
 @pytest.mark.parametrize(
-    "name", ["smaller", "me/", "/smaller", "a/b/c", "me/small er", "", "me/" + "x" * 100, "../me/x"]
+    "name",
+    ["smaller", "me/", "/smaller", "a/b/c", "me/small er", "", "me/" + "x" * 100, "../me/x", "me/a--b", "me/a..b"],
 )
 def test_names_that_are_none(export, hub, name):
     for dry_run in (True, False):
@@ -116,6 +124,7 @@ def test_what_is_no_export_is_not_sent(checkpoint, hub, tmp_path):
         (OSError("no route"), "cannot be reached: no route"),
         (_UNREACHABLE[-1]("timed out"), "cannot be reached: timed out"),
         (refused(HfHubHTTPError), "The hub refuses me/smaller"),
+        (ValueError("Invalid metadata in README.md"), "refuses what is sent to me/smaller: Invalid metadata"),
     ],
 )
 @pytest.mark.parametrize("step", ["whoami", "create_repo", "upload_folder"])
@@ -147,3 +156,20 @@ def test_a_run_asks_the_hub_before_it_begins_and_sends_at_its_end(checkpoint, ex
     assert done.exit_code == 0, done.output
     assert f"Sent to https://hub.test/{NAME} (private)" in done.stdout
     assert hub.upload_folder.call_args.kwargs["folder_path"] == tmp_path / "out"
+
+
+def test_a_failed_upload_says_how_to_send_the_finished_export(checkpoint, export, hub, tmp_path, monkeypatch):
+    without_what_has_other_tests(monkeypatch)
+    monkeypatch.setattr("sys.argv", ["llm-surgeon"])
+    hub.upload_folder.side_effect = OSError("no route")
+    options = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    words = ["--calibration", str(export.parent / "words.txt")]
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["prune", str(checkpoint), "--out", str(out), *words, *options, "--push-to-hub", NAME]
+    )
+    said = " ".join(done.output.split())
+    assert done.exit_code == 1
+    assert "cannot be reached: no route" in said
+    assert f"llm-surgeon push {out} {NAME}".replace(" ", "") in said.replace(" ", "")
+    assert (out / "report.json").exists()

@@ -14,11 +14,13 @@ import typer
 
 from llm_surgeon.cli.options import COMMON, config_of, with_recipe
 from llm_surgeon.cli.shared import command_line, console, errors_as_messages
-from llm_surgeon.errors import ExportMismatchError
+from llm_surgeon.errors import ConfigError, ExportMismatchError, UploadError
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import own_place
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llm_surgeon.records import ExportRecord, PruneReport
 
 logger = logging.getLogger(__name__)
@@ -61,11 +63,11 @@ def prune(
         # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.
         from llm_surgeon.report.table import summary_table
         from llm_surgeon.run.run import prune_checkpoint
-        from llm_surgeon.run.upload import check_hub, push
+        from llm_surgeon.run.upload import check_hub
         from llm_surgeon.system.progress import RichProgress
 
         quiet_transformers()
-        if push_to_hub is not None and not process:
+        if push_to_hub is not None:
             check_hub(push_to_hub)
         report = prune_checkpoint(model, out, config, progress=RichProgress(errors), command=command_line())
         if process:
@@ -79,8 +81,24 @@ def prune(
         if report.export.failures:
             raise ExportMismatchError(report.export.failures[0], f"All else of the export at {out} is complete.")
         if push_to_hub is not None:
-            for line in push(out, push_to_hub).lines():
-                output.print(line, soft_wrap=True, highlight=False)
+            _push(out, push_to_hub, output)
+
+
+def _push(out: Path, repository: str, output: Console) -> None:
+    """Upload a finished export, and say what was sent.
+
+    Raises:
+        UploadError: If that fails, with the command that sends it later.
+    """
+    from llm_surgeon.run.upload import push
+
+    try:
+        sent = push(out, repository)
+    except (UploadError, ConfigError) as error:
+        remedy = f"The export at {out} is complete: llm-surgeon push {out} {repository}"
+        raise UploadError(error.cause, f"{error.remedy} {remedy}") from None
+    for line in sent.lines():
+        output.print(line, soft_wrap=True, highlight=False)
 
 
 def _how_to_go_on(out: Path) -> str:

@@ -147,7 +147,7 @@ def _check_common(options: Options) -> None:
         alone = "Leave it out: a comparison loads whole models and exports nothing."
         remedy = "Give it as part of a setting." if wrong in _SETTING else alone
         raise ConfigError(f"{wrong} is no option that the cells of a comparison have in common.", remedy)
-    if options.get("evaluation") in (NONE, [NONE]):
+    if options.get("evaluation") in (NONE, [NONE], (NONE,)):
         raise ConfigError("Without an evaluation text there is nothing to compare.", "Leave out evaluation: none.")
 
 

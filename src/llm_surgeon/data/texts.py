@@ -113,7 +113,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given
         )
         for source, tokens in zip(evaluated, _tokens_of(evaluated, config), strict=True)
     ]
-    return Texts(calibration, joined(parts))
+    return Texts(calibration, joined(parts, [source.share for source in evaluated]))
 
 
 def _tokens_of(sources: tuple[Source, ...], config: PruneConfig) -> list[int]:

@@ -23,8 +23,8 @@ class EvaluationText:
         stride: Tokens from one window's start to the next one's.
         precision: ``bfloat16`` (autocast) or ``float32``.
         bos: Whether each window begins with the token that begins a text. The window's other tokens are of the text.
-        sources: Names and numbers of windows of the texts that this one is joined of, in their order; empty for one
-            text. The windows of such a text do not overlap.
+        sources: Names, numbers of windows and shares of the texts that this one is joined of, in their order; empty for
+            one text. The windows of such a text do not overlap.
 
     Raises:
         DataError: If the text is shorter than one window.
@@ -37,7 +37,7 @@ class EvaluationText:
     stride: int
     precision: str = "bfloat16"
     bos: bool = False
-    sources: tuple[tuple[str, int], ...] = ()
+    sources: tuple[tuple[str, int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.tokens) < self.window:
@@ -63,14 +63,15 @@ class EvaluationText:
         return len(self.windows) * self.stride
 
 
-def joined(texts: Sequence[EvaluationText]) -> EvaluationText:
-    """Several texts with the same windows, which do not overlap, as one text."""
+def joined(texts: Sequence[EvaluationText], shares: Sequence[float]) -> EvaluationText:
+    """Several texts with the same windows, which do not overlap, as one text; shares are those of the mean."""
     if len(texts) == 1:
         return texts[0]
     counts = [len(text.windows) for text in texts]
     tokens = torch.cat([text.tokens[: count * text.window] for text, count in zip(texts, counts, strict=True)])
     names = [text.name for text in texts]
-    return replace(texts[0], tokens=tokens, name=" + ".join(names), sources=tuple(zip(names, counts, strict=True)))
+    sources = tuple(zip(names, counts, shares, strict=True))
+    return replace(texts[0], tokens=tokens, name=" + ".join(names), sources=sources)
 
 
 def check_windows(window: int, stride: int, precision: str) -> None:

@@ -47,7 +47,7 @@ def perplexity(
         NonFiniteError: If the model's loss is not finite.
     """
     device = next(model.parameters()).device
-    ends = list(accumulate(count for _, count in text.sources)) or [len(text.windows)]
+    ends = list(accumulate(count for _, count, _ in text.sources)) or [len(text.windows)]
     means, scored = [0.0] * len(ends), 0
     windows = processes.own(text.windows)
     with frozen(model), arithmetic(device, text.precision):
@@ -61,7 +61,9 @@ def perplexity(
             scored += text.window - first
             advance(text.stride)
     *totals, counted = processes.total(*means, scored)
-    nll = sum(totals) / len(text.windows)
+    parts = [total / count for (_, count, _), total in zip(text.sources, totals, strict=False)]
+    # A text may be too short for as many windows as its share asks for.
+    nll = _weighted(parts, text) if text.sources else totals[0] / len(text.windows)
     return Perplexity(
         perplexity=_exponential(nll),
         nll=nll,
@@ -72,10 +74,15 @@ def perplexity(
         precision=text.precision,
         bos=text.bos,
         sources=tuple(
-            SourcePerplexity(data=name, perplexity=_exponential(total / count), nll=total / count, windows=count)
-            for (name, count), total in zip(text.sources, totals if text.sources else [], strict=True)
+            SourcePerplexity(data=name, perplexity=_exponential(own), nll=own, windows=count)
+            for (name, count, _), own in zip(text.sources, parts, strict=True)
         ),
     )
+
+
+def _weighted(parts: Sequence[float], text: EvaluationText) -> float:
+    """Mean of the texts' negative log-likelihoods by their shares."""
+    return sum(share * own for (_, _, share), own in zip(text.sources, parts, strict=True))
 
 
 def _exponential(nll: float) -> float:

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm_surgeon.errors import ConfigError, NonFiniteError
+from llm_surgeon.recipe.groups.base import MOST_SEED
+from llm_surgeon.recipe.quantity import shown
 from llm_surgeon.records.samples import Continuation
 from llm_surgeon.system.progress import Progress
 
@@ -59,12 +67,74 @@ class Drawing:
         Raises:
             ConfigError: If there are such.
         """
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ConfigError(f"The seed is {self.seed}.", f"Use a whole number from 0 to {MOST_SEED}.")
         if self.tokens < 1 or not 0 < self.temperature < 100 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"{self.tokens} tokens at a temperature of {self.temperature:g} and a top-p of {self.top_p:g} cannot "
                 "be drawn.",
                 "Use a token at least, a temperature between 0 and 100, and a top-p above 0, of 1 at most.",
             )
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+    """Text of messages by the tokenizer's template, up to where the model is to answer.
+
+    Raises:
+        ConfigError: If the template refuses them.
+    """
+    try:
+        return str(tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=True))
+    # A template is a program of its own, and may raise whatever it likes.
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = f"The tokenizer's template refuses a chat that begins with {shown(messages[0]['content'])}: {said}."
+        raise ConfigError(cause, "Leave the template out (sample has --no-chat), or mend it.") from None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids of a prompt, ``[1, n]``.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: The prompt.
+        chat: Whether it is a user's message in the tokenizer's template, or the beginning of a text.
+
+    Raises:
+        ConfigError: If the template refuses it, or it is no text.
+    """
+    try:
+        prompt.encode("utf8")
+    except UnicodeEncodeError:
+        raise ConfigError("A prompt holds a broken character (half a surrogate pair).", "Write it in UTF-8.") from None
+    if chat:
+        text = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
+        return torch.as_tensor(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids)
+    ids = torch.as_tensor(tokenizer(prompt, return_tensors="pt").input_ids)
+    # A tokenizer may end each text with a token behind which nothing comes.
+    return ids[:, :-1] if ids.shape[1] > 1 and int(ids[0, -1]) == tokenizer.eos_token_id else ids
+
+
+def check_room(settings: Any, longest: int, tokens: int) -> None:
+    """Make sure that a model has positions for prompts and what it is to write behind them.
+
+    Args:
+        settings: Configuration of the model.
+        longest: Tokens of the longest prompt.
+        tokens: Tokens that are to be written, at most.
+
+    Raises:
+        ConfigError: If the model has learned its positions, and has fewer.
+    """
+    own = settings.get_text_config()
+    positions = getattr(own, "max_position_embeddings", None)
+    rotary = any(getattr(own, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    if isinstance(positions, int) and not rotary and longest + tokens > positions:
+        raise ConfigError(
+            f"A prompt of {longest:,} tokens and {tokens:,} behind it do not fit into the {positions:,} positions that "
+            "the model has learned.",
+            f"Use --tokens {positions - longest} or less." if positions > longest else "Use shorter prompts.",
+        )
 
 
 def continuations(
@@ -90,31 +160,20 @@ def continuations(
 
     Raises:
         NonFiniteError: If the model's predictions are not finite.
-        ConfigError: If a prompt and its new tokens are longer than the positions that the model has learned.
+        ConfigError: If the template refuses a prompt.
     """
     written = []
     with progress.phase(words, 2 * len(prompts), "texts") as phase:
         for prompt in prompts:
-            ids = _ids(tokenizer, prompt, chat)
+            ids = prompt_ids(tokenizer, prompt, chat)
             mask = torch.ones_like(ids)
-            greedy = _generated(model, tokenizer, ids, mask, {"max_new_tokens": drawing.tokens, "do_sample": False})
+            (greedy,) = _generated(model, tokenizer, ids, mask, {"max_new_tokens": drawing.tokens, "do_sample": False})
             phase.advance(1)
-            drawn = drawn_tokens(model, tokenizer, ids, mask, drawing, drawing.seed)
+            (drawn,) = drawn_tokens(model, tokenizer, ids, mask, drawing, drawing.seed)
             phase.advance(1)
-            texts = [str(tokenizer.decode(new[0], skip_special_tokens=True)) for new in (greedy, drawn)]
+            texts = [str(tokenizer.decode(new, skip_special_tokens=True)) for new in (greedy, drawn)]
             written.append(Continuation(prompt=prompt, greedy=texts[0], sampled=texts[1]))
     return tuple(written)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
-    """Token ids of a prompt, ``[1, n]``."""
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        return torch.as_tensor(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids)
-    ids = torch.as_tensor(tokenizer(prompt, return_tensors="pt").input_ids)
-    # A tokenizer may end each text with a token behind which nothing comes.
-    return ids[:, :-1] if ids.shape[1] > 1 and int(ids[0, -1]) == tokenizer.eos_token_id else ids
 
 
 def drawn_tokens(
@@ -124,8 +183,8 @@ def drawn_tokens(
     mask: torch.Tensor,
     drawing: Drawing,
     seed: int,
-) -> torch.Tensor:
-    """Tokens that a model draws behind prompts, ``[n, tokens]``; behind its end a row has tokens that mean nothing.
+) -> list[torch.Tensor]:
+    """Tokens that a model draws behind each of some prompts, without the token that ends them.
 
     Args:
         model: A causal language model.
@@ -147,22 +206,47 @@ def drawn_tokens(
 @torch.no_grad()
 def _generated(
     model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
-) -> torch.Tensor:
-    """Tokens that a model writes behind prompts, ``[n, tokens]``.
+) -> list[torch.Tensor]:
+    """Tokens that a model writes behind each of some prompts, without the token that ends them.
 
     Raises:
         NonFiniteError: If the model's predictions are not finite.
     """
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or tokenizer.eos_token_id
-    pad = ends[0] if isinstance(ends, list) else ends
-    how = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **options)
+    own = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    how = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **options)
+    # What is not set is taken from the model's own settings, which may punish repetition or search by beams.
+    model.generation_config = GenerationConfig()
     try:
-        whole = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise NonFiniteError(
-            "The model's predictions are not finite.", "Check its weights, or use --dtype float32."
-        ) from None
-    result: torch.Tensor = whole[:, ids.shape[1] :]
-    return result
+        whole = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=how,
+            logits_processor=LogitsProcessorList([_Finite()]),
+        )
+    finally:
+        model.generation_config = own
+    return [_up_to(row, ends) for row in whole[:, ids.shape[1] :]]
+
+
+def _up_to(row: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """The tokens ``[n]`` before the first that ends a text."""
+    found = torch.isin(row, torch.tensor(ends, device=row.device)).nonzero() if ends else row[:0]
+    return row[: int(found[0])] if len(found) else row
+
+
+class _Finite(LogitsProcessor):
+    """Refusal of predictions that are no numbers, of which the likeliest would be a token like any other."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores as they are.
+
+        Raises:
+            NonFiniteError: If one is no number.
+        """
+        if bool(scores.isnan().any()):
+            raise NonFiniteError(
+                "The model's predictions are not finite.", "Check its weights, or use --dtype float32."
+            )
+        return scores

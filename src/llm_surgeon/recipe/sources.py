@@ -10,7 +10,7 @@ from fractions import Fraction
 from llm_surgeon.recipe.quantity import shown
 
 # A share behind the last colon of a source. A sign is read too, so that it can be refused.
-_SHARE = re.compile(r"(?P<text>.+):(?P<share>[+-]?(?:\d+(?:\.\d*)?|\.\d+)%?)")
+_SHARE = re.compile(r"(?P<text>.+):\s*(?P<share>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*%?)\s*")
 NONE = "none"
 
 
@@ -46,14 +46,16 @@ def sources_of(given: tuple[str, ...]) -> tuple[Source, ...]:
         if name == NONE:
             raise ValueError(f"has {NONE} beside other texts")
         if name in names[:number]:
-            raise ValueError(f"has {shown(name)} twice")
+            share = found[number]
+            read = f", as {shown(share[0])} is read as a text and its share" if share else ""
+            raise ValueError(f"has {shown(name)} twice{read}")
     shares = [share["share"] for share in found if share is not None]
     if not shares:
         return tuple(Source(name, 1 / len(names)) for name in names)
     if len(shares) < len(given):
         without = next(text for text, share in zip(given, found, strict=True) if share is None)
         raise ValueError(f"has {shown(without)} without a share beside texts with one: write TEXT:SHARE for each")
-    parts = [float(share.rstrip("%")) for share in shares]
+    parts = [float(share.rstrip("% ")) for share in shares]
     wrong = next((share for share, part in zip(shares, parts, strict=True) if not 0 < part < math.inf), None)
     if wrong is not None:
         raise ValueError(f"has the share {wrong}: shares are positive numbers")

@@ -19,7 +19,7 @@ class Perplexity(Record):
 
     ``tokens`` counts the scored targets; ``nll`` is their mean negative log-likelihood in nats, averaged over windows.
     ``bos`` says whether each window begins with the token that begins a text. Where the text is joined of several,
-    ``sources`` has the perplexity of each.
+    ``sources`` has the perplexity of each, and ``nll`` is the mean of theirs by the shares of the texts.
     """
 
     perplexity: float

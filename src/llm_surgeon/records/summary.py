@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llm_surgeon.records.evaluation import Perplexity
+    from llm_surgeon.records.evaluation import Perplexity, SourcePerplexity
     from llm_surgeon.records.run import PruneReport
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -38,14 +38,17 @@ def perplexity_cell(perplexity: float) -> str:
 
 def by_source(dense: Perplexity | None, pruned: Perplexity | None) -> list[tuple[str, float | None, float | None]]:
     """Perplexities of each text, where a run was measured on several: name, of the dense and of the pruned model."""
-    known = [
-        {text.data: text.perplexity for text in measured.sources} if measured else {} for measured in (dense, pruned)
-    ]
-    names = dict.fromkeys(name for found in known for name in found)
+    texts = [measured.sources if measured else () for measured in (dense, pruned)]
     return [
-        (Path(name).name if Path(name).is_absolute() else name, known[0].get(name), known[1].get(name))
-        for name in names
+        (Path(one.data).name if Path(one.data).is_absolute() else one.data, *_both(texts, number))
+        for number, one in enumerate(texts[0] or texts[1])
     ]
+
+
+def _both(texts: list[tuple[SourcePerplexity, ...]], number: int) -> tuple[float | None, float | None]:
+    """Perplexities of the dense and of the pruned model on one text."""
+    first, last = (found[number].perplexity if number < len(found) else None for found in texts)
+    return first, last
 
 
 def facts_of(report: PruneReport) -> list[tuple[str, str]]:

@@ -7,8 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_surgeon.records import ExportComparison
-from llm_surgeon.report.card import model_name
-from llm_surgeon.report.sample_table import names_of
+from llm_surgeon.report.publish import distinct_names
 from llm_surgeon.report.table import UNKNOWN, perplexity_cell, perplexity_note, scaled, scaled_bytes
 
 
@@ -20,12 +19,12 @@ def exports_table(found: ExportComparison) -> Table:
     table = Table(caption=Text("\n".join(notes)), caption_justify="left", caption_style="dim", box=box.SIMPLE_HEAD)
     for number, heading in enumerate(("model", "parameters", "bytes on disk")):
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for text in texts:
-        named = f" on {model_name(text)}" if len(texts) > 1 else ""
+    for text in distinct_names(texts):
+        named = f" on {text}" if len(texts) > 1 else ""
         table.add_column(f"perplexity{named}", justify="right", overflow="fold")
         table.add_column(f"KL{named}", justify="right", overflow="fold")
-    names = names_of([model.model for model in found.models])
-    for model in found.models:
+    names = distinct_names([model.model for model in found.models])
+    for name, model in zip(names, found.models, strict=True):
         cells = [
             cell
             for perplexity, divergence in zip(model.perplexities, model.divergences, strict=True)
@@ -35,5 +34,5 @@ def exports_table(found: ExportComparison) -> Table:
             )
         ]
         files = UNKNOWN if model.weight_bytes is None else scaled_bytes(model.weight_bytes)
-        table.add_row(Text(names[model.model]), scaled(model.parameters), files, *cells)
+        table.add_row(Text(name), scaled(model.parameters), files, *cells)
     return table

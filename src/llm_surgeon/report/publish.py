@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_surgeon.data.corpora import without_column
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.recipe.sources import sources_of
+from llm_surgeon.recipe.sources import NONE, sources_of
 from llm_surgeon.records import PruneReport
 
 # An absolute path, or one from the home directory, of at least two parts. Addresses of the web do not match, as they
@@ -23,40 +23,61 @@ def without_paths(report: PruneReport) -> PruneReport:
 
     Exports are uploaded as they are, and the directories of their authors are nobody's business.
     """
-    given = [report.model, *_texts_of(report.config)]
-    if report.export is not None:
-        given.append(report.export.path)
-    # A path with spaces can only be found as a whole. The longest goes first, as one may be part of another.
-    return PruneReport.model_validate(_masked(report.model_dump(mode="json"), _absolute(given)))
+    given = [report.model] if report.export is None else [report.model, report.export.path]
+    known = {text: Path(text).name for text in given if _is_absolute(text)} | _names_of(report.config)
+    return PruneReport.model_validate(_masked(report.model_dump(mode="json"), known))
 
 
 def recipe_without_paths(config: PruneConfig) -> str:
     """The resolved recipe as YAML, with the last parts of absolute paths."""
-    masked: dict[str, Any] = _masked(config.model_dump(), _absolute(_texts_of(config.model_dump())))
+    options = config.model_dump()
+    masked: dict[str, Any] = _masked(options, _names_of(options))
     return PruneConfig.model_validate(masked).to_yaml()
 
 
-def _texts_of(config: Mapping[str, Any]) -> list[str]:
-    """Names of the texts in a recipe's options, without shares."""
+def distinct_names(paths: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """Last parts of paths, with as many parts in front of them as tell them apart; what is equal all along is numbered.
+
+    Args:
+        paths: The paths, or other names.
+        taken: Names that have a meaning of their own.
+    """
+    known = _apart([*dict.fromkeys(paths)], {*taken})
+    numbers = [paths[:place].count(path) for place, path in enumerate(paths)]
+    return [
+        f"{known[path]} ({number + 1})" if number else known[path] for path, number in zip(paths, numbers, strict=True)
+    ]
+
+
+def _apart(paths: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """Last parts of different paths, as few as tell them apart."""
+    parts = [[part for part in Path(path).parts if part != Path(path).anchor] or [path] for path in paths]
+    for length in range(1, 1 + max(map(len, parts), default=0)):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len({*names}) == len(names) and not {*names} & taken:
+            return dict(zip(paths, names, strict=True))
+    return {path: f"{own[-1]} ({number})" for number, (path, own) in enumerate(zip(paths, parts, strict=True), start=1)}
+
+
+def _names_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Names in place of the absolute paths of the texts in a recipe's options, without columns and shares."""
     given = [config.get("calibration"), config.get("evaluation")]
     listed = [tuple(names) if isinstance(names, list | tuple) else (names,) for names in given if names]
-    return [source.text for names in listed for source in sources_of(names)]
-
-
-def _absolute(texts: Iterable[str]) -> list[str]:
-    """Those texts that are absolute paths, with and without the names of columns; the longest first."""
-    absolute = [text for text in texts if _is_absolute(text)]
-    return sorted({*absolute, *(without_column(text) for text in absolute)}, key=len, reverse=True)
+    texts = (without_column(source.text) for names in listed for source in sources_of(names))
+    absolute = [*dict.fromkeys(text for text in texts if _is_absolute(text))]
+    return dict(zip(absolute, distinct_names(absolute, (NONE, "demo")), strict=True))
 
 
 def _is_absolute(text: str) -> bool:
     return text.startswith("~") or Path(text).is_absolute()
 
 
-def _masked(value: Any, known: list[str]) -> Any:
+def _masked(value: Any, known: Mapping[str, str]) -> Any:
+    """A value with names in place of paths, in all that it holds."""
     if isinstance(value, str):
-        for path in known:
-            value = value.replace(path, Path(path).name)
+        # A path with spaces can only be found as a whole. The longest goes first, as one may be part of another.
+        for path in sorted(known, key=len, reverse=True):
+            value = value.replace(path, known[path])
         return _PATH.sub(lambda found: found[1] or ".", value)
     if isinstance(value, dict):
         return {_masked(key, known): _masked(entry, known) for key, entry in value.items()}

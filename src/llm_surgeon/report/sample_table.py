@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from llm_surgeon.records import SampleComparison
-from llm_surgeon.report.card import model_name
 from llm_surgeon.report.markup import said, table
+from llm_surgeon.report.publish import distinct_names
 
 WAYS = (("greedy", "greedy"), ("drawn", "sampled"))
 # Where a model ends its text at once.
 NOTHING = "(nothing)"
 
 
-def names_of(models: Sequence[str]) -> dict[str, str]:
-    """Names of models for headings: the last part of a path, unless two have the same."""
-    short = {model: model_name(model) for model in models}
-    return short if len({*short.values()}) == len(short) else {model: model for model in models}
-
-
 def sample_tables(found: SampleComparison) -> RenderableType:
     """Draw a table for each prompt, with a column for each model, for a terminal."""
     parts: list[RenderableType] = []
-    names = names_of([model.model for model in found.models])
+    names = distinct_names([model.model for model in found.models])
     for number, asked in enumerate(found.models[0].continuations):
         drawn = Table(
             title=Text(asked.prompt, style="bold"),
@@ -37,8 +29,8 @@ def sample_tables(found: SampleComparison) -> RenderableType:
             show_lines=True,
         )
         drawn.add_column("", width=6)
-        for model in found.models:
-            drawn.add_column(Text(names[model.model]), ratio=1, overflow="fold")
+        for name in names:
+            drawn.add_column(Text(name), ratio=1, overflow="fold")
         for name, attribute in WAYS:
             texts = [getattr(model.continuations[number], attribute) for model in found.models]
             drawn.add_row(name, *(Text(text.strip() or NOTHING) for text in texts))
@@ -50,11 +42,11 @@ def samples_section(found: SampleComparison | None) -> str:
     """Section of a run's page with the texts of each prompt."""
     if found is None:
         return said("No texts were written: llm-surgeon sample EXPORT --against MODEL --page adds them.")
-    names = names_of([model.model for model in found.models])
+    names = distinct_names([model.model for model in found.models])
     tables = [
         table(
             asked.prompt,
-            ("", *names.values()),
+            ("", *names),
             [
                 (name, *(getattr(model.continuations[number], attribute).strip() or NOTHING for model in found.models))
                 for name, attribute in WAYS

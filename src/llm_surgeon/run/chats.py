@@ -13,10 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_surgeon.data.chat_prompts import MOST, chat_prompts
 from llm_surgeon.errors import ConfigError
-from llm_surgeon.evaluation.sampling import Drawing, drawn_tokens
-from llm_surgeon.models.loading import check_dtype, load, load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.evaluation.sampling import Drawing, check_room, drawn_tokens, prompt_ids, prompt_text
+from llm_surgeon.models.loading import (
+    check_dtype,
+    load,
+    load_config,
+    load_tokenizer,
+    resolve_device,
+    resolve_source,
+)
 from llm_surgeon.session.given import as_path, ready
-from llm_surgeon.session.preconditions import check_positions
 from llm_surgeon.system.files import check_result_file, in_place
 from llm_surgeon.system.progress import Progress, SilentProgress
 
@@ -24,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Chats that are written side by side. It is fixed, as what is drawn depends on it.
 _TOGETHER = 16
-# Tokens of the prompts of a chat, at most, with what a template adds.
-_PROMPTS = 256
+# Tokens of a second prompt, at most, with what a template adds.
+_FURTHER = 64
 
 
 def write_chats(
@@ -63,7 +69,7 @@ def write_chats(
         Number of tokens that were written.
 
     Raises:
-        ConfigError: If the tokenizer has no template for chats, or the numbers cannot be.
+        ConfigError: If the tokenizer has no template for chats or refuses the prompts, or the numbers cannot be.
         OutputError: If the file is there already, or cannot be written.
         ModelError: If the model cannot be loaded.
         NonFiniteError: If predictions are not finite.
@@ -76,15 +82,18 @@ def write_chats(
     check_dtype(dtype)
     resolve_device(device)
     check_result_file(file)
-    if not load_tokenizer(resolve_source(str(model)), trust_remote_code).chat_template:
+    source = resolve_source(str(model))
+    words = load_tokenizer(source, trust_remote_code)
+    if not words.chat_template:
         raise ConfigError(
             f"The tokenizer of {model} has no template for chats, so that it is no chat model.",
             "Calibrate such a model on prose.",
         )
+    prompts, display = chat_prompts(rows, seed), progress or SilentProgress()
+    longest = max(prompt_ids(words, said[0], chat=True).shape[1] for said in prompts)
+    check_room(load_config(source, trust_remote_code), longest + _FURTHER, 2 * tokens)
     logger.info("loading %s", model)
     network, tokenizer = load(model, dtype, device, trust_remote_code)
-    check_positions(network.config, {"tokens": _PROMPTS + 2 * tokens})
-    prompts, display = chat_prompts(rows, seed), progress or SilentProgress()
     chats: list[list[dict[str, str]]] = []
     written = 0
     with ready(network), display.phase("chats", rows, "chats") as phase:
@@ -109,12 +118,12 @@ def _chats(
         now = [chat for chat, said in zip(chats, prompts, strict=True) if len(said) > turn]
         for chat, said in zip(now, (said for said in prompts if len(said) > turn), strict=True):
             chat.append({"role": "user", "content": said[turn]})
-        texts = [str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in now]
+        texts = [prompt_text(tokenizer, chat) for chat in now]
         ids, mask = _padded(tokenizer, texts)
         answers = drawn_tokens(network, tokenizer, ids, mask, drawing, seed + turn)
         for chat, answer in zip(now, answers, strict=True):
             text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-            written += len(tokenizer(text, add_special_tokens=False).input_ids)
+            written += len(answer)
             chat.append({"role": "assistant", "content": text})
     return chats, written
 

@@ -17,6 +17,7 @@ from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
 from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.export.save import weight_bytes
 from llm_surgeon.models.loading import check_dtype, load, load_tokenizer, resolve_device, resolve_source
 from llm_surgeon.models.trust import has_weights
 from llm_surgeon.passes.head import Head
@@ -77,6 +78,8 @@ def compare_exports(
         ModelError: If a model cannot be loaded.
         NonFiniteError: If a model's loss is not finite.
     """
+    if isinstance(models, str) or isinstance(data, str):
+        raise ConfigError("A text stands where a list is to be.", "Give lists of models and of texts.")
     names = [str(model) for model in models]
     if len(names) < 2 or not data:
         raise ConfigError("Two models and a text are the least that can be compared.", "Name more of them.")
@@ -182,4 +185,5 @@ def _weight_bytes(source: Path) -> int | None:
     """Bytes of the weight files of a directory; None if it is not on this machine."""
     if not source.is_dir() or not has_weights(source):
         return None
-    return sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    # Some checkpoints hold the same weights once more under names of their own.
+    return sum(path.stat().st_size for path in source.glob("model*.safetensors")) or weight_bytes(source)

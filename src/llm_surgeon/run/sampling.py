@@ -10,13 +10,19 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llm_surgeon.errors import ConfigError, OutputError
-from llm_surgeon.evaluation.sampling import PROMPTS, QUESTIONS, Drawing, continuations
-from llm_surgeon.models.loading import check_dtype, load, load_tokenizer, resolve_device, resolve_source
+from llm_surgeon.evaluation.sampling import PROMPTS, QUESTIONS, Drawing, check_room, continuations, prompt_ids
+from llm_surgeon.models.loading import (
+    check_dtype,
+    load,
+    load_config,
+    load_tokenizer,
+    resolve_device,
+    resolve_source,
+)
 from llm_surgeon.records import PruneReport, SampleComparison, Samples
 from llm_surgeon.report.page import report_page
-from llm_surgeon.report.publish import without_paths
+from llm_surgeon.report.publish import distinct_names
 from llm_surgeon.session.given import ready
-from llm_surgeon.session.preconditions import check_positions
 from llm_surgeon.system.progress import Progress, SilentProgress
 from llm_surgeon.versions import versions
 
@@ -67,22 +73,25 @@ def sample(
     check_dtype(dtype)
     resolve_device(device)
     report = _report_of(Path(model)) if page else None
+    if isinstance(prompts, str):
+        raise ConfigError("A text stands where a list of prompts is to be.", "Give prompts=['one', 'another'].")
     names = [str(name) for name in (against, model) if name is not None]
-    templates = [bool(load_tokenizer(resolve_source(name), trust_remote_code).chat_template) for name in names]
-    if chat and not all(templates):
-        raise ConfigError(
-            f"The tokenizer of {names[templates.index(False)]} has no template for chats.", "Leave --chat out."
-        )
-    talks = all(templates) if chat is None else chat
+    sources = [resolve_source(name) for name in names]
+    tokenizers = [load_tokenizer(source, trust_remote_code) for source in sources]
+    without = next((name for name, own in zip(names, tokenizers, strict=True) if not own.chat_template), None)
+    if chat and without is not None:
+        raise ConfigError(f"The tokenizer of {without} has no template for chats.", "Leave --chat out.")
+    talks = without is None if chat is None else chat
     asked = tuple(prompts) or (QUESTIONS if talks else PROMPTS)
     if any(not prompt.strip() for prompt in asked):
         raise ConfigError("A prompt is empty.", "Give it some words.")
+    for source, own in zip(sources, tokenizers, strict=True):
+        longest = max(prompt_ids(own, prompt, talks).shape[1] for prompt in asked)
+        check_room(load_config(source, trust_remote_code), longest, tokens)
     made = []
     for name in names:
         logger.info("loading %s", name)
         network, tokenizer = load(name, dtype, device, trust_remote_code)
-        lengths = [len(tokenizer(prompt).input_ids) for prompt in asked]
-        check_positions(network.config, {"tokens": max(lengths) + tokens})
         with ready(network):
             written = continuations(
                 network, tokenizer, asked, drawing, progress or SilentProgress(), chat=talks, words=f"texts of {name}"
@@ -120,7 +129,10 @@ def _put_on_page(report: PruneReport, samples: SampleComparison, directory: Path
     Raises:
         OutputError: If they cannot be written.
     """
-    report = without_paths(report.model_copy(update={"samples": samples}))
+    # The report has no paths already, and what models write may hold some.
+    names = distinct_names([model.model for model in samples.models])
+    models = [one.model_copy(update={"model": name}) for one, name in zip(samples.models, names, strict=True)]
+    report = report.model_copy(update={"samples": samples.model_copy(update={"models": tuple(models)})})
     try:
         (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
         (directory / "report.html").write_text(report_page(report), encoding="utf8")

@@ -97,7 +97,8 @@ def check_hub(repository: str, *, public: bool = False) -> None:
     """Make sure that a repository can be written to, before there is anything to send.
 
     Raises:
-        ConfigError: If the name is none, or the repository is there and public although it is to be private.
+        ConfigError: If the name is none, or the repository is there and public although it is to be private, or the
+            other way round.
         UploadError: If nobody is logged in, the hub cannot be reached, or refuses.
     """
     _check_name(repository)
@@ -112,6 +113,11 @@ def check_hub(repository: str, *, public: bool = False) -> None:
         raise ConfigError(
             f"The repository {repository} is there, and public.", "Give --public, or another name for a private one."
         )
+    if private and public:
+        raise ConfigError(
+            f"The repository {repository} is there, and private.",
+            "Leave --public out, or open it on the hub first.",
+        )
 
 
 def _check_name(repository: str) -> None:
@@ -120,7 +126,8 @@ def _check_name(repository: str) -> None:
     Raises:
         ConfigError: If it is not.
     """
-    if len(repository) > _LONGEST or not re.fullmatch(rf"{_PART}/{_PART}", repository):
+    known = len(repository) <= _LONGEST and re.fullmatch(rf"{_PART}/{_PART}", repository)
+    if not known or "--" in repository or ".." in repository:
         raise ConfigError(f"{shown(repository)} is no name of a repository.", _NAME)
 
 
@@ -155,6 +162,9 @@ def _refusals(repository: str) -> Iterator[None]:
         yield
     except HFValidationError:
         raise ConfigError(f"{shown(repository)} is no name of a repository.", _NAME) from None
+    except ValueError as error:
+        cause = f"The hub's client refuses what is sent to {repository}: {_one_line(str(error))}."
+        raise UploadError(cause, "Mend README.md, whose head it checks, and push again.") from None
     except LocalTokenNotFoundError:
         raise UploadError("Nobody is logged in to the hub on this machine.", "Run `hf auth login` first.") from None
     except HfHubHTTPError as error:
