@@ -63,7 +63,7 @@ def limit_of(point: Point, model: Path, calibration: Path) -> int:
 
 
 def measure(point: Point, calibration: Path, limit: int | None) -> dict[str, Any]:
-    """Prune a model of the size of a point, and report its peak and limit in MiB, and seconds."""
+    """Prune a model of the size of a point, and report its peak and limit in MiB."""
     with tempfile.TemporaryDirectory() as place:
         model, out = Path(place) / "model", Path(place) / "out"
         save_model(point, model)
@@ -74,8 +74,7 @@ def measure(point: Point, calibration: Path, limit: int | None) -> dict[str, Any
         report = PruneReport.model_validate_json((out / "report.json").read_text(encoding="utf8"))
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     peak = max(shot.peak for shot in report.shots)
-    seconds = sum(shot.seconds for shot in report.shots)
-    return {"peak": peak / 2**20, "limit": limit, "weights": weights / 2**20, "seconds": seconds}
+    return {"peak": peak / 2**20, "limit": limit, "weights": weights / 2**20}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -87,12 +86,11 @@ def markdown(result: dict[str, Any]) -> str:
             f"{found['limit']:,}",
             f"{found['peak']:,.0f}",
             f"{found['peak'] / result['points'][axis][0]['peak']:.2f}",
-            f"{found['seconds']:,.0f}",
         )
         for axis, points in AXES.items()
         for point, found in zip(points, result["points"][axis], strict=True)
     ]
-    header = ("", "weights (MiB)", "limit (MiB)", "peak (MiB)", "peak to the first", "seconds")
+    header = ("", "weights (MiB)", "limit (MiB)", "peak (MiB)", "peak to the first")
     return f"""\
 # Growth of the default recipe under a limit
 
