@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,6 +34,7 @@ from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import PruneReport, Record, RunRecord
 from llm_surgeon.refit.stages import changed_beside
 from llm_surgeon.system.files import in_place, writing
+from llm_surgeon.system.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Checkpoints:
         try:
             with writing(directory / f"shot-{shot}.safetensors", sum(tensor.nbytes for tensor in tensors.values())):
                 with in_place(self._tensors(shot)) as path:
-                    save_file(dict(tensors), path)
+                    write_tensors(path, tensors)
                 self._write_words(checkpoint)
                 self._write_sums(shot, [self._line(self._tensors(shot)), self._line(self._words(shot))])
         except BaseException:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from llm_surgeon.models.streaming import weights_of
 from llm_surgeon.pruning.checkpoint import restore_tensors, tensors_of
 from llm_surgeon.pruning.result import ShotResult
 from llm_surgeon.records import RemovalMark, Spent
@@ -44,7 +43,6 @@ def removals_of(session: Session, number: int, clock: Clock, remove: Callable[[]
         session.marks.write(
             REMOVALS, lambda: tensors_of(session.model, session.anatomy, result.state, session.config), words
         )
-        weights_of(session.model).forget()
     return result
 
 

@@ -16,7 +16,6 @@ from llm_surgeon.refit.cross_fit import OtherWeights, fitted_parameters
 from llm_surgeon.refit.stage import Fitted, Steps
 from llm_surgeon.session.marks import Mark
 from llm_surgeon.session.session import Session
-from llm_surgeon.system.allocator import forget_pages
 from llm_surgeon.system.clock import Clock
 
 # Marks of the weights that are fitted, and of the first model of cross-fitting while the second is fitted.
@@ -111,14 +110,10 @@ class Fits:
         if self._turn and other is not None and not self._first_kept:
             session.marks.write(_FIRST, lambda: _numbered(other.kept), NoWords())
             self._first_kept = True
-            # Written, all of them are in memory, and they are in no module that would drop them.
-            for tensor in other.kept:
-                forget_pages(tensor)
         spent = Spent(stages=self._clock.records(), profile=self._clock.profile())
         words = FitMark(done=tuple(self._done), turn=self._turn, steps=steps, spent=spent)
         beside = {f"{_KEPT}/{name}": tensor for name, tensor in kept.items()}
         session.marks.write(_FITS, lambda: _numbered(self._parameters()) | beside, words)
-        weights_of(session.model).forget()
 
     def _read(self) -> tuple[Mark[FitMark] | None, Mark[NoWords] | None]:
         """Marks of an earlier process: of the fits, and of the first model of cross-fitting if the second is fitted."""

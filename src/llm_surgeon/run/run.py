@@ -397,7 +397,6 @@ def _prune_into(
         elif checkpoint is not None:
             tensors = tensors_of(job.model, job.anatomy, state, job.config)
             _the(run).checkpoints.write(checkpoint, tensors)
-            weights_of(job.model).forget()
             job.session.marks.clear()
         if job.texts.evaluation is None or report.shots[-1].perplexity is not None:
             export_shot(job, _the(run), state)

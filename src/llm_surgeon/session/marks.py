@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_surgeon.records import Record
 from llm_surgeon.system.files import in_place, says_full
 from llm_surgeon.system.processes import ALONE, Processes
+from llm_surgeon.system.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +143,13 @@ class Marks:
             return
         try:
             with in_place(path) as partial:
-                save_file(dict(tensors), partial, metadata={_WORDS: words.model_dump_json()})
+                write_tensors(partial, tensors, {_WORDS: words.model_dump_json()})
                 # Until the file has its name, the checksum of the former file counts as well.
                 sums = path.with_suffix(".sha256")
                 former = sums.read_text(encoding="utf8").splitlines(keepends=True) if sums.exists() else []
                 with in_place(sums) as of_sums:
                     of_sums.write_text("".join([*former[-1:], f"{_digest(partial)}  {path.name}\n"]), encoding="utf8")
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             if not says_full(error):
                 raise
             logger.warning("no state inside the shot is kept: the disk of %s is full", path.parent)
