@@ -197,3 +197,8 @@ def test_a_run_on_chats(tmp_path, monkeypatch):
 
     assert report.calibration["source"].endswith("documents 1-270 of 300, 270 chats")
     assert report.shots[-1].perplexity.data.endswith("(held-out part)")
+
+
+def test_broken_characters_in_memory_are_refused_as_in_files():
+    with pytest.raises(DataError, match=r"texts\[1\] holds a broken character"):
+        corpus_of(["w1", "w2 \ud800"])

@@ -106,8 +106,14 @@ def test_only_as_much_is_read_as_is_wanted(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, " " * 5000, "one two " * 40 + "y" * 3000 + " three" * 400])
-def test_a_text_without_a_joint_is_read_at_once(tokenizer, text):
+def test_a_text_without_a_joint_is_read_on(tokenizer, text):
     assert token_ids(tokenizer, text, special=True).tolist() == whole(tokenizer, text, True)
+
+
+def test_one_place_without_a_joint_makes_one_longer_piece(tokenizer):
+    text, read = hostile(6000) + " " + "z" * 2500 + " " + hostile(6000), Longest(tokenizer)
+    assert token_ids(read, text, special=True).tolist() == whole(tokenizer, text, True)
+    assert read.longest < len(text) / 2
 
 
 def test_a_tokenizer_that_tells_no_places(tokenizer):

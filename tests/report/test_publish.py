@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.report.publish import _masked, distinct_names, recipe_without_paths, without_paths
+from llm_surgeon.records.names import distinct_names
+from llm_surgeon.report.publish import _masked, recipe_without_paths, without_paths
 from report.test_table import sample_report
 
 

@@ -13,8 +13,9 @@ from llm_surgeon.cli import app
 from llm_surgeon.data.texts import evaluation_text
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.evaluation.divergence import perplexity_and_divergence, reference_states
-from llm_surgeon.evaluation.sampling import PROMPTS, QUESTIONS
+from llm_surgeon.evaluation.sampling import PROMPTS, QUESTIONS, Drawing, drawn_tokens
 from llm_surgeon.records import ExportComparison, SampleComparison
+from llm_surgeon.run.chats import padded
 from tiny import build, tokenizer
 
 OPTIONS = {"samples": 8, "seq_len": 16, "eval_window": 32, "eval_tokens": 64, "device": "cpu", "sparsity": 0.4}
@@ -145,6 +146,17 @@ def test_texts_end_before_the_token_that_ends_them(checkpoint, tmp_path):
     words.save_pretrained(tmp_path / "other")
     (cut,) = sample(tmp_path / "other", prompts=["w1 w2"], tokens=8, device="cpu").models[0].continuations
     assert cut.sampled.split() == said[:place]
+
+
+def test_the_first_token_of_a_vocabulary_may_end_a_text(checkpoint, tmp_path):
+    model, words = load(checkpoint, device="cpu")
+    words.eos_token = None
+    model.generation_config.eos_token_id = 0
+    head = model.get_output_embeddings()
+    torch.nn.init.zeros_(head.weight)
+    head.bias = torch.nn.Parameter(torch.eye(1, len(head.weight))[0] * 10)
+    (new,) = drawn_tokens(model, words, *padded(words, ["w1 w2"]), Drawing(tokens=4, temperature=0.1), 0)
+    assert len(new) == 0
 
 
 def test_a_template_that_refuses_prompts_is_a_message(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from llm_surgeon.cli import app
 from llm_surgeon.data.chat_prompts import FORMS, FURTHER, MOST, TOPICS, chat_prompts
 from llm_surgeon.data.texts import prepare_texts
 from llm_surgeon.errors import ConfigError, OutputError
+from llm_surgeon.evaluation.sampling import Drawing, drawn_tokens
+from llm_surgeon.run.chats import padded
 from tiny import build, tokenizer
 
 TEMPLATE = (
@@ -56,15 +58,12 @@ def test_a_model_answers_each_prompt_and_the_seed_decides(talking, tmp_path):
 
 def test_padding_in_front_changes_no_greedy_answer(talking):
     """The likeliest answers of prompts side by side are those of each prompt alone."""
-    from llm_surgeon.evaluation.sampling import Drawing, drawn_tokens
-    from llm_surgeon.run.chats import _padded
-
     model, words = load(talking, device="cpu")
     texts = ["w1 w2 w3 w4 w5 w6", "w7", "w8 w9 w3"]
     likeliest = Drawing(tokens=5, temperature=1e-3, top_p=1.0)
-    together = drawn_tokens(model, words, *_padded(words, texts), likeliest, 0)
+    together = drawn_tokens(model, words, *padded(words, texts), likeliest, 0)
     for text, row in zip(texts, together, strict=True):
-        (alone,) = drawn_tokens(model, words, *_padded(words, [text]), likeliest, 0)
+        (alone,) = drawn_tokens(model, words, *padded(words, [text]), likeliest, 0)
         assert alone.tolist() == row[: len(alone)].tolist()
 
 

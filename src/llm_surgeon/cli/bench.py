@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.shared import TrustRemoteCode, command_line, console, errors_as_messages, write_result
+from llm_surgeon.cli.shared import (
+    Device,
+    Dtype,
+    ResultFile,
+    TrustRemoteCode,
+    command_line,
+    console,
+    errors_as_messages,
+    write_result,
+)
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import require_one_process
 
@@ -36,9 +44,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Measure the speed once more with torch.compile.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    out: ResultFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure speed, peak memory and loading time of each MODEL, the speed in alternating pairs with a reference.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages
+from llm_surgeon.cli.shared import Device, Dtype, TrustRemoteCode, console, errors_as_messages
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import require_one_process
 
@@ -23,8 +23,8 @@ def chats(
     temperature: Annotated[float, typer.Option(help="Temperature of the answers.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Share of the probability that the answers come from.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and answers.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let MODEL answer prompts that come with this package, as a chat text to calibrate on."""

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.shared import TrustRemoteCode, command_line, console, errors_as_messages, write_result
+from llm_surgeon.cli.shared import (
+    Device,
+    Dtype,
+    Precision,
+    ResultFile,
+    TrustRemoteCode,
+    command_line,
+    console,
+    errors_as_messages,
+    write_result,
+)
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import require_one_process
 
@@ -35,10 +44,10 @@ def compare_exports(
     bos: Annotated[
         str, typer.Option(help="Whether windows begin with the token that begins a text: auto, always or never.")
     ] = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
+    out: ResultFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    precision: Precision = "bfloat16",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure each MODEL on the same tokens: size, perplexity, and divergence from the first."""

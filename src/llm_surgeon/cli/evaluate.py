@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages, write_result
+from llm_surgeon.cli.shared import (
+    Device,
+    Dtype,
+    Precision,
+    ResultFile,
+    TrustRemoteCode,
+    console,
+    errors_as_messages,
+    write_result,
+)
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.system.logs import STARTING, log_to_stderr, print_error, quiet_transformers
 from llm_surgeon.system.torchrun import require_one_process
@@ -76,10 +85,10 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, _task_option("The first N samples of each task only (default: all).", least=1)] = None,
     batch_size: Annotated[int | None, _task_option("Requests of tasks per pass (default: 1).", least=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
+    out: ResultFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    precision: Precision = "bfloat16",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure MODEL: perplexity of a text, accuracy on tasks, or both."""

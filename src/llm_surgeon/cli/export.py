@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages
+from llm_surgeon.cli.shared import Dtype, TrustRemoteCode, console, errors_as_messages
 from llm_surgeon.recipe.formats import FORMATS
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import require_one_process
@@ -35,7 +35,7 @@ def export(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; computes the logits to compare with.")
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write MODEL, an export or another checkpoint, in further formats, and check the files in their engine."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.shared import TrustRemoteCode, console, errors_as_messages, write_result
+from llm_surgeon.cli.shared import Device, Dtype, ResultFile, TrustRemoteCode, console, errors_as_messages, write_result
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.system.logs import STARTING, log_to_stderr, quiet_transformers
 from llm_surgeon.system.torchrun import require_one_process
@@ -32,9 +32,9 @@ def sample(
         typer.Option("--chat/--no-chat", help="Put prompts into the chat template (default: if there is one)."),
     ] = None,
     page: Annotated[bool, typer.Option("--page", help="Put the texts on the page of the run in MODEL too.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the texts to; must not exist.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    out: ResultFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what MODEL writes for prompts, greedily and drawn, beside what another model writes."""

@@ -26,6 +26,11 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings, if it is no export of ours.")
 ]
 
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")]
+Precision = Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")]
+ResultFile = Annotated[Path | None, typer.Option(help="JSON file to write the results to; must not exist.")]
+
 
 def command_line() -> str:
     """The command as it was typed, for the record."""

@@ -12,7 +12,7 @@ from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.recipe.config import PruneConfig, goes_layerwise
 from llm_surgeon.recipe.methods import method_names
 from llm_surgeon.recipe.quantity import closest, shown
-from llm_surgeon.recipe.sources import NONE
+from llm_surgeon.recipe.sources import NONE, as_several
 from llm_surgeon.recipe.switches import idle_options
 from llm_surgeon.records import Setting
 
@@ -147,7 +147,7 @@ def _check_common(options: Options) -> None:
         alone = "Leave it out: a comparison loads whole models and exports nothing."
         remedy = "Give it as part of a setting." if wrong in _SETTING else alone
         raise ConfigError(f"{wrong} is no option that the cells of a comparison have in common.", remedy)
-    if options.get("evaluation") in (NONE, [NONE], (NONE,)):
+    if as_several(options.get("evaluation")) == (NONE,):
         raise ConfigError("Without an evaluation text there is nothing to compare.", "Leave out evaluation: none.")
 
 

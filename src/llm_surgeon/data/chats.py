@@ -128,15 +128,22 @@ def _text(content: Any, location: str) -> str:
     return whole
 
 
-def text_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+def text_of(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, asks: bool = False) -> str:
     """Text of a chat by the tokenizer's template.
+
+    Args:
+        chat: The chat.
+        tokenizer: The tokenizer.
+        asks: Whether the text goes on up to where the model is to answer.
 
     Raises:
         ValueError: If the template refuses the chat, with the template's words.
     """
     messages = [dict(message) for message in chat.messages]
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, add_generation_prompt=asks)
+        )
     # A template is a program of its own, and may raise whatever it likes.
     except Exception as error:
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None

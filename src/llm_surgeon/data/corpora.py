@@ -294,7 +294,7 @@ def _json_document(line: bytes, location: str, column: str | None) -> str | Chat
         return document_of(value, location, column, "key")
     if column is not None:
         raise DataError(f"{location} has no keys, and the key {shown(column)} was named.", "Leave #COLUMN out.")
-    return None if value is None else _checked_text(value, location)
+    return None if value is None else checked_text(value, location)
 
 
 def document_of(row: Mapping[str, Any], location: str, column: str | None, unit: str = "column") -> str | Chat | None:
@@ -314,7 +314,7 @@ def document_of(row: Mapping[str, Any], location: str, column: str | None, unit:
     value = row[name]
     if isinstance(value, list) and column is not None:
         return chat_from(value, location, row.get("tools"))
-    return None if value is None else _checked_text(value, location)
+    return None if value is None else checked_text(value, location)
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[str | Chat | None]:
@@ -459,7 +459,7 @@ def _decode(content: bytes, location: str) -> str:
         raise DataError(f"{location} is not UTF-8 text: {error}.", "Save it as UTF-8.") from None
 
 
-def _checked_text(value: Any, location: str) -> str:
+def checked_text(value: Any, location: str) -> str:
     """Return ``value`` if it is text that a tokenizer can take.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llm_surgeon.data.chats import Chat, chat_from
-from llm_surgeon.data.corpora import Corpus, document_of, load_corpus
+from llm_surgeon.data.corpora import Corpus, checked_text, document_of, load_corpus
 from llm_surgeon.data.tokens import (
     CalibrationTokens,
     evaluation_tokens,
@@ -71,7 +71,7 @@ def _given(text: Any, location: str, remedy: str) -> str | Chat | None:
         DataError: If it is none.
     """
     if isinstance(text, str):
-        return text
+        return checked_text(text, location)
     if isinstance(text, Mapping):
         return document_of(text, location, None, "key")
     if isinstance(text, Sequence):

@@ -19,16 +19,13 @@ AGREED = 16
 Token = tuple[int, int, int]
 
 
-class _NoJointError(Exception):
-    """Two pieces of a text do not agree on their tokens."""
-
-
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool, most: int | None = None) -> torch.Tensor:
     """Tokenise a text as one sequence.
 
     A long text is tokenised in pieces that overlap. Two pieces are joined in the middle of a run of tokens on which
-    they agree, in ids and in places, as a tokenizer looks a few words around at most. Where they do not agree, and for
-    tokenizers that do not tell the places of tokens, the whole text is tokenised at once.
+    they agree, in ids and in places, as a tokenizer looks a few words around at most. Where they do not agree, the
+    first is read on up to the end of the second. Tokenizers that do not tell the places of tokens read the whole text
+    at once.
 
     Args:
         tokenizer: The tokenizer.
@@ -39,23 +36,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool, m
     Returns:
         Token ids, int64, shape [tokens].
     """
-    if len(text) > PIECE and tokenizer.is_fast:
-        try:
-            return _in_pieces(tokenizer, text, special, most)
-        except _NoJointError:
-            pass
-    # verbose=False turns a warning off: the sequence is longer than the model's maximum on purpose.
-    return _tensor(tokenizer(text, verbose=False, add_special_tokens=special).input_ids)[:most].clone()
-
-
-def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, most: int | None) -> torch.Tensor:
-    """Token ids of a long text, see ``token_ids``.
-
-    Raises:
-        _NoJointError: If two pieces do not agree on their tokens.
-    """
+    if len(text) <= PIECE or not tokenizer.is_fast:
+        # verbose=False turns a warning off: the sequence is longer than the model's maximum on purpose.
+        return _tensor(tokenizer(text, verbose=False, add_special_tokens=special).input_ids)[:most].clone()
     parts, taken = list[torch.Tensor](), 0
-    for tokens in _joined(tokenizer, text, special):
+    for tokens in _pieces(tokenizer, text, special):
         parts.append(_tensor([token for token, _, _ in tokens]))
         taken += len(tokens)
         if most is not None and taken >= most:
@@ -63,34 +48,33 @@ def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, mos
     return torch.cat(parts)[:most]
 
 
-def _joined(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Iterator[list[Token]]:
-    """Yield the tokens of each piece of a text, from one joint to the next.
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Iterator[list[Token]]:
+    """Yield the tokens of each piece of a text, from one joint to the next."""
 
-    Raises:
-        _NoJointError: If two pieces do not agree on their tokens.
-    """
-    tokens: list[Token] = []
-    for start in range(0, len(text), PIECE):
-        first = max(0, start - CONTEXT)
-        piece = text[first : start + PIECE + CONTEXT]
+    def read(first: int, end: int) -> list[Token]:
         # Special tokens at the ends of a piece lie beyond its joints, but for those at the ends of the text.
-        read = tokenizer(piece, verbose=False, add_special_tokens=special, return_offsets_mapping=True)
-        places = ((first + begin, first + end) for begin, end in read.offset_mapping)
-        further = [(token, *place) for token, place in zip(read.input_ids, places, strict=True)]
-        if start:
-            here, there = _joint(tokens, further, start)
-            yield tokens[:here]
-            further = further[there:]
-        tokens = further
+        found = tokenizer(text[first:end], verbose=False, add_special_tokens=special, return_offsets_mapping=True)
+        places = ((first + begin, first + end) for begin, end in found.offset_mapping)
+        return [(token, *place) for token, place in zip(found.input_ids, places, strict=True)]
+
+    first, there = 0, 0
+    tokens = read(0, PIECE + CONTEXT)
+    for start in range(PIECE, len(text), PIECE):
+        end = start + PIECE + CONTEXT
+        further = read(start - CONTEXT, end)
+        joint = _joint(tokens, further, start)
+        if joint is None:
+            tokens = read(first, end)[there:]
+            continue
+        here, there = joint
+        first = start - CONTEXT
+        yield tokens[:here]
+        tokens = further[there:]
     yield tokens
 
 
-def _joint(before: list[Token], after: list[Token], place: int) -> tuple[int, int]:
-    """Numbers of one token in two pieces on which they agree, with all around it, and which is nearest to a place.
-
-    Raises:
-        _NoJointError: If there is none.
-    """
+def _joint(before: list[Token], after: list[Token], place: int) -> tuple[int, int] | None:
+    """Numbers of the token nearest to a place on which two pieces agree, with all around it; None if there is none."""
     # Several tokens of one character differ in their ids, or are not taken as joints.
     numbers = {token: number for number, token in enumerate(after) if token[1] <= place + CONTEXT}
     shared = [number for number, token in enumerate(before) if token in numbers]
@@ -100,7 +84,7 @@ def _joint(before: list[Token], after: list[Token], place: int) -> tuple[int, in
             around = slice(here - AGREED, here + AGREED), slice(there - AGREED, there + AGREED)
             if before[around[0]] == after[around[1]]:
                 return here, there
-    raise _NoJointError
+    return None
 
 
 def _tensor(ids: list[int]) -> torch.Tensor:

@@ -58,6 +58,11 @@ class EvaluationText:
         return [(start, 1 if start == 0 else max(1, self.window - self.stride)) for start in starts]
 
     @property
+    def parts(self) -> tuple[tuple[str, int, float], ...]:
+        """Names, numbers of windows and shares of the texts that this one is joined of: ``sources``, or itself."""
+        return self.sources or ((self.name, len(self.windows), 1.0),)
+
+    @property
     def work(self) -> int:
         """Number of tokens that ``perplexity`` reports as its progress, all together."""
         return len(self.windows) * self.stride

@@ -35,15 +35,15 @@ def kl_divergence(dense_head: ToLogits, head: ToLogits, dense: Tensor, states: T
     Returns:
         The sum, never negative.
     """
-    total = 0.0
+    total = states.new_zeros((), dtype=torch.float64)
     for start in range(0, len(states), heads.CHUNK):
         part = slice(start, start + heads.CHUNK)
         for expected, actual in heads.few_rows(dense_head(dense[part]), head(states[part])):
             aims, made = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
             positions = F.kl_div(made, aims, reduction="none", log_target=True).sum(-1)
             # Only rounding can make the divergence of a position negative.
-            total += float(positions.clamp(min=0).double().sum())
-    return total
+            total += positions.clamp(min=0).double().sum()
+    return float(total)
 
 
 def reference_states(

@@ -47,7 +47,7 @@ def perplexity(
         NonFiniteError: If the model's loss is not finite.
     """
     device = next(model.parameters()).device
-    ends = list(accumulate(count for _, count, _ in text.sources)) or [len(text.windows)]
+    ends = list(accumulate(count for _, count, _ in text.parts))
     means, scored = [0.0] * len(ends), 0
     windows = processes.own(text.windows)
     with frozen(model), arithmetic(device, text.precision):
@@ -57,13 +57,13 @@ def perplexity(
             if not math.isfinite(loss):
                 raise loss_not_finite(model, ids[None], f"the evaluation window at token {start}")
             observe(scoring)
-            means[bisect_right(ends, start // text.window) if text.sources else 0] += loss / (text.window - first)
+            means[bisect_right(ends, start // text.window)] += loss / (text.window - first)
             scored += text.window - first
             advance(text.stride)
     *totals, counted = processes.total(*means, scored)
-    parts = [total / count for (_, count, _), total in zip(text.sources, totals, strict=False)]
-    # A text may be too short for as many windows as its share asks for.
-    nll = _weighted(parts, text) if text.sources else totals[0] / len(text.windows)
+    own = [total / count for (_, count, _), total in zip(text.parts, totals, strict=True)]
+    # By the shares, as a text may be too short for as many windows as its share asks for.
+    nll = sum(share * part for (_, _, share), part in zip(text.parts, own, strict=True))
     return Perplexity(
         perplexity=_exponential(nll),
         nll=nll,
@@ -74,15 +74,10 @@ def perplexity(
         precision=text.precision,
         bos=text.bos,
         sources=tuple(
-            SourcePerplexity(data=name, perplexity=_exponential(own), nll=own, windows=count)
-            for (name, count, _), own in zip(text.sources, parts, strict=True)
+            SourcePerplexity(data=name, perplexity=_exponential(part), nll=part, windows=count)
+            for (name, count, _), part in zip(text.sources, own, strict=False)
         ),
     )
-
-
-def _weighted(parts: Sequence[float], text: EvaluationText) -> float:
-    """Mean of the texts' negative log-likelihoods by their shares."""
-    return sum(share * own for (_, _, share), own in zip(text.sources, parts, strict=True))
 
 
 def _exponential(nll: float) -> float:

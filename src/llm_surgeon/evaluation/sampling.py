@@ -15,10 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llm_surgeon.data.chats import Chat, text_of
 from llm_surgeon.errors import ConfigError, NonFiniteError
 from llm_surgeon.recipe.groups.base import MOST_SEED
 from llm_surgeon.recipe.quantity import shown
 from llm_surgeon.records.samples import Continuation
+from llm_surgeon.session.preconditions import positions_of
 from llm_surgeon.system.progress import Progress
 
 # Prompts for models that continue a text: facts, sense, arithmetic, code, other languages, a list.
@@ -84,11 +86,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
         ConfigError: If the template refuses them.
     """
     try:
-        return str(tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=True))
-    # A template is a program of its own, and may raise whatever it likes.
-    except Exception as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        cause = f"The tokenizer's template refuses a chat that begins with {shown(messages[0]['content'])}: {said}."
+        return text_of(Chat(tuple(messages)), tokenizer, asks=True)
+    except ValueError as error:
+        cause = f"The tokenizer's template refuses a chat that begins with {shown(messages[0]['content'])}: {error}."
         raise ConfigError(cause, "Leave the template out (sample has --no-chat), or mend it.") from None
 
 
@@ -126,10 +126,8 @@ def check_room(settings: Any, longest: int, tokens: int) -> None:
     Raises:
         ConfigError: If the model has learned its positions, and has fewer.
     """
-    own = settings.get_text_config()
-    positions = getattr(own, "max_position_embeddings", None)
-    rotary = any(getattr(own, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    if isinstance(positions, int) and not rotary and longest + tokens > positions:
+    positions, learned = positions_of(settings)
+    if learned and longest + tokens > positions:
         raise ConfigError(
             f"A prompt of {longest:,} tokens and {tokens:,} behind it do not fit into the {positions:,} positions that "
             "the model has learned.",
@@ -213,8 +211,9 @@ def _generated(
         NonFiniteError: If the model's predictions are not finite.
     """
     own = getattr(model, "generation_config", None)
-    ends = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    known = getattr(own, "eos_token_id", None)
+    known = tokenizer.eos_token_id if known is None else known
+    ends = known if isinstance(known, list) else [] if known is None else [known]
     how = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **options)
     # What is not set is taken from the model's own settings, which may punish repetition or search by beams.
     model.generation_config = GenerationConfig()

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from llm_surgeon.recipe.quantity import shown
 
@@ -25,6 +26,13 @@ class Source:
 
     text: str
     share: float
+
+
+def as_several(given: Any) -> tuple[Any, ...]:
+    """One text as a tuple, lists as tuples; nothing as an empty one."""
+    if isinstance(given, list | tuple):
+        return tuple(given)
+    return () if given is None else (given,)
 
 
 def sources_of(given: tuple[str, ...]) -> tuple[Source, ...]:

@@ -6,6 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_surgeon.records.names import distinct_names
+
 if TYPE_CHECKING:
     from llm_surgeon.records.evaluation import Perplexity, SourcePerplexity
     from llm_surgeon.records.run import PruneReport
@@ -39,10 +41,10 @@ def perplexity_cell(perplexity: float) -> str:
 def by_source(dense: Perplexity | None, pruned: Perplexity | None) -> list[tuple[str, float | None, float | None]]:
     """Perplexities of each text, where a run was measured on several: name, of the dense and of the pruned model."""
     texts = [measured.sources if measured else () for measured in (dense, pruned)]
-    return [
-        (Path(one.data).name if Path(one.data).is_absolute() else one.data, *_both(texts, number))
-        for number, one in enumerate(texts[0] or texts[1])
-    ]
+    names = [text.data for text in texts[0] or texts[1]]
+    # Published names have no paths any more.
+    short = distinct_names(names) if any(Path(name).is_absolute() for name in names) else names
+    return [(name, *_both(texts, number)) for number, name in enumerate(short)]
 
 
 def _both(texts: list[tuple[SourcePerplexity, ...]], number: int) -> tuple[float | None, float | None]:

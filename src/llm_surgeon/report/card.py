@@ -12,7 +12,7 @@ import yaml
 from llm_surgeon.data.corpora import FILE_TYPES, without_column
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.methods import LAYERWISE, METHODS
-from llm_surgeon.recipe.sources import sources_of
+from llm_surgeon.recipe.sources import as_several, sources_of
 from llm_surgeon.recipe.structures import STRUCTURES
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.loading import loading_lines, reloaded, using_lines, why_so
@@ -107,9 +107,7 @@ def _front_matter(report: PruneReport) -> dict[str, Any]:
 
 def _hub_data(report: PruneReport) -> list[str]:
     """Names of the calibration texts that are data sets of the hub."""
-    asked = report.config.get("calibration", "")
-    sources = sources_of(tuple(asked) if isinstance(asked, list) else (str(asked),))
-    found = [_hub_name(source.text) for source in sources]
+    found = [_hub_name(source.text) for source in sources_of(as_several(report.config.get("calibration")))]
     return [name for name in dict.fromkeys(found) if name]
 
 

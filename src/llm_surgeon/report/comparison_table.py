@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llm_surgeon.recipe.sources import as_several
 from llm_surgeon.records import Cell, CellMeasures, Comparison, Setting
 from llm_surgeon.report.card import model_name
 from llm_surgeon.report.table import UNKNOWN, Row, escape, markdown_rows, perplexity_cell, perplexity_note, scaled_bytes
@@ -61,8 +62,7 @@ def problems(comparison: Comparison) -> list[str]:
 
 def footnotes(comparison: Comparison) -> list[str]:
     """Notes on the meaning of the columns, and on the texts and the way of measuring."""
-    shared, texts = comparison.shared, comparison.shared["calibration"]
-    calibration = texts if isinstance(texts, str) else ", ".join(texts)
+    shared, calibration = comparison.shared, ", ".join(as_several(comparison.shared["calibration"]))
     sequences = f"{shared['samples']:,} sequences of {shared['seq_len']:,} tokens"
     if shared["windows_per_sample"] > 1:
         sequences += f" in {shared['windows_per_sample']} windows each"

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_surgeon.records import ExportComparison
-from llm_surgeon.report.publish import distinct_names
+from llm_surgeon.records.names import distinct_names
 from llm_surgeon.report.table import UNKNOWN, perplexity_cell, perplexity_note, scaled, scaled_bytes
 
 

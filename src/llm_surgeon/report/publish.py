@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_surgeon.data.corpora import without_column
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.recipe.sources import NONE, sources_of
+from llm_surgeon.recipe.sources import NONE, as_several, sources_of
 from llm_surgeon.records import PruneReport
+from llm_surgeon.records.names import distinct_names
 
 # An absolute path, or one from the home directory, of at least two parts. Addresses of the web do not match, as they
 # have a colon before the path.
@@ -35,35 +36,10 @@ def recipe_without_paths(config: PruneConfig) -> str:
     return PruneConfig.model_validate(masked).to_yaml()
 
 
-def distinct_names(paths: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """Last parts of paths, with as many parts in front of them as tell them apart; what is equal all along is numbered.
-
-    Args:
-        paths: The paths, or other names.
-        taken: Names that have a meaning of their own.
-    """
-    known = _apart([*dict.fromkeys(paths)], {*taken})
-    numbers = [paths[:place].count(path) for place, path in enumerate(paths)]
-    return [
-        f"{known[path]} ({number + 1})" if number else known[path] for path, number in zip(paths, numbers, strict=True)
-    ]
-
-
-def _apart(paths: Sequence[str], taken: set[str]) -> dict[str, str]:
-    """Last parts of different paths, as few as tell them apart."""
-    parts = [[part for part in Path(path).parts if part != Path(path).anchor] or [path] for path in paths]
-    for length in range(1, 1 + max(map(len, parts), default=0)):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len({*names}) == len(names) and not {*names} & taken:
-            return dict(zip(paths, names, strict=True))
-    return {path: f"{own[-1]} ({number})" for number, (path, own) in enumerate(zip(paths, parts, strict=True), start=1)}
-
-
 def _names_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Names in place of the absolute paths of the texts in a recipe's options, without columns and shares."""
-    given = [config.get("calibration"), config.get("evaluation")]
-    listed = [tuple(names) if isinstance(names, list | tuple) else (names,) for names in given if names]
-    texts = (without_column(source.text) for names in listed for source in sources_of(names))
+    given = [as_several(config.get(option)) for option in ("calibration", "evaluation")]
+    texts = (without_column(source.text) for named in given for source in sources_of(named))
     absolute = [*dict.fromkeys(text for text in texts if _is_absolute(text))]
     return dict(zip(absolute, distinct_names(absolute, (NONE, "demo")), strict=True))
 

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_surgeon.records import SampleComparison
+from llm_surgeon.records.names import distinct_names
 from llm_surgeon.report.markup import said, table
-from llm_surgeon.report.publish import distinct_names
 
 WAYS = (("greedy", "greedy"), ("drawn", "sampled"))
 # Where a model ends its text at once.

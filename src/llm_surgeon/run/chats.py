@@ -119,7 +119,7 @@ def _chats(
         for chat, said in zip(now, (said for said in prompts if len(said) > turn), strict=True):
             chat.append({"role": "user", "content": said[turn]})
         texts = [prompt_text(tokenizer, chat) for chat in now]
-        ids, mask = _padded(tokenizer, texts)
+        ids, mask = padded(tokenizer, texts)
         answers = drawn_tokens(network, tokenizer, ids, mask, drawing, seed + turn)
         for chat, answer in zip(now, answers, strict=True):
             text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
@@ -128,7 +128,7 @@ def _chats(
     return chats, written
 
 
-def _padded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of texts ``[n, longest]``, padded in front, and where they are real."""
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     longest = max(map(len, ids))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.data.corpora import load_corpus
 from llm_surgeon.data.texts import evaluation_text
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import ConfigError
@@ -123,14 +124,21 @@ def _texts(
         ConfigError: If they do not.
         DataError: If a text cannot be read.
     """
-    first: list[EvaluationText] = []
+    corpora, first = [load_corpus(spec) for spec in data], list[EvaluationText]()
     for name in names:
         tokenizer = load_tokenizer(resolve_source(name), trust_remote_code)
         own = [
             evaluation_text(
-                tokenizer, spec, window=window, stride=None, max_tokens=max_tokens, precision=precision, bos=bos
+                tokenizer,
+                spec,
+                window=window,
+                stride=None,
+                max_tokens=max_tokens,
+                precision=precision,
+                bos=bos,
+                given=corpus,
             )
-            for spec in data
+            for spec, corpus in zip(data, corpora, strict=True)
         ]
         first = first or own
         if not all(torch.equal(one.tokens, other.tokens) for one, other in zip(first, own, strict=True)):

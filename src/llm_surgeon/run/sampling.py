@@ -20,9 +20,10 @@ from llm_surgeon.models.loading import (
     resolve_source,
 )
 from llm_surgeon.records import PruneReport, SampleComparison, Samples
+from llm_surgeon.records.names import distinct_names
 from llm_surgeon.report.page import report_page
-from llm_surgeon.report.publish import distinct_names
 from llm_surgeon.session.given import ready
+from llm_surgeon.system.files import in_place
 from llm_surgeon.system.progress import Progress, SilentProgress
 from llm_surgeon.versions import versions
 
@@ -134,8 +135,12 @@ def _put_on_page(report: PruneReport, samples: SampleComparison, directory: Path
     models = [one.model_copy(update={"model": name}) for one, name in zip(samples.models, names, strict=True)]
     report = report.model_copy(update={"samples": samples.model_copy(update={"models": tuple(models)})})
     try:
-        (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf8")
-        (directory / "report.html").write_text(report_page(report), encoding="utf8")
+        for name, text in (
+            ("report.json", f"{report.model_dump_json(indent=2)}\n"),
+            ("report.html", report_page(report)),
+        ):
+            with in_place(directory / name) as path:
+                path.write_text(text, encoding="utf8")
     except OSError as error:
         cause = f"The report in {directory} cannot be written: {error.strerror}."
         raise OutputError(cause, "Leave --page out.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,20 @@ def check_recipe_fits(config: PruneConfig, settings: Any) -> None:
     check_positions(settings, lengths)
 
 
+def positions_of(settings: Any) -> tuple[float, bool]:
+    """Number of positions that a model was trained with, and whether it has learned each of them.
+
+    Rotary positions have no end; where a configuration says nothing, the number is infinite.
+
+    Args:
+        settings: Configuration of the model.
+    """
+    settings = settings.get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None)
+    rotary = any(getattr(settings, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    return (positions, not rotary) if isinstance(positions, int) else (math.inf, False)
+
+
 def check_positions(settings: Any, lengths: Mapping[str, int]) -> None:
     """Make sure that a model has positions for sequences of some lengths.
 
@@ -50,15 +65,11 @@ def check_positions(settings: Any, lengths: Mapping[str, int]) -> None:
     Raises:
         ConfigError: If the model has learned its positions, and has fewer than a length.
     """
-    settings = settings.get_text_config()
-    positions = getattr(settings, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        return
-    rotary = any(getattr(settings, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    positions, learned = positions_of(settings)
     for name, length in lengths.items():
         if length <= positions:
             continue
-        if not rotary:
+        if learned:
             raise ConfigError(
                 f"{name} is {length:,}, and the model has learned {positions:,} positions (max_position_embeddings).",
                 f"Use --{name.replace('_', '-')} {positions} or less.",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 
 from llm_surgeon.recipe.quantity import closest, parse_quantity, shown
-from llm_surgeon.recipe.sources import sources_of
+from llm_surgeon.recipe.sources import as_several, sources_of
 
 # Largest values of options: of counts that each take time or memory, and of counts that texts and matrices limit.
 FEW, MANY = 10_000, 10**9
@@ -23,11 +23,6 @@ def _path_as_text(value: Any) -> Any:
 
 
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
-
-
-def _as_several(value: Any) -> Any:
-    """One text as a tuple, lists as tuples."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _checked_sources(given: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,7 +40,7 @@ def _as_given(texts: tuple[str, ...]) -> str | list[str]:
 # One text or several, see ``sources.sources_of``.
 TextSources = Annotated[
     tuple[Annotated[str, Field(min_length=1), BeforeValidator(_path_as_text)], ...],
-    BeforeValidator(_as_several),
+    BeforeValidator(as_several),
     AfterValidator(_checked_sources),
     PlainSerializer(_as_given),
 ]
