@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llm_surgeon.system.allocator import forget_pages
-from llm_surgeon.system.tensor_file import _NAMES, write_tensors
+from llm_surgeon.system.tensor_file import _NAMES, TensorFile, write_tensors
 
 
 @pytest.mark.parametrize("dtype", _NAMES, ids=str)
@@ -65,3 +65,22 @@ def test_mapped_tensors_are_in_memory_one_after_the_other(tmp_path):
     assert max(*seen, psutil.Process().memory_info().rss) - before < 2 * 4 * size
     read = load_file(tmp_path / "file")
     assert all(bool((read[name] == int(name)).all()) for name in tensors)
+
+
+def test_tensors_of_a_file_are_read_one_after_the_other(tmp_path):
+    size = 2**23
+    write_tensors(tmp_path / "file", {f"{number}": torch.full((size,), float(number)) for number in range(8)})
+    tensors, before = TensorFile(tmp_path / "file"), psutil.Process().memory_info().rss
+    assert sorted(tensors) == [f"{number}" for number in range(8)]
+    assert "3" in tensors
+    assert "8" not in tensors
+    for name in tensors:
+        assert bool((tensors[name] == int(name)).all())
+        assert psutil.Process().memory_info().rss - before < 3 * 4 * size
+
+
+def test_what_is_read_does_not_depend_on_the_file_any_more(tmp_path):
+    write_tensors(tmp_path / "file", {"a": torch.ones(4)})
+    read = TensorFile(tmp_path / "file")["a"]
+    write_tensors(tmp_path / "file", {"a": torch.zeros(4)})
+    assert read.tolist() == [1.0] * 4

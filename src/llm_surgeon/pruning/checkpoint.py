@@ -12,11 +12,10 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,7 +33,7 @@ from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.records import PruneReport, Record, RunRecord
 from llm_surgeon.refit.stages import changed_beside
 from llm_surgeon.system.files import in_place, writing
-from llm_surgeon.system.tensor_file import write_tensors
+from llm_surgeon.system.tensor_file import TensorFile, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -208,11 +207,10 @@ def restore_tensors(path: Path, model: PreTrainedModel, anatomy: Anatomy) -> tup
         OutputError: If the file does not hold what this version writes for such a model.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = _Tensors(file)
-            masks = _read_masks(tensors, anatomy)
-            _read_weights(tensors, model, anatomy, masks)
-            return masks, _read_start(tensors, model, anatomy)
+        tensors = TensorFile(path)
+        masks = _read_masks(tensors, anatomy)
+        _read_weights(tensors, model, anatomy, masks)
+        return masks, _read_start(tensors, model, anatomy)
     # Tensors may be missing, or have another shape or type; values may be no numbers.
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise OutputError(
@@ -289,29 +287,14 @@ def _start_tensors(start: WarmStart | None) -> dict[str, Tensor]:
     return {f"start {term}/{name}": a for name, terms in inputs.items() for term, a in enumerate(terms)}
 
 
-class _Tensors:
-    """Tensors of an open file by name, read on access."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._names = file, frozenset(file.keys())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-
-def _read_masks(tensors: _Tensors, anatomy: Anatomy) -> Masks:
+def _read_masks(tensors: TensorFile, anatomy: Anatomy) -> Masks:
     if f"rows/{next(iter(anatomy.layers))}" in tensors:
         return {name: _read_mask(tensors, layer) for name, layer in anatomy.layers.items()}
     return {name: ElementMask(_elements(tensors, layer)) for name, layer in anatomy.layers.items()}
 
 
-def _read_mask(tensors: _Tensors, layer: LinearLayer) -> KeepMask:
-    # Cloned, as masks are written to, and the file must not stay mapped after it is closed.
-    rows, columns = (tensors[f"{axis}/{layer.name}"].clone() for axis in AXES)
+def _read_mask(tensors: TensorFile, layer: LinearLayer) -> KeepMask:
+    rows, columns = (tensors[f"{axis}/{layer.name}"] for axis in AXES)
     if (rows.dtype, columns.dtype, rows.shape, columns.shape) != (
         *(torch.bool, torch.bool),
         *((layer.rows,), (layer.columns,)),
@@ -320,13 +303,13 @@ def _read_mask(tensors: _Tensors, layer: LinearLayer) -> KeepMask:
     return KeepMask(rows, columns)
 
 
-def _elements(tensors: _Tensors, layer: LinearLayer) -> Tensor:
+def _elements(tensors: TensorFile, layer: LinearLayer) -> Tensor:
     bits = np.unpackbits(tensors[f"elements/{layer.name}"].numpy(), count=layer.rows * layer.columns)
     return torch.from_numpy(bits).bool().view(layer.rows, layer.columns)
 
 
 @torch.no_grad()
-def _read_weights(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy, masks: Masks) -> None:
+def _read_weights(tensors: TensorFile, model: PreTrainedModel, anatomy: Anatomy, masks: Masks) -> None:
     parameters = dict(model.named_parameters())
     there = [name for name in parameters if f"parameter/{name}" in tensors]
     for name in there:
@@ -347,10 +330,10 @@ def _read_weights(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy, m
     narrow_heads(model, anatomy, shapes)
 
 
-def _read_start(tensors: _Tensors, model: PreTrainedModel, anatomy: Anatomy) -> WarmStart | None:
+def _read_start(tensors: TensorFile, model: PreTrainedModel, anatomy: Anatomy) -> WarmStart | None:
     inputs: dict[str, list[Tensor]] = {name: [] for name in anatomy.layers}
     device = next(model.parameters()).device
     for name in anatomy.layers:
         while f"start {len(inputs[name])}/{name}" in tensors:
-            inputs[name].append(tensors[f"start {len(inputs[name])}/{name}"].clone().to(device))
+            inputs[name].append(tensors[f"start {len(inputs[name])}/{name}"].to(device))
     return WarmStart(inputs) if any(inputs.values()) else None

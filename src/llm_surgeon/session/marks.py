@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_surgeon.records import Record
 from llm_surgeon.system.files import in_place, says_full
 from llm_surgeon.system.processes import ALONE, Processes
-from llm_surgeon.system.tensor_file import write_tensors
+from llm_surgeon.system.tensor_file import TensorFile, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,11 @@ class Mark(Generic[Words]):
     words: Words
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor whose name begins with a kind and a slash, with the rest of its name, on the CPU.
-
-        They are copies, so that the file is free afterwards.
-        """
-        with safe_open(self.path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - an open file is no mapping
-                if name.startswith(f"{kind}/"):
-                    yield name.removeprefix(f"{kind}/"), file.get_tensor(name).clone()
+        """Yield each tensor whose name begins with a kind and a slash, with the rest of its name, on the CPU."""
+        tensors = TensorFile(self.path)
+        for name in tensors:
+            if name.startswith(f"{kind}/"):
+                yield name.removeprefix(f"{kind}/"), tensors[name]
 
 
 @dataclass

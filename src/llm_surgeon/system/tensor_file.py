@@ -1,12 +1,13 @@
-"""Files of tensors in the format of safetensors, written one tensor at a time."""
+"""Files of tensors in the format of safetensors, written and read one tensor at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from llm_surgeon.system.allocator import forget_pages
@@ -24,6 +25,35 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+class TensorFile:
+    """Tensors of a file by name, each read on access, as a copy on the CPU.
+
+    The file is opened anew for each tensor: what safetensors has read of an open file stays in memory.
+
+    Args:
+        path: The file.
+
+    Raises:
+        SafetensorError: If it is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = tuple(file.keys())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+        return tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> None:
