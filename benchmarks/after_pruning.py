@@ -13,10 +13,8 @@ begins a block says how, after its language:
 - ``, same text``: what the block prints has to contain what the first such block printed.
 
 To blocks that quantise or merge a model and save it, lines are added that compare the logits with those of the saved
-model. Blocks named ``upload`` run with the two functions of the hub replaced: the stand-ins check the arguments against
-the real functions and print the files that would go, so that nothing needs a network or an account. Blocks without
-their environment are reported as not run. Writes benchmarks/results/after_pruning.json and after_pruning.md; the exit
-status is 1 if a block failed.
+model. Blocks without their environment are reported as not run. Writes benchmarks/results/after_pruning.json and
+after_pruning.md; the exit status is 1 if a block failed.
 """
 
 from __future__ import annotations
@@ -65,27 +63,6 @@ _BLOCK = re.compile(
 # A small model, little memory, and nothing from a hub.
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _SETTINGS |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-# Stand-ins of the hub's functions.
-_HUB = """
-import inspect
-from pathlib import Path
-from huggingface_hub import HfApi
-from huggingface_hub.utils import filter_repo_objects
-
-def stand_in(name, real):
-    def call(*arguments, **named):
-        given = inspect.signature(real).bind(*arguments, **named).arguments
-        if "folder_path" in given:
-            folder = Path(given["folder_path"])
-            files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-            names = sorted(filter_repo_objects(files, ignore_patterns=given.get("ignore_patterns")))
-            assert "config.json" in names and not [file for file in names if file.endswith(".gguf")], names
-            print("would upload", *names)
-    return call
-
-for name in ("create_repo", "upload_folder"):
-    setattr(HfApi, name, stand_in(name, getattr(HfApi, name)))
-"""
 # Lines after blocks: what was saved has to be what is in memory.
 _SAME = """
 import torch
@@ -249,8 +226,7 @@ class Runner:
         if block.language == "sh":
             return ["bash", "-e", "-c", block.code]
         file = self._directory / "block.py"
-        before = _HUB if block.name == "upload" else ""
-        file.write_text(f"{before}\n{block.code}{_AFTER.get(block.name, '')}", encoding="utf8")
+        file.write_text(f"{block.code}{_AFTER.get(block.name, '')}", encoding="utf8")
         return [self._environments[block.name], str(file)]
 
     def _variables(self, block: Block) -> dict[str, str]:

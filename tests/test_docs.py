@@ -25,7 +25,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES, *sorted(RESULTS.glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 # Most lines of a page, and of pages without a bound of their own.
-LINES = {"after-pruning.md": 205, "experiments.md": 120, "results.md": 290}
+LINES = {"after-pruning.md": 200, "experiments.md": 120, "results.md": 290}
 OTHER_LINES = 180
 
 
