@@ -12,7 +12,7 @@ SOURCE = Path(llm_surgeon.__file__).parent
 ORDER = (
     *("errors", "stopwatch", "versions"),
     *("mathematics", "recipe", "records", "system", "data", "report", "models", "session", "passes", "export"),
-    *("curvature", "evaluation", "refit", "benchmark", "pruning", "planning", "run", "comparison"),
+    *("curvature", "evaluation", "refit", "recovery", "benchmark", "pruning", "planning", "run", "comparison"),
     *("testing", "cli", "__main__"),
 )
 PURE = {"__future__", "collections.abc", "dataclasses", "functools", "logging", "math", "re", "typing", "torch"}

@@ -71,3 +71,7 @@ class ProcessError(SurgeonError):
 
 class UploadError(SurgeonError):
     """The hub cannot be reached, or refuses a repository."""
+
+
+class RecoveryError(SurgeonError):
+    """Training has not made a model better."""

@@ -11,6 +11,7 @@ from llm_surgeon.cli import compare as comparing
 from llm_surgeon.cli import evaluate as evaluating
 from llm_surgeon.cli import plan as planning
 from llm_surgeon.cli import prune as pruning
+from llm_surgeon.cli import recover as recovering
 from llm_surgeon.cli.bench import bench
 from llm_surgeon.cli.chats import chats
 from llm_surgeon.cli.compare_exports import compare_exports
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command(cls=briefly(planning.BRIEF))(with_help_all(planning.plan))
 app.command(cls=briefly(pruning.BRIEF))(with_help_all(pruning.prune))
+app.command(cls=briefly(recovering.BRIEF))(with_help_all(recovering.recover))
 app.command(cls=LiteralCommand)(export)
 app.command(cls=LiteralCommand)(dequantize)
 app.command(cls=LiteralCommand)(sample)

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
 from llm_surgeon.errors import ConfigError
 from llm_surgeon.recipe.config import PruneConfig, read_recipe
@@ -49,12 +50,19 @@ def option(name: str, more: str = "", default: Any = None) -> Any:
     """
     field = PruneConfig.model_fields[name]
     if default is None:
-        own = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        own = _default_of(field)
         default = f"the preset's; {own} without one" if name in PRESET_OPTIONS else own
+    return _option(name, field, default, more, GROUP_OF[name].title)
+
+
+def _default_of(field: FieldInfo) -> Any:
+    return ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+
+
+def _option(name: str, field: FieldInfo, default: Any, more: str = "", panel: str | None = None) -> Any:
     text = f"{field.description}" + (f" (default: {default})" if default not in (None, "") else "")
     # Typer makes both words of a truth value from the name.
     words = () if field.annotation is bool else (flag(name),)
-    panel = GROUP_OF[name].title
     parser = _PARSERS.get(_kind(field.annotation))
     return typer.Option(*words, help=f"{text} {more}".rstrip(), rich_help_panel=panel, parser=parser)
 
@@ -64,13 +72,31 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
 
     The command hands ``given`` to ``config_of``.
     """
+    recipe = typer.Option(help="YAML file of these options; the command line overrides.")
+    return _with_options(
+        command,
+        {"recipe": Annotated[Path | None, recipe]}
+        | {
+            name: Annotated[_typed(field.annotation) | None, option(name)]
+            for name, field in PruneConfig.model_fields.items()
+        },
+    )
+
+
+def with_options(command: Callable[..., None], fields: Mapping[str, FieldInfo]) -> Callable[..., None]:
+    """Give a command an option for each key of another recipe, in place of its ``**given``."""
+    return _with_options(
+        command,
+        {
+            name: Annotated[_typed(field.annotation) | None, _option(name, field, _default_of(field))]
+            for name, field in fields.items()
+        },
+    )
+
+
+def _with_options(command: Callable[..., None], options: Mapping[str, Any]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    recipe = typer.Option(help="YAML file of these options; the command line overrides.")
-    options = {"recipe": Annotated[Path | None, recipe]} | {
-        name: Annotated[_typed(field.annotation) | None, option(name)]
-        for name, field in PruneConfig.model_fields.items()
-    }
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in options.items()

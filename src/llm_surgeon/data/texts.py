@@ -99,39 +99,79 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given
     evaluated = sources_of(config.evaluation or config.calibration)
     both = frozenset(source.text for source in calibrated) & frozenset(source.text for source in evaluated)
     calibration = _calibration(tokenizer, config, calibrated, both, given)
+    evaluation = text_to_evaluate(
+        tokenizer,
+        evaluated,
+        both,
+        window=config.eval_window,
+        max_tokens=config.eval_tokens,
+        precision=config.precision,
+        bos=config.bos,
+        given=given,
+    )
+    return Texts(calibration, evaluation)
+
+
+def text_to_evaluate(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: tuple[Source, ...],
+    split: frozenset[str],
+    *,
+    window: int,
+    max_tokens: int,
+    precision: str,
+    bos: Bos,
+    given: Corpus | None = None,
+) -> EvaluationText:
+    """Read and tokenise texts to evaluate on, as one text with windows of each.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        sources: The texts, with their shares of the windows.
+        split: Names of the texts of which only the held-out part is taken.
+        window: Tokens per window.
+        max_tokens: Tokens to take of all texts together, at most.
+        precision: ``bfloat16`` or ``float32``.
+        bos: Whether windows begin with the token that begins a text, see ``first_token``.
+        given: The text named ``IN_MEMORY``.
+
+    Raises:
+        DataError: If a text cannot be read or is too short.
+        ConfigError: If the windows are refused, see ``check_windows``; or a text would have no window.
+    """
     parts = [
         evaluation_text(
             tokenizer,
             source.text,
-            window=config.eval_window,
+            window=window,
             stride=None,
             max_tokens=tokens,
-            precision=config.precision,
-            bos=config.bos,
-            split=source.text in both,
+            precision=precision,
+            bos=bos,
+            split=source.text in split,
             given=given if source.text == IN_MEMORY else None,
         )
-        for source, tokens in zip(evaluated, _tokens_of(evaluated, config), strict=True)
+        for source, tokens in zip(sources, _tokens_of(sources, max_tokens, window), strict=True)
     ]
-    return Texts(calibration, joined(parts, [source.share for source in evaluated]))
+    return joined(parts, [source.share for source in sources])
 
 
-def _tokens_of(sources: tuple[Source, ...], config: PruneConfig) -> list[int]:
+def _tokens_of(sources: tuple[Source, ...], max_tokens: int, window: int) -> list[int]:
     """Largest number of tokens of each text to evaluate on.
 
     Raises:
         ConfigError: If one of several texts would have no window.
     """
     if len(sources) == 1:
-        return [config.eval_tokens]
-    windows = allotted(sources, config.eval_tokens // config.eval_window)
+        return [max_tokens]
+    windows = allotted(sources, max_tokens // window)
     if 0 in windows:
         raise ConfigError(
-            f"{config.eval_tokens:,} evaluation tokens (--eval-tokens) in windows of {config.eval_window:,} leave none "
-            f"for {shown(sources[windows.index(0)].text)}.",
+            f"{max_tokens:,} evaluation tokens (--eval-tokens) in windows of {window:,} leave none for "
+            f"{shown(sources[windows.index(0)].text)}.",
             "Raise --eval-tokens, or lower --eval-window.",
         )
-    return [count * config.eval_window for count in windows]
+    return [count * window for count in windows]
 
 
 def _calibration(
@@ -164,7 +204,7 @@ def _calibration(
     first = first_token(tokenizer, config.bos)
     for source, count in zip(sources, counts, strict=True):
         of_memory = given if source.text == IN_MEMORY else None
-        corpus = _part(source.text, CALIBRATION, split=source.text in split, given=of_memory)
+        corpus = part_of(source.text, CALIBRATION, split=source.text in split, given=of_memory)
         chats += corpus.chats
         drawn.append(
             sample_calibration(tokenizer, corpus, count, config.seq_len, config.seed, config.windows_per_sample, first)
@@ -206,7 +246,7 @@ def evaluation_text(
         DataError: If the text cannot be read or is too short.
         ConfigError: If the windows are refused, see ``check_windows``.
     """
-    corpus = _part(spec, EVALUATION, split=split, given=given)
+    corpus = part_of(spec, EVALUATION, split=split, given=given)
     name = f"{spec} (held-out part)" if split or _is_demo(spec) else spec
     first, stride = first_token(tokenizer, bos), stride or window
     check_windows(window, stride, precision)
@@ -217,7 +257,18 @@ def evaluation_text(
     return EvaluationText(tokens, name, window, stride, precision, bos=first is not None)
 
 
-def _part(spec: str, part: int, *, split: bool, given: Corpus | None = None) -> Corpus:
+def part_of(spec: str, part: int, *, split: bool, given: Corpus | None = None) -> Corpus:
+    """The part of a text to calibrate or train on (0), or the part that is held out (1); of a whole text, all of it.
+
+    Args:
+        spec: The text, see ``load_corpus``.
+        part: ``CALIBRATION`` or ``EVALUATION``.
+        split: Whether the text is to be split. Demo texts always are.
+        given: The text, if it is in memory already.
+
+    Raises:
+        DataError: If the text cannot be read, or is too short to be split.
+    """
     corpus = given or load_corpus(spec)
     return corpus.split()[part] if split or _is_demo(spec) else corpus
 

@@ -41,12 +41,15 @@ _LIMITS = {
 _MOST_PROBLEMS = 5
 
 
-def refusal(issues: Sequence[Mapping[str, Any]], fields: Mapping[str, FieldInfo]) -> ConfigError:
+def refusal(
+    issues: Sequence[Mapping[str, Any]], fields: Mapping[str, FieldInfo], command: str = "prune --help-all"
+) -> ConfigError:
     """Error in words for the findings of the validation.
 
     Args:
         issues: Findings, as pydantic gives them.
         fields: Options of a recipe, by name.
+        command: Command and option that explain them.
     """
     problems = [_problem(issue, fields) for issue in issues[:_MOST_PROBLEMS]]
     if len(issues) > _MOST_PROBLEMS:
@@ -56,7 +59,7 @@ def refusal(issues: Sequence[Mapping[str, Any]], fields: Mapping[str, FieldInfo]
     spelt = ", ".join(spelling(word, fields) for word in dict.fromkeys(words) if word in fields)
     return ConfigError(
         f"The recipe is not valid: {'; '.join(problems)}.",
-        f"{f'On the command line: {spelt}. ' if spelt else ''}`llm-surgeon prune --help-all` explains each option.",
+        f"{f'On the command line: {spelt}. ' if spelt else ''}`llm-surgeon {command}` explains each option.",
     )
 
 

@@ -17,6 +17,14 @@ from llm_surgeon.records.evaluation import (
 )
 from llm_surgeon.records.mark import DoneFit, FitMark, NoWords, RemovalMark, Spent
 from llm_surgeon.records.plan import LayerKind, Plan, PlannedPhase
+from llm_surgeon.records.recovery import (
+    RecoveryCurves,
+    RecoveryIdentity,
+    RecoveryLoss,
+    RecoveryPoint,
+    RecoveryRecord,
+    RecoverySource,
+)
 from llm_surgeon.records.run import ExportRecord, FormatRecord, Memory, PruneReport, RunRecord, TargetRecord
 from llm_surgeon.records.samples import Continuation, ExportComparison, ExportMeasures, SampleComparison, Samples
 from llm_surgeon.records.shot import CostHistogram, Figure, LayerRecord, ShotRecord, Size, StageRecord
@@ -46,6 +54,12 @@ __all__ = [
     "PlannedPhase",
     "PruneReport",
     "Record",
+    "RecoveryCurves",
+    "RecoveryIdentity",
+    "RecoveryLoss",
+    "RecoveryPoint",
+    "RecoveryRecord",
+    "RecoverySource",
     "RemovalMark",
     "RunRecord",
     "SampleComparison",

@@ -10,6 +10,7 @@ from llm_surgeon.mathematics.nm_pattern import Pattern
 from llm_surgeon.records.base import Record
 from llm_surgeon.records.evaluation import Perplexity, SpeedComparison
 from llm_surgeon.records.plan import Plan
+from llm_surgeon.records.recovery import RecoveryRecord
 from llm_surgeon.records.samples import SampleComparison
 from llm_surgeon.records.shot import LayerRecord, ShotRecord, Size
 from llm_surgeon.records.summary import summary_html, summary_text
@@ -113,7 +114,8 @@ class TargetRecord(Record):
 class PruneReport(Record):
     """Report of a run, with all that it measured. ``report.json`` is this record.
 
-    ``continued`` has the shots after which an ended run was continued. ``samples`` are texts that were written later.
+    ``continued`` has the shots after which an ended run was continued. ``samples`` are texts that were written later,
+    and ``recovery`` is a training after pruning, before which all other figures were measured.
     ``origin`` has the dense model's own statements, as far as they are known: ``base_model``, ``license``,
     ``license_name``, ``license_link``, ``language``, ``datasets``.
     """
@@ -136,6 +138,7 @@ class PruneReport(Record):
     continued: tuple[int, ...] = ()
     processes: int = 1
     samples: SampleComparison | None = None
+    recovery: RecoveryRecord | None = None
     origin: dict[str, str | list[str]] = Field(default_factory=dict)
 
     @property

@@ -16,6 +16,7 @@ from llm_surgeon.recipe.sources import as_several, sources_of
 from llm_surgeon.recipe.structures import STRUCTURES
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.loading import loading_lines, reloaded, using_lines, why_so
+from llm_surgeon.report.recovery_table import recovery_in_card
 from llm_surgeon.report.table import dense_and_pruned, escape, footnotes, markdown_rows, scaled_bytes
 
 _UNTOUCHED = "the rest stays as it was"
@@ -57,6 +58,7 @@ def model_card(report: PruneReport) -> str:
         _what_was_done(report),
         _loading(report),
         _measured(report),
+        *([] if report.recovery is None else [recovery_in_card(report.recovery)]),
         LIMITS,
         _origin(report),
         _citation(report),

@@ -24,6 +24,7 @@ from llm_surgeon.report.page_result import (
     shots_section,
 )
 from llm_surgeon.report.plots import kept_percent
+from llm_surgeon.report.recovery_page import recovery_section
 from llm_surgeon.report.sample_table import samples_section
 from llm_surgeon.report.style import CSS
 from llm_surgeon.report.table import TIMES, perplexity_cell, scaled_bytes
@@ -36,6 +37,7 @@ def report_page(report: PruneReport) -> str:
         ("result", "Result", result_section(report)),
         ("shots", "Shots", shots_section(report)),
         ("curves", "Perplexity and loss", curves_section(report)),
+        ("recovery", "Recovery", recovery_section(report.recovery)),
         ("texts", "Texts", samples_section(report.samples)),
         ("layers", "Layers", layers_section(report.layers)),
         ("costs", "Costs", costs_section(report.shots)),

@@ -10,7 +10,7 @@ from typing import Any
 from llm_surgeon.data.corpora import without_column
 from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.sources import NONE, as_several, sources_of
-from llm_surgeon.records import PruneReport
+from llm_surgeon.records import PruneReport, RecoveryRecord
 from llm_surgeon.records.names import distinct_names
 
 # An absolute path, or one from the home directory, of at least two parts. Addresses of the web do not match, as they
@@ -29,6 +29,13 @@ def without_paths(report: PruneReport) -> PruneReport:
     return PruneReport.model_validate(_masked(report.model_dump(mode="json"), known))
 
 
+def recovery_without_paths(record: RecoveryRecord) -> RecoveryRecord:
+    """The record of a recovery with the last part of each absolute path in place of the path."""
+    given = [text for text in (record.model, record.teacher) if text is not None]
+    known = {text: Path(text).name for text in given if _is_absolute(text)} | _names_of(record.config)
+    return RecoveryRecord.model_validate(_masked(record.model_dump(mode="json"), known))
+
+
 def recipe_without_paths(config: PruneConfig) -> str:
     """The resolved recipe as YAML, with the last parts of absolute paths."""
     options = config.model_dump()
@@ -38,7 +45,7 @@ def recipe_without_paths(config: PruneConfig) -> str:
 
 def _names_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Names in place of the absolute paths of the texts in a recipe's options, without columns and shares."""
-    given = [as_several(config.get(option)) for option in ("calibration", "evaluation")]
+    given = [as_several(config.get(option)) for option in ("calibration", "data", "evaluation")]
     texts = (without_column(source.text) for named in given for source in sources_of(named))
     absolute = [*dict.fromkeys(text for text in texts if _is_absolute(text))]
     return dict(zip(absolute, distinct_names(absolute, (NONE, "demo")), strict=True))

@@ -29,6 +29,8 @@ from llm_surgeon.system.files import PARTIAL, check_output, flush, in_place, syn
 logger = logging.getLogger(__name__)
 
 _LOCK, _RUN, _RECIPE, _REPORT = "lock", "run.json", "recipe.yaml", "report.json"
+# Commands by the file that tells what their run is.
+_KINDS = {_RUN: "prune", "recover.json": "recover"}
 # Entries of a run's record by which the same command is recognised.
 _IDENTITY = frozenset({"files", "recipe", "texts"})
 # Upper bound of the bytes of these files.
@@ -48,7 +50,7 @@ class RunDirectory:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out, self.path = out, _path_of(out)
+        self.out, self.path = out, path_of(out)
         _remove_links(self.path)
         self.export, self.checkpoints = self.path / "export", Checkpoints(self.path)
         self._marks = Marks(self.path)
@@ -217,8 +219,8 @@ def run_directory(out: Path) -> Iterator[RunDirectory]:
             of another version of this package.
     """
     out = Path(os.path.abspath(out))
-    with _locked(out):
-        with writing(_path_of(out), _WORDS):
+    with locked(out, _RUN):
+        with writing(path_of(out), _WORDS):
             run = RunDirectory(out)
         try:
             if run.finished is None:
@@ -231,8 +233,17 @@ def run_directory(out: Path) -> Iterator[RunDirectory]:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    path = _path_of(out)
+def locked(out: Path, identity: str) -> Iterator[None]:
+    """Make and lock the directory of a run with the output ``out``.
+
+    Args:
+        out: The output.
+        identity: Name of the file that tells what the run is. Runs of another kind are left alone.
+
+    Raises:
+        OutputError: If the directory cannot be used, or another process works on it.
+    """
+    path = path_of(out)
     if path.is_symlink() or (path / _LOCK).is_symlink():
         raise OutputError(f"{path}, where the run is to keep its checkpoints, is a link.", "Remove the link.")
     try:
@@ -242,6 +253,12 @@ def _locked(out: Path) -> Iterator[None]:
             raise OutputError(
                 f"{path}, where the run is to keep its checkpoints, is no directory of a run.",
                 "Rename it, or give another --out.",
+            )
+        other = next((command for name, command in _KINDS.items() if name != identity and name in names), None)
+        if other is not None:
+            raise OutputError(
+                f"{path} holds what `llm-surgeon {other}` needs to go on.",
+                f"Let that end, remove {path}, or give another --out.",
             )
         lock = FileLock(path / _LOCK)
         lock.acquire(timeout=0)
@@ -257,7 +274,8 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _path_of(out: Path) -> Path:
+def path_of(out: Path) -> Path:
+    """Directory of the run with the output ``out``."""
     return out.with_name(f"{out.name}.run")
 
 

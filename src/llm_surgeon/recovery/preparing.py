@@ -1,0 +1,105 @@
+"""Preconditions of a recovery: two models that predict the same tokens, and room for the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedTokenizerBase
+
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.recipe.recovery import RecoverConfig
+from llm_surgeon.system.memory import available_bytes
+from llm_surgeon.system.processes import Processes
+
+# Float32 numbers of each trained parameter beside it: its gradient and two moments.
+_BESIDE = 3
+
+
+def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
+    """Make sure that a teacher's tokens are the student's.
+
+    Raises:
+        ConfigError: If they are not.
+    """
+    if student.get_vocab() != teacher.get_vocab():
+        raise ConfigError(
+            f"The tokenizer of {name} has other tokens than the export's, so that its predictions say nothing of "
+            "these.",
+            "Give the model that the export was made of.",
+        )
+
+
+def check_same_vocabulary(student: Any, teacher: Any, name: str) -> None:
+    """Make sure that two models predict as many tokens.
+
+    Args:
+        student: Configuration of the one.
+        teacher: Configuration of the other.
+        name: Name of the other.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    own, other = (settings.get_text_config().vocab_size for settings in (student, teacher))
+    if own != other:
+        raise ConfigError(
+            f"{name} predicts {other:,} tokens, and the export {own:,}.", "Give the model that the export was made of."
+        )
+
+
+def check_shares(config: RecoverConfig, processes: Processes) -> None:
+    """Make sure that all processes have as many sequences of a step.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    if config.batch_size % processes.count:
+        raise ConfigError(
+            f"{config.batch_size} sequences of a step (--batch-size) cannot be shared out among {processes.count} "
+            "processes.",
+            f"Give a multiple of {processes.count}.",
+        )
+
+
+def as_trained(model: nn.Module) -> None:
+    """Give a model the type in which it is trained: float32, as small steps are lost in a coarser type."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+
+
+def check_memory(model: nn.Module, processes: Processes) -> None:
+    """Make sure that the memory that the training needs in any case is there, before the training.
+
+    Args:
+        model: The model that is trained, in memory.
+        processes: Processes that share it.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    needed, free = _BESIDE * 4 * trained // processes.count, available_bytes(processes.device)
+    if needed > free:
+        raise ConfigError(
+            f"Gradients and moments of {trained:,} trained parameters need {needed / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free.",
+            "Train adapters (--adapters 16), or share the work among several processes with torchrun.",
+        )
+
+
+def recompute_activations(blocks: nn.ModuleList) -> None:
+    """Let blocks compute their activations again in the backward pass, as they keep none but their inputs."""
+    for block in blocks:
+        block.forward = _again(block.forward)
+
+
+def _again(forward: Any) -> Any:
+    def computed_again(*args: Any, **settings: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **settings)
+        return checkpoint(forward, *args, use_reentrant=False, **settings)
+
+    return computed_again

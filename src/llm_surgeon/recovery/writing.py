@@ -1,0 +1,95 @@
+"""Writing of a recovered model: the files of the export it was made of, with other values in the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.errors import ExportMismatchError
+from llm_surgeon.export.verify import ReloadCheck, verify_export
+from llm_surgeon.models.weights import quietly
+from llm_surgeon.system.files import PARTIAL, readable_as_others, writing
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Weights in other forms, which would be those of before; and what the caller writes anew.
+_LEFT_OUT = (*_WEIGHTS, "*.gguf", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack")
+_TEMPLATES = "additional_chat_templates"
+
+
+@torch.no_grad()
+def take(model: PreTrainedModel, changed: Iterable[tuple[str, Tensor]]) -> None:
+    """Write trained values into a model's parameters, each in the type in which it is stored."""
+    parameters = dict(model.named_parameters())
+    for name, values in changed:
+        parameters[name].copy_(values)
+
+
+def write_recovered(model: PreTrainedModel, source: Path, directory: Path) -> ReloadCheck:
+    """Write a recovered model, and load the files in a fresh process.
+
+    Args:
+        model: The model, read from ``source``, with its new values.
+        source: Directory of the export that was trained.
+        directory: Directory to write to, which exists.
+
+    Returns:
+        How far the logits of the reloaded files are from those of the model.
+
+    Raises:
+        DiskSpaceError: If the disk is full.
+        OutputError: If writing fails for another reason.
+        ExportMismatchError: If the weights have other names, shapes or types than in ``source``, or the reloaded files
+            compute something else.
+    """
+    plain = "auto_map" not in json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
+    with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
+        for path in sorted(source.iterdir()):
+            # Of a link the contents are copied: files of a hub's cache are links.
+            if path.is_file() and not path.name.startswith(".") and not any(map(path.match, _LEFT_OUT)):
+                shutil.copyfile(path, directory / path.name)
+        if (source / _TEMPLATES).is_dir():
+            shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES, dirs_exist_ok=True)
+        # transformers writes a configuration too, and that of the source is the right one.
+        with tempfile.TemporaryDirectory(prefix="weights-", suffix=PARTIAL, dir=directory.parent) as aside, quietly():
+            model.save_pretrained(aside, save_original_format=plain)
+            for pattern in _WEIGHTS:
+                for path in Path(aside).glob(pattern):
+                    shutil.move(path, directory / path.name)
+        readable_as_others(directory)
+    _check_same_tensors(source, directory)
+    return verify_export(model, directory, plain)
+
+
+def _check_same_tensors(source: Path, directory: Path) -> None:
+    """Make sure that two directories have the same tensors, but for their values.
+
+    Raises:
+        ExportMismatchError: If a tensor lacks, or is of another shape or type.
+    """
+    before, after = _tensors(source), _tensors(directory)
+    other = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if other:
+        raise ExportMismatchError(
+            f"The weights that were written differ from those of {source} in {len(other)} tensors, first {other[0]}: "
+            f"{before.get(other[0], 'none')} before, {after.get(other[0], 'none')} after.",
+            "Nothing was written. Please report this with the versions of torch and transformers.",
+        )
+
+
+def _tensors(directory: Path) -> dict[str, str]:
+    """Types and shapes of the tensors in a directory's weight files, by name."""
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                part = file.get_slice(name)
+                found[name] = f"{part.get_dtype()} {part.get_shape()}"
+    return found
