@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 class Outcomes(NamedTuple):
@@ -67,11 +66,16 @@ def divergence(logits: Tensor, teacher: Outcomes, temperature: float = 1.0) -> T
     """
     logs = (logits.float() / temperature).log_softmax(-1)
     if teacher.tokens is None or teacher.rest is None:
-        return temperature**2 * F.kl_div(logs, teacher.logs, reduction="sum", log_target=True)
+        return temperature**2 * _divergence(teacher.logs, logs)
     # The sum over the others is one of exponentials: as 1 minus the kept ones it would be rounding where it is small.
     rest = _without(logs, teacher.tokens).logsumexp(-1)
-    kept = F.kl_div(logs.gather(-1, teacher.tokens), teacher.logs, reduction="sum", log_target=True)
-    return temperature**2 * (kept + F.kl_div(rest, teacher.rest, reduction="sum", log_target=True))
+    kept = _divergence(teacher.logs, logs.gather(-1, teacher.tokens))
+    return temperature**2 * (kept + _divergence(teacher.rest, rest))
+
+
+def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Sum of ``p log(p / q)`` over all outcomes, of logarithms."""
+    return (teacher.exp() * (teacher - student)).sum()
 
 
 def _without(logs: Tensor, tokens: Tensor) -> Tensor:
