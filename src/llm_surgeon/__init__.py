@@ -2,11 +2,12 @@
 
 Public names: ``prune`` (a model in memory), ``prune_checkpoint`` (a checkpoint into an export), ``export_as`` (an
 export in further formats), ``dequantize`` (a checkpoint in 16 bits), ``evaluate``, ``evaluate_tasks``, ``plan`` (what
-a run will take), ``load``, ``compare`` (methods on identical tokens), ``compare_exports`` (models on the same text),
-``sample`` (what models write), ``write_chats``, ``push`` (an export to the hub), ``bench``, ``PruneConfig``,
-``Setting``, ``PruneReport``, ``Plan``, ``Perplexity``, ``TaskScores``, ``Comparison``, ``ExportComparison``,
-``SampleComparison``, ``Bench``; ``register_family`` with ``Family``, ``Residual`` and the kinds of parts ``Attention``,
-``JointlyNormedAttention``, ``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own);
+a run will take), ``load``, ``recover`` (training after pruning), ``compare`` (methods on identical tokens),
+``compare_exports`` (models on the same text), ``sample`` (what models write), ``write_chats``, ``push`` (an export to
+the hub), ``bench``, ``PruneConfig``, ``RecoverConfig``, ``Setting``, ``PruneReport``, ``RecoveryRecord``, ``Plan``,
+``Perplexity``, ``TaskScores``, ``Comparison``, ``ExportComparison``, ``SampleComparison``, ``Bench``;
+``register_family`` with ``Family``, ``Residual`` and the kinds of parts ``Attention``, ``JointlyNormedAttention``,
+``FeedForward``, ``MixtureOfExperts`` and ``PlainLayers`` (an architecture of one's own);
 and ``SurgeonError``, the base of all errors.
 """
 
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
         PlainLayers,
     )
     from llm_surgeon.recipe.config import PruneConfig
+    from llm_surgeon.recipe.recovery import RecoverConfig
     from llm_surgeon.records import (
         Comparison,
         ExportComparison,
         Perplexity,
         Plan,
         PruneReport,
+        RecoveryRecord,
         SampleComparison,
         Setting,
         TaskScores,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from llm_surgeon.run.compare_exports import compare_exports
     from llm_surgeon.run.convert import export_as
     from llm_surgeon.run.dequantising import dequantize
+    from llm_surgeon.run.recover import recover
     from llm_surgeon.run.run import evaluate, plan, prune, prune_checkpoint
     from llm_surgeon.run.sampling import sample
     from llm_surgeon.run.upload import push
@@ -67,6 +71,8 @@ __all__ = [
     "Progress",
     "PruneConfig",
     "PruneReport",
+    "RecoverConfig",
+    "RecoveryRecord",
     "Residual",
     "RichProgress",
     "SampleComparison",
@@ -86,6 +92,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "push",
+    "recover",
     "register_family",
     "sample",
     "write_chats",
@@ -107,6 +114,8 @@ _HOMES = {
     "Progress": "system.progress",
     "PruneConfig": "recipe.config",
     "PruneReport": "records",
+    "RecoverConfig": "recipe.recovery",
+    "RecoveryRecord": "records",
     "Residual": "models.family",
     "RichProgress": "system.progress",
     "SampleComparison": "records",
@@ -126,6 +135,7 @@ _HOMES = {
     "prune": "run.run",
     "prune_checkpoint": "run.run",
     "push": "run.upload",
+    "recover": "run.recover",
     "register_family": "models",
     "sample": "run.sampling",
     "write_chats": "run.chats",

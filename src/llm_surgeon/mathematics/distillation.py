@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -49,11 +48,12 @@ def likeliest(logits: Tensor, count: int | None, temperature: float = 1.0) -> Ou
         count: Number of tokens to keep at each position; None, or as many as the vocabulary has, keeps all.
         temperature: Temperature, above 0.
     """
-    logs = (logits.float() / temperature).log_softmax(-1)
-    if count is None or count >= logs.shape[-1]:
-        return Outcomes(logs)
-    kept, tokens = logs.topk(count, dim=-1)
-    return Outcomes(kept, tokens, _without(logs, tokens).logsumexp(-1))
+    scaled = _scaled(logits, temperature)
+    if count is None or count >= logits.shape[-1]:
+        return Outcomes(scaled.log_softmax(-1))
+    kept, tokens = scaled.topk(count, dim=-1)
+    whole = scaled.logsumexp(-1)
+    return Outcomes(kept - whole[:, None], tokens, _without(scaled, tokens).logsumexp(-1) - whole)
 
 
 def divergence(logits: Tensor, teacher: Outcomes, temperature: float = 1.0) -> Tensor:
@@ -64,13 +64,19 @@ def divergence(logits: Tensor, teacher: Outcomes, temperature: float = 1.0) -> T
         teacher: The teacher's probabilities at this temperature.
         temperature: Temperature, above 0.
     """
-    logs = (logits.float() / temperature).log_softmax(-1)
+    scaled = _scaled(logits, temperature)
     if teacher.tokens is None or teacher.rest is None:
-        return temperature**2 * _divergence(teacher.logs, logs)
+        return temperature**2 * _divergence(teacher.logs, scaled.log_softmax(-1))
+    whole = scaled.logsumexp(-1)
+    kept = scaled.gather(-1, teacher.tokens) - whole[:, None]
     # The sum over the others is one of exponentials: as 1 minus the kept ones it would be rounding where it is small.
-    rest = _without(logs, teacher.tokens).logsumexp(-1)
-    kept = _divergence(teacher.logs, logs.gather(-1, teacher.tokens))
-    return temperature**2 * (kept + _divergence(teacher.rest, rest))
+    rest = _without(scaled, teacher.tokens).logsumexp(-1) - whole
+    return temperature**2 * (_divergence(teacher.logs, kept) + _divergence(teacher.rest, rest))
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    values = logits.float()
+    return values if temperature == 1.0 else values / temperature
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -78,6 +84,6 @@ def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.exp() * (teacher - student)).sum()
 
 
-def _without(logs: Tensor, tokens: Tensor) -> Tensor:
-    """Logarithms with those of some tokens at minus infinity, as if their probabilities were 0."""
-    return logs.scatter(-1, tokens, torch.full_like(tokens, float("-inf"), dtype=logs.dtype))
+def _without(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Logits with those of some tokens at minus infinity, as if their probabilities were 0."""
+    return logits.scatter(-1, tokens, float("-inf"))

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.errors import ConfigError
+from llm_surgeon.models.family import Family
 from llm_surgeon.recipe.recovery import RecoverConfig
 from llm_surgeon.system.memory import available_bytes
 from llm_surgeon.system.processes import Processes
@@ -64,10 +65,21 @@ def check_shares(config: RecoverConfig, processes: Processes) -> None:
         )
 
 
-def as_trained(model: nn.Module) -> None:
-    """Give a model the type in which it is trained: float32, as small steps are lost in a coarser type."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+def as_trained(model: PreTrainedModel, family: Family) -> None:
+    """Give the language model of a model the type in which it is trained: float32, as small steps are lost in others.
+
+    Towers that read no text stay as they are, and are not trained.
+
+    Args:
+        model: The model.
+        family: Entry of its architecture.
+    """
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    for name, parameter in model.named_parameters():
+        if family.text_config is None or name.startswith(f"{family.tower}.") or id(parameter) in head:
+            parameter.data = parameter.data.float()
+        else:
+            parameter.requires_grad_(False)
 
 
 def check_memory(model: nn.Module, processes: Processes) -> None:

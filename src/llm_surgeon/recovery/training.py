@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import NonFiniteError
@@ -108,19 +107,13 @@ class Training:
         self.student, self._teacher, self._tokens, self._text = student, teacher, tokens, text
         self._config, self._processes, self._states, self._progress = config, processes, states, progress
         self.parameters = {name: one for name, one in student.named_parameters() if one.requires_grad}
-        self._zeros = Zeros(self.parameters)
+        # Adapters begin as zeros, and leave the zeros of their layers alone by themselves.
+        self._zeros = Zeros(self.parameters if config.adapters is None else {})
         self._optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=config.learning_rate,
             betas=_BETAS,
             weight_decay=config.weight_decay,
-        )
-        self._schedule = get_scheduler(
-            "cosine_with_min_lr",
-            self._optimizer,
-            num_warmup_steps=math.ceil(config.warmup * config.steps),
-            num_training_steps=config.steps,
-            scheduler_specific_kwargs={"min_lr_rate": _FLOOR},
         )
         self.standing = Standing()
         self._kept_at = time.perf_counter()
@@ -220,9 +213,10 @@ class Training:
             )
         self._zeros.clear_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate(self.standing.step, config.steps, config.warmup)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._schedule.step()
         return loss_of_all
 
     def _note(self, loss: float) -> None:
@@ -289,9 +283,22 @@ class Training:
                 kept = value if value.ndim == 0 else torch.zeros_like(parameter, requires_grad=False)
                 local(kept).copy_(value)
                 self._optimizer.state[parameter][moment] = kept
-        for _ in range(step):
-            self._schedule.step()
         self.standing = Standing.of(words)
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Fraction of the highest learning rate at a step: it rises evenly, and falls on a cosine to a tenth.
+
+    Args:
+        step: Number of steps taken before.
+        steps: Number of all steps.
+        warmup: Share of the steps over which it rises.
+    """
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    through = (step - rising) / max(1, steps - rising)
+    return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * through))
 
 
 def _bounds(steps: int, evaluations: int) -> list[int]:

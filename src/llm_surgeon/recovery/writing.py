@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.errors import ExportMismatchError
+from llm_surgeon.export.stored import stored_towers
 from llm_surgeon.export.verify import ReloadCheck, verify_export
+from llm_surgeon.models.family import Family
 from llm_surgeon.models.weights import quietly
 from llm_surgeon.system.files import PARTIAL, readable_as_others, writing
 
@@ -32,11 +32,14 @@ def take(model: PreTrainedModel, changed: Iterable[tuple[str, Tensor]]) -> None:
         parameters[name].copy_(values)
 
 
-def write_recovered(model: PreTrainedModel, source: Path, directory: Path) -> ReloadCheck:
+def write_recovered(model: PreTrainedModel, family: Family, source: Path, directory: Path) -> ReloadCheck:
     """Write a recovered model, and load the files in a fresh process.
+
+    Towers beside the language model have the bits of the source's weight files.
 
     Args:
         model: The model, read from ``source``, with its new values.
+        family: Entry of its architecture.
         source: Directory of the export that was trained.
         directory: Directory to write to, which exists.
 
@@ -46,8 +49,7 @@ def write_recovered(model: PreTrainedModel, source: Path, directory: Path) -> Re
     Raises:
         DiskSpaceError: If the disk is full.
         OutputError: If writing fails for another reason.
-        ExportMismatchError: If the weights have other names, shapes or types than in ``source``, or the reloaded files
-            compute something else.
+        ExportMismatchError: If the reloaded files compute something else.
     """
     plain = "auto_map" not in json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
@@ -59,37 +61,11 @@ def write_recovered(model: PreTrainedModel, source: Path, directory: Path) -> Re
             shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES, dirs_exist_ok=True)
         # transformers writes a configuration too, and that of the source is the right one.
         with tempfile.TemporaryDirectory(prefix="weights-", suffix=PARTIAL, dir=directory.parent) as aside, quietly():
-            model.save_pretrained(aside, save_original_format=plain)
+            towers = stored_towers(model, family, source) if family.text_config is not None else None
+            state = None if towers is None else model.state_dict() | towers
+            model.save_pretrained(aside, state_dict=state, save_original_format=plain)
             for pattern in _WEIGHTS:
                 for path in Path(aside).glob(pattern):
                     shutil.move(path, directory / path.name)
         readable_as_others(directory)
-    _check_same_tensors(source, directory)
     return verify_export(model, directory, plain)
-
-
-def _check_same_tensors(source: Path, directory: Path) -> None:
-    """Make sure that two directories have the same tensors, but for their values.
-
-    Raises:
-        ExportMismatchError: If a tensor lacks, or is of another shape or type.
-    """
-    before, after = _tensors(source), _tensors(directory)
-    other = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if other:
-        raise ExportMismatchError(
-            f"The weights that were written differ from those of {source} in {len(other)} tensors, first {other[0]}: "
-            f"{before.get(other[0], 'none')} before, {after.get(other[0], 'none')} after.",
-            "Nothing was written. Please report this with the versions of torch and transformers.",
-        )
-
-
-def _tensors(directory: Path) -> dict[str, str]:
-    """Types and shapes of the tensors in a directory's weight files, by name."""
-    found = {}
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                part = file.get_slice(name)
-                found[name] = f"{part.get_dtype()} {part.get_shape()}"
-    return found

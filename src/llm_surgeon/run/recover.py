@@ -25,7 +25,7 @@ from llm_surgeon.data.windows import EvaluationText
 from llm_surgeon.errors import OutputError, RecoveryError
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.export.verify import ReloadCheck
-from llm_surgeon.models import pruned_family_of
+from llm_surgeon.models import Family, pruned_family_of
 from llm_surgeon.models.loading import (
     check_checkpoint,
     load_config,
@@ -51,7 +51,7 @@ from llm_surgeon.recovery.preparing import (
     recompute_activations,
 )
 from llm_surgeon.recovery.sharding import share_out, together, whole
-from llm_surgeon.recovery.states import States
+from llm_surgeon.recovery.states import STATE, States
 from llm_surgeon.recovery.training import Standing, Training
 from llm_surgeon.recovery.writing import take, write_recovered
 from llm_surgeon.run.job import count_parameters
@@ -99,9 +99,9 @@ class _Work:
     progress: Progress
 
     @property
-    def blocks(self) -> str:
-        """Path of the list of blocks, in both models."""
-        return pruned_family_of(model_type_of(str(self.source))).blocks
+    def family(self) -> Family:
+        """Entry of the export's architecture."""
+        return pruned_family_of(model_type_of(str(self.source)))
 
     @property
     def objective(self) -> Objective:
@@ -176,7 +176,10 @@ def recover(
 
 @contextlib.contextmanager
 def _directory(out: Path, processes: Processes) -> Iterator[Path]:
-    """Directory of the recovery, locked by the first process; removed at the end of a block without an error."""
+    """Directory of the recovery, locked by the first process.
+
+    It is removed at the end, after an error too if no state in it is worth keeping.
+    """
     path = path_of(out)
     with ExitStack() as stack:
         if processes.first:
@@ -184,10 +187,17 @@ def _directory(out: Path, processes: Processes) -> Iterator[Path]:
         # On another machine there is no directory yet.
         processes.total(0.0)
         path.mkdir(parents=True, exist_ok=True)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if any(path.glob(f"{STATE}-*.safetensors")):
+                if processes.first:
+                    logger.warning("the same command goes on from its last state (%s has what it needs)", path)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         processes.total(0.0)
-        if processes.first:
-            shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _opened(
@@ -349,19 +359,20 @@ def _student(work: _Work) -> Iterator[tuple[Student, Callable[[], Iterator[tuple
     layers: dict[str, Any] | None = None
     with ExitStack() as stack:
         if config.adapters is None:
-            as_trained(model)
+            as_trained(model, work.family)
         else:
-            layers = stack.enter_context(adapted(model, work.blocks, config.adapters, config.seed))
+            layers = stack.enter_context(adapted(model, work.family.blocks, config.adapters, config.seed))
         check_memory(model, processes)
         if config.gradient_checkpointing:
-            recompute_activations(cast(nn.ModuleList, model.get_submodule(work.blocks)))
+            recompute_activations(cast(nn.ModuleList, model.get_submodule(work.family.blocks)))
         student = Student(model, work.objective)
-        share_out(student, f"model.{work.blocks}", processes)
+        share_out(student, f"model.{work.family.blocks}", processes)
 
         def result() -> Iterator[tuple[str, Tensor]]:
             if layers is not None:
                 return absorbed(layers)
-            return ((name, whole(value.detach())) for name, value in model.named_parameters())
+            trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+            return ((name, whole(value.detach())) for name, value in trained)
 
         yield student, result
 
@@ -390,7 +401,7 @@ def _written(work: _Work, values: Mapping[str, Tensor], directory: Path) -> tupl
     directory.mkdir()
     model = load_model(str(work.source), "auto", "cpu", work.config.trust_remote_code)
     take(model, values.items())
-    return write_recovered(model, work.source, directory), count_parameters(model)
+    return write_recovered(model, work.family, work.source, directory), count_parameters(model)
 
 
 def _finish(work: _Work, record: RecoveryRecord, out: Path, directory: Path) -> RecoveryRecord:
