@@ -37,5 +37,5 @@ def require_one_process(command: str) -> None:
     if (count := own_place().count) > 1:
         raise ConfigError(
             f"`llm-surgeon {command}` works in one process, and torchrun has started {count}.",
-            "Start it without torchrun; `llm-surgeon prune` can use several processes.",
+            "Start it without torchrun; `llm-surgeon prune` and `recover` can use several processes.",
         )

@@ -1,0 +1,57 @@
+"""Recoveries in several processes and in one: ``torchrun ... tests/several_recover.py EXPORT TEACHER TEXT FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llm_surgeon import RecoveryRecord, recover
+from llm_surgeon.recovery.training import Training
+
+COMMON = {
+    "tokens": 3840, "seq_len": 32, "batch_size": 6, "evaluations": 4, "learning_rate": 3e-3,
+    "eval_window": 32, "eval_tokens": 320, "precision": "float32", "device": "cpu",
+}  # fmt: skip
+# Name: whether it has a teacher, and options.
+RECOVERIES = {
+    "teacher": (True, {}),
+    "text alone, whole blocks again": (False, {"gradient_checkpointing": True, "pass_size": 2}),
+    "adapters": (True, {"adapters": 3, "label_weight": 0.8, "learning_rate": 1e-2}),
+    "interrupted": (True, {"label_weight": 0.5}),
+}
+
+
+class EndedError(Exception):
+    """The end of a process."""
+
+
+def run(name: str, export: str, teacher: str, text: str, folder: Path) -> RecoveryRecord:
+    """One of the recoveries."""
+    has_teacher, options = RECOVERIES[name]
+
+    def call() -> RecoveryRecord:
+        told = {"teacher": teacher if has_teacher else None, "data": text}
+        return recover(export, folder / name, **told, **COMMON | options)
+
+    if name == "interrupted":
+        take = Training._step
+
+        def ends(self: Training, *given: object) -> float:
+            if self.standing.step == 12:
+                raise EndedError
+            return take(self, *given)  # type: ignore[arg-type]
+
+        Training._step = ends  # type: ignore[method-assign, assignment]
+        try:
+            call()
+        except EndedError:
+            pass
+        finally:
+            Training._step = take  # type: ignore[method-assign]
+    return call()
+
+
+if __name__ == "__main__":
+    export, teacher, text, folder = sys.argv[1:]
+    for name in RECOVERIES:
+        run(name, export, teacher, text, Path(folder))
