@@ -12,7 +12,7 @@ SMALL = {"samples": 4, "seq_len": 16, "eval_window": 32, "eval_tokens": 128}
 SMALL_CORRECTIONS = {"lora_steps": 2, "lora_final_steps": 2}
 # What turns on what has no effect otherwise, and is refused then.
 ON = {
-    **{"lora": True, "reconstruction": True, "gate_steps": 1},
+    **{"lora": True, "reconstruction": True, "gate_steps": 1, "recover_tokens": 1024},
     **{"layer_budget": "owl", "refine": "r2-dsnot", "fisher": "true"},
 }
 STRUCTURES = (
@@ -88,6 +88,9 @@ DOMAINS: dict[str, tuple[tuple, tuple]] = {
     "lora_rank": ((1, 4), (0,)),
     "lora_learning_rate": ((1e-3,), (0.0,)),
     "lora_batch_size": ((1, 2, 9), (0,)),
+    "recover_tokens": ((512, "1K"), (0, 3, "many")),
+    "recover_batch_size": ((1, 4), (0,)),
+    "recover_learning_rate": ((1e-3,), (0.0, 1.0)),
     "export_shots": (((1,), (1, 2), ()), ((0,), (9,))),
     "eval_window": ((2, 16, 32, 128), (1, 129, 10**6)),
     "eval_tokens": ((32, 100, 128), (1, 10**12)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llm_surgeon import RecoveryRecord, recover
+from llm_surgeon import RecoveryRecord, prune_checkpoint, recover
 from llm_surgeon.recovery.training import Training
 
 COMMON = {
@@ -18,7 +18,14 @@ RECOVERIES = {
     "text alone, whole blocks again": (False, {"gradient_checkpointing": True, "pass_size": 2}),
     "adapters": (True, {"adapters": 3, "label_weight": 0.8, "learning_rate": 1e-2}),
     "interrupted": (True, {"label_weight": 0.5}),
+    "at the end of a run": (True, {}),
 }
+
+
+RUN = {name: COMMON[name] for name in ("seq_len", "eval_window", "eval_tokens", "precision", "device")} | {
+    "samples": 8, "preset": "none", "shots": 1, "sparsity": 0.5,
+    "recover_tokens": 3840, "recover_batch_size": 6, "recover_learning_rate": 3e-3,
+}  # fmt: skip
 
 
 class EndedError(Exception):
@@ -33,6 +40,9 @@ def run(name: str, export: str, teacher: str, text: str, folder: Path) -> Recove
         told = {"teacher": teacher if has_teacher else None, "data": text}
         return recover(export, folder / name, **told, **COMMON | options)
 
+    if name == "at the end of a run":
+        prune_checkpoint(teacher, folder / name, calibration=text, **RUN)
+        return RecoveryRecord.model_validate_json((folder / name / "recovery.json").read_bytes())
     if name == "interrupted":
         take = Training._step
 

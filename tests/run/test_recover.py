@@ -11,16 +11,39 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
-from llm_surgeon import evaluate, load, prune_checkpoint, recover
+from llm_surgeon import PruneConfig, Setting, compare, evaluate, load, plan, prune, prune_checkpoint, recover
 from llm_surgeon.cli import app
 from llm_surgeon.cli.recover import _how_to_go_on
 from llm_surgeon.errors import ConfigError, DataError, NonFiniteError, OutputError, RecoveryError
+from llm_surgeon.export.verify import ReloadCheck, verify_export
 from llm_surgeon.records import PruneReport, RecoveryRecord
-from llm_surgeon.recovery import training
+from llm_surgeon.recovery import training, writing
+from llm_surgeon.run import recovery_report
+from quick import without_what_has_other_tests
 from stored_towers import assert_the_other_towers_are_the_same, stored
 
 SIZES = {"eval_window": 32, "eval_tokens": 320, "precision": "float32", "device": "cpu"}
 TRAINING = {"tokens": 5120, "seq_len": 32, "batch_size": 8, "evaluations": 4, "learning_rate": 3e-3, **SIZES}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """What takes seconds is left out, but for tests that ask for ``whole``."""
+    if "whole" not in request.fixturenames:
+        without_what_has_other_tests(monkeypatch)
+        monkeypatch.setattr(writing, "verify_export", lambda *_given: ReloadCheck(0.0, 1.0))
+        monkeypatch.setattr(recovery_report, "report_page", lambda _report: "")
+
+
+@pytest.fixture
+def whole():
+    """Runs with their plans, pages and checks by a fresh process."""
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The result is checked by a fresh process, though the export was not."""
+    monkeypatch.setattr(writing, "verify_export", verify_export)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +93,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
-def test_every_form_recovers_and_keeps_shapes_and_zeros(options, dense, text, tmp_path):
+def test_every_form_recovers_and_keeps_shapes_and_zeros(options, dense, text, tmp_path, checked):
     export = tmp_path / "export"
     pruned(dense, export, text, **options)
     found = recover(export, tmp_path / "out", teacher=dense, data=text, **TRAINING)
@@ -120,7 +143,7 @@ def test_families_recover(family, text, tmp_path):
     assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
 
 
-def test_experts_recover(text, tmp_path):
+def test_experts_recover(text, tmp_path, checked):
     """Whole experts are gone, and the router knows as many as are left."""
     tiny.build("mixtral").save_pretrained(tmp_path / "dense")
     tiny.tokenizer().save_pretrained(tmp_path / "dense")
@@ -133,7 +156,7 @@ def test_experts_recover(text, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gemma3-tower", "qwen3-vl-tower"])
-def test_towers_that_read_no_text_stay_as_they_were(family, text, tmp_path):
+def test_towers_that_read_no_text_stay_as_they_were(family, text, tmp_path, checked):
     source = stored(family, tmp_path / "dense")
     options = {"structure": "neurons+heads", "uniform": True, "round_to": 8, "dampening_g": 0.5, "sparsity": 0.3}
     export = pruned(str(source), tmp_path / "export", text, **options)
@@ -151,8 +174,7 @@ class EndedError(Exception):
     """The end of a process."""
 
 
-@pytest.mark.parametrize("adapters", [None, 3])
-@pytest.mark.parametrize("step", [0, 3, 5, 12])
+@pytest.mark.parametrize(("step", "adapters"), [(0, None), (3, None), (5, None), (12, None), (12, 3)])
 def test_an_interrupted_training_ends_as_one_that_was_not(step, adapters, dense, smaller, text, tmp_path, monkeypatch):
     options = TRAINING | {"teacher": dense, "data": text, "adapters": adapters}
     whole = recover(smaller, tmp_path / "whole", **options)
@@ -283,7 +305,7 @@ def test_a_checkpoint_in_half_precision_is_trained_in_float32_and_stored_as_it_w
     }
 
 
-def test_report_page_and_card_tell_of_the_recovery_and_other_formats_are_left_out(dense, text, tmp_path):
+def test_report_page_and_card_tell_of_the_recovery_and_other_formats_are_left_out(dense, text, tmp_path, whole):
     export = tmp_path / "export"
     pruned(dense, export, text)
     (export / "gguf").mkdir()
@@ -298,9 +320,9 @@ def test_report_page_and_card_tell_of_the_recovery_and_other_formats_are_left_ou
     assert "The reloaded result agrees with the model in memory." in found.output
     report = PruneReport.model_validate_json((out / "report.json").read_bytes())
     record = RecoveryRecord.model_validate_json((out / "recovery.json").read_bytes())
-    assert record.teacher == dense
+    assert report.recovery == record
     assert report.recovery.teacher == "dense"
-    assert str(tmp_path) not in (out / "report.json").read_text()
+    assert all(str(tmp_path) not in (out / name).read_text() for name in ("report.json", "recovery.json"))
     assert str(tmp_path) not in (out / "README.md").read_text()
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
     best = f"{record.curves.best.perplexity.perplexity:.2f}"
@@ -311,6 +333,89 @@ def test_report_page_and_card_tell_of_the_recovery_and_other_formats_are_left_ou
     assert (out / "LICENSE").read_text() == "a licence"
     assert (out / "recipe.yaml").read_bytes() == (export / "recipe.yaml").read_bytes()
     assert not (out / "gguf").exists()
+
+
+IN_RUN = {"recover_tokens": 5120, "recover_batch_size": 8, "recover_learning_rate": 3e-3}
+
+
+def test_a_run_trains_what_it_leaves_as_the_command_does(dense, text, tmp_path, monkeypatch):
+    """At its end and, interrupted there, from where it was."""
+    options = {"export_shots": (1,), "shots": 2}
+    pruned(dense, tmp_path / "export", text, **options)
+    shared = {"seq_len": 16, "tokens": 5120, "learning_rate": 3e-3, **SIZES}
+    by_hand = recover(tmp_path / "export", tmp_path / "by-hand", teacher=dense, data=text, **shared)
+    monkeypatch.setattr(training, "_OFTEN", 0.0)
+    take = training.Training._step
+
+    def ends(self, *given):
+        if self.standing.step == 30:
+            raise EndedError
+        return take(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_step", ends)
+        with pytest.raises(EndedError):
+            pruned(dense, tmp_path / "out", text, **options, **IN_RUN)
+    assert not (tmp_path / "out").exists()
+    pruned(dense, tmp_path / "out", text, **options, **IN_RUN)
+    assert digest(tmp_path / "out") == digest(tmp_path / "by-hand") != digest(tmp_path / "export")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+    report = PruneReport.model_validate_json((tmp_path / "out" / "report.json").read_bytes())
+    assert report.recovery.curves.losses == by_hand.curves.losses
+    assert report.recovery.model == "out"
+    assert report.config["recover_tokens"] == 5120
+    # The export of the first shot is there, and not trained.
+    assert digest(tmp_path / "out" / "shot-1") == digest(tmp_path / "export" / "shot-1")
+
+
+def test_a_run_whose_training_does_not_help_is_as_it_was_pruned(dense, text, tmp_path, caplog):
+    pruned(dense, tmp_path / "export", text)
+    told = IN_RUN | {"recover_learning_rate": 0.9}
+    with caplog.at_level("WARNING"):
+        pruned(dense, tmp_path / "out", text, **told)
+    assert "Training has not helped" in caplog.text
+    assert digest(tmp_path / "out") == digest(tmp_path / "export")
+    assert not (tmp_path / "out" / "recovery.json").exists()
+
+
+def test_the_plan_of_a_run_has_its_training(dense, text, whole):
+    options = {"calibration": text, "samples": 8, "seq_len": 16, "preset": "none", "shots": 1, **SIZES}
+    without, with_training = plan(dense, **options), plan(dense, **options, **IN_RUN)
+    (phase,) = [phase for phase in with_training.phases if phase.name == "recovery"]
+    assert phase.host["weights, gradients and moments"] == 16 * with_training.size.total
+    assert phase.seconds > 0
+    assert with_training.seconds == pytest.approx(without.seconds + phase.seconds)
+    assert with_training.disk >= without.disk + 32 * with_training.size.total
+
+
+def test_a_training_that_does_not_fit_the_memory_of_a_run_is_refused(dense, text, tmp_path, whole):
+    """A model of a hundred million weights, of which a plan needs the configuration alone."""
+    shutil.copytree(dense, tmp_path / "large", ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
+    config = json.loads((tmp_path / "large" / "config.json").read_text())
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config | sizes))
+    options = {"calibration": text, "samples": 4, "seq_len": 16, "preset": "none", "shots": 1, **SIZES}
+    options |= {"method": "magnitude", "structure": "rows-columns", "sparsity": 0.1, "host_memory": "1.5GiB"}
+    assert plan(tmp_path / "large", **options).host_available == 1.5 * 2**30
+    with pytest.raises(ConfigError, match=r"The training after the last shot .* needs about .*, and --host-memory is"):
+        plan(tmp_path / "large", **options, **IN_RUN)
+
+
+def test_training_in_a_run_is_refused_where_it_cannot_be(dense, tmp_path):
+    model, tokenizer = load(dense, device="cpu")
+    with pytest.raises(ConfigError, match="loads the dense model anew"):
+        prune(model, tokenizer, recover_tokens=10_000)
+    for words, options in {
+        "are fewer than one step of 8 sequences": {"recover_tokens": 100},
+        "leave the others out": {"recover_tokens": 10_000, "formats": ("hf", "gguf")},
+        "recover_batch_size has no effect": {"recover_batch_size": 4},
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            PruneConfig.from_mapping(options)
+    with pytest.raises(ConfigError, match="recover_tokens is no option that the cells"):
+        compare(
+            dense, tmp_path / "out", {"a": {}}, [Setting(structure="2:4", sparsity=0.5)], {"recover_tokens": 10_000}
+        )
 
 
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(dense, smaller, text, tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ def prune(
         errors = log_to_stderr(process)
         logger.info(STARTING)
         # Imported late: torch and transformers take seconds, and a wrong option should not wait for them.
+        from llm_surgeon.report.recovery_table import recovery_table
         from llm_surgeon.report.table import summary_table
         from llm_surgeon.run.run import prune_checkpoint
         from llm_surgeon.run.upload import check_hub
@@ -74,6 +75,8 @@ def prune(
             return
         output = console()
         output.print(summary_table(report))
+        if report.recovery is not None:
+            output.print(recovery_table(report.recovery))
         assert report.export is not None, "a checkpoint is pruned into an export"
         # Not wrapped nor coloured: some lines are to be pasted.
         for line in _closing(report, report.export, time.perf_counter() - start, output.encoding):

@@ -42,7 +42,10 @@ SHARED = (
 )
 _SETTING = ("structure", "sparsity")
 # What only a run from a checkpoint to an export can do; a cell loads a whole model and keeps none.
-_OF_EXPORTS = ("export_shots", "formats", "device_memory", "host_memory", "scratch_space", "weights")
+_OF_EXPORTS = (
+    *("export_shots", "formats", "device_memory", "host_memory", "scratch_space", "weights"),
+    *("recover_tokens", "recover_batch_size", "recover_learning_rate"),
+)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Corpus:
         )
 
 
-def load_corpus(spec: str) -> Corpus:
+def load_corpus(spec: str, characters: int | None = None) -> Corpus:
     """Load the text that a specification names; only for a hub data set is the network used.
 
     Args:
@@ -171,6 +171,7 @@ def load_corpus(spec: str) -> Corpus:
             it that is ``text``, or else a chat (see ``chats``). A file or folder called ``demo`` is named ``./demo``.
             Rows whose text is null are passed over. Empty texts are documents like others, as in the usual protocol
             for WikiText, whose blank lines are rows.
+        characters: Characters to take of a hub data set, at most; None: ``HUB_CHARACTERS``.
 
     Returns:
         The corpus.
@@ -187,7 +188,7 @@ def load_corpus(spec: str) -> Corpus:
     path = os.path.expanduser(spec)
     if path.lower().endswith(FILE_TYPES) or _is_path(spec) or os.path.exists(path):
         return _load_file(Path(path), column)
-    return _load_hub(spec, column)
+    return _load_hub(spec, column, characters or HUB_CHARACTERS)
 
 
 def _column_of(spec: str) -> tuple[str, str | None]:
@@ -372,7 +373,7 @@ def _columns(names: Sequence[str], source: str, column: str | None) -> list[str]
     return [*found, *(["tools"] if "tools" in names and found != [TEXT] else [])]
 
 
-def _load_hub(spec: str, column: str | None) -> Corpus:
+def _load_hub(spec: str, column: str | None, characters: int) -> Corpus:
     """Stream the first documents of a hub data set."""
     parts = spec.split(":")
     if len(parts) > 3 or not all(part.strip() for part in parts):
@@ -385,7 +386,7 @@ def _load_hub(spec: str, column: str | None) -> Corpus:
     split = parts[2] if len(parts) > 2 else "train"
     source = ":".join(part for part in (name, config, split) if part)
     try:
-        documents, missing, complete = _take(_stream(name, config, split, column))
+        documents, missing, complete = _take(_stream(name, config, split, column), characters)
     except DataError:
         raise
     # Loading runs code of many file formats and network clients, which raise errors of every kind.
@@ -408,18 +409,19 @@ def _stream(name: str, config: str | None, split: str, column: str | None) -> It
         yield document_of(row, f"The data set {name}", column)
 
 
-def _take(texts: Iterable[str | Chat | None]) -> tuple[tuple[str | Chat, ...], int, bool]:
-    """Take texts up to the limits of a hub data set.
+def _take(texts: Iterable[str | Chat | None], most: int = HUB_CHARACTERS) -> tuple[tuple[str | Chat, ...], int, bool]:
+    """Take texts up to the limits of a hub data set: so many characters, and documents in proportion.
 
     Returns:
         The texts, the number of rows without a text among them, and whether the data set ended there.
     """
     taken: list[str | Chat] = []
     missing = characters = 0
+    documents = HUB_DOCUMENTS * most // HUB_CHARACTERS
     for text in texts:
         if text is None:
             missing += 1
-        elif len(taken) == HUB_DOCUMENTS or characters >= HUB_CHARACTERS:
+        elif len(taken) >= documents or characters >= most:
             return tuple(taken), missing, False
         else:
             taken.append(text)

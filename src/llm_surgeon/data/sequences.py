@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ def training_tokens(
     seq_len: int,
     seed: int,
     bos: Bos = "auto",
+    given: Mapping[str, Corpus] = MappingProxyType({}),
 ) -> TrainingTokens:
     """Read and tokenise texts to train on, and cut them into sequences.
 
@@ -72,6 +74,7 @@ def training_tokens(
         seq_len: Tokens per sequence.
         seed: Seed of the order.
         bos: Whether sequences begin with the token that begins a text, see ``first_token``.
+        given: Texts that have been read already, whole, by their names.
 
     Raises:
         DataError: If a text cannot be read, or is shorter than a sequence.
@@ -84,7 +87,8 @@ def training_tokens(
                 f"{sequences:,} sequences leave none for {shown(source.text)}, whose share is {source.share:.3g}.",
                 "Raise --tokens, or the share.",
             )
-        corpus = part_of(source.text, CALIBRATION, split=source.text in split).rendered(tokenizer)
+        corpus = part_of(source.text, CALIBRATION, split=source.text in split, given=given.get(source.text))
+        corpus = corpus.rendered(tokenizer)
         window = seq_len - (first is not None)
         ids = _enough(token_ids(tokenizer, corpus.text, special=first is None), corpus, window)
         generator = torch.Generator().manual_seed((seed + number) % 2**63)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given
         max_tokens=config.eval_tokens,
         precision=config.precision,
         bos=config.bos,
-        given=given,
+        given={} if given is None else {IN_MEMORY: given},
     )
     return Texts(calibration, evaluation)
 
@@ -121,7 +122,7 @@ def text_to_evaluate(
     max_tokens: int,
     precision: str,
     bos: Bos,
-    given: Corpus | None = None,
+    given: Mapping[str, Corpus] = MappingProxyType({}),
 ) -> EvaluationText:
     """Read and tokenise texts to evaluate on, as one text with windows of each.
 
@@ -133,7 +134,7 @@ def text_to_evaluate(
         max_tokens: Tokens to take of all texts together, at most.
         precision: ``bfloat16`` or ``float32``.
         bos: Whether windows begin with the token that begins a text, see ``first_token``.
-        given: The text named ``IN_MEMORY``.
+        given: Texts that have been read already, whole, by their names.
 
     Raises:
         DataError: If a text cannot be read or is too short.
@@ -149,7 +150,7 @@ def text_to_evaluate(
             precision=precision,
             bos=bos,
             split=source.text in split,
-            given=given if source.text == IN_MEMORY else None,
+            given=given.get(source.text),
         )
         for source, tokens in zip(sources, _tokens_of(sources, max_tokens, window), strict=True)
     ]

@@ -14,7 +14,7 @@ from llm_surgeon.errors import ConfigError
 from llm_surgeon.export.formats import loaders, possible
 from llm_surgeon.export.quantising import foreseen_fit
 from llm_surgeon.models.skeleton import Skeleton
-from llm_surgeon.planning.memory import DENSE_COPY, PhaseMemory, host_available, weights_on_disk
+from llm_surgeon.planning.memory import DENSE_COPY, RECOVERY, PhaseMemory, host_available, weights_on_disk
 from llm_surgeon.planning.order import Available, order_name
 from llm_surgeon.planning.schedule import Scheduler
 from llm_surgeon.planning.seconds import Rates, default_rates, pass_operations, phase_seconds
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _UNSHARED = Place()
 # Phases whose memory does not enter the peak of the report.
-_UNREPORTED = ("load", "export and check", "speed")
+_UNREPORTED = ("load", "export and check", "speed", RECOVERY)
 
 
 def foresee(
@@ -71,6 +71,9 @@ def foresee(
     weights = weights_on_disk(skeleton, config, device) if way.streamed else 0
     scratch = weights + (way.waiting.most_on_disk if way.waiting else 0)
     _check_scratch(config, scratch)
+    needs = course.needs(way)
+    if RECOVERY in needs:
+        _check_recovery(config, needs[RECOVERY])
     last = config.sparsity_schedule[-1]
     settings = skeleton.network.config
     formats = possible(config, skeleton.anatomy, settings)
@@ -84,7 +87,7 @@ def foresee(
         dense_weight_bytes=skeleton.weight_bytes,
         weight_bytes=weight_bytes(skeleton, config, last),
         disk=disk_bytes(skeleton, config),
-        phases=_phases(course.needs(way), seconds),
+        phases=_phases(needs, seconds),
         host_available=room.host,
         device_available=room.device,
         loaders=loaders(config, settings),
@@ -99,6 +102,22 @@ def foresee(
         streamed=way.streamed,
         processes=place.count,
     )
+
+
+def _check_recovery(config: PruneConfig, need: PhaseMemory) -> None:
+    """Check that the training after the last shot is within the recipe's memory: no part of it waits elsewhere.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    limits = (("--host-memory", config.host_memory, need.host), ("--device-memory", config.device_memory, need.device))
+    for option, limit, parts in limits:
+        if limit is not None and sum(parts.values()) > limit:
+            raise ConfigError(
+                f"The training after the last shot (--recover-tokens) needs about {scaled_bytes(sum(parts.values()))}, "
+                f"and {option} is {scaled_bytes(limit)}.",
+                "Leave --recover-tokens out, and train adapters afterwards: llm-surgeon recover --adapters 16.",
+            )
 
 
 def _check_scratch(config: PruneConfig, scratch: int) -> None:
@@ -177,6 +196,8 @@ def _remedy(part: str, reconstructs: bool) -> str:
         return "set --host-memory, so that less of it waits in memory and more on disk"
     if part in ("passes", "allocator", "freed logits"):
         return "use a smaller --batch-size or --seq-len"
+    if part == "weights, gradients and moments":
+        return "leave --recover-tokens out, and train adapters afterwards (llm-surgeon recover --adapters 16)"
     if part == "factors":
         return "use --order layer-major or auto, leave layers out with --ignore, or use a layer-wise method"
     return "use --dtype bfloat16, a smaller --batch-size, or a machine with more memory"

@@ -68,6 +68,9 @@ class PhaseMemory:
     device: Parts
 
 
+# Name of the phase of the training after the last shot, and its bytes of each weight: value, gradient and two moments.
+RECOVERY = "recovery"
+TRAINED_BYTES = 4 * 4
 # Name of the part with the dense model's weights that stages need.
 DENSE_COPY = "dense weights for stages"
 # Phases of a shot before its stages.
@@ -199,7 +202,21 @@ class MemoryModel:
         needs["export and check"] = self._export()
         if config.parts and not self.streamed:
             needs["speed"] = self._on_device(self._pruned(), apart={"dense model once more": self.weights})
+        if config.recover_tokens is not None:
+            needs[RECOVERY] = self._recovery()
         return needs
+
+    def _recovery(self) -> PhaseMemory:
+        """Memory of the training after the last shot, for which both models are loaded anew."""
+        trained = stored_parameters(self.skeleton, self.config, self.config.sparsity)
+        tensors: Parts = {
+            "dense weights": self.skeleton.weight_bytes,
+            "weights, gradients and moments": TRAINED_BYTES * trained,
+            "activations": max(self.traces.curvature, self.traces.evaluation),
+        }
+        if self.device.type == "cpu":
+            return PhaseMemory({"process": self.process, **tensors}, {})
+        return PhaseMemory({"process": self.process + GPU_PROCESS}, tensors)
 
     def _load(self) -> PhaseMemory:
         """Memory of loading: mapped files are resident only as far as they are read, and another type makes a copy."""

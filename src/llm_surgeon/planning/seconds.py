@@ -10,6 +10,8 @@ from llm_surgeon.curvature import ESTIMATORS, estimator_of
 from llm_surgeon.models.skeleton import Skeleton
 from llm_surgeon.passes.batch_major import Order
 from llm_surgeon.passes.operations import model_operations
+from llm_surgeon.planning.memory import RECOVERY
+from llm_surgeon.planning.sizes import stored_parameters
 from llm_surgeon.planning.trace import traced_estimation
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import PruneConfig
@@ -81,6 +83,9 @@ def phase_seconds(
     steps = config.steps_per_shot
     speed = SPEED_RUNS * (2 * skeleton.parameters * SPEED_PROMPT / rates.float32)
     speed += SPEED_RUNS * SPEED_DECODED * skeleton.weight_bytes / MEMORY_RATE
+    trained = stored_parameters(skeleton, config, config.sparsity) if config.recover_tokens else 0
+    # A pass of the teacher, and three of what is trained.
+    recovery = (config.recover_tokens or 0) * (2 * skeleton.parameters + 6 * trained) / processes
     return {
         "load": read,
         "dense evaluation": window,
@@ -91,6 +96,7 @@ def phase_seconds(
         "evaluation": window * config.shots,
         "export and check": 2 * read + RELOAD,
         "speed": speed,
+        RECOVERY: recovery / rates.passes,
     }
 
 

@@ -11,6 +11,8 @@ from llm_surgeon.records import LayerKind, Size
 
 # Bytes of an export's files beside its weights: tokenizer, report, picture, modelling file.
 SMALL_FILES = 32 * 2**20
+# Bytes on disk of each weight that is trained after the last shot: two states of three numbers, and two best values.
+STATE_BYTES = (2 * 3 + 2) * 4
 
 
 def kinds_of(skeleton: Skeleton) -> tuple[LayerKind, ...]:
@@ -58,7 +60,14 @@ def disk_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
         # The kept checkpoints, until the next one is complete.
         held = schedule[max(0, shot - 1 - KEPT) : shot]
         most = max(most, exported + sum(checkpoint_bytes(skeleton, config, at) for at in held))
-    return most
+    return most + (recovery_bytes(skeleton, config) if config.recover_tokens is not None else 0)
+
+
+def recovery_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
+    """Bytes of the training after the last shot: two states and two sets of weights in float32, and its result."""
+    return STATE_BYTES * stored_parameters(skeleton, config, config.sparsity) + weight_bytes(
+        skeleton, config, config.sparsity
+    )
 
 
 def checkpoint_bytes(skeleton: Skeleton, config: PruneConfig, sparsity: float) -> int:

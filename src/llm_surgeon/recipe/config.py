@@ -20,6 +20,7 @@ from llm_surgeon.recipe.groups.evaluation import EvaluationOptions
 from llm_surgeon.recipe.groups.export import ExportOptions
 from llm_surgeon.recipe.groups.layerwise import LayerwiseOptions
 from llm_surgeon.recipe.groups.lora import LoraOptions
+from llm_surgeon.recipe.groups.recovery import RecoveryOptions
 from llm_surgeon.recipe.groups.refit import HALVES, RefitOptions
 from llm_surgeon.recipe.groups.resources import ResourcesOptions
 from llm_surgeon.recipe.groups.selection import TARGETS, SelectionOptions
@@ -46,6 +47,7 @@ class PruneConfig(
     ResourcesOptions,
     ExportOptions,
     EvaluationOptions,
+    RecoveryOptions,
     LoraOptions,
     LayerwiseOptions,
     RefitOptions,
@@ -91,6 +93,7 @@ class PruneConfig(
         if self.target_latency is not None and (self.device_memory or self.host_memory or self.scratch_space):
             raise ValueError("with target_latency nothing is planned: no device_memory, host_memory or scratch_space")
         self._check_fitting()
+        self._check_recovery()
         self._check_switches()
         if self.weights == "streamed":
             self._check_streamed()
@@ -128,6 +131,25 @@ class PruneConfig(
         if self.steps_per_shot > 1 and not (self.parts and _divisible(self.resolved_curvature)):
             able = ", ".join(name for name, row in CURVATURES.items() if row.divisible)
             raise ValueError(f"steps_per_shot is for structures that shrink and the curvatures {able}")
+
+    def _check_recovery(self) -> None:
+        """Check the training after the last shot.
+
+        Raises:
+            ValueError: If options do not go together, with their names.
+        """
+        if self.recover_tokens is None:
+            return
+        if self.formats != ("hf",):
+            raise ValueError(
+                "recover_tokens trains the export of formats hf: leave the others out, and write them of what was "
+                "trained with `llm-surgeon export`"
+            )
+        if self.recover_tokens < self.recover_batch_size * self.seq_len:
+            raise ValueError(
+                f"{self.recover_tokens:,} tokens (recover_tokens) are fewer than one step of "
+                f"{self.recover_batch_size} sequences (recover_batch_size) of {self.seq_len:,} tokens (seq_len)"
+            )
 
     def _check_streamed(self) -> None:
         """Refuse options that need all weights where the model runs, if weights are streamed.

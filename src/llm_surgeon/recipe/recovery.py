@@ -7,9 +7,11 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.groups.base import FEW, MANY, MOST_SEED, Quantity, TextSources
 from llm_surgeon.recipe.groups.calibration import PASS_TOKENS, Bos
 from llm_surgeon.recipe.groups.evaluation import EvaluationOptions
+from llm_surgeon.recipe.groups.recovery import BATCH_SIZE, LEARNING_RATE
 from llm_surgeon.recipe.groups.resources import Dtype, Precision
 from llm_surgeon.recipe.sources import Source, sources_of
 from llm_surgeon.recipe.wording import refusal
@@ -25,7 +27,9 @@ class RecoverConfig(EvaluationOptions):
     )
     tokens: Quantity = Field(1_000_000, description="Tokens to train on, such as 2M.")
     seq_len: int = Field(512, ge=2, le=MANY, description="Tokens per sequence.")
-    batch_size: int = Field(8, ge=1, le=FEW, description="Sequences of an optimizer step, of all processes together.")
+    batch_size: int = Field(
+        BATCH_SIZE, ge=1, le=FEW, description="Sequences of an optimizer step, of all processes together."
+    )
     pass_size: int | None = Field(
         None,
         ge=1,
@@ -33,7 +37,7 @@ class RecoverConfig(EvaluationOptions):
         description=f"Sequences of a pass; fewer need less memory (unset: {PASS_TOKENS:,} tokens).",
     )
     learning_rate: float = Field(
-        2e-4, gt=0.0, lt=1.0, description="Highest learning rate of AdamW; falls to a tenth on a cosine."
+        LEARNING_RATE, gt=0.0, lt=1.0, description="Highest learning rate of AdamW; falls to a tenth on a cosine."
     )
     warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps over which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0.0, lt=1.0, description="Weight decay of AdamW.")
@@ -106,6 +110,20 @@ class RecoverConfig(EvaluationOptions):
     def sources(self) -> tuple[Source, ...]:
         """Texts to train on, with their shares."""
         return sources_of(self.data)
+
+    @classmethod
+    def of_run(cls, config: PruneConfig) -> RecoverConfig:
+        """Recipe of the training at the end of a pruning run, on the run's texts and in its arithmetic."""
+        shared = ("evaluation", "eval_window", "eval_tokens", "seq_len", "bos", "seed", "device", "dtype", "precision")
+        return cls.from_mapping(
+            {name: getattr(config, name) for name in (*shared, "trust_remote_code")}
+            | {
+                "data": config.calibration,
+                "tokens": config.recover_tokens,
+                "batch_size": config.recover_batch_size,
+                "learning_rate": config.recover_learning_rate,
+            }
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RecoverConfig:

@@ -39,6 +39,7 @@ SWITCHES = (
         "true",
         ("reconstruction_ridge", "reconstruction_copies", "reconstruction_share"),
     ),
+    Switch("recover_tokens", (None,), "a number", ("recover_batch_size", "recover_learning_rate")),
     Switch("gate_steps", (0,), "1 or more", ("gate_width", "gate_damping")),
     Switch("layer_budget", ("uniform",), "owl", ("owl_multiple", "owl_spread")),
     Switch("refine", ("none", "dsnot"), "r2-dsnot", ("refine_reweight",)),

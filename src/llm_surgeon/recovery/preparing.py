@@ -82,18 +82,19 @@ def as_trained(model: PreTrainedModel, family: Family) -> None:
             parameter.requires_grad_(False)
 
 
-def check_memory(model: nn.Module, processes: Processes) -> None:
+def check_memory(model: nn.Module, device: torch.device, processes: Processes) -> None:
     """Make sure that the memory that the training needs in any case is there, before the training.
 
     Args:
         model: The model that is trained, in memory.
+        device: Device of this process.
         processes: Processes that share it.
 
     Raises:
         ConfigError: If it is not.
     """
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    needed, free = _BESIDE * 4 * trained // processes.count, available_bytes(processes.device)
+    needed, free = _BESIDE * 4 * trained // processes.count, available_bytes(device)
     if needed > free:
         raise ConfigError(
             f"Gradients and moments of {trained:,} trained parameters need {needed / 2**30:,.1f} GiB, and "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
-
 from llm_surgeon.records import RecoveryRecord
 from llm_surgeon.report.figures import inline_svg
 from llm_surgeon.report.markup import figure, said, table
-from llm_surgeon.report.plots import BLUE, GRID, VERMILION, tick_perplexity
+from llm_surgeon.report.plots import BLUE, GRID, VERMILION, Figure, tick_perplexity
 from llm_surgeon.report.recovery_table import HEADINGS, recovery_note, recovery_rows
 
 

@@ -30,7 +30,9 @@ from llm_surgeon.planning.memory import WORK
 from llm_surgeon.pruning.structures import check_structure
 from llm_surgeon.pruning.targets import count_based, latency_based, settled
 from llm_surgeon.recipe.config import PruneConfig
+from llm_surgeon.recipe.recovery import RecoverConfig
 from llm_surgeon.records import Plan
+from llm_surgeon.recovery.preparing import check_shares
 from llm_surgeon.refit.stages import check_stages, with_dense
 from llm_surgeon.run.job import Job, count_parameters
 from llm_surgeon.session.given import check_layers_apart
@@ -218,13 +220,15 @@ def check_recipe(config: PruneConfig, processes: Processes) -> None:
     """Check a recipe against this machine, without a model.
 
     Raises:
-        ConfigError: If an optional package is missing, weights cannot be streamed here, samples are too few, or the
-            directory for what waits on disk cannot be used.
+        ConfigError: If an optional package is missing, weights cannot be streamed here, samples are too few, the
+            directory for what waits on disk cannot be used, or processes cannot share the steps of the training.
     """
     check_stages(config)
     check_scratch(config.scratch)
     require_streaming(config.weights)
     processes.check_samples(config.samples, config.parts_of_text)
+    if config.recover_tokens is not None:
+        check_shares(RecoverConfig.of_run(config), processes)
 
 
 def without_evaluation(opened: OpenedTexts) -> OpenedTexts:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llm_surgeon.data.corpora import HUB_CHARACTERS, load_corpus
 from llm_surgeon.data.sequences import TrainingTokens, training_tokens
 from llm_surgeon.data.texts import text_to_evaluate
 from llm_surgeon.data.windows import EvaluationText
@@ -37,6 +38,7 @@ from llm_surgeon.models.loading import (
     resolve_source,
     source_files,
 )
+from llm_surgeon.recipe.config import PruneConfig
 from llm_surgeon.recipe.recovery import RecoverConfig
 from llm_surgeon.recipe.sources import sources_of
 from llm_surgeon.records import Perplexity, RecoveryIdentity, RecoveryRecord, RecoverySource
@@ -54,6 +56,7 @@ from llm_surgeon.recovery.sharding import share_out, together, whole
 from llm_surgeon.recovery.states import STATE, States
 from llm_surgeon.recovery.training import Standing, Training
 from llm_surgeon.recovery.writing import take, write_recovered
+from llm_surgeon.report.publish import recovery_without_paths
 from llm_surgeon.run.job import count_parameters
 from llm_surgeon.run.opening import shown_in_first
 from llm_surgeon.run.recovery_report import describe
@@ -70,6 +73,8 @@ logger = logging.getLogger(__name__)
 
 RECORD = "recovery.json"
 IDENTITY = "recover.json"
+# Characters of a token, at most, on the average of a text.
+_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class _Work:
         tokens: Sequences to train on.
         text: Held-out text; None evaluates nothing.
         processes: Processes that share the work.
+        device: Device of this process.
         progress: Display of the progress.
     """
 
@@ -96,6 +102,7 @@ class _Work:
     tokens: TrainingTokens
     text: EvaluationText | None
     processes: Processes
+    device: torch.device
     progress: Progress
 
     @property
@@ -165,13 +172,70 @@ def recover(
     recipe, out = RecoverConfig.from_mapping(given | options), Path(os.path.abspath(as_path(out)))
     device = resolve_device(own_device(recipe.device))
     with joined(device) as processes, _directory(out, processes) as directory:
-        work = _opened(str(model), teacher, recipe, processes, as_progress(progress))
+        work = _opened(str(model), teacher, recipe, processes, device, as_progress(progress))
         done = processes.from_first(lambda: _begin(work, out, directory))
         if done is not None:
             return done
         reset_peak(device)
         record = _train(work, directory, command)
         return processes.from_first(lambda: _finish(work, record, out, directory))
+
+
+def recover_in_run(
+    export: Path,
+    directory: Path,
+    out: Path,
+    model: str,
+    config: PruneConfig,
+    processes: Processes,
+    device: torch.device,
+    progress: Progress | None,
+) -> RecoveryRecord | None:
+    """Train the export of a run, before it is moved to its place, on the run's texts; the result replaces it.
+
+    If the training does not help, the export stays as it was pruned, and this is logged.
+
+    Args:
+        export: The export, complete and checked.
+        directory: Directory for the states of the training; a later process finds them there.
+        out: Place that the export will have in the end.
+        model: Source of the dense model.
+        config: The recipe of the run.
+        processes: Processes that share the work; a state is theirs only.
+        device: Device of this process.
+        progress: Display of progress.
+
+    Returns:
+        The record; None if the training has not helped.
+
+    Raises:
+        SurgeonError: Other errors of ``recover``.
+    """
+    directory = directory / f"{processes.count}-processes"
+    directory.mkdir(parents=True, exist_ok=True)
+    work = replace(
+        _opened(str(export), model, RecoverConfig.of_run(config), processes, device, progress), name=str(out)
+    )
+    try:
+        record = _train(work, directory, None)
+    except RecoveryError as error:
+        if processes.first:
+            logger.warning("%s The export is as it was pruned; a lower --recover-learning-rate may help.", error.cause)
+        return None
+
+    def replaced() -> None:
+        result = directory / "export"
+        with writing(result, 2**20):
+            _describe(record, result)
+            # Exports of single shots lie in that of the run.
+            for path in export.iterdir():
+                if path.is_dir() and not (result / path.name).exists():
+                    path.rename(result / path.name)
+            shutil.rmtree(export)
+            result.rename(export)
+
+    processes.from_first(replaced)
+    return record
 
 
 @contextlib.contextmanager
@@ -201,7 +265,12 @@ def _directory(out: Path, processes: Processes) -> Iterator[Path]:
 
 
 def _opened(
-    model: str, teacher: str | Path | None, config: RecoverConfig, processes: Processes, progress: Progress | None
+    model: str,
+    teacher: str | Path | None,
+    config: RecoverConfig,
+    processes: Processes,
+    device: torch.device,
+    progress: Progress | None,
 ) -> _Work:
     """Read what a recovery needs but for the weights, and check it.
 
@@ -223,6 +292,9 @@ def _opened(
         check_same_tokens(tokenizer, load_tokenizer(dense, trusted), str(teacher))
     evaluated = sources_of(config.evaluation or config.data) if config.evaluates else ()
     split = frozenset(source.text for source in config.sources) & frozenset(source.text for source in evaluated)
+    # Of a hub data set as much is streamed as is trained on, if there is so much.
+    characters = max(HUB_CHARACTERS, _CHARACTERS * config.tokens)
+    read = {source.text: load_corpus(source.text, characters) for source in config.sources}
     tokens = training_tokens(
         tokenizer,
         config.sources,
@@ -231,6 +303,7 @@ def _opened(
         seq_len=config.seq_len,
         seed=config.seed,
         bos=config.bos,
+        given=read,
     )
     text = None
     if config.evaluates:
@@ -242,9 +315,12 @@ def _opened(
             max_tokens=config.eval_tokens,
             precision=config.precision,
             bos=config.bos,
+            given=read,
         )
     check_tokens(settings, [tokens.input_ids, *([text.tokens] if text is not None else [])])
-    return _Work(model, source, dense, config, tokenizer, tokens, text, processes, shown_in_first(progress, processes))
+    return _Work(
+        model, source, dense, config, tokenizer, tokens, text, processes, device, shown_in_first(progress, processes)
+    )
 
 
 def _begin(work: _Work, out: Path, directory: Path) -> RecoveryRecord | None:
@@ -324,7 +400,7 @@ def _train(work: _Work, directory: Path, command: str | None) -> RecoveryRecord:
         trained=trained,
         parameters=parameters,
         seconds=now.seconds,
-        peak_memory=peak_bytes(work.processes.device),
+        peak_memory=peak_bytes(work.device),
         versions=versions(),
         processes=work.processes.count,
         max_logit_difference=check.difference,
@@ -338,8 +414,8 @@ def _teacher(work: _Work) -> tuple[Teacher | None, Perplexity | None]:
     if work.teacher is None:
         return None, None
     logger.info("loading %s", work.teacher)
-    config, device = work.config, work.processes.device
-    model = load_model(work.teacher, config.dtype, device, config.trust_remote_code)
+    config = work.config
+    model = load_model(work.teacher, config.dtype, work.device, config.trust_remote_code)
     check_model(model)
     teacher, measured = Teacher(model, work.objective), None
     share_out(teacher, f"model.{pruned_family_of(model.config.model_type).blocks}", work.processes)
@@ -354,7 +430,7 @@ def _student(work: _Work) -> Iterator[tuple[Student, Callable[[], Iterator[tuple
     """The export, ready to be trained, and a function that yields its trained parameters by name, whole."""
     logger.info("loading %s", work.name)
     config, processes = work.config, work.processes
-    model = load_model(str(work.source), "auto", processes.device, config.trust_remote_code)
+    model = load_model(str(work.source), "auto", work.device, config.trust_remote_code)
     check_model(model)
     layers: dict[str, Any] | None = None
     with ExitStack() as stack:
@@ -362,7 +438,7 @@ def _student(work: _Work) -> Iterator[tuple[Student, Callable[[], Iterator[tuple
             as_trained(model, work.family)
         else:
             layers = stack.enter_context(adapted(model, work.family.blocks, config.adapters, config.seed))
-        check_memory(model, processes)
+        check_memory(model, work.device, processes)
         if config.gradient_checkpointing:
             recompute_activations(cast(nn.ModuleList, model.get_submodule(work.family.blocks)))
         student = Student(model, work.objective)
@@ -388,9 +464,9 @@ def _check_better(now: Standing, directory: Path) -> None:
         lowest = min(point.perplexity.perplexity for point in points[1:])
         raise RecoveryError(
             f"Training has not helped: held-out perplexity was {points[0].perplexity.perplexity:.4g} before, and "
-            f"{lowest:.4g} at best after it. Nothing was written.",
-            "Lower --learning-rate, or train on text that is more like what --evaluation names; remove "
-            f"{directory} or give another --out.",
+            f"{lowest:.4g} at best after it.",
+            "Nothing was written. Lower --learning-rate, or train on text that is more like what --evaluation names; "
+            f"remove {directory} or give another --out.",
         )
 
 
@@ -404,12 +480,18 @@ def _written(work: _Work, values: Mapping[str, Tensor], directory: Path) -> tupl
     return write_recovered(model, work.family, work.source, directory), count_parameters(model)
 
 
+def _describe(record: RecoveryRecord, export: Path) -> None:
+    """Write the record of a recovery, and report, page and card with it."""
+    text = recovery_without_paths(record).model_dump_json(indent=2)
+    (export / RECORD).write_text(f"{text}\n", encoding="utf8")
+    describe(record, export)
+
+
 def _finish(work: _Work, record: RecoveryRecord, out: Path, directory: Path) -> RecoveryRecord:
     """Write the record, and report and card with it, and move the result to its place."""
     export = directory / "export"
     with writing(export, 2**20):
-        (export / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf8")
-        describe(record, export)
+        _describe(record, export)
         flush(export)
     check_output(out)
     os.replace(export, out)

@@ -28,7 +28,9 @@ from llm_surgeon.recipe.grouping import flat
 from llm_surgeon.records import Perplexity, Plan, PruneReport, RunRecord
 from llm_surgeon.run.export import export_result, export_shot, smaller
 from llm_surgeon.run.job import Job, measure, report_of, run_job
-from llm_surgeon.run.opening import check_recipe, open_checkpoint, open_model
+from llm_surgeon.run.opening import OpenedTexts, check_recipe, open_checkpoint, open_model
+from llm_surgeon.run.recover import recover_in_run
+from llm_surgeon.run.recovery_report import with_recovery
 from llm_surgeon.run.run_directory import RunDirectory, run_directory
 from llm_surgeon.session.given import (
     as_path,
@@ -42,6 +44,7 @@ from llm_surgeon.session.given import (
 )
 from llm_surgeon.session.marks import Marks
 from llm_surgeon.session.preconditions import check_positions, check_stored_type, check_tokens
+from llm_surgeon.system.allocator import hand_back_freed_memory
 from llm_surgeon.system.files import check_disk_space
 from llm_surgeon.system.processes import ALONE, Processes, joined, own_device
 from llm_surgeon.system.progress import Progress, SilentProgress
@@ -119,7 +122,8 @@ def prune(
             processes.from_first(lambda: _the(run).refuse_former())
             check_stored_type(model)
             job = open_model(model, tokenizer, config, display, source, processes, corpus)
-            return _prune_into(job, run, config)
+            report = _prune_into(job, run, config)
+            return processes.from_first(lambda: _the(run).finish(report))
 
 
 def _with_texts(config: PruneConfig | Mapping[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +151,11 @@ def _check_in_memory(config: PruneConfig, *, exported: bool) -> None:
         )
     if config.weights == "streamed":
         raise ConfigError("The weights are where the model was loaded to.", "Use prune_checkpoint to stream them.")
+    if config.recover_tokens is not None:
+        raise ConfigError(
+            "The training after the last shot loads the dense model anew, and here it is pruned in memory.",
+            "Use prune_checkpoint, or leave recover_tokens out and call recover on the export.",
+        )
     if config.export_shots and not exported:
         raise ConfigError("Shots are to be exported, but there is no place to export to.", "Give out='...'.")
 
@@ -318,28 +327,61 @@ def prune_checkpoint(
         done = processes.from_first(finished)
         if done is not None:
             return done
-        opened = opening.read_texts()
-        resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, opened.texts))
-        foreseen = None
-        # The sparsity of a latency is only known once the model has been timed.
-        if resolved.target is None:
-            foreseen = processes.from_first(lambda: opened.plan(resolved, device, place=own_place()))
-            if processes.first:
-                warn_if_short(foreseen)
-        job = opened.load(resolved, device, display, foreseen, command)
-        record = RunRecord(
-            model=model,
-            files=files,
-            recipe=config.resolved(),
-            texts=opened.texts.digest,
-            circumstances=_circumstances(job),
-            sparsity=job.config.sparsity if config.target == "target_latency" else None,
-        )
-        processes.from_first(lambda: _the(run).begin(record, job.config))
-        directory, held = processes.from_first(lambda: (_the(run).path, _the(run).nbytes))
-        marks = Marks(directory, max(0, disk_bytes(skeleton, resolved) - held), processes)
-        job = replace(job, session=replace(job.session, marks=marks))
-        return _prune_into(job, run, config, dense=skeleton.source, record=record, former=former)
+        # The models of this call are out of memory when the training loads its own.
+        report = _exported(opening.read_texts(), run, config, device, files, display, command)
+        if config.recover_tokens is not None:
+            path = processes.from_first(lambda: _the(run).path)
+            hand_back_freed_memory()
+            trained = recover_in_run(
+                path / "export", path / "recovery", out, skeleton.source, config, processes, device, display
+            )
+            report = report if trained is None else with_recovery(report, trained)
+        return processes.from_first(lambda: _the(run).finish(report))
+
+
+def _exported(
+    opened: OpenedTexts,
+    run: RunDirectory | None,
+    asked: PruneConfig,
+    device: torch.device,
+    files: dict[str, str],
+    display: Progress | None,
+    command: str | None,
+) -> PruneReport:
+    """Prune a checkpoint whose texts have been read, and export it within the run's directory.
+
+    Args:
+        opened: The checkpoint.
+        run: Directory of the run; None in other processes than the first.
+        asked: The recipe as it was given.
+        device: Device of this process.
+        files: Marks of the checkpoint's files.
+        display: Display of progress.
+        command: The command line, for the report.
+    """
+    opening = opened.opening
+    skeleton, resolved, processes = opening.skeleton, opening.config, opening.processes
+    resolved, former = processes.from_first(lambda: _begun(_the(run), resolved, opened.texts))
+    foreseen = None
+    # The sparsity of a latency is only known once the model has been timed.
+    if resolved.target is None:
+        foreseen = processes.from_first(lambda: opened.plan(resolved, device, place=own_place()))
+        if processes.first:
+            warn_if_short(foreseen)
+    job = opened.load(resolved, device, display, foreseen, command)
+    record = RunRecord(
+        model=opening.model,
+        files=files,
+        recipe=asked.resolved(),
+        texts=opened.texts.digest,
+        circumstances=_circumstances(job),
+        sparsity=job.config.sparsity if asked.target == "target_latency" else None,
+    )
+    processes.from_first(lambda: _the(run).begin(record, job.config))
+    directory, held = processes.from_first(lambda: (_the(run).path, _the(run).nbytes))
+    marks = Marks(directory, max(0, disk_bytes(skeleton, resolved) - held), processes)
+    job = replace(job, session=replace(job.session, marks=marks))
+    return _prune_into(job, run, asked, dense=skeleton.source, record=record, former=former)
 
 
 def _begun(run: RunDirectory, config: PruneConfig, texts: Texts) -> tuple[PruneConfig, Checkpoint | None]:
@@ -377,7 +419,7 @@ def _prune_into(
     record: RunRecord | None = None,
     former: Checkpoint | None = None,
 ) -> PruneReport:
-    """Prune, export within the run's directory, and move the export to its place; the first process writes for all.
+    """Prune, and export within the run's directory; the first process writes for all.
 
     Args:
         job: The run, whose model is dense.
@@ -416,8 +458,8 @@ def _prune_into(
     resident = weights_of(job.model).blocks is None
     timed = dense if resident and smaller(state.masks) else None
 
-    def finish() -> PruneReport:
+    def export() -> PruneReport:
         there = _the(run)
-        return there.finish(export_result(job, state, there.export, there.out, timed, asked))
+        return export_result(job, state, there.export, there.out, timed, asked)
 
-    return processes.from_first(finish)
+    return processes.from_first(export)

@@ -12,6 +12,7 @@ from llm_surgeon.recipe.groups.evaluation import EvaluationOptions
 from llm_surgeon.recipe.groups.export import ExportOptions
 from llm_surgeon.recipe.groups.layerwise import LayerwiseOptions
 from llm_surgeon.recipe.groups.lora import LoraOptions
+from llm_surgeon.recipe.groups.recovery import RecoveryOptions
 from llm_surgeon.recipe.groups.refit import RefitOptions
 from llm_surgeon.recipe.groups.resources import ResourcesOptions
 from llm_surgeon.recipe.groups.selection import SelectionOptions
@@ -51,6 +52,12 @@ GROUPS = (
         "First-order corrections (lora)",
         LoraOptions,
         {"lora": "enabled"} | {name: name.removeprefix("lora_") for name in LoraOptions.model_fields if name != "lora"},
+    ),
+    Group(
+        "recovery",
+        "Training after the last shot (recovery)",
+        RecoveryOptions,
+        {name: name.removeprefix("recover_") for name in RecoveryOptions.model_fields},
     ),
     Group(
         "evaluation",
