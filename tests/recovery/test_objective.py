@@ -33,7 +33,7 @@ def logits_of(model, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(family, monkeypatch):
     # A few positions at a time.
-    monkeypatch.setattr(objective, "_AT_ONCE", 5 * VOCABULARY)
+    monkeypatch.setattr(objective, "_LOGITS", 5 * VOCABULARY)
     how, ids = Objective(temperature=1.5, top_k=6, label_weight=0.25), tokens()
     teacher, model, plain = build(family).eval(), perturbed(family).eval(), perturbed(family).eval()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,8 +87,10 @@ recover = with_options(recover, RecoverConfig.model_fields)
 
 def _how_to_go_on(out: Path) -> str:
     """Message after an interrupt: what the same command will do."""
-    if (out / "recovery.json").is_file():
+    out = Path(os.path.abspath(out))
+    directory = out.with_name(f"{out.name}.run")
+    if (out / "recovery.json").is_file() and not directory.exists():
         return f"interrupted; the result at {out} is complete"
-    states = list(out.with_name(f"{out.name}.run").glob("state-*.safetensors"))
+    states = list(directory.glob("state-*.safetensors"))
     more = "goes on from its last state" if states else "begins anew"
     return f"interrupted; nothing is at --out yet, and the same command {more}"

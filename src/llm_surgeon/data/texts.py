@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -98,7 +99,7 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given
     if not config.evaluates:
         return Texts(_calibration(tokenizer, config, calibrated, frozenset(), given), None)
     evaluated = sources_of(config.evaluation or config.calibration)
-    both = frozenset(source.text for source in calibrated) & frozenset(source.text for source in evaluated)
+    both = held_out(calibrated, evaluated)
     calibration = _calibration(tokenizer, config, calibrated, both, given)
     evaluation = text_to_evaluate(
         tokenizer,
@@ -111,6 +112,23 @@ def prepare_texts(tokenizer: PreTrainedTokenizerBase, config: PruneConfig, given
         given={} if given is None else {IN_MEMORY: given},
     )
     return Texts(calibration, evaluation)
+
+
+def held_out(used: Sequence[Source], evaluated: Sequence[Source]) -> frozenset[str]:
+    """Names of the texts that are both used and evaluated on, whose last part is held out, in all their spellings.
+
+    Args:
+        used: Texts to calibrate or to train on.
+        evaluated: Texts to evaluate on.
+    """
+    both = {_file_of(source.text) for source in used} & {_file_of(source.text) for source in evaluated}
+    return frozenset(source.text for source in (*used, *evaluated) if _file_of(source.text) in both)
+
+
+def _file_of(text: str) -> str:
+    """The file that a text names, however its path is written; the name itself if it is no file."""
+    path = os.path.expanduser(text)
+    return os.path.realpath(path) if os.path.exists(path) else text
 
 
 def text_to_evaluate(

@@ -93,7 +93,7 @@ def skeleton_of(source: str, config: PruneConfig, *, weights: bool = True) -> Sk
     family = family_of(model_type_of(source))
     settings = load_config(source, config.trust_remote_code)
     if (how := quantisation_of(settings)) is not None:
-        raise _quantised(source, how)
+        raise quantised(source, how)
     if Path(source).is_dir() and (weights or has_weights(Path(source))):
         check_checkpoint(source, config.trust_remote_code)
     network = _empty(source, settings, config.trust_remote_code)
@@ -102,7 +102,7 @@ def skeleton_of(source: str, config: PruneConfig, *, weights: bool = True) -> Sk
     return Skeleton(source, network, anatomy, stored_dtype(source), dtype_of(source, config.dtype))
 
 
-def _quantised(source: str, how: Any) -> UnsupportedModelError:
+def quantised(source: str, how: Any) -> UnsupportedModelError:
     """Error for a checkpoint with quantised weights: how they are stored, and where to get others."""
     named = str((how if isinstance(how, Mapping) else vars(how)).get("quant_method") or "")
     method = named.rpartition(".")[2].lower()

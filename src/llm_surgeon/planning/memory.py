@@ -25,6 +25,7 @@ from llm_surgeon.planning.sizes import stored_parameters
 from llm_surgeon.planning.trace import Traces, factor_bytes
 from llm_surgeon.pruning.loops import loop_of
 from llm_surgeon.recipe.config import HALVES, PruneConfig
+from llm_surgeon.recovery.preparing import TRAINED_BYTES
 from llm_surgeon.refit.stage import Stage
 from llm_surgeon.refit.stages import STAGES, stages_of
 from llm_surgeon.system.allocator import freed_bytes
@@ -68,9 +69,8 @@ class PhaseMemory:
     device: Parts
 
 
-# Name of the phase of the training after the last shot, and its bytes of each weight: value, gradient and two moments.
+# Name of the phase of the training after the last shot.
 RECOVERY = "recovery"
-TRAINED_BYTES = 4 * 4
 # Name of the part with the dense model's weights that stages need.
 DENSE_COPY = "dense weights for stages"
 # Phases of a shot before its stages.
@@ -164,6 +164,7 @@ class MemoryModel:
         weights: Bytes of the weights that will be in memory, see ``weights_read``.
         waiting: Bytes that wait in the store if the run goes layer by layer; None if it does not.
         streamed: Whether the weights of blocks come one block at a time.
+        processes: Number of processes, which share the weights while they train.
     """
 
     skeleton: Skeleton
@@ -174,6 +175,7 @@ class MemoryModel:
     weights: int
     waiting: Waiting | None = None
     streamed: bool = False
+    processes: int = 1
 
     @property
     def _sweeps(self) -> bool:
@@ -210,8 +212,8 @@ class MemoryModel:
         """Memory of the training after the last shot, for which both models are loaded anew."""
         trained = stored_parameters(self.skeleton, self.config, self.config.sparsity)
         tensors: Parts = {
-            "dense weights": self.skeleton.weight_bytes,
-            "weights, gradients and moments": TRAINED_BYTES * trained,
+            "dense weights": self.skeleton.weight_bytes // self.processes,
+            "weights, gradients and moments": TRAINED_BYTES * trained // self.processes,
             "activations": max(self.traces.curvature, self.traces.evaluation),
         }
         if self.device.type == "cpu":

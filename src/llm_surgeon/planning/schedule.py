@@ -123,7 +123,15 @@ class Scheduler:
         """Memory of each phase."""
         held = weights_streamed(self._skeleton, self._device)[0] if way.streamed else self._weights
         return MemoryModel(
-            self._skeleton, self._config, self._device, way.traces, self._process, held, way.waiting, way.streamed
+            self._skeleton,
+            self._config,
+            self._device,
+            way.traces,
+            self._process,
+            held,
+            way.waiting,
+            way.streamed,
+            self._place.count,
         ).needs()
 
     def _peak(self, way: Schedule) -> tuple[int, int]:

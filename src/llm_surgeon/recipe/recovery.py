@@ -43,9 +43,9 @@ class RecoverConfig(EvaluationOptions):
     weight_decay: float = Field(0.0, ge=0.0, lt=1.0, description="Weight decay of AdamW.")
     clip: float = Field(1.0, gt=0.0, description="Largest norm of a step's gradient; a longer one is shortened to it.")
     temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of both models' predictions.")
-    top_k: int | None = Field(
+    top_k: int = Field(
         128,
-        ge=1,
+        ge=0,
         le=MANY,
         description="The teacher's likeliest tokens to learn from, the others together as one (0: all apart).",
     )
@@ -77,13 +77,6 @@ class RecoverConfig(EvaluationOptions):
         "bfloat16", description="Arithmetic of the passes: bfloat16 or float32; trained weights are float32."
     )
     trust_remote_code: bool = Field(False, description="Run code that a checkpoint brings, if it is no export of ours.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _zero_is_none(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("top_k") == 0:
-            return values | {"top_k": None}
-        return values
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

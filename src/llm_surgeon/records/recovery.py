@@ -48,8 +48,9 @@ class RecoveryRecord(Record):
     """Result of a recovery. ``recovery.json`` is this record.
 
     ``tokens`` is how many tokens were trained on, ``result_tokens`` after how many the weights of the result were. The
-    two differ where the perplexity was better before the end. ``teacher_perplexity`` is the dense model's; it is None
-    without a teacher, or without an evaluation. ``trained`` counts the trained parameters, ``parameters`` all.
+    two differ where the perplexity was better before the end. ``perplexity`` is that of the result in the type in which
+    it is stored, the curve's are of float32 weights. ``teacher_perplexity`` is the dense model's; it is None without a
+    teacher. Both are None without an evaluation. ``trained`` counts the trained parameters, ``parameters`` all.
     ``max_logit_difference`` and ``logit_scale`` are of the check of the files, see ``FormatRecord``.
     """
 
@@ -58,6 +59,7 @@ class RecoveryRecord(Record):
     config: dict[str, Any]
     sources: tuple[RecoverySource, ...]
     curves: RecoveryCurves
+    perplexity: Perplexity | None
     teacher_perplexity: Perplexity | None
     tokens: int
     result_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.recovery.sharding import whole
 from llm_surgeon.refit.adapters import MaskedLoraLinear, attached
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -39,6 +42,11 @@ def adapted(model: PreTrainedModel, blocks: str, rank: int, seed: int) -> Iterat
         raise UnsupportedModelError(
             "The blocks have no linear layers of torch, on which adapters could sit.", "Leave --adapters out."
         )
+    others = sum(
+        one.numel() for name, one in model.named_parameters() if name.startswith(f"{blocks}.") and one.ndim > 2
+    )
+    if others:
+        logger.warning("%s weights of experts are no linear layers, and have no adapters", f"{others:,}")
     masks = {name: (weight != 0) if bool((weight == 0).any()) else None for name, weight in found.items()}
     model.requires_grad_(False)
     with attached(model, masks, rank, seed) as layers:

@@ -16,7 +16,7 @@ from llm_surgeon.mathematics.distillation import Outcomes, divergence, likeliest
 from llm_surgeon.passes.head import Head, label_positions, last_states
 
 # Numbers of the logits that are made at once. Each is held some four times.
-_AT_ONCE = 2**24
+_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Student(nn.Module):
 
 
 def _rows(model: PreTrainedModel) -> int:
-    return max(1, _AT_ONCE // int(model.get_output_embeddings().weight.shape[0]))
+    return max(1, _LOGITS // int(model.get_output_embeddings().weight.shape[0]))
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from llm_surgeon.recipe.recovery import RecoverConfig
 from llm_surgeon.system.memory import available_bytes
 from llm_surgeon.system.processes import Processes
 
-# Float32 numbers of each trained parameter beside it: its gradient and two moments.
-_BESIDE = 3
+# Bytes of each trained weight: its value, its gradient and two moments, in float32.
+TRAINED_BYTES = 4 * 4
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
@@ -82,22 +84,41 @@ def as_trained(model: PreTrainedModel, family: Family) -> None:
             parameter.requires_grad_(False)
 
 
-def check_memory(model: nn.Module, device: torch.device, processes: Processes) -> None:
-    """Make sure that the memory that the training needs in any case is there, before the training.
+def check_adapters(config: RecoverConfig) -> None:
+    """Check that adapters are possible, if the recipe has any.
+
+    Raises:
+        ConfigError: If the optional package ``peft`` is not installed.
+    """
+    if config.adapters is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            "Adapters need the package peft, which is not installed.",
+            'Install it with `pip install "llm-surgeon[lora]"`, or train all weights.',
+        )
+
+
+def check_memory(trained: int, teacher: int, config: RecoverConfig, device: torch.device, processes: Processes) -> None:
+    """Make sure that the memory that a training needs in any case is there, before a model is loaded.
 
     Args:
-        model: The model that is trained, in memory.
+        trained: Number of weights of the export.
+        teacher: Number of weights of the dense model, 0 without one.
+        config: The recipe.
         device: Device of this process.
-        processes: Processes that share it.
+        processes: Processes that share the weights.
 
     Raises:
         ConfigError: If it is not.
     """
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    needed, free = _BESIDE * 4 * trained // processes.count, available_bytes(device)
+    # Freed memory of a pruning run in the same process counts as free.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    each = TRAINED_BYTES if config.adapters is None else 2
+    needed, free = (each * trained + 2 * teacher) // processes.count, available_bytes(device)
     if needed > free:
         raise ConfigError(
-            f"Gradients and moments of {trained:,} trained parameters need {needed / 2**30:,.1f} GiB, and "
+            f"Training {trained:,} weights needs {needed / 2**30:,.1f} GiB beside the activations, and "
             f"{free / 2**30:,.1f} GiB are free.",
             "Train adapters (--adapters 16), or share the work among several processes with torchrun.",
         )

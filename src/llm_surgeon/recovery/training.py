@@ -138,9 +138,15 @@ class Training:
             self._measure(self._text, "before")
         bounds = _bounds(self._config.steps, self._config.evaluations)
         expect(self._progress, self._planned(bounds))
-        for number, end in enumerate(bounds, 1):
-            if not self._is_complete(end) and not self.stopped_early:
-                self._go_on_to(end, f"{number}/{len(bounds)}")
+        try:
+            for number, end in enumerate(bounds, 1):
+                if not self._is_complete(end) and not self.stopped_early:
+                    self._go_on_to(end, f"{number}/{len(bounds)}")
+        except NonFiniteError as error:
+            if not self.standing.best:
+                raise
+            if self._processes.first:
+                logger.warning("%s The weights after %s steps are taken.", error.cause, f"{self.standing.best:,}")
         best = self.standing.best
         if best is not None and best != self.standing.step:
             self._load(self._states.read(BEST, best)[0])
@@ -209,7 +215,7 @@ class Training:
         if not math.isfinite(loss_of_all):
             raise NonFiniteError(
                 f"The loss of step {self.standing.step + 1:,} is not finite.",
-                "Lower --learning-rate, or use --precision float32; remove the directory OUT.run to begin anew.",
+                "Lower the learning rate, or use --precision float32.",
             )
         self._zeros.clear_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
@@ -236,6 +242,8 @@ class Training:
         # Each process measures all of the text: sharded weights want all processes at each window.
         with self._progress.phase(f"{turn}: perplexity", text.work) as phase, together(self.student):
             found = perplexity(self.student.model, text, phase.advance)
+        # On machines of two kinds the last digits may differ, and all have to come to the same decisions.
+        found = self._processes.broadcast(found, 0)
         point = RecoveryPoint(tokens=tokens, perplexity=found, seconds=now.seconds)
         now.curves = now.curves.model_copy(update={"points": (*now.curves.points, point)})
         better = now.curves.best == point

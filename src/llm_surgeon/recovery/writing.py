@@ -12,16 +12,32 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.export.companions import copy_companions
 from llm_surgeon.export.stored import stored_towers
 from llm_surgeon.export.verify import ReloadCheck, verify_export
 from llm_surgeon.models.family import Family
+from llm_surgeon.models.trust import is_own_export
 from llm_surgeon.models.weights import quietly
 from llm_surgeon.system.files import PARTIAL, readable_as_others, writing
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-# Weights in other forms, which would be those of before; and what the caller writes anew.
+# Weights in other forms, which would be those of before.
 _LEFT_OUT = (*_WEIGHTS, "*.gguf", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack")
 _TEMPLATES = "additional_chat_templates"
+# Files of a run that a plain export has beside those of any checkpoint.
+_REPORTS = ("report.json", "report.html", "README.md", "recipe.yaml", "kept_fraction.png")
+CONFIG = "config.json"
+
+
+def _copy_files(source: Path, directory: Path, names: tuple[str, ...] = ()) -> None:
+    """Copy the files of a directory but for weights, or some of them, and the templates beside them."""
+    for path in sorted(source.iterdir()):
+        wanted = path.name in names if names else not any(map(path.match, _LEFT_OUT))
+        # Of a link the contents are copied: files of a hub's cache are links.
+        if path.is_file() and not path.name.startswith(".") and wanted:
+            shutil.copyfile(path, directory / path.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES, dirs_exist_ok=True)
 
 
 @torch.no_grad()
@@ -51,14 +67,17 @@ def write_recovered(model: PreTrainedModel, family: Family, source: Path, direct
         OutputError: If writing fails for another reason.
         ExportMismatchError: If the reloaded files compute something else.
     """
-    plain = "auto_map" not in json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
+    # Code of another checkpoint is not run, here or by those who load the result: its class is transformers' own.
+    own, config = is_own_export(source), json.loads((source / CONFIG).read_text(encoding="utf-8-sig"))
+    plain = not own
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
-        for path in sorted(source.iterdir()):
-            # Of a link the contents are copied: files of a hub's cache are links.
-            if path.is_file() and not path.name.startswith(".") and not any(map(path.match, _LEFT_OUT)):
-                shutil.copyfile(path, directory / path.name)
-        if (source / _TEMPLATES).is_dir():
-            shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES, dirs_exist_ok=True)
+        if own:
+            _copy_files(source, directory)
+        else:
+            copy_companions(source, directory)
+            _copy_files(source, directory, _REPORTS)
+            config.pop("auto_map", None)
+            (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
         # transformers writes a configuration too, and that of the source is the right one.
         with tempfile.TemporaryDirectory(prefix="weights-", suffix=PARTIAL, dir=directory.parent) as aside, quietly():
             towers = stored_towers(model, family, source) if family.text_config is not None else None

@@ -25,15 +25,6 @@ class Zeros:
             if parameter.ndim > 1 and not _all(mask):
                 self._masks[name] = mask
 
-    @property
-    def parameters(self) -> frozenset[str]:
-        """Names of the parameters with zeros."""
-        return frozenset(self._masks)
-
-    def of(self, name: str) -> Tensor | None:
-        """Mask of a parameter, True for weights that are not zero; None if there is no zero."""
-        return self._masks.get(name)
-
     @torch.no_grad()
     def clear_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set the gradients of the zeros to zero."""

@@ -139,9 +139,15 @@ def _what_was_done(report: PruneReport) -> str:
     return (
         f"{_removed(report.config)} of the linear layers of {escape(title_name(report))} were removed in {shots}, "
         f"until {100 * kept:.1f} % of the prunable weights were left. {_how(report.config)}{_stages(report)}\n\n"
-        "More: [recipe.yaml](recipe.yaml) (all options; the same recipe gives this model again), "
+        f"More: [recipe.yaml](recipe.yaml) (all options; the same recipe gives {_again(report)} again), "
         "[report.html](report.html) (all that was measured, in one page), [report.json](report.json) (its numbers).\n"
     )
+
+
+def _again(report: PruneReport) -> str:
+    """The model that the recipe gives: this one, or the one that was trained afterwards."""
+    later = report.recovery is not None and not report.config.get("recover_tokens")
+    return "the model before its recovery" if later else "this model"
 
 
 def _stages(report: PruneReport) -> str:

@@ -57,6 +57,8 @@ def recovery_note(record: RecoveryRecord) -> str:
         f"Trained {record.trained:,} of {record.parameters:,} parameters on {learnt}, {record.tokens:,} tokens "
         f"({texts}), in {duration(record.seconds)} with a peak of {scaled_bytes(record.peak_memory)}."
     ]
+    if record.perplexity is not None:
+        parts.append(f"Perplexity of the result as it is stored: {perplexity_cell(record.perplexity.perplexity)}.")
     if record.teacher_perplexity is not None:
         parts.append(f"Perplexity of the teacher: {perplexity_cell(record.teacher_perplexity.perplexity)}.")
     if record.stopped_early:

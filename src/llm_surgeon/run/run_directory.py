@@ -28,7 +28,7 @@ from llm_surgeon.system.files import PARTIAL, check_output, flush, in_place, syn
 
 logger = logging.getLogger(__name__)
 
-_LOCK, _RUN, _RECIPE, _REPORT = "lock", "run.json", "recipe.yaml", "report.json"
+LOCK, _RUN, _RECIPE, _REPORT = "lock", "run.json", "recipe.yaml", "report.json"
 # Commands by the file that tells what their run is.
 _KINDS = {_RUN: "prune", "recover.json": "recover"}
 # Entries of a run's record by which the same command is recognised.
@@ -51,7 +51,7 @@ class RunDirectory:
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, path_of(out)
-        _remove_links(self.path)
+        remove_links(self.path)
         self.export, self.checkpoints = self.path / "export", Checkpoints(self.path)
         self._marks = Marks(self.path)
         self.former = self._tidied()
@@ -165,7 +165,7 @@ class RunDirectory:
         """Remove the directory, the lock last."""
         with contextlib.suppress(OSError):
             self._empty()
-            (self.path / _LOCK).unlink()
+            (self.path / LOCK).unlink()
             self.path.rmdir()
 
     def _forget(self) -> None:
@@ -202,7 +202,7 @@ class RunDirectory:
 
     def _empty(self) -> None:
         """Remove all files but the lock. The report goes last: while it is there, only this removal is left to do."""
-        entries = [path for path in self.path.iterdir() if path.name != _LOCK]
+        entries = [path for path in self.path.iterdir() if path.name != LOCK]
         for path in sorted(entries, key=lambda path: path.name == _REPORT):
             _remove(path)
 
@@ -244,12 +244,12 @@ def locked(out: Path, identity: str) -> Iterator[None]:
         OutputError: If the directory cannot be used, or another process works on it.
     """
     path = path_of(out)
-    if path.is_symlink() or (path / _LOCK).is_symlink():
+    if path.is_symlink() or (path / LOCK).is_symlink():
         raise OutputError(f"{path}, where the run is to keep its checkpoints, is a link.", "Remove the link.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in path.iterdir()}
-        if names and _LOCK not in names:
+        if names and LOCK not in names:
             raise OutputError(
                 f"{path}, where the run is to keep its checkpoints, is no directory of a run.",
                 "Rename it, or give another --out.",
@@ -260,7 +260,7 @@ def locked(out: Path, identity: str) -> Iterator[None]:
                 f"{path} holds what `llm-surgeon {other}` needs to go on.",
                 f"Let that end, remove {path}, or give another --out.",
             )
-        lock = FileLock(path / _LOCK)
+        lock = FileLock(path / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(
@@ -314,14 +314,14 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
         return None
 
 
-def _remove_links(directory: Path) -> None:
+def remove_links(directory: Path) -> None:
     """Remove links in a directory and below. A run makes no links, and would write to or empty their targets."""
     for path in directory.iterdir():
         if path.is_symlink():
             logger.warning("%s is a link that no run has made, and is removed", path)
             path.unlink()
         elif path.is_dir():
-            _remove_links(path)
+            remove_links(path)
 
 
 def _remove(path: Path) -> None:
