@@ -1,9 +1,13 @@
 """Recovery of exports: in every form, to the same end however it is interrupted, and never worse than before."""
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +15,28 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
-from llm_surgeon import PruneConfig, Setting, compare, evaluate, load, plan, prune, prune_checkpoint, recover
+from llm_surgeon import (
+    PruneConfig,
+    RecoverConfig,
+    Setting,
+    compare,
+    evaluate,
+    load,
+    plan,
+    prune,
+    prune_checkpoint,
+    recover,
+)
 from llm_surgeon.cli import app
 from llm_surgeon.cli.recover import _how_to_go_on
-from llm_surgeon.errors import ConfigError, DataError, NonFiniteError, OutputError, RecoveryError
+from llm_surgeon.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    OutputError,
+    RecoveryError,
+    UnsupportedModelError,
+)
 from llm_surgeon.export.verify import ReloadCheck, verify_export
 from llm_surgeon.records import PruneReport, RecoveryRecord
 from llm_surgeon.recovery import training, writing
@@ -292,17 +314,26 @@ def test_adapters_change_linear_layers_of_the_blocks_only_and_no_zero(structure,
     assert found.curves.best.perplexity.perplexity < 0.9 * found.curves.points[0].perplexity.perplexity
 
 
-def test_a_checkpoint_in_half_precision_is_trained_in_float32_and_stored_as_it_was(dense, text, tmp_path):
-    shutil.copytree(dense, tmp_path / "half")
-    state = {name: value.bfloat16() for name, value in weights(tmp_path / "half").items()}
-    save_file(state, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "half" / "config.json").read_text())
-    (tmp_path / "half" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    export = pruned(str(tmp_path / "half"), tmp_path / "export", text)
-    recover(export, tmp_path / "out", teacher=dense, data=text, **TRAINING)
-    assert {value.dtype for value in weights(tmp_path / "out").values() if value.is_floating_point()} == {
-        torch.bfloat16
-    }
+def in_half_precision(dense, directory):
+    shutil.copytree(dense, directory)
+    state = {name: value.bfloat16() for name, value in weights(directory).items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return str(directory)
+
+
+def test_steps_too_small_for_half_precision_add_up(dense, text, tmp_path):
+    """A checkpoint in bfloat16 is trained in float32, and stored as it was."""
+    source = in_half_precision(dense, tmp_path / "half")
+    export = pruned(source, tmp_path / "export", text)
+    # A step of AdamW is about the rate: far below half a unit in the last place of most weights.
+    options = TRAINING | {"learning_rate": 1e-4, "evaluation": "none"}
+    recover(export, tmp_path / "out", teacher=source, data=text, **options)
+    before, after = weights(tmp_path / "export"), weights(tmp_path / "out")
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.bfloat16}
+    changed = sum(int((before[name] != after[name]).sum()) for name in before)
+    assert changed > 0.2 * sum(value.numel() for value in before.values())
 
 
 def test_report_page_and_card_tell_of_the_recovery_and_other_formats_are_left_out(dense, text, tmp_path, whole):
@@ -444,6 +475,120 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(dense, smaller, text
     with pytest.raises(OutputError, match="is not empty"):
         recover(smaller, out, **common)
     assert not (tmp_path / "out.run").exists()
+
+
+def test_a_divergence_late_in_the_training_does_not_cost_the_best_weights(smaller, text, tmp_path, monkeypatch, caplog):
+    forward, passes = training.Student.forward, itertools.count()
+
+    def diverges(self, *given):
+        # Two passes make a step.
+        return forward(self, *given) * (float("nan") if next(passes) >= 24 else 1.0)
+
+    monkeypatch.setattr(training.Student, "forward", diverges)
+    found = recover(smaller, tmp_path / "out", data=text, pass_size=4, **TRAINING)
+    assert "The loss of step 13 is not finite. The weights after 10 steps are taken." in caplog.text
+    assert found.stopped_early
+    assert (found.result_tokens, found.tokens) == (2560, 3072)
+    assert found.perplexity.nll < found.curves.points[0].perplexity.nll
+
+
+def test_a_damaged_identity_is_no_recovery_to_go_on_from(smaller, text, tmp_path, monkeypatch, caplog):
+    take = training.Training._step
+
+    def ends(self, *given):
+        if self.standing.step == 12:
+            raise EndedError
+        return take(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_step", ends)
+        with pytest.raises(EndedError):
+            recover(smaller, tmp_path / "out", data=text, **TRAINING)
+    assert list((tmp_path / "out.run").glob("state-*"))
+    (tmp_path / "out.run" / "recover.json").write_text("{")
+    found = recover(smaller, tmp_path / "out", data=text, **TRAINING)
+    assert "the recovery begins anew" in caplog.text
+    assert "continuing after" not in caplog.text
+    assert found.tokens == 5120
+
+
+def test_the_same_file_by_another_path_is_held_out(smaller, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(text).parent)
+    options = TRAINING | {"tokens": 1024, "evaluations": 1}
+    found = recover(smaller, tmp_path / "out", data=text, evaluation=f"./{Path(text).name}", **options)
+    assert "characters 1-" in found.sources[0].source
+    assert "held-out part" in found.curves.points[0].perplexity.data
+
+
+@pytest.mark.parametrize("adapters", [None, 4])
+def test_the_perplexity_of_a_result_in_half_precision_is_that_of_the_files(adapters, dense, text, tmp_path):
+    source = in_half_precision(dense, tmp_path / "half")
+    export = pruned(source, tmp_path / "export", text)
+    options = TRAINING | {"learning_rate": 1e-2, "adapters": adapters}
+    found = recover(export, tmp_path / "out", teacher=source, data=text, **options)
+    model, tokenizer = load(tmp_path / "out", device="cpu")
+    again = evaluate(model, tokenizer, held_out(text, tmp_path), window=32, max_tokens=320, precision="float32")
+    assert again.perplexity == pytest.approx(found.perplexity.perplexity, rel=1e-5)
+    assert found.perplexity.nll < 0.9 * found.curves.points[0].perplexity.nll
+
+
+def test_all_tokens_of_the_teacher_by_every_way_to_ask(dense, smaller, text, tmp_path):
+    common = {"data": text, **TRAINING, "tokens": 512, "evaluations": 1}
+    recover(smaller, tmp_path / "a", teacher=dense, top_k=0, **common)
+    recover(smaller, tmp_path / "b", RecoverConfig.from_mapping({"top_k": 0, **common}), teacher=dense)
+    words = [word for name, value in common.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["recover", smaller, "--teacher", dense, "--out", str(tmp_path / "c"), "--top-k", "0", *words]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    recover(smaller, tmp_path / "d", teacher=dense, top_k=2, **common)
+    digests = [digest(tmp_path / name) for name in "abcd"]
+    assert len(set(digests[:3])) == 1
+    assert digests[3] != digests[0]
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_kept(dense, text, tmp_path, whole):
+    """The class of transformers is loaded, and what is written names no other."""
+    model, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(dense, model)
+    (model / "modeling_own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((model / "config.json").read_text()) | {
+        "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    recover(model, tmp_path / "out", data=text, **TRAINING | {"evaluation": "none", "tokens": 512})
+    assert not mark.exists()
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_the_package_works_without_peft(smaller, text, tmp_path, monkeypatch):
+    """Only adapters need it, and say so."""
+    program = "import sys; sys.modules['peft'] = None; import llm_surgeon.run.run, llm_surgeon.run.recover"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match="Adapters need the package peft"):
+        recover(smaller, tmp_path / "out", data=text, adapters=4, **TRAINING)
+
+
+def test_a_teacher_with_fewer_positions_and_quantised_weights_are_refused(text, tmp_path):
+    for name, changes in {"model": {}, "teacher": {"n_positions": 16}}.items():
+        tiny.gpt2(**changes).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match="seq_len is 32, and the model has learned 16 positions"):
+        recover(tmp_path / "model", tmp_path / "out", teacher=tmp_path / "teacher", data=text, **TRAINING)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModelError, match="are quantised"):
+        recover(tmp_path / "model", tmp_path / "out", data=text, **TRAINING)
+
+
+def test_a_report_of_another_version_is_left_out(dense, smaller, text, tmp_path, caplog):
+    shutil.copytree(smaller, tmp_path / "export")
+    (tmp_path / "export" / "report.json").write_text('{"version": 0}')
+    recover(tmp_path / "export", tmp_path / "out", teacher=dense, data=text, **TRAINING)
+    assert "is of another version" in caplog.text
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert "## Recovery" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_another_recovery_and_another_run_are_not_taken_over(dense, smaller, text, tmp_path, monkeypatch):

@@ -42,11 +42,10 @@ def adapted(model: PreTrainedModel, blocks: str, rank: int, seed: int) -> Iterat
         raise UnsupportedModelError(
             "The blocks have no linear layers of torch, on which adapters could sit.", "Leave --adapters out."
         )
-    others = sum(
-        one.numel() for name, one in model.named_parameters() if name.startswith(f"{blocks}.") and one.ndim > 2
-    )
+    within = (one for name, one in model.named_parameters() if name.startswith(f"{blocks}."))
+    others = sum(one.numel() for one in within if one.ndim > 2)
     if others:
-        logger.warning("%s weights of experts are no linear layers, and have no adapters", f"{others:,}")
+        logger.warning("%s weights of experts are in no linear layers, and have no adapters", f"{others:,}")
     masks = {name: (weight != 0) if bool((weight == 0).any()) else None for name, weight in found.items()}
     model.requires_grad_(False)
     with attached(model, masks, rank, seed) as layers:

@@ -158,6 +158,8 @@ def recover_in_run(
             logger.warning(words, error.cause)
         return None
     processes.from_first(lambda: _replace(export, own / "export", record))
+    # On another machine nobody else removes it.
+    shutil.rmtree(directory, ignore_errors=True)
     return record
 
 
