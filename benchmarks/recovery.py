@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace, kept: float, way: str) -> dict[str, Any]:
         "passes": [use.passes for use in record.sources],
         "seconds": record.seconds,
         "peak": record.peak_memory,
+        "learning_rate": record.config["learning_rate"],
     }
 
 
@@ -107,17 +108,18 @@ def markdown(result: dict[str, Any]) -> str:
         )
         for row in result["rows"]
     ]
-    first, second = result["rows"][0]["passes"]
+    row = result["rows"][0]
+    first, second = row["passes"]
     header = ("kept", "learns", *(f"{count:,}" for count in tokens), "best", "time", "peak")
     return f"""\
 # Recovery: perplexity by tokens of training
 
 {result["date"]}, {result["machine"]}, {result["threads"]} threads. Command: `{result["command"]}`
 
-The default preset leaves the share of the blocks' linear weights; the dense model has {result["rows"][0]["dense"]:.2f}.
-Trained on the calibration text and the demo's English text in equal parts (read {first:.1f} and {second:.1f} times), 8
-sequences of 512 tokens a step, highest learning rate
-{result["learning_rate"]:g}. Perplexity of the development text, on which nothing is fitted.
+The default preset leaves the share of the blocks' linear weights; the dense model has {row["dense"]:.2f}. Trained on
+the calibration text and the demo's English text in equal parts (read {first:.1f} and {second:.1f} times), 8 sequences
+of 512 tokens a step, highest learning rate {row["learning_rate"]:.0e}. Perplexity of the development text, on which
+nothing is fitted.
 
 {table(header, rows)}
 """
@@ -142,7 +144,7 @@ def main() -> None:
     command += f" --ways {' '.join(arguments.ways)} --tokens {arguments.tokens}"
     result = circumstances(f"{command} --learning-rate {arguments.learning_rate:g}")
     rows = [run(arguments, kept, way) for kept in arguments.kept for way in arguments.ways]
-    result |= {"learning_rate": arguments.learning_rate, "rows": rows}
+    result["rows"] = rows
     write("recovery", result, markdown(result))
 
 

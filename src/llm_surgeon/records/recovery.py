@@ -59,7 +59,6 @@ class RecoveryRecord(Record):
     config: dict[str, Any]
     sources: tuple[RecoverySource, ...]
     curves: RecoveryCurves
-    perplexity: Perplexity | None
     teacher_perplexity: Perplexity | None
     tokens: int
     result_tokens: int
@@ -72,6 +71,7 @@ class RecoveryRecord(Record):
     processes: int = 1
     max_logit_difference: float | None = None
     logit_scale: float | None = None
+    perplexity: Perplexity | None = None
     command: str | None = None
 
 
