@@ -4,13 +4,14 @@
 
 MODEL is pruned by the default preset on CALIBRATION.txt. What is left is trained on that text and the demo's English
 text in equal parts, and perplexity is that of EVALUATION.txt, on which nothing is fitted. From random weights, a model
-of the same shapes is distilled: the difference is what pruning has kept. Finished runs in DIR are read, and interrupted
-ones go on. Writes benchmarks/results/recovery.json and recovery.md.
+of the same shapes is distilled: the difference is what pruning has kept. Finished runs in DIR are not made again, and
+are in the tables too; interrupted ones go on. Writes benchmarks/results/recovery.json and recovery.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,30 +64,35 @@ def randomised(export: Path) -> Path:
     return out
 
 
-def run(arguments: argparse.Namespace, kept: float, way: str) -> dict[str, Any]:
-    """Train what is left of a size in one way."""
-    export, out = pruned(arguments, kept), arguments.out / f"kept-{100 * kept:.0f}-{way}-{arguments.tokens}"
+def run(arguments: argparse.Namespace, tokens: str, kept: float, way: str) -> None:
+    """Train what is left of a size in one way; a finished training is not made again."""
+    export, out = pruned(arguments, kept), arguments.out / f"kept-{100 * kept:.0f}-{way}-{tokens}"
     if (out / "recovery.json").exists():
-        record = RecoveryRecord.model_validate_json((out / "recovery.json").read_bytes())
-    else:
-        record = recover(
-            randomised(export) if way == "scratch" else export,
-            out,
-            teacher=None if way == "text" else arguments.model,
-            data=[str(arguments.calibration), "demo:en"],
-            evaluation=str(arguments.evaluation),
-            tokens=arguments.tokens,
-            learning_rate=arguments.learning_rate,
-            device=arguments.device,
-            progress=RichProgress(),
-        )
-    report = PruneReport.model_validate_json((export / "report.json").read_bytes())
-    points = [(point.tokens, point.perplexity.perplexity) for point in record.curves.points]
+        return
+    recover(
+        randomised(export) if way == "scratch" else export,
+        out,
+        teacher=None if way == "text" else arguments.model,
+        data=[str(arguments.calibration), "demo:en"],
+        evaluation=str(arguments.evaluation),
+        tokens=tokens,
+        learning_rate=arguments.learning_rate,
+        device=arguments.device,
+        progress=RichProgress(),
+    )
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """Figures of a finished training."""
+    export, way, tokens = out.name.rsplit("-", 2)
+    record = RecoveryRecord.model_validate_json((out / "recovery.json").read_bytes())
+    report = PruneReport.model_validate_json((out.with_name(export) / "report.json").read_bytes())
     return {
         "kept": report.shots[-1].size.prunable / report.dense_size.prunable,
         "dense": report.dense_perplexity.perplexity if report.dense_perplexity else None,
         "way": way,
-        "points": points,
+        "tokens": tokens,
+        "points": [(point.tokens, point.perplexity.perplexity) for point in record.curves.points],
         "passes": [use.passes for use in record.sources],
         "seconds": record.seconds,
         "peak": record.peak_memory,
@@ -94,10 +100,9 @@ def run(arguments: argparse.Namespace, kept: float, way: str) -> dict[str, Any]:
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Table of the runs, as Markdown."""
-    tokens = [count for count, _ in result["rows"][0]["points"]]
-    rows = [
+def of_tokens(rows: list[dict[str, Any]]) -> str:
+    """Table of the runs of as many tokens, as Markdown."""
+    cells = [
         (
             f"{100 * row['kept']:.0f} %",
             WAYS[row["way"]],
@@ -106,23 +111,34 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['seconds'] / 60:.0f} min",
             f"{row['peak'] / 2**30:.1f} GiB",
         )
-        for row in result["rows"]
+        for row in rows
     ]
-    row = result["rows"][0]
-    first, second = row["passes"]
-    header = ("kept", "learns", *(f"{count:,}" for count in tokens), "best", "time", "peak")
+    first, second = rows[0]["passes"]
+    header = ("kept", "learns", *(f"{count:,}" for count, _ in rows[0]["points"]), "best", "time", "peak")
+    return f"""\
+## {rows[0]["tokens"]} tokens
+
+The calibration text was read {first:.1f} times, the demo's English text {second:.1f} times; highest learning rate
+{rows[0]["learning_rate"]:.0e}.
+
+{table(header, cells)}
+"""
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Tables of the runs, as Markdown."""
+    counts = dict.fromkeys(row["tokens"] for row in result["rows"])
+    tables = [of_tokens([row for row in result["rows"] if row["tokens"] == count]) for count in counts]
     return f"""\
 # Recovery: perplexity by tokens of training
 
 {result["date"]}, {result["machine"]}, {result["threads"]} threads. Command: `{result["command"]}`
 
-The default preset leaves the share of the blocks' linear weights; the dense model has {row["dense"]:.2f}. Trained on
-the calibration text and the demo's English text in equal parts (read {first:.1f} and {second:.1f} times), 8 sequences
-of 512 tokens a step, highest learning rate {row["learning_rate"]:.0e}. Perplexity of the development text, on which
-nothing is fitted.
+The default preset leaves the share of the blocks' linear weights; the dense model has {result["rows"][0]["dense"]:.2f}.
+Trained on the calibration text and the demo's English text in equal parts, 8 sequences of 512 tokens a step. Perplexity
+of the development text, on which nothing is fitted. Times are of one run, which may have had other work beside it.
 
-{table(header, rows)}
-"""
+{chr(10).join(tables)}"""
 
 
 def main() -> None:
@@ -134,17 +150,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.5, 0.3])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--tokens", default="1M")
+    parser.add_argument("--tokens", nargs="+", default=["1M"])
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/recovery.py {Path(arguments.model).name} {arguments.calibration.name}"
     command += f" {arguments.evaluation.name} --out DIR --kept {' '.join(f'{kept:g}' for kept in arguments.kept)}"
-    command += f" --ways {' '.join(arguments.ways)} --tokens {arguments.tokens}"
+    command += f" --ways {' '.join(arguments.ways)} --tokens {' '.join(arguments.tokens)}"
     result = circumstances(f"{command} --learning-rate {arguments.learning_rate:g}")
-    rows = [run(arguments, kept, way) for kept in arguments.kept for way in arguments.ways]
-    result["rows"] = rows
+    cells = itertools.product(arguments.tokens, arguments.kept, arguments.ways)
+    for cell in cells:
+        run(arguments, *cell)
+    result["rows"] = [measured(path.parent) for path in sorted(arguments.out.glob("kept-*-*-*/recovery.json"))]
     write("recovery", result, markdown(result))
 
 
