@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -53,9 +54,8 @@ def run(name: str, export: str, teacher: str, text: str, folder: Path) -> Recove
 
         Training._step = ends  # type: ignore[method-assign, assignment]
         try:
-            call()
-        except EndedError:
-            pass
+            with contextlib.suppress(EndedError):
+                call()
         finally:
             Training._step = take  # type: ignore[method-assign]
     return call()

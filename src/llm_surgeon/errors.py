@@ -16,6 +16,10 @@ class SurgeonError(Exception):
         self.cause = cause
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[SurgeonError], tuple[str, str]]:
+        """Make the error anew from its two sentences, when a process hands it to others."""
+        return type(self), (self.cause, self.remedy)
+
 
 class ConfigError(SurgeonError):
     """A recipe or an option has a value that cannot be used."""

@@ -1,5 +1,6 @@
 """Recovery of exports: in every form, to the same end however it is interrupted, and never worse than before."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ from llm_surgeon.cli.recover import _how_to_go_on
 from llm_surgeon.errors import (
     ConfigError,
     DataError,
+    ExportMismatchError,
     NonFiniteError,
     OutputError,
     RecoveryError,
@@ -39,7 +41,7 @@ from llm_surgeon.errors import (
 )
 from llm_surgeon.export.verify import ReloadCheck, verify_export
 from llm_surgeon.records import PruneReport, RecoveryRecord
-from llm_surgeon.recovery import training, writing
+from llm_surgeon.recovery import opening, training, writing
 from llm_surgeon.run import recovery_report
 from quick import without_what_has_other_tests
 from stored_towers import assert_the_other_towers_are_the_same, stored
@@ -196,12 +198,9 @@ class EndedError(Exception):
     """The end of a process."""
 
 
-@pytest.mark.parametrize(("step", "adapters"), [(0, None), (3, None), (5, None), (12, None), (12, 3)])
-def test_an_interrupted_training_ends_as_one_that_was_not(step, adapters, dense, smaller, text, tmp_path, monkeypatch):
-    options = TRAINING | {"teacher": dense, "data": text, "adapters": adapters}
-    whole = recover(smaller, tmp_path / "whole", **options)
-    # A state is kept after each step.
-    monkeypatch.setattr(training, "_OFTEN", 0.0)
+@contextlib.contextmanager
+def ended_before_step(step):
+    """A process that ends when so many steps have been taken."""
     take = training.Training._step
 
     def ends(self, *given):
@@ -209,10 +208,20 @@ def test_an_interrupted_training_ends_as_one_that_was_not(step, adapters, dense,
             raise EndedError
         return take(self, *given)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Training, "_step", ends)
         with pytest.raises(EndedError):
-            recover(smaller, tmp_path / "out", **options)
+            yield
+
+
+@pytest.mark.parametrize(("step", "adapters"), [(0, None), (3, None), (5, None), (12, None), (12, 3)])
+def test_an_interrupted_training_ends_as_one_that_was_not(step, adapters, dense, smaller, text, tmp_path, monkeypatch):
+    options = TRAINING | {"teacher": dense, "data": text, "adapters": adapters}
+    whole = recover(smaller, tmp_path / "whole", **options)
+    # A state is kept after each step.
+    monkeypatch.setattr(training, "_OFTEN", 0.0)
+    with ended_before_step(step):
+        recover(smaller, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     again = recover(smaller, tmp_path / "out", **options)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
@@ -376,17 +385,8 @@ def test_a_run_trains_what_it_leaves_as_the_command_does(dense, text, tmp_path, 
     shared = {"seq_len": 16, "tokens": 5120, "learning_rate": 3e-3, **SIZES}
     by_hand = recover(tmp_path / "export", tmp_path / "by-hand", teacher=dense, data=text, **shared)
     monkeypatch.setattr(training, "_OFTEN", 0.0)
-    take = training.Training._step
-
-    def ends(self, *given):
-        if self.standing.step == 30:
-            raise EndedError
-        return take(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_step", ends)
-        with pytest.raises(EndedError):
-            pruned(dense, tmp_path / "out", text, **options, **IN_RUN)
+    with ended_before_step(30):
+        pruned(dense, tmp_path / "out", text, **options, **IN_RUN)
     assert not (tmp_path / "out").exists()
     pruned(dense, tmp_path / "out", text, **options, **IN_RUN)
     assert digest(tmp_path / "out") == digest(tmp_path / "by-hand") != digest(tmp_path / "export")
@@ -407,6 +407,23 @@ def test_a_run_whose_training_does_not_help_is_as_it_was_pruned(dense, text, tmp
     assert "Training has not helped" in caplog.text
     assert digest(tmp_path / "out") == digest(tmp_path / "export")
     assert not (tmp_path / "out" / "recovery.json").exists()
+
+
+def test_a_run_whose_training_fails_is_as_it_was_pruned(dense, text, tmp_path, monkeypatch, caplog):
+    """Whether it cannot begin, or its files cannot be verified."""
+    pruned(dense, tmp_path / "export", text)
+    monkeypatch.setattr(opening, "check_memory", refuses)
+    pruned(dense, tmp_path / "a", text, **IN_RUN)
+    assert "No memory. The export is as it was pruned" in caplog.text
+    monkeypatch.undo()
+    without_what_has_other_tests(monkeypatch)
+    monkeypatch.setattr(writing, "verify_export", lambda *_given: refuses(kind=ExportMismatchError))
+    pruned(dense, tmp_path / "b", text, **IN_RUN)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b") == digest(tmp_path / "export")
+
+
+def refuses(*_given, kind=ConfigError):
+    raise kind("No memory.", "Buy some.")
 
 
 def test_the_plan_of_a_run_has_its_training(dense, text, whole):
@@ -456,6 +473,8 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(dense, smaller, text
         recover(smaller, out, **common | {"tokens": 100})
     with pytest.raises(ConfigError, match=r"--learning-rate .* has to be more than 0"):
         recover(smaller, out, **common | {"learning_rate": 0.0})
+    with pytest.raises(ConfigError, match="temperature, label_weight have no effect without a teacher"):
+        recover(smaller, out, temperature=2.0, label_weight=0.5, **common)
     with pytest.raises(ConfigError, match=r"'learning' is no option"):
         recover(smaller, out, learning=1.0, **common)
     with pytest.raises(ConfigError, match="evaluation cannot be none"):
@@ -493,17 +512,8 @@ def test_a_divergence_late_in_the_training_does_not_cost_the_best_weights(smalle
 
 
 def test_a_damaged_identity_is_no_recovery_to_go_on_from(smaller, text, tmp_path, monkeypatch, caplog):
-    take = training.Training._step
-
-    def ends(self, *given):
-        if self.standing.step == 12:
-            raise EndedError
-        return take(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_step", ends)
-        with pytest.raises(EndedError):
-            recover(smaller, tmp_path / "out", data=text, **TRAINING)
+    with ended_before_step(12):
+        recover(smaller, tmp_path / "out", data=text, **TRAINING)
     assert list((tmp_path / "out.run").glob("state-*"))
     (tmp_path / "out.run" / "recover.json").write_text("{")
     found = recover(smaller, tmp_path / "out", data=text, **TRAINING)
@@ -593,17 +603,8 @@ def test_a_report_of_another_version_is_left_out(dense, smaller, text, tmp_path,
 
 def test_another_recovery_and_another_run_are_not_taken_over(dense, smaller, text, tmp_path, monkeypatch):
     options, out = {"teacher": dense, "data": text, **TRAINING}, tmp_path / "out"
-    take = training.Training._step
-
-    def ends(self, *given):
-        if self.standing.step == 6:
-            raise EndedError
-        return take(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_step", ends)
-        with pytest.raises(EndedError):
-            recover(smaller, out, **options)
+    with ended_before_step(6):
+        recover(smaller, out, **options)
     with pytest.raises(OutputError, match=r"was begun with something else \(config\)"):
         recover(smaller, out, **options | {"learning_rate": 1e-4})
     with pytest.raises(OutputError, match="holds what `llm-surgeon recover` needs to go on"):

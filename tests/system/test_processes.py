@@ -1,9 +1,11 @@
 """One process alone, and how work and tokens are divided; runs of several are in ``pipeline/test_several.py``."""
 
+import pickle
+
 import pytest
 import torch
 
-from llm_surgeon.errors import ConfigError
+from llm_surgeon.errors import ConfigError, DiskSpaceError
 from llm_surgeon.system.processes import ALONE, Processes, joined, own_device, shares
 
 
@@ -71,3 +73,9 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="2 processes where there are 1 GPUs"):
         own_device("auto")
+
+
+def test_errors_are_handed_to_other_processes_whole():
+    error = pickle.loads(pickle.dumps(DiskSpaceError("It is full.", "Free some.")))
+    assert type(error) is DiskSpaceError
+    assert (error.cause, error.remedy, str(error)) == ("It is full.", "Free some.", "It is full. Free some.")

@@ -16,6 +16,9 @@ from llm_surgeon.recipe.groups.resources import Dtype, Precision
 from llm_surgeon.recipe.sources import Source, sources_of
 from llm_surgeon.recipe.wording import refusal
 
+# Options that have an effect with a teacher only.
+OF_TEACHERS = ("temperature", "top_k", "label_weight")
+
 
 class RecoverConfig(EvaluationOptions):
     """Everything that decides the result of a recovery beside the two models."""
@@ -23,7 +26,8 @@ class RecoverConfig(EvaluationOptions):
     data: TextSources = Field(
         ("demo",),
         description="Text to train on: a hub data set id, a .txt/.jsonl/.parquet of texts or chats, or "
-        "demo[:en|fr|es]; or several, each as TEXT:SHARE. The last tenth of each is held out.",
+        "demo[:en|fr|es]; or several, each as TEXT:SHARE. The last tenth of each is held out unless "
+        "evaluation names other texts.",
     )
     tokens: Quantity = Field(1_000_000, description="Tokens to train on, such as 2M.")
     seq_len: int = Field(512, ge=2, le=MANY, description="Tokens per sequence.")

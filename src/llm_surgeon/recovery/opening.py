@@ -177,8 +177,7 @@ def opened(
         )
     check_tokens(settings, [tokens.input_ids, *([text.tokens] if text is not None else [])])
     work = Work(model, source, dense, teacher, config, tokens, text, processes, device, progress)
-    check_memory(work.parameters, sum(parameters_of(dense)) if dense else 0, config, device, processes)
-    _check_same_everywhere(work)
+    check_memory(work.parameters, bytes_of(source), bytes_of(dense), config, device, processes)
     return work
 
 
@@ -201,6 +200,11 @@ def _checked(model: str, config: RecoverConfig) -> Path:
     return source
 
 
+def bytes_of(directory: Path | None) -> int:
+    """Bytes of the weight files in a directory; 0 without one."""
+    return 0 if directory is None else sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
 def parameters_of(directory: Path) -> Iterator[int]:
     """Yield the numbers of each tensor in the weight files of a directory."""
     for path in directory.glob("*.safetensors"):
@@ -209,11 +213,11 @@ def parameters_of(directory: Path) -> Iterator[int]:
                 yield math.prod(file.get_slice(name).get_shape())
 
 
-def _check_same_everywhere(work: Work) -> None:
-    """Make sure that all processes have read the same, as each reads from its own machine.
+def check_same_everywhere(work: Work) -> None:
+    """Make sure that all processes have read the same, as each reads from its own machine; all have to call this.
 
     Raises:
-        ConfigError: If they have not.
+        ConfigError: If they have not, in every process.
     """
     sizes = [sorted((path.name, path.stat().st_size) for path in one.glob("*.safetensors")) for one in work.models]
     own = json.dumps([work.digest, work.config.model_dump(mode="json"), sizes])

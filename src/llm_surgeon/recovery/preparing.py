@@ -97,12 +97,15 @@ def check_adapters(config: RecoverConfig) -> None:
         )
 
 
-def check_memory(trained: int, teacher: int, config: RecoverConfig, device: torch.device, processes: Processes) -> None:
+def check_memory(
+    trained: int, stored: int, teacher: int, config: RecoverConfig, device: torch.device, processes: Processes
+) -> None:
     """Make sure that the memory that a training needs in any case is there, before a model is loaded.
 
     Args:
         trained: Number of weights of the export.
-        teacher: Number of weights of the dense model, 0 without one.
+        stored: Bytes of them in its files.
+        teacher: Bytes of the dense model's weights in its files, 0 without one.
         config: The recipe.
         device: Device of this process.
         processes: Processes that share the weights.
@@ -114,8 +117,8 @@ def check_memory(trained: int, teacher: int, config: RecoverConfig, device: torc
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    each = TRAINED_BYTES if config.adapters is None else 2
-    needed, free = (each * trained + 2 * teacher) // processes.count, available_bytes(device)
+    own = TRAINED_BYTES * trained if config.adapters is None else stored
+    needed, free = (own + teacher) // processes.count, available_bytes(device)
     if needed > free:
         raise ConfigError(
             f"Training {trained:,} weights needs {needed / 2**30:,.1f} GiB beside the activations, and "

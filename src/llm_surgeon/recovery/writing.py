@@ -26,7 +26,7 @@ _LEFT_OUT = (*_WEIGHTS, "*.gguf", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack")
 _TEMPLATES = "additional_chat_templates"
 # Files of a run that a plain export has beside those of any checkpoint.
 _REPORTS = ("report.json", "report.html", "README.md", "recipe.yaml", "kept_fraction.png")
-CONFIG = "config.json"
+_CONFIG = "config.json"
 
 
 def _copy_files(source: Path, directory: Path, names: tuple[str, ...] = ()) -> None:
@@ -68,7 +68,7 @@ def write_recovered(model: PreTrainedModel, family: Family, source: Path, direct
         ExportMismatchError: If the reloaded files compute something else.
     """
     # Code of another checkpoint is not run, here or by those who load the result: its class is transformers' own.
-    own, config = is_own_export(source), json.loads((source / CONFIG).read_text(encoding="utf-8-sig"))
+    own, config = is_own_export(source), json.loads((source / _CONFIG).read_text(encoding="utf-8-sig"))
     plain = not own
     with writing(directory, sum(parameter.nbytes for parameter in model.parameters())):
         if own:
@@ -77,7 +77,7 @@ def write_recovered(model: PreTrainedModel, family: Family, source: Path, direct
             copy_companions(source, directory)
             _copy_files(source, directory, _REPORTS)
             config.pop("auto_map", None)
-            (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
+            (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
         # transformers writes a configuration too, and that of the source is the right one.
         with tempfile.TemporaryDirectory(prefix="weights-", suffix=PARTIAL, dir=directory.parent) as aside, quietly():
             towers = stored_towers(model, family, source) if family.text_config is not None else None

@@ -17,7 +17,7 @@ from llm_surgeon.recipe.structures import STRUCTURES
 from llm_surgeon.records import PruneReport
 from llm_surgeon.report.loading import loading_lines, reloaded, using_lines, why_so
 from llm_surgeon.report.recovery_table import recovery_in_card
-from llm_surgeon.report.table import dense_and_pruned, escape, footnotes, markdown_rows, scaled_bytes
+from llm_surgeon.report.table import dense_and_pruned, escape, fenced, footnotes, markdown_rows, scaled_bytes
 
 _UNTOUCHED = "the rest stays as it was"
 
@@ -84,7 +84,7 @@ def _loading(report: PruneReport) -> str:
     served = "".join(f"- {line}.\n" for line in report.export.engines) if report.export else ""
     quantised = "".join(f"- {line}\n" for line in report.export.quantising) if report.export else ""
     return (
-        f"## Loading\n\n{_fenced('python', chr(10).join(lines))}\n`llm-surgeon` is not needed. {why_so(report)}\n"
+        f"## Loading\n\n{fenced('python', chr(10).join(lines))}\n`llm-surgeon` is not needed. {why_so(report)}\n"
         + (f"\nWhat loads it:\n\n{served}" if served else "")
         + (f"\nQuantised types of llama.cpp:\n\n{quantised}" if quantised else "")
     )
@@ -200,8 +200,8 @@ def _origin(report: PruneReport) -> str:
     command = report.command or "# called from Python: llm_surgeon.prune with the options in recipe.yaml"
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     return (
-        f"## Origin\n\nThe command:\n\n{_fenced('bash', command)}\n"
-        f"The calibration data:\n\n{_fenced('yaml', to_yaml(_plain(report)['calibration']))}\n"
+        f"## Origin\n\nThe command:\n\n{fenced('bash', command)}\n"
+        f"The calibration data:\n\n{fenced('yaml', to_yaml(_plain(report)['calibration']))}\n"
         f"The versions: {versions or 'not recorded'}.\n"
     )
 
@@ -214,9 +214,3 @@ def _plain(report: PruneReport) -> dict[str, Any]:
 def to_yaml(values: Any) -> str:
     """Write JSON values as YAML, in their order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _fenced(language: str, text: str) -> str:
-    # The fence has to be longer than any in the text, which would end the block.
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

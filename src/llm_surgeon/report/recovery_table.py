@@ -9,7 +9,7 @@ from rich.text import Text
 
 from llm_surgeon.recipe.quantity import duration
 from llm_surgeon.records import RecoveryRecord
-from llm_surgeon.report.table import escape, markdown_rows, perplexity_cell, scaled_bytes
+from llm_surgeon.report.table import escape, fenced, markdown_rows, perplexity_cell, scaled_bytes
 
 HEADINGS = ("tokens", "training loss", "held-out perplexity", "time")
 _RESULT = "the result"
@@ -29,8 +29,8 @@ def recovery_in_card(record: RecoveryRecord) -> str:
     """Section of a model card on a recovery."""
     rows = [tuple(map(escape, row)) for row in recovery_rows(record)]
     body = "\n".join(markdown_rows((*HEADINGS, ""), rows))
-    command = f"\n\n```bash\n{record.command}\n```" if record.command else ""
-    return f"## Recovery\n\n{escape(recovery_note(record))} The figures above are from before it.\n\n{body}{command}\n"
+    command = f"\n{fenced('bash', record.command)}" if record.command else ""
+    return f"## Recovery\n\n{escape(recovery_note(record))} The figures above are from before it.\n\n{body}\n{command}"
 
 
 def recovery_rows(record: RecoveryRecord) -> list[tuple[str, str, str, str, str]]:
@@ -62,5 +62,5 @@ def recovery_note(record: RecoveryRecord) -> str:
     if record.teacher_perplexity is not None:
         parts.append(f"Perplexity of the teacher: {perplexity_cell(record.teacher_perplexity.perplexity)}.")
     if record.stopped_early:
-        parts.append("It ended early, as perplexity became no better.")
+        parts.append("It ended early, as perplexity became no better, or a loss was not finite.")
     return " ".join(parts)

@@ -210,3 +210,10 @@ def _speed_note(speed: SpeedComparison) -> str:
 def escape(text: str) -> str:
     """Escape text for Markdown, such as names of data and patterns of layers."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)
+
+
+def fenced(language: str, text: str) -> str:
+    """Block of code in Markdown."""
+    # The fence has to be longer than any in the text, which would end the block.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

@@ -16,16 +16,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.errors import ConfigError, DataError, NonFiniteError, RecoveryError
+from llm_surgeon.errors import (
+    ConfigError,
+    ExportMismatchError,
+    NonFiniteError,
+    OutputError,
+    ProcessError,
+    RecoveryError,
+    SurgeonError,
+)
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.export.verify import ReloadCheck
 from llm_surgeon.models import pruned_family_of
 from llm_surgeon.models.loading import load_model, resolve_device
 from llm_surgeon.recipe.config import PruneConfig
-from llm_surgeon.recipe.recovery import RecoverConfig
+from llm_surgeon.recipe.recovery import OF_TEACHERS, RecoverConfig
 from llm_surgeon.records import Perplexity, RecoveryRecord, RecoverySource
 from llm_surgeon.recovery.objective import Student, Teacher
-from llm_surgeon.recovery.opening import Work, opened
+from llm_surgeon.recovery.opening import Work, check_same_everywhere, opened
 from llm_surgeon.recovery.preparing import as_trained, recompute_activations
 from llm_surgeon.recovery.sharding import share_out, together, whole
 from llm_surgeon.recovery.states import States
@@ -90,10 +98,13 @@ def recover(
     """
     given = config.model_dump(exclude_unset=True) if isinstance(config, RecoverConfig) else dict(config or {})
     recipe, out = RecoverConfig.from_mapping(given | options), Path(os.path.abspath(as_path(out)))
+    if teacher is None:
+        _check_idle(recipe)
     device, display = resolve_device(own_device(recipe.device)), as_progress(progress)
     dense = None if teacher is None else str(teacher)
     with joined(device) as processes, recovery_directory(out, processes) as directory:
         work = opened(str(model), dense, recipe, processes, device, shown_in_first(display, processes))
+        check_same_everywhere(work)
         done = processes.from_first(lambda: begin(work, out, directory))
         if done is not None:
             return done
@@ -143,16 +154,17 @@ def recover_in_run(
     Raises:
         SurgeonError: Errors of the disk, and of processes that are gone.
     """
-    own = directory / f"{processes.count}-processes"
+    own, display = directory / f"{processes.count}-processes", shown_in_first(progress, processes)
     try:
-        there = processes.total(float(export.is_dir()))[0]
-        if there < processes.count:
-            raise ConfigError("The machines of the run have no directory in common.", "Train the export afterwards.")
-        own.mkdir(parents=True, exist_ok=True)
-        display = shown_in_first(progress, processes)
-        work = opened(str(export), model, RecoverConfig.of_run(config), processes, device, display)
+        work = _opened_by_all(
+            lambda: opened(str(export), model, RecoverConfig.of_run(config), processes, device, display), processes
+        )
+        with writing(own, 0):
+            own.mkdir(parents=True, exist_ok=True)
         record = _trained(replace(work, name=str(out)), own, None)
-    except (RecoveryError, NonFiniteError, ConfigError, DataError) as error:
+    except (OutputError, ProcessError):
+        raise
+    except SurgeonError as error:
         if processes.first:
             words = "%s The export is as it was pruned; `llm-surgeon recover` trains it with other options."
             logger.warning(words, error.cause)
@@ -161,6 +173,42 @@ def recover_in_run(
     # On another machine nobody else removes it.
     shutil.rmtree(directory, ignore_errors=True)
     return record
+
+
+def _opened_by_all(read: Callable[[], Work], processes: Processes) -> Work:
+    """Open a recovery in every process, and end it in every process if it cannot be opened in one.
+
+    Memory and files may differ between machines, and a process that goes on alone would wait for the others.
+
+    Raises:
+        SurgeonError: The error of this process, or one that says that another process has one.
+    """
+    work, found = None, None
+    try:
+        work = read()
+    except SurgeonError as error:
+        found = error
+    if processes.total(float(found is not None))[0]:
+        remedy = "Train the export afterwards, or give all machines the same files and enough memory."
+        raise found or ConfigError("The training cannot begin in another process.", remedy)
+    assert work is not None
+    check_same_everywhere(work)
+    return work
+
+
+def _check_idle(config: RecoverConfig) -> None:
+    """Refuse options that say what to learn from a teacher if there is none.
+
+    Raises:
+        ConfigError: If there is such an option with another value than its default.
+    """
+    fields = RecoverConfig.model_fields
+    idle = [name for name in OF_TEACHERS if getattr(config, name) != fields[name].default]
+    if idle:
+        raise ConfigError(
+            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect without a teacher.",
+            "Give --teacher, or leave it out.",
+        )
 
 
 def _replace(export: Path, result: Path, record: RecoveryRecord) -> None:
@@ -200,7 +248,10 @@ def _trained(work: Work, directory: Path, command: str | None) -> RecoveryRecord
         values = {name: value.cpu() for name, value in result() if work.processes.first}
     del training, student, teacher, result
     gc.collect()
-    check, parameters, stored = work.processes.from_first(lambda: _written(work, values, directory / "export"))
+    written = work.processes.from_first(lambda: _written_or_error(work, values, directory / "export"))
+    if isinstance(written, SurgeonError):
+        raise written
+    check, parameters, stored = written
     _check_better(now, stored)
     each, best = work.config.batch_size * work.config.seq_len, now.curves.best
     return RecoveryRecord(
@@ -296,6 +347,16 @@ def _check_better(now: Standing, stored: Perplexity | None) -> None:
             "Nothing was written. Lower --learning-rate, train on more text (--tokens), or on text that is more like "
             "that of --evaluation.",
         )
+
+
+def _written_or_error(
+    work: Work, values: Mapping[str, Tensor], directory: Path
+) -> tuple[ReloadCheck, int, Perplexity | None] | SurgeonError:
+    """The result of ``_written``, or an error of the model, which all processes have to know of."""
+    try:
+        return _written(work, values, directory)
+    except (NonFiniteError, ExportMismatchError) as error:
+        return error
 
 
 def _written(work: Work, values: Mapping[str, Tensor], directory: Path) -> tuple[ReloadCheck, int, Perplexity | None]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llm_surgeon.errors import NonFiniteError, OutputError, RecoveryError
 from llm_surgeon.planning.sizes import STATE_BYTES
 from llm_surgeon.records import RecoveryIdentity, RecoveryRecord
-from llm_surgeon.recovery.opening import Work
+from llm_surgeon.recovery.opening import Work, bytes_of
 from llm_surgeon.recovery.states import STATE
 from llm_surgeon.run.run_directory import LOCK, locked, path_of, remove_links
 from llm_surgeon.system.files import check_disk_space, check_output, in_place, writing
@@ -97,7 +97,7 @@ def _is_only_moved(out: Path, directory: Path) -> bool:
 
 def _disk_bytes(work: Work) -> int:
     """Bytes of the states and the best weights, and of the result."""
-    result = sum(path.stat().st_size for path in work.source.glob("*.safetensors"))
+    result = bytes_of(work.source)
     return result if work.config.adapters else STATE_BYTES * work.parameters + result
 
 
