@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from llm_surgeon import RecoveryRecord, prune_checkpoint, recover
+from llm_surgeon.errors import ConfigError
+from llm_surgeon.recovery import opening
 from llm_surgeon.recovery.training import Training
+from llm_surgeon.system.torchrun import own_place
 
 COMMON = {
     "tokens": 3840, "seq_len": 32, "batch_size": 6, "evaluations": 4, "learning_rate": 3e-3,
@@ -61,7 +65,24 @@ def run(name: str, export: str, teacher: str, text: str, folder: Path) -> Recove
     return call()
 
 
+def run_without_memory_in_one(teacher: str, text: str, out: Path) -> None:
+    """A run whose training finds too little memory in the second process only."""
+    check = opening.check_memory
+
+    def refuses(*given: Any) -> None:
+        if own_place().rank == 1:
+            raise ConfigError("No memory.", "Buy some.")
+        check(*given)
+
+    opening.check_memory = refuses
+    try:
+        prune_checkpoint(teacher, out, calibration=text, **RUN)
+    finally:
+        opening.check_memory = check
+
+
 if __name__ == "__main__":
     export, teacher, text, folder = sys.argv[1:]
     for name in RECOVERIES:
         run(name, export, teacher, text, Path(folder))
+    run_without_memory_in_one(teacher, text, Path(folder) / "as pruned")

@@ -160,6 +160,9 @@ def test_they_recover_an_export_as_one_does(checkpoint, text, tmp_path):
     (tmp_path / "two").mkdir()
     status, _, errors = ended(started(2, TESTS / "several_recover.py", *given, tmp_path / "two"))
     assert status == 0, errors
+    assert errors.count("The training cannot begin in another process. The export is as it was pruned") == 1
+    report = json.loads((tmp_path / "two" / "as pruned" / "report.json").read_text(encoding="utf8"))
+    assert report["recovery"] is None
     for name in several_recover.RECOVERIES:
         alone = several_recover.run(name, *given, tmp_path / "one")
         shared = RecoveryRecord.model_validate_json((tmp_path / "two" / name / "recovery.json").read_bytes())
