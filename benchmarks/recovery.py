@@ -136,7 +136,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 The default preset leaves the share of the blocks' linear weights; the dense model has {result["rows"][0]["dense"]:.2f}.
 Trained on the calibration text and the demo's English text in equal parts, 8 sequences of 512 tokens a step. Perplexity
-of the development text, on which nothing is fitted. Times are of one run, which may have had other work beside it.
+of the development text, on which nothing is fitted. Times are of one run, which may have had other work beside it. The
+tables have all finished runs of DIR; a row is made by the command with its own `--kept`, `--ways` and `--tokens`.
 
 {chr(10).join(tables)}"""
 

@@ -32,7 +32,7 @@ BRIEF = {
     "adapters": "Rank of adapters to train in place of all weights (needs peft).",
     "evaluation": "Text to measure perplexity on; unset: held-out text of --data, none: skip.",
     "patience": "Evaluations without a better perplexity after which it stops.",
-    "gradient_checkpointing": "Less memory, a third more time.",
+    "gradient_checkpointing": "Less memory, one more forward pass.",
     "device": "auto (default), cpu, cuda or cuda:N.",
 }
 

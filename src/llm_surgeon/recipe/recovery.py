@@ -63,7 +63,7 @@ class RecoverConfig(EvaluationOptions):
         None, ge=1, le=FEW, description="Rank of adapters to train in place of all weights; absorbed at the end (peft)."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Compute activations of a block again in the backward pass: less memory, a third more time."
+        False, description="Compute activations of a block again in the backward pass: less memory, one more pass."
     )
     evaluations: int = Field(10, ge=1, le=FEW, description="Times that held-out perplexity is measured on the way.")
     patience: int | None = Field(
